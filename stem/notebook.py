@@ -1,0 +1,92 @@
+"""The three helpers that every notebook uses: set up a run, check a claim, check an exercise."""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from stem import records
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a notebook needs to know about its run.
+
+    Attributes:
+        profile: "smoke" (a CPU, minutes) or "full" (the published numbers, one GPU).
+        seed: Seed of every generator.
+        device: "cuda" where there is one, else "cpu".
+        dtype: bfloat16 on CUDA, float32 on the CPU.
+    """
+
+    profile: str
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def full(self) -> bool:
+        """True in the full profile."""
+        return self.profile == "full"
+
+
+def setup(profile: str, seed: int) -> Run:
+    """Seed Python, NumPy and torch, choose the device, and print what this run stands on.
+
+    Args:
+        profile: "smoke" or "full".
+        seed: Any integer >= 0.
+    Returns:
+        The `Run` that the cells below refer to.
+    """
+    facts = records.provenance(profile)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    cuda = torch.cuda.is_available()
+    matplotlib.rcParams["figure.dpi"] = 72  # committed notebooks stay small
+    print(f"{profile} profile on {facts['device']}, commit {facts['git_commit']}")
+    print(", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers")))
+    return Run(profile, seed, torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32)
+
+
+def check(claim: str, condition: Any) -> None:
+    """Assert a claim of the text and print it, so that a reader sees what was verified.
+
+    Args:
+        claim: The claim in words.
+        condition: Anything with one truth value (bool, 0-d tensor, NumPy bool).
+    Raises:
+        AssertionError: If the condition does not hold; its text is the claim.
+    """
+    if not bool(condition):
+        raise AssertionError(f"does not hold: {claim}")
+    print(f"ok: {claim}")
+
+
+def exercise(fn: Callable, against: Callable, args: tuple = ()) -> None:
+    """Compare a reader's solution with the library's answer on the same arguments.
+
+    Args:
+        fn: The reader's function; returns None as long as it is not attempted.
+        against: The answer: a function of the library, called with the same arguments. Tensors, numbers, sequences,
+            mappings and dataclasses of these are compared to 1e-4.
+        args: Positional arguments of both.
+    Raises:
+        AssertionError: If the solution was attempted and differs from the answer.
+    """
+    expected = against(*args)
+    found = fn(*args)
+    if found is None:
+        print("not attempted")
+        return
+    if dataclasses.is_dataclass(expected) and type(found) is type(expected):
+        found, expected = vars(found), vars(expected)
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=1e-5, check_dtype=False, check_device=False, equal_nan=True
+    )
+    print("correct")

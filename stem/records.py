@@ -1,0 +1,146 @@
+"""Experiment rows on disk: one CSV per experiment and machine, each row with where it came from.
+
+results/<experiment>/<machine>.csv holds the rows of a full run (committed), <machine>-smoke.csv those of a smoke run
+(not committed). The environment variable STEM_RESULTS redirects writing; reading looks at both places.
+"""
+
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+PROFILES = ("smoke", "full")
+PROVENANCE = (
+    "machine", "device", "torch", "triton", "transformers", "python", "git_commit", "date", "profile",
+)  # fmt: skip
+_CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def repository_root() -> Path:
+    """The checkout that this module lives in, or the current folder when the package was installed from a wheel."""
+    return _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
+
+
+def device_name() -> str:
+    """The GPU's name where there is CUDA, else the processor's with its number of usable cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} ({cores} cores)"
+
+
+def machine_name() -> str:
+    """`device_name` as a file name: lower case letters, digits and single hyphens."""
+    plain = re.sub(r"\((r|tm)\)", "", device_name().lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def git_commit() -> str:
+    """Short commit of the checkout, with `+changed` when library code differs from it; `unknown` outside git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(repository_root()), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+changed" if git("diff", "HEAD", "--", "*.py") else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def provenance(profile: str) -> dict[str, str]:
+    """The columns that say where a row came from, in the order of `PROVENANCE`."""
+    _check_profile(profile)
+    return {
+        "machine": machine_name(),
+        "device": device_name(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+        "git_commit": git_commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "profile": profile,
+    }
+
+
+def results_dir(experiment: str) -> Path:
+    """Folder that rows and figures of `experiment` are written to: STEM_RESULTS, or results/, then the name; made."""
+    folder = Path(os.environ.get("STEM_RESULTS") or repository_root() / "results") / _check_name(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_rows(experiment: str, rows: Iterable[Mapping] | pd.DataFrame, profile: str = "smoke") -> Path:
+    """Write this machine's rows of one experiment, replacing those of its last run with the same profile.
+
+    Args:
+        experiment: Folder name under results/, for example "speed".
+        rows: Mappings (column -> value) or a DataFrame, at least one row; must not hold a column of `PROVENANCE`.
+        profile: "smoke" (file <machine>-smoke.csv) or "full" (<machine>.csv).
+    Returns:
+        The CSV's path. It is written to a temporary file and moved, so it is never half-written.
+    Raises:
+        ValueError: On no rows, an unknown profile, a bad name, or a reserved column.
+    """
+    frame = pd.DataFrame(rows)
+    if frame.empty:
+        raise ValueError(f"rows of {experiment!r} are empty; at least one row is needed")
+    if reserved := sorted(set(frame.columns) & set(PROVENANCE)):
+        raise ValueError(f"rows of {experiment!r} hold the columns {reserved}, which write_rows adds itself")
+    frame = frame.assign(**provenance(profile))
+    path = results_dir(experiment) / f"{machine_name()}{'' if profile == 'full' else '-smoke'}.csv"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False, newline="") as partial:
+        frame.to_csv(partial, index=False)
+    os.chmod(partial.name, 0o644)
+    os.replace(partial.name, path)
+    return path
+
+
+def read_rows(experiment: str) -> pd.DataFrame:
+    """Every machine's rows of one experiment, smoke and full, with the columns of `PROVENANCE`.
+
+    Args:
+        experiment: Folder name under results/.
+    Returns:
+        All rows under one index; columns that a machine did not write are NaN there. Empty if nobody ran it yet.
+        A file under STEM_RESULTS hides the file of the same name in results/.
+    """
+    files = {
+        path.name: path for path in sorted((repository_root() / "results" / _check_name(experiment)).glob("*.csv"))
+    }
+    if redirected := os.environ.get("STEM_RESULTS"):
+        files |= {path.name: path for path in sorted((Path(redirected) / experiment).glob("*.csv"))}
+    if not files:
+        return pd.DataFrame(columns=list(PROVENANCE))
+    return pd.concat([pd.read_csv(files[name]) for name in sorted(files)], ignore_index=True)
+
+
+def _check_name(experiment: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", experiment):
+        raise ValueError(f"experiment must be a folder name of a-z, 0-9, _ and -, got {experiment!r}")
+    return experiment
+
+
+def _check_profile(profile: str) -> None:
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
