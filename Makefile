@@ -1,0 +1,51 @@
+# Two commands matter: `make reproduce` and `make test`. `make help` lists the others.
+PYTHON ?= python3
+PROFILE ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce test lint tables notebooks lab lab-test clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+env: $(INSTALLED) ## create .venv with the pinned packages (every target below does this first when needed)
+
+$(INSTALLED): environment.yml pyproject.toml scripts/install.py
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v}; try: make env PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/install.py
+	@touch $@
+
+reproduce: $(INSTALLED) ## run notebooks 01-06 into results/  [PROFILE=smoke|full|auto ONLY=02 FORCE=1]
+	$(BIN)/python scripts/reproduce.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(FORCE)),--force)
+
+test: $(INSTALLED) ## unit, kernel and repository tests, then the committed notebooks through nbval
+	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q $(NBVAL) notebooks
+
+lint: $(INSTALLED) ## ruff over code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tables: $(INSTALLED) ## rewrite README's tables, sentences and picture from results/
+	$(BIN)/python -m stem.tables
+	$(BIN)/python scripts/overview.py
+
+notebooks: $(INSTALLED) ## run the smoke profile and put the executed copies into notebooks/
+	$(BIN)/python scripts/reproduce.py --profile smoke --publish
+
+lab: $(INSTALLED) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir . notebooks/01_theory.ipynb
+
+lab-test: $(INSTALLED) ## run every notebook in JupyterLab in a headless Chromium (needs Debian's chromium)  [ONLY=02]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2
+	$(BIN)/python scripts/lab_test.py $(ONLY)
+
+clean: ## remove caches and everything that smoke runs wrote; .venv and committed results stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache results/lab results/notebooks/smoke
+	find stem kernels tests scripts notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find results -name '*-smoke.csv' -o -name '*.log' -o -name '*.partial' -o -name '*.partial.ipynb' | xargs rm -f

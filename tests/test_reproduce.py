@@ -1,0 +1,140 @@
+"""scripts/reproduce.py on toy notebooks: success, skip, failure, resume, limit, Ctrl-C, bad arguments."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "reproduce.py"
+
+
+def write_toy(root: Path, number: int, source: str) -> None:
+    """A notebook with a parameters cell and one cell of code."""
+    parameters = new_code_cell('profile: str = "smoke"  # smoke | full', metadata={"tags": ["parameters"]})
+    toy = new_notebook(cells=[new_markdown_cell(f"# Toy {number}"), parameters, new_code_cell(source)])
+    nbformat.write(toy, root / "notebooks" / f"{number:02}_toy.ipynb")
+
+
+def command(root: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--root", str(root), "--profile", "smoke", *arguments]
+
+
+def reproduce(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(root, *arguments), capture_output=True, text=True, timeout=120)
+
+
+def left_over(root: Path) -> list[Path]:
+    return list(root.rglob("*.partial*"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    for folder in ("notebooks", "stem", "kernels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "stem" / "code.py").write_text("x = 1\n")
+    write_toy(tmp_path, 1, "print('one', profile)")
+    write_toy(tmp_path, 2, "print('two', profile)")
+    return tmp_path
+
+
+def test_runs_skips_and_reruns_what_changed(root):
+    copies = root / "results" / "notebooks" / "smoke"
+    first = reproduce(root)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.count("done in") == 2
+    copy = nbformat.read(copies / "02_toy.ipynb", 4)
+    assert copy.cells[2].outputs[0].text == "two smoke\n"
+    assert "papermill" not in (copies / "02_toy.ipynb").read_text()
+    assert not [cell for cell in copy.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert "two smoke" in (copies / "02_toy.log").read_text()
+
+    assert reproduce(root).stdout.count("up to date") == 2
+
+    write_toy(root, 2, "print('changed')")
+    second = reproduce(root)
+    assert (second.stdout.count("up to date"), second.stdout.count("done in")) == (1, 1)
+
+    (root / "stem" / "code.py").write_text("x = 2\n")
+    assert reproduce(root, "--only", "2").stdout.count("done in") == 1
+    stamps = {p.stem: json.loads(p.read_text())["fingerprint"] for p in copies.glob("*.json")}
+    assert len(set(stamps.values())) == 2
+
+
+def test_full_profile_reaches_the_notebook(root):
+    result = reproduce(root, "--only", "01", "--profile", "full")
+    assert result.returncode == 0, result.stdout + result.stderr
+    copy = nbformat.read(root / "results" / "notebooks" / "full" / "01_toy.ipynb", 4)
+    assert copy.cells[-1].outputs[0].text == "one full\n"
+
+
+def test_publish_puts_the_executed_copy_in_place(root):
+    assert reproduce(root, "--only", "01", "--publish").returncode == 0
+    published = nbformat.read(root / "notebooks" / "01_toy.ipynb", 4)
+    assert published.cells[-1].outputs[0].text == "one smoke\n"
+    assert reproduce(root, "--only", "01").stdout.count("up to date") == 1
+
+
+def test_stops_at_the_first_failure_and_resumes(root):
+    write_toy(root, 2, "1 / 0")
+    write_toy(root, 3, "print('three')")
+    failed = reproduce(root)
+    assert failed.returncode == 1
+    log = root / "results" / "notebooks" / "smoke" / "02_toy.log"
+    for part in ("02_toy.ipynb, cell 3: 1 / 0", "ZeroDivisionError: division by zero", f"log: {log}"):
+        assert part in failed.stderr
+    assert "ZeroDivisionError" in log.read_text()
+    assert "03_toy" not in failed.stdout
+    assert not log.with_suffix(".ipynb").exists() and not log.with_suffix(".json").exists() and not left_over(root)
+
+    write_toy(root, 2, "print('mended')")
+    resumed = reproduce(root)
+    assert resumed.returncode == 0
+    assert (resumed.stdout.count("up to date"), resumed.stdout.count("done in")) == (1, 2)
+
+
+def test_time_limit(root):
+    write_toy(root, 1, "import time; time.sleep(60)")
+    result = reproduce(root, "--limit", "5")
+    assert result.returncode == 1
+    assert "01_toy.ipynb, cell 3" in result.stderr and "took more than 5 s" in result.stderr
+    assert not left_over(root)
+
+
+def test_interrupt_leaves_nothing_half_written(root):
+    write_toy(root, 1, "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+    runner = subprocess.Popen(command(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pid_file = root / "notebooks" / "pid"
+    deadline = time.monotonic() + 60
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGINT)
+    _, stderr = runner.communicate(timeout=30)
+    assert runner.returncode == 130 and "interrupted" in stderr
+    assert not left_over(root) and not list((root / "results").rglob("01_toy.ipynb"))
+    for _ in range(100):  # the kernel ends when its parent is gone
+        if not Path(f"/proc/{pid_file.read_text()}").exists():
+            break
+        time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "medium"], "invalid choice: 'medium' (choose from"),
+        (["--only", "7"], "ONLY must be one of 01, 02, got '7'"),
+        (["--publish", "--profile", "full"], "--publish needs --profile smoke"),
+    ],
+    ids=["profile", "only", "publish"],
+)
+def test_bad_arguments_are_named(root, arguments, message):
+    result = reproduce(root, *arguments)
+    assert result.returncode and message in result.stderr
