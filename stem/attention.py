@@ -1,0 +1,239 @@
+"""The pipeline: scores + budget -> selection -> attention over the kept blocks."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from stem.budget import block_budget
+from stem.config import StemConfig
+from stem.reference import masked_attention
+from stem.scores import block_scores, pad_to_grid
+from stem.selection import BlockSelection, select_blocks
+from stem.validation import check_impl, check_qkv, check_scale
+
+IMPLS = ("reference", "torch", "triton", "flex")
+CHUNK_ELEMENTS = 1 << 22  # gathered key elements per chunk of rows in impl="torch": 16 MiB in fp32
+
+
+def stem_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig | None = None,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+    return_selection: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple:
+    """Causal attention over the key blocks that Stem selects (Algorithm 1); the drop-in for SDPA's causal prefill.
+
+    Args:
+        q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), D <= 256: the last Nq positions.
+        k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0, Nq <= Nkv, same dtype and device as q.
+        config: Default StemConfig(), a quarter of the causal block pairs.
+        scale: Softmax scale, default D**-0.5.
+        impl: See block_sparse_attention.
+        return_selection, return_lse: Also return the BlockSelection / the log-sum-exp, in this order.
+    Returns:
+        [B, Hq, Nq, D] like q, or a tuple. Gradients flow through the attention, not through the selection.
+    Raises:
+        ValueError, TypeError: For bad shapes, dtypes, devices or names, and for non-finite input on the CPU.
+    """
+    config = StemConfig() if config is None else config
+    check_qkv(q, k, v)
+    scale = check_scale(scale, q.shape[-1])
+    budget = block_budget(-(-k.shape[2] // config.block_size), config)
+    scores = block_scores(q, k, v, config, scale=scale, impl=_stage_impl(impl))
+    selection = select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=_stage_impl(impl))
+    attended = block_sparse_attention(q, k, v, selection, scale, impl, return_lse)
+    out, *lse = attended if return_lse else (attended,)
+    extras = [selection] * return_selection + lse
+    return (out, *extras) if extras else out
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact causal softmax attention over the kept blocks only.
+
+    Args:
+        q, k, v, scale: As in stem_attention.
+        selection: Lists for Hq heads and these lengths, on q's device.
+        impl: None chooses "triton" on CUDA and "torch" elsewhere (also for fp64); an explicit choice never falls back.
+            "reference": token mask and softmax in fp32 or fp64, memory O(N^2). "torch": gathers the kept blocks, a few
+            rows at a time. "triton": stem.kernels, forward only. "flex": torch's FlexAttention with the same lists,
+            unfused on the CPU.
+        return_lse: Also return the natural log-sum-exp, fp32 (fp64 for fp64 inputs) [B, Hq, Nq].
+    Returns:
+        [B, Hq, Nq, D] like q; differentiable but for "triton". A row without blocks gives 0.
+    Raises:
+        ValueError, TypeError: For bad shapes, dtypes, devices or names, or a selection that does not fit.
+        NotImplementedError: For impl="triton" with inputs that require gradients.
+    """
+    check_qkv(q, k, v)
+    selection = _fitted(selection, q, k)
+    scale = check_scale(scale, q.shape[-1])
+    impl = check_impl(impl, IMPLS, q)
+    out, lse = _RUN[impl](q, k, v, selection, scale)
+    return (out, lse) if return_lse else out
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    return masked_attention(q, k, v, selection.to_token_mask(), scale, return_lse=True)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError(
+            "impl='triton' has no backward yet: use impl='torch' or 'flex' for gradients, or torch.no_grad()"
+        )
+    from stem.kernels.sparse_forward import sparse_forward
+
+    return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    """Chunks of query blocks, each against its gathered key blocks; recomputed in the backward pass."""
+    size = selection.block_size
+    offset = k.shape[2] - q.shape[2]
+    q_blocks = pad_to_grid(q, size, offset).unflatten(2, (-1, size))  # [B, Hq, nq, size, D]
+    k_blocks, v_blocks = (pad_to_grid(x, size).unflatten(2, (-1, size)) for x in (k, v))  # [B, Hkv, nk, size, D]
+    chunks = []
+    for rows, width in _row_chunks(selection, q.shape[0] * q.shape[1] * size * q.shape[3]):
+        args = (q_blocks[:, :, rows], k_blocks, v_blocks, selection, rows, width, scale)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            chunks.append(checkpoint(_attend_rows, *args, use_reentrant=False))
+        else:
+            chunks.append(_attend_rows(*args))
+    out, lse = (torch.cat(parts, 2).flatten(2, 3) for parts in zip(*chunks, strict=True))
+    front = offset % size
+    return out[:, :, front : front + q.shape[2]].to(q.dtype), lse[:, :, front : front + q.shape[2]]
+
+
+def _row_chunks(selection: BlockSelection, elements_per_block: int) -> list[tuple[slice, int]]:
+    """Consecutive query blocks with the widest list among them, at most CHUNK_ELEMENTS gathered where one row fits."""
+    widths = selection.kv_num_blocks.amax((0, 1)).clamp_min(1).tolist()
+    chunks, start = [], 0
+    for row in range(1, len(widths) + 1):
+        full = row < len(widths) and max(widths[start : row + 1]) * (row + 1 - start) * elements_per_block
+        if row == len(widths) or full > CHUNK_ELEMENTS:
+            chunks.append((slice(start, row), max(widths[start:row])))
+            start = row
+    return chunks
+
+
+def _attend_rows(
+    q: Tensor, k_blocks: Tensor, v_blocks: Tensor, selection: BlockSelection, rows: slice, width: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of the query blocks `rows`: q [B, Hq, R, size, D] -> the same shape and lse [B, Hq, R, size]."""
+    batch, q_heads, _, size, _ = q.shape
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    columns = selection.kv_indices[:, :, rows, :width].long()  # [B, Hq, R, W]
+    batches = torch.arange(batch, device=q.device)[:, None, None, None]
+    kv_heads = (torch.arange(q_heads, device=q.device) // (q_heads // k_blocks.shape[1]))[:, None, None]
+    k, v = (
+        x[batches, kv_heads, columns].flatten(3, 4).to(compute) for x in (k_blocks, v_blocks)
+    )  # [B, Hq, R, W*size, D]
+
+    slots = torch.arange(columns.shape[-1], device=q.device)
+    token = torch.arange(size, device=q.device)
+    first_row = selection.num_kv_blocks - selection.num_q_blocks + rows.start
+    row = torch.arange(first_row, first_row + q.shape[2], device=q.device)
+    used = slots < selection.kv_num_blocks[:, :, rows, None]
+    position = torch.where(used, columns, selection.num_kv_blocks)[..., None] * size + token  # unused: in the future
+    future = position.flatten(3)[..., None, :] > (row[:, None] * size + token)[..., None]  # [B, Hq, R, size, W*size]
+
+    logits = (q.to(compute) * scale @ k.mT).masked_fill_(future, -torch.inf)
+    lse = logits.logsumexp(-1)
+    return (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp() @ v, lse
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    if q.is_cuda:
+        return _run_flex(q, k, v, selection, scale)
+    return _FlexOnCPU.apply(q, k, v, selection, scale)
+
+
+class _FlexOnCPU(torch.autograd.Function):
+    """torch's FlexAttention has no backward on the CPU, so the gradient there is that of impl="torch"."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, selection, scale):
+        ctx.save_for_backward(q, k, v)
+        ctx.selection, ctx.scale = selection, scale
+        return _run_flex(q.detach(), k.detach(), v.detach(), selection, scale)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            outputs = _torch(*inputs, ctx.selection, ctx.scale)
+        return *torch.autograd.grad(outputs, inputs, (grad_out, grad_lse)), None, None
+
+
+def _run_flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    front = (k.shape[2] - q.shape[2]) % selection.block_size
+    q = torch.nn.functional.pad(q, (0, 0, front, 0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        out, aux = _flex_attention(q.is_cuda)(
+            q,
+            k,
+            v,
+            block_mask=selection.to_block_mask(),
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+    return out[:, :, front:], aux.lse[:, :, front:]
+
+
+@lru_cache(maxsize=2)
+def _flex_attention(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+_RUN = {"reference": _reference, "torch": _torch, "triton": _triton, "flex": _flex}
+
+
+def _stage_impl(impl: str | None) -> str | None:
+    """How scores and selection run for an attention implementation."""
+    if impl is not None and impl not in IMPLS:
+        check_impl(impl, IMPLS, torch.empty(0))
+    return "torch" if impl == "reference" else None if impl == "flex" else impl
+
+
+def _fitted(selection: BlockSelection, q: Tensor, k: Tensor) -> BlockSelection:
+    """The selection with q's and k's lengths; raises unless its heads, blocks and device are theirs."""
+    if not isinstance(selection, BlockSelection):
+        raise TypeError(f"selection must be a BlockSelection, got {type(selection).__name__}")
+    if selection.kv_indices.device != q.device:
+        raise ValueError(f"selection must be on q's device {q.device}, got {selection.kv_indices.device}")
+    heads = tuple(selection.kv_num_blocks.shape[:2])
+    if heads != tuple(q.shape[:2]):
+        raise ValueError(f"selection must have q's batch size and heads {tuple(q.shape[:2])}, got {heads}")
+    q_len, kv_len, size = q.shape[2], k.shape[2], selection.block_size
+    blocks = (-(-kv_len // size) - (kv_len - q_len) // size, -(-kv_len // size))
+    if blocks != (selection.num_q_blocks, selection.num_kv_blocks):
+        raise ValueError(
+            f"selection must have {blocks[0]} query and {blocks[1]} key blocks of {size} for {q_len} queries and "
+            f"{kv_len} keys, got {selection.num_q_blocks} and {selection.num_kv_blocks}"
+        )
+    return replace(selection, q_len=q_len, kv_len=kv_len)

@@ -1,0 +1,104 @@
+"""Token Position-Decay: how many key blocks each query block keeps, and what that costs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stem.config import StemConfig
+
+DEFAULT_DENSITY = 0.25
+
+
+def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
+    """Key blocks to keep in each query block of a whole prompt (Stem, Eq. 3).
+
+    Args:
+        num_kv_blocks: Number of key blocks n of the prompt, >= 1 [blocks]. A chunk of query blocks uses the last rows.
+        config: Which schedule; see StemConfig.
+    Returns:
+        int32 [num_kv_blocks] on the CPU, entry i in 1..i + 1. Sink, local and diagonal blocks are inside it, except
+        with `forced="on_top"`, where `select_blocks` adds them. With `allocation="adaptive"` it is the bound i + 1.
+    Raises:
+        ValueError: If num_kv_blocks < 1.
+    """
+    if not isinstance(num_kv_blocks, int) or isinstance(num_kv_blocks, bool):
+        raise TypeError(f"num_kv_blocks must be an int >= 1, got {num_kv_blocks!r}")
+    if num_kv_blocks < 1:
+        raise ValueError(f"num_kv_blocks must be >= 1, got {num_kv_blocks}")
+    if not isinstance(config, StemConfig):
+        raise TypeError(f"config must be a StemConfig, got {type(config).__name__}")
+    return torch.tensor(_budget(num_kv_blocks, config), dtype=torch.int32)
+
+
+def causal_pairs(num_kv_blocks: int, num_q_blocks: int | None = None) -> int:
+    """Block pairs (i, j), j <= i, among the last `num_q_blocks` rows (default: all) of n key blocks."""
+    rows = num_kv_blocks if num_q_blocks is None else num_q_blocks
+    return rows * (2 * num_kv_blocks - rows + 1) // 2
+
+
+def uniform_cost(num_tokens: float, k: float) -> float:
+    """Query-key pairs of a constant budget of k tokens: N k - k^2 / 2 (Eq. 2, an approximation)."""
+    return num_tokens * k - k**2 / 2
+
+
+def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
+    """Query-key pairs of Token Position-Decay, budgets in tokens (Eq. 4, an approximation)."""
+    return num_tokens * k_start - k_start**2 / 2 - k_start * (1 - decay) * (num_tokens - k_start) / 2
+
+
+@lru_cache(maxsize=256)
+def _budget(n: int, config: StemConfig) -> tuple[int, ...]:
+    causal = np.arange(1, n + 1)
+    if config.allocation == "adaptive":
+        budget = causal
+    elif config.k_start is None and config.k_start_regimes is None:
+        budget = _solve_density(n, config)
+    else:
+        budget = _rows(n, _k_start(n, config), config)
+    return tuple(budget.tolist())
+
+
+def _k_start(n: int, config: StemConfig) -> float:
+    """Budget of the first row for n key blocks [blocks]."""
+    if config.k_start_regimes is not None:
+        _, share, extra = max(regime for regime in config.k_start_regimes if regime[0] <= n)
+        k_start = share * n + extra
+    else:
+        k_start = config.k_start * n if isinstance(config.k_start, float) else config.k_start
+    k_start = max(k_start, config.min_blocks)
+    return min(n, int(k_start) if config.decay_from == "k_start" else k_start)
+
+
+def _rows(n: int, k_start: float, config: StemConfig) -> np.ndarray:
+    """The schedule for a given k_start: int64 [n], row i in 1..i + 1."""
+    row = np.arange(1, n + 1)
+    decay = 1.0 if config.allocation == "uniform" else config.decay
+    if config.decay_from == "first_row":
+        budget = np.floor(k_start - (k_start * (1 - decay) / n) * row)
+    else:
+        first = min(n, int(k_start))
+        budget = np.full(n, float(first))
+        budget[first:] = np.floor(np.linspace(k_start, decay * k_start, n - first))
+    budget = np.clip(budget, 1, row).astype(np.int64)
+    if config.dense_last_blocks:
+        budget[-config.dense_last_blocks :] = row[-config.dense_last_blocks :]
+    return budget
+
+
+def _solve_density(n: int, config: StemConfig) -> np.ndarray:
+    """The largest schedule of at most `density` of the causal pairs; what is left goes to the earliest open rows."""
+    density = DEFAULT_DENSITY if config.density is None else config.density
+    row = np.arange(1, n + 1)
+    target = round(density * causal_pairs(n))
+    low, high = 1.0, n / config.decay + 1  # at `high` every row is full
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _rows(n, middle, config).sum() <= target else (low, middle)
+    budget = _rows(n, low, config)
+    open_rows = np.flatnonzero(budget < row)
+    budget[open_rows[: max(0, target - budget.sum())]] += 1
+    return budget

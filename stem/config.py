@@ -1,0 +1,207 @@
+"""StemConfig: every knob of the method, with unit, range, default and the paper's symbol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Literal, get_args
+
+BlockSize = Literal[16, 32, 64, 128]
+ValueNorm = Literal["log", "zscore", "zscore_padded"]
+RoutingScale = Literal["mean", "raw"]
+DecayFrom = Literal["first_row", "k_start"]
+Forced = Literal["inside", "on_top"]
+Allocation = Literal["position_decay", "uniform", "adaptive"]
+Reduction = Literal["mean", "softmax"]
+
+# (from this many key blocks on, share of the key blocks, blocks added)
+Regimes = tuple[tuple[int, float, int], ...]
+
+PRESETS = {
+    "paper": dict(k_start_regimes=((0, 0.2, 0), (129, 0.1, 0)), min_blocks=54),
+    "angelslim": dict(
+        score_stride=8,
+        k_start_regimes=((0, 1.0, 0), (56, 0.2, 30), (160, 0.1, 30)),
+        decay_from="k_start",
+        value_norm="zscore",
+        forced="on_top",
+    ),
+    "hpc_ops": dict(
+        k_start_regimes=((0, 1.0, 0), (56, 0.2, 30), (160, 0.1, 30)),
+        decay=1.0,
+        decay_from="k_start",
+        routing_scale="raw",
+        value_norm="zscore_padded",
+        value_weight=0.3,
+        forced="on_top",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """What to score, how many blocks to keep and which blocks are always kept.
+
+    At most one of `density`, `k_start` and `k_start_regimes` sets the budget; with none of them, density is 0.25.
+    """
+
+    block_size: int = 128
+    """Tokens per query and key block, B in the paper: 16, 32, 64 or 128 [tokens]."""
+
+    score_stride: int = 16
+    """Tokens between antidiagonal samples, S in AngelSlim: a divisor of `block_size` [tokens]."""
+
+    density: float | None = None
+    """Share of the causal block pairs to compute, in (0, 1]; k_start is solved for. Our choice."""
+
+    k_start: int | float | None = None
+    """Budget of the first row: blocks if int (>= 1), share of the key blocks if float in (0, 1]. k_start in Eq. 3."""
+
+    k_start_regimes: Regimes | None = None
+    """k_start by length: (from this many key blocks, share of the key blocks, blocks added), as the presets use."""
+
+    min_blocks: int = 0
+    """Lower bound of k_start, 54 in the paper [blocks]."""
+
+    decay: float = 0.7
+    """k_end / k_start, mu in Eq. 3, in (0, 1]; 1 keeps the budget constant."""
+
+    decay_from: DecayFrom = "first_row"
+    """Row in which the decay starts: the first (Eq. 3) or row k_start (AngelSlim, hpc-ops)."""
+
+    dense_last_blocks: int = 0
+    """Query blocks at the end of the prompt that keep everything [blocks]. Our choice."""
+
+    sink_blocks: int = 4
+    """First key blocks, always kept [blocks]."""
+
+    local_blocks: int = 4
+    """Most recent key blocks, always kept; they include the diagonal block, which is kept even at 0 [blocks]."""
+
+    forced: Forced = "inside"
+    """Whether sink and local blocks are inside the budget (paper, default) or added to it (AngelSlim, hpc-ops)."""
+
+    value_weight: float = 0.2
+    """Weight of the value term, beta in Eq. 7, >= 0; 0 leaves the routing term alone (score-aware metric)."""
+
+    value_norm: ValueNorm = "log"
+    """Value term: "log" of the block's largest norm (Eq. 7), or z-scored over the prompt as the public code does."""
+
+    routing_scale: RoutingScale = "mean"
+    """"mean" averages q.k * scale over the samples (paper, AngelSlim); "raw" drops the softmax scale and 1/S (hpc-ops)."""
+
+    reduction: Reduction = "mean"
+    """Samples to block score: plain mean (the paper), or softmax over the row's cells before the block sum."""
+
+    score_cells: int = 4
+    """With reduction="softmax": cells per block side; block_size / score_cells is a multiple of score_stride."""
+
+    allocation: Allocation = "position_decay"
+    """Shape of the budget over rows: Eq. 3, constant ("uniform"), or a threshold on each block's share ("adaptive")."""
+
+    threshold: float | None = None
+    """With allocation="adaptive": keep a block whose share of its row's mass exceeds this, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        _choice("block_size", self.block_size, get_args(BlockSize))
+        _integer("score_stride", self.score_stride, 1)
+        if self.block_size % self.score_stride:
+            raise ValueError(
+                f"score_stride must divide block_size={self.block_size}, got score_stride={self.score_stride}"
+            )
+        for name in ("min_blocks", "dense_last_blocks", "sink_blocks", "local_blocks"):
+            _integer(name, getattr(self, name), 0)
+        self._check_budget()
+        _number("decay", self.decay, 0.0, 1.0, open_below=True)
+        _number("value_weight", self.value_weight, 0.0, float("inf"))
+        _choice("decay_from", self.decay_from, get_args(DecayFrom))
+        _choice("forced", self.forced, get_args(Forced))
+        _choice("value_norm", self.value_norm, get_args(ValueNorm))
+        _choice("routing_scale", self.routing_scale, get_args(RoutingScale))
+        _choice("reduction", self.reduction, get_args(Reduction))
+        _choice("allocation", self.allocation, get_args(Allocation))
+        self._check_adaptive()
+        if self.reduction == "softmax":
+            _integer("score_cells", self.score_cells, 1)
+            if self.block_size % (self.score_cells * self.score_stride):
+                raise ValueError(
+                    f"score_cells * score_stride must divide block_size={self.block_size}, "
+                    f"got score_cells={self.score_cells}, score_stride={self.score_stride}"
+                )
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> StemConfig:
+        """The settings of a source: "paper" (v1), "angelslim" or "hpc_ops"; keyword arguments replace fields.
+
+        Giving `density` or `k_start` replaces the preset's schedule and its floor.
+
+        Raises:
+            ValueError: If the name is unknown.
+            TypeError: If an override is no field of StemConfig.
+        """
+        _choice("preset", name, tuple(PRESETS))
+        unknown = set(overrides) - {field.name for field in fields(cls)}
+        if unknown:
+            raise TypeError(f"unknown StemConfig field {sorted(unknown)}; fields: {[f.name for f in fields(cls)]}")
+        settings = dict(PRESETS[name])
+        if overrides.get("density") is not None or overrides.get("k_start") is not None:
+            settings.update(k_start_regimes=None, min_blocks=0)
+        return cls(**{**settings, **overrides})
+
+    def replace(self, **changes) -> StemConfig:
+        """A copy with some fields changed; validated like a new one."""
+        return replace(self, **changes)
+
+    def _check_budget(self) -> None:
+        given = [name for name in ("density", "k_start", "k_start_regimes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(f"give at most one of density, k_start and k_start_regimes, got {values}")
+        if self.density is not None:
+            _number("density", self.density, 0.0, 1.0, open_below=True)
+        if isinstance(self.k_start, Integral) and not isinstance(self.k_start, bool):
+            _integer("k_start", self.k_start, 1)
+        elif self.k_start is not None:
+            _number("k_start", self.k_start, 0.0, 1.0, open_below=True)
+        if self.min_blocks and self.k_start is None and self.k_start_regimes is None:
+            raise ValueError(
+                f"min_blocks bounds k_start or k_start_regimes, got min_blocks={self.min_blocks} without them"
+            )
+        for regime in self.k_start_regimes or ():
+            if len(regime) != 3:
+                raise ValueError(f"k_start_regimes must hold (from blocks, share, blocks added), got {regime!r}")
+        if self.k_start_regimes is not None and (not self.k_start_regimes or self.k_start_regimes[0][0] != 0):
+            raise ValueError(f"k_start_regimes must start at 0 blocks, got {self.k_start_regimes!r}")
+
+    def _check_adaptive(self) -> None:
+        if (self.allocation == "adaptive") != (self.threshold is not None):
+            raise ValueError(
+                "allocation='adaptive' and threshold go together, "
+                f"got allocation={self.allocation!r}, threshold={self.threshold!r}; stem.calibrate solves the threshold"
+            )
+        if self.threshold is None:
+            return
+        _number("threshold", self.threshold, 0.0, 1.0, open_below=True)
+        given = [n for n in ("density", "k_start", "k_start_regimes") if getattr(self, n) is not None]
+        if given:
+            raise ValueError(f"allocation='adaptive' takes its budget from threshold, got {given[0]} as well")
+
+
+def _choice(name: str, value, accepted: tuple) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _integer(name: str, value, low: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int >= {low}, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value!r}")
+
+
+def _number(name: str, value, low: float, high: float, *, open_below: bool = False) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (low < value <= high if open_below else low <= value <= high):
+        bracket = "(" if open_below else "["
+        raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}")

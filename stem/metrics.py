@@ -1,0 +1,72 @@
+"""How good and how cheap a selection is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stem.reference import attention_probabilities
+from stem.selection import BlockSelection
+
+
+def block_attention_mass(q: Tensor, k: Tensor, block_size: int, scale: float | None = None) -> Tensor:
+    """True attention probability that each query block puts on each key block, averaged over its rows.
+
+    Args:
+        q: [B, Hq, Nq, D], the last Nq positions; k: [B, Hkv, Nkv, D].
+        block_size: Tokens per block; query blocks are aligned to the key grid.
+    Returns:
+        fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk] in [0, 1], rows summing to 1. Memory O(block_size * Nkv) per head.
+    """
+    return _block_sums(q, k, None, block_size, scale)
+
+
+def block_output_mass(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float | None = None) -> Tensor:
+    """Sum of P_ij * norm(V_j) over each block pair, averaged over its rows: the terms of Eq. 9. Shapes as above."""
+    return _block_sums(q, k, v, block_size, scale)
+
+
+def attention_recall(q: Tensor, k: Tensor, selection: BlockSelection, scale: float | None = None) -> Tensor:
+    """Share of the true attention probability on the kept blocks, mean over query blocks: [B, Hq] in [0, 1]."""
+    mass = block_attention_mass(q, k, selection.block_size, scale)
+    return (mass * selection.to_mask()).sum(-1).mean(-1)
+
+
+def rel_l2_error(out: Tensor, dense: Tensor) -> float:
+    """norm(out - dense) / norm(dense), in fp64."""
+    out, dense = out.double(), dense.double()
+    return float((out - dense).norm() / dense.norm())
+
+
+def attention_flops(selection: BlockSelection, head_dim: int) -> int:
+    """Floating-point operations of QK^T and PV over the kept block pairs, the diagonal block counted half.
+
+    4 * head_dim per token pair: with every block kept and whole blocks this is 2 * N * (N + 1) * D per head.
+    """
+    size, nq = selection.block_size, selection.num_q_blocks
+    rows = selection.kv_num_blocks.shape[0] * selection.kv_num_blocks.shape[1] * nq
+    full_pairs = int(selection.kv_num_blocks.sum(dtype=torch.int64)) - rows
+    return 4 * head_dim * (full_pairs * size**2 + rows * size * (size + 1) // 2)
+
+
+def scoring_flops(num_q_blocks: int, num_kv_blocks: int, score_stride: int, head_dim: int) -> int:
+    """Operations of the factorised score GEMM of one head: 2 * nq * nk * S * D."""
+    return 2 * num_q_blocks * num_kv_blocks * score_stride * head_dim
+
+
+def _block_sums(q: Tensor, k: Tensor, v: Tensor | None, block_size: int, scale: float | None) -> Tensor:
+    q_len, kv_len = q.shape[2], k.shape[2]
+    offset = kv_len - q_len
+    first, nk = offset // block_size, -(-kv_len // block_size)
+    kv_position = torch.arange(kv_len, device=q.device)
+    blocks = []
+    for block in range(first, nk):  # one query block at a time
+        start, stop = max(block * block_size, offset), min((block + 1) * block_size, kv_len)
+        causal = torch.arange(start, stop, device=q.device)[:, None] >= kv_position
+        mass, _ = attention_probabilities(q[:, :, start - offset : stop - offset], k, causal, scale)
+        if v is not None:
+            norms = v.to(mass.dtype).norm(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, Hq, Nkv]
+            mass = mass * norms[:, :, None]
+        mass = torch.nn.functional.pad(mass.mean(2), (0, nk * block_size - kv_len))
+        blocks.append(mass.unflatten(-1, (nk, block_size)).sum(-1))
+    return torch.stack(blocks, 2)

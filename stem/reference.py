@@ -1,0 +1,45 @@
+"""Oracles: attention written as its definition, in fp32 or fp64. Memory O(N^2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention by its definition; queries are the last Nq positions. Shapes and dtypes as in masked_attention."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
+    return masked_attention(q, k, v, causal, scale)
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, scale: float | None = None, *, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the tokens that a mask allows.
+
+    Args:
+        q: [B, Hq, Nq, D]; k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0.
+        token_mask: bool, broadcastable to [B, Hq, Nq, Nkv], True = attend. A row without any gives 0 and lse -inf.
+        scale: Softmax scale, default D**-0.5.
+    Returns:
+        [B, Hq, Nq, D] in q's dtype, computed in fp64 for fp64 inputs and in fp32 otherwise; with return_lse also the
+        natural log-sum-exp [B, Hq, Nq] in that precision.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    probabilities, lse = attention_probabilities(q, k, token_mask, scale)
+    out = probabilities.unflatten(1, (k.shape[1], -1)) @ v.to(compute)[:, :, None]
+    out = out.flatten(1, 2).to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def attention_probabilities(
+    q: Tensor, k: Tensor, token_mask: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, Hq, Nq, Nkv] and log-sum-exp [B, Hq, Nq], fp64 for fp64 inputs and fp32 otherwise."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = q.to(compute).unflatten(1, (k.shape[1], -1)) @ k.to(compute)[:, :, None].mT * scale
+    logits = logits.flatten(1, 2).masked_fill(~token_mask, -torch.inf)
+    lse = logits.logsumexp(-1)
+    return (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp(), lse

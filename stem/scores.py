@@ -1,0 +1,152 @@
+"""Block scores: how much each key block matters to each query block (Output-Aware Metric)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stem.config import StemConfig
+from stem.validation import check_finite, check_impl, check_qkv
+
+LOG_EPS = 1e-6  # added to value norms before the logarithm by AngelSlim and hpc-ops
+
+
+def block_scores(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, scale: float | None = None, impl: str | None = None
+) -> Tensor:
+    """Routing term plus value term of every causal block pair (Eq. 7, pooled as in Algorithm 1).
+
+    The routing term is the mean of q.k * scale over the antidiagonal samples of the block pair, computed by the exact
+    factorisation into group sums; rows that do not exist count as zeros. With `reduction="softmax"` the score is the
+    logarithm of the block's share of the row after a softmax over cells.
+
+    Args:
+        q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64; the last Nq positions.
+        k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0, Nq <= Nkv.
+        config: See StemConfig.
+        scale: Softmax scale, default D**-0.5; ignored by `routing_scale="raw"`.
+        impl: "torch", "triton" or None (Triton on CUDA). fp64 inputs are scored in fp64 by "torch".
+    Returns:
+        fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk], larger = keep, -inf where the key block is in the future.
+    Raises:
+        ValueError, TypeError: For bad shapes, dtypes, devices or names, and for non-finite input on the CPU.
+    """
+    check_qkv(q, k, v)
+    check_finite(q=q, k=k, v=v)
+    impl = check_impl(impl, ("torch", "triton"), q)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    scale = routing_scale(q.shape[-1], config, scale)
+    bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
+    offset = k.shape[2] - q.shape[2]
+    if config.reduction == "softmax":
+        return _softmax_scores(q, k, bonus, config, scale, offset)
+    if impl == "triton":
+        from stem.kernels.block_scores import block_sums, score_blocks
+
+        q_sums = block_sums(q, config.block_size, config.score_stride, reverse=True, offset=offset)
+        k_sums = block_sums(k, config.block_size, config.score_stride, reverse=False)
+        return score_blocks(q_sums, k_sums, bonus, scale)
+    q_sums = group_sums(q, config.block_size, config.score_stride, reverse=True, offset=offset)
+    k_sums = group_sums(k, config.block_size, config.score_stride)
+    routing = _grouped_matmul(q_sums, k_sums) * scale  # [B, Hkv, G, nq, nk]
+    scores = (routing + bonus[:, :, None, None]).flatten(1, 2)
+    return mask_future(scores)
+
+
+def routing_scale(head_dim: int, config: StemConfig, scale: float | None = None) -> float:
+    """Factor between the group-sum product of a block pair and its routing score.
+
+    "mean" divides by the B^2 / S samples and applies the softmax scale; "raw" divides by the (B / S)^2 cells only.
+    """
+    cells = (config.block_size // config.score_stride) ** 2
+    if config.routing_scale == "raw":
+        return 1.0 / cells
+    return (head_dim**-0.5 if scale is None else scale) / (cells * config.score_stride)
+
+
+def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offset: int = 0) -> Tensor:
+    """Sums of every `stride`-th row of each block, the factors of the antidiagonal score (exact by linearity).
+
+    Args:
+        x: [B, H, N, D]; row 0 stands at position `offset` of the key grid.
+        size: Rows per block (or per cell); `stride` divides it.
+        reverse: Store group g at slot stride - 1 - g, as queries need it so that equal slots form antidiagonals.
+    Returns:
+        fp32 (fp64 for fp64 inputs) [B, H, blocks, stride * D]; rows that do not exist count as zeros.
+    """
+    x = pad_to_grid(x, size, offset).to(_accumulator(x.dtype))
+    sums = x.unflatten(2, (-1, size // stride, stride)).sum(3)  # [B, H, blocks, stride, D]
+    return (sums.flip(3) if reverse else sums).flatten(3)
+
+
+def pad_to_grid(x: Tensor, size: int, offset: int = 0) -> Tensor:
+    """Zero rows in front and behind so that x [B, H, N, D], starting at `offset`, covers whole blocks of `size`."""
+    front = offset % size
+    return torch.nn.functional.pad(x, (0, 0, front, -(front + x.shape[2]) % size))
+
+
+def value_term(v: Tensor, config: StemConfig, *, impl: str = "torch") -> Tensor:
+    """Value magnitude of each key block before its weight, >= 0: fp32 (fp64 for fp64 inputs) [B, Hkv, nk].
+
+    "log" is max(0, log of the block's largest norm) (Eq. 7). "zscore" takes the largest norm of each stride group,
+    z-scores its logarithm over the prompt (unbiased), and averages the positive part over the block's groups; "padded"
+    includes the empty groups of a ragged tail in mean and standard deviation, as hpc-ops does.
+    """
+    if impl == "triton":
+        from stem.kernels.block_scores import value_norms
+    else:
+        value_norms = group_value_norms
+    norms = value_norms(v, config.block_size, config.score_stride)  # [B, Hkv, nk, block / stride], 0 where no row
+    if config.value_norm == "log":
+        return norms.amax(-1).log().clamp_min(0)
+    groups = norms.shape[2] * norms.shape[3]
+    valid = groups if config.value_norm == "zscore_padded" else -(-v.shape[2] // config.score_stride)
+    log_norms = (norms + LOG_EPS).log().flatten(2)  # [B, Hkv, groups]
+    sample = log_norms[..., :valid]
+    deviation = sample.std(-1, correction=min(1, valid - 1), keepdim=True)
+    bonus = ((log_norms - sample.mean(-1, keepdim=True)) / (deviation + LOG_EPS)).clamp_min(0)
+    if valid < groups:
+        bonus[..., valid:] = 0
+    return bonus.unflatten(2, norms.shape[2:]).mean(-1)
+
+
+def group_value_norms(v: Tensor, block_size: int, group_size: int) -> Tensor:
+    """Largest L2 norm of each group of consecutive rows: [B, Hkv, nk, block_size / group_size], 0 where no row."""
+    norms = pad_to_grid(v, block_size).to(_accumulator(v.dtype)).norm(dim=-1)
+    return norms.unflatten(2, (-1, block_size // group_size, group_size)).amax(-1)
+
+
+def mask_future(scores: Tensor) -> Tensor:
+    """Put -inf where the key block comes after the query block; scores [..., nq, nk], queries are the last rows."""
+    nq, nk = scores.shape[-2:]
+    future = torch.ones(nq, nk, dtype=torch.bool, device=scores.device).triu(nk - nq + 1)
+    return scores.masked_fill_(future, -torch.inf)
+
+
+def _softmax_scores(q: Tensor, k: Tensor, bonus: Tensor, config: StemConfig, scale: float, offset: int) -> Tensor:
+    """Log of each block's share of its rows after a softmax over cells: peaks survive the block sum (our choice)."""
+    cells = config.score_cells
+    size = config.block_size // cells
+    scale = scale * cells**2  # a cell pair holds 1 / cells^2 of the samples
+    k_sums = group_sums(pad_to_grid(k, config.block_size), size, config.score_stride)  # [B, Hkv, nk * cells, S * D]
+    q_sums = group_sums(pad_to_grid(q, config.block_size, offset), size, config.score_stride, reverse=True)
+    bonus = bonus.repeat_interleave(cells, -1)[:, :, None, None]
+    nq, nk = q_sums.shape[2] // cells, k_sums.shape[2] // cells
+    scores = q_sums.new_empty(*q.shape[:2], nq, nk)
+    for row in range(nq):  # one block row at a time: memory O(N)
+        visible = (nk - nq + row + 1) * cells
+        rows = slice(row * cells, (row + 1) * cells)
+        logits = _grouped_matmul(q_sums[:, :, rows], k_sums[:, :, :visible]) * scale + bonus[..., :visible]
+        logits = mask_future(logits.flatten(1, 2))  # [B, Hq, cells, visible]
+        mass = logits.softmax(-1).unflatten(3, (-1, cells)).sum((2, 4)) / cells  # [B, Hq, visible blocks]
+        scores[:, :, row, : mass.shape[-1]] = mass.log()
+    return mask_future(scores)
+
+
+def _grouped_matmul(q: Tensor, k: Tensor) -> Tensor:
+    """Products of each query head with its KV head: [B, Hq, m, d], [B, Hkv, n, d] -> [B, Hkv, G, m, n]."""
+    return q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,218 @@
+"""From scores and a budget to the kept blocks: BlockSelection and how it is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stem.budget import causal_pairs
+from stem.config import StemConfig
+from stem.validation import check_impl
+
+
+@dataclass(frozen=True)
+class BlockSelection:
+    """The key blocks that each query block attends to.
+
+    Query blocks are aligned to the key grid: row r stands at key block num_kv_blocks - nq + r, and the first row is
+    partial at its front where kv_len - q_len is no multiple of block_size.
+    """
+
+    kv_indices: Tensor
+    """int32 [B, Hq, nq, max], ascending key blocks; entries past the count are 0."""
+
+    kv_num_blocks: Tensor
+    """int32 [B, Hq, nq], how many entries of kv_indices count."""
+
+    block_size: int
+    """Tokens per block."""
+
+    num_kv_blocks: int
+    """Key blocks nk."""
+
+    q_len: int
+    """Query tokens."""
+
+    kv_len: int
+    """Key tokens; queries are the last q_len positions."""
+
+    @classmethod
+    def from_mask(cls, block_mask: Tensor, block_size: int, *, q_len: int | None = None, kv_len: int | None = None):
+        """The selection of a bool mask [B, Hq, nq, nk], True = attend; lengths default to whole blocks.
+
+        Raises:
+            ValueError: If the mask is not 4-dimensional, keeps a future block, or does not fit the lengths.
+            TypeError: If the mask is not bool.
+        """
+        if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool:
+            raise TypeError(f"block_mask must be a bool tensor, got {getattr(block_mask, 'dtype', type(block_mask))}")
+        if block_mask.ndim != 4:
+            raise ValueError(f"block_mask must be [B, Hq, nq, nk], got shape {tuple(block_mask.shape)}")
+        nq, nk = block_mask.shape[-2:]
+        if block_mask.device.type == "cpu" and block_mask.triu(nk - nq + 1).any():
+            raise ValueError("block_mask must not keep a future block (above the diagonal), got one that does")
+        width = nk if block_mask.is_cuda else max(1, int(block_mask.sum(-1).max()))
+        counts = block_mask.sum(-1, dtype=torch.int32)
+        order = block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :width].to(torch.int32)
+        unused = torch.arange(width, device=order.device) >= counts[..., None]
+        return cls(order.masked_fill(unused, 0), counts, block_size, nk, *_lengths(q_len, kv_len, nq, nk, block_size))
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Query blocks nq."""
+        return self.kv_num_blocks.shape[-1]
+
+    def to_mask(self) -> Tensor:
+        """Block mask, bool [B, Hq, nq, nk], True = attend."""
+        unused = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device) >= self.kv_num_blocks[..., None]
+        columns = self.kv_indices.long().masked_fill(unused, self.num_kv_blocks)
+        mask = columns.new_zeros(*self.kv_num_blocks.shape, self.num_kv_blocks + 1, dtype=torch.bool)
+        return mask.scatter_(-1, columns, True)[..., :-1]
+
+    def to_token_mask(self) -> Tensor:
+        """Token mask with causality, bool [B, Hq, q_len, kv_len], True = attend; memory O(N^2), for small inputs."""
+        q_position = torch.arange(self.kv_len - self.q_len, self.kv_len, device=self.kv_indices.device)
+        kv_position = torch.arange(self.kv_len, device=self.kv_indices.device)
+        first = self.num_kv_blocks - self.num_q_blocks
+        kept = self.to_mask()[:, :, q_position // self.block_size - first][..., kv_position // self.block_size]
+        return kept & (q_position[:, None] >= kv_position)
+
+    def density(self) -> float:
+        """Kept over causal block pairs, pair-weighted over all rows, heads and batch entries, in (0, 1]."""
+        rows = self.kv_num_blocks.shape[0] * self.kv_num_blocks.shape[1]
+        return float(self.kv_num_blocks.sum(dtype=torch.int64)) / (rows * self.causal_pairs)
+
+    @property
+    def causal_pairs(self) -> int:
+        """Causal block pairs of one head."""
+        return causal_pairs(self.num_kv_blocks, self.num_q_blocks)
+
+    def to_block_mask(self):
+        """torch FlexAttention BlockMask of the same lists; the diagonal block is partial, all others are full.
+
+        Its queries are the q_len rows preceded by (kv_len - q_len) % block_size padding rows, so that FlexAttention's
+        blocks start on the key grid; without such an offset they are simply the queries.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        first = self.num_kv_blocks - self.num_q_blocks
+        start = first * self.block_size
+        mask = self.to_mask()
+        diagonal = torch.ones_like(mask).tril(first).triu(first)
+        partial, full = (
+            BlockSelection.from_mask(kept, self.block_size)._padded_lists()
+            for kept in (mask & diagonal, mask & ~diagonal)
+        )
+        block_size = self.block_size
+
+        def mask_mod(b, h, q_idx, kv_idx):
+            # FlexAttention without torch.compile reads only this function, so it says everything that the lists say
+            return mask[b, h, q_idx // block_size, kv_idx // block_size] & (q_idx + start >= kv_idx)
+
+        lengths = (self.kv_len - start, self.kv_len)
+        return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=lengths)
+
+    def _padded_lists(self) -> tuple[Tensor, Tensor]:
+        """kv_num_blocks and kv_indices widened to num_kv_blocks columns, as BlockMask expects."""
+        missing = self.num_kv_blocks - self.kv_indices.shape[-1]
+        return self.kv_num_blocks, torch.nn.functional.pad(self.kv_indices, (0, missing))
+
+
+def select_blocks(
+    scores: Tensor,
+    budget: Tensor,
+    config: StemConfig,
+    *,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    impl: str | None = None,
+) -> BlockSelection:
+    """Keep the best-scoring blocks of each row within its budget (Algorithm 1), and the sink, local and diagonal ones.
+
+    With `forced="inside"` the forced blocks are kept first: the diagonal, then sink and local blocks in turn, nearest
+    to their end first, until the budget is spent. Ties go to the lower index; NaN counts as -inf.
+
+    Args:
+        scores: fp32 or fp64 [B, Hq, nq, nk] from `block_scores`.
+        budget: int32 [nk] from `block_budget`; the last nq rows are used.
+        config: The same config.
+        q_len, kv_len: Tokens, default whole blocks [tokens].
+        impl: "torch", "triton" or None (Triton on CUDA).
+    Raises:
+        ValueError, TypeError: If shapes do not fit, a budget is below 1, or a name is unknown.
+    """
+    _check_scores(scores, budget, config)
+    impl = check_impl(impl, ("torch", "triton"), scores)
+    nq, nk = scores.shape[-2:]
+    q_len, kv_len = _lengths(q_len, kv_len, nq, nk, config.block_size)
+    on_top = config.forced == "on_top"
+    if impl == "triton" and config.allocation != "adaptive":
+        from stem.kernels.block_select import select_topk
+
+        forced_blocks = config.sink_blocks + max(config.local_blocks, 1)
+        width = min(nk, int(budget[nk - nq :].max()) + (forced_blocks if on_top else 0))
+        rows = budget[nk - nq :].to(scores.device)
+        lists = select_topk(scores, rows, config.sink_blocks, config.local_blocks, on_top, width)
+        return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
+    priority = _forced_priority(nq, nk, config, scores.device)
+    forced = priority < 0
+    if config.allocation == "adaptive":
+        kept = (scores.softmax(-1) > config.threshold) | forced
+    else:
+        rank = _rank(-scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
+        if not on_top:
+            rank = _rank(torch.where(forced, priority, rank))
+        kept = rank < budget[nk - nq :, None].to(scores.device)
+        if on_top:
+            kept = kept | forced
+    return BlockSelection.from_mask(kept.tril(nk - nq), config.block_size, q_len=q_len, kv_len=kv_len)
+
+
+def _rank(x: Tensor) -> Tensor:
+    """Position of each entry in its sorted row, 0 = smallest, ties to the lower index."""
+    return x.argsort(dim=-1, stable=True).argsort(dim=-1)
+
+
+def _forced_priority(nq: int, nk: int, config: StemConfig, device: torch.device) -> Tensor:
+    """int64 [nq, nk]: negative for forced blocks, smaller = kept first; 0 elsewhere.
+
+    Local blocks take the even places by distance from the diagonal, sink blocks the odd ones by index.
+    """
+    row = torch.arange(nk - nq, nk, device=device)[:, None]
+    column = torch.arange(nk, device=device)
+    distance = row - column
+    last = 2 * nk + 2
+    local = torch.where((distance >= 0) & (distance < max(config.local_blocks, 1)), 2 * distance, last)
+    sink = torch.where((distance >= 0) & (column < config.sink_blocks), 2 * column + 1, last)
+    return torch.minimum(local, sink) - last
+
+
+def _lengths(q_len: int | None, kv_len: int | None, nq: int, nk: int, block_size: int) -> tuple[int, int]:
+    """q_len and kv_len, by default whole blocks; raises unless they cover nq and nk blocks."""
+    kv_len = nk * block_size if kv_len is None else kv_len
+    q_len = kv_len - (nk - nq) * block_size if q_len is None else q_len
+    if -(-kv_len // block_size) != nk:
+        raise ValueError(f"kv_len must span {nk} blocks of {block_size} tokens, got {kv_len}")
+    if not 1 <= q_len <= kv_len or nk - (kv_len - q_len) // block_size != nq:
+        raise ValueError(f"q_len must span the last {nq} of {nk} blocks of {block_size} tokens, got {q_len}")
+    return q_len, kv_len
+
+
+def _check_scores(scores: Tensor, budget: Tensor, config: StemConfig) -> None:
+    for name, x in (("scores", scores), ("budget", budget)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not isinstance(config, StemConfig):
+        raise TypeError(f"config must be a StemConfig, got {type(config).__name__}")
+    if scores.ndim != 4 or scores.shape[-2] > scores.shape[-1]:
+        raise ValueError(f"scores must be [B, Hq, nq, nk] with nq <= nk, got shape {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    if budget.is_floating_point() or budget.dtype == torch.bool:
+        raise TypeError(f"budget must be an integer tensor, got {budget.dtype}")
+    if budget.shape != scores.shape[-1:]:
+        raise ValueError(f"budget must have one entry per key block [{scores.shape[-1]}], got {tuple(budget.shape)}")
+    if budget.device.type == "cpu" and budget.min() < 1:
+        raise ValueError(f"budget must be >= 1 in every row, got {int(budget.min())}")

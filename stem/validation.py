@@ -1,0 +1,76 @@
+"""Checks of user input shared by the pipeline: each error names the argument, its value and what is accepted."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = "1..256"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q [B, Hq, Nq, D] and k, v [B, Hkv, Nkv, D] form a causal attention input (see stem_attention)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
+        if x.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} must have q's head_dim {q.shape[3]}, got {x.shape[3]}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q's heads must be a multiple of k's heads {k.shape[1]}, got {q.shape[1]}")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"q must have at most k's {k.shape[2]} tokens, got {q.shape[2]}")
+    if q.shape[3] > 256:
+        raise ValueError(f"head_dim must be in {HEAD_DIMS}, got {q.shape[3]}")
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raise ValueError if a CPU tensor holds NaN or infinity.
+
+    On CUDA the check would synchronise, so nothing is raised there: a NaN score never selects a block, and NaN reaches
+    only the rows that attend to it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x.device.type == "cpu" and not x.isfinite().all():
+            raise ValueError(f"{name} must be finite, got {int((~x.isfinite()).sum())} NaN or infinite values")
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale, head_dim**-0.5 when None."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale!r}")
+    return float(scale)
+
+
+def check_impl(impl: str | None, accepted: tuple[str, ...], x: Tensor) -> str:
+    """The implementation to run: the explicit choice, or "triton" on CUDA and "torch" elsewhere."""
+    if impl is None:
+        return "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
+    if impl not in accepted:
+        raise ValueError(f"impl must be None or one of {', '.join(map(repr, accepted))}, got {impl!r}")
+    if impl == "triton" and x.dtype == torch.float64:
+        raise TypeError("impl='triton' takes float16, bfloat16 or float32, got torch.float64")
+    return impl
