@@ -1,0 +1,1 @@
+"""Triton kernels of Stem, installed as `stem.kernels`: raw tensors and integers in, tensors out."""

@@ -1,0 +1,136 @@
+"""Selection: the budgeted best blocks of every row of scores, as an ascending index list, without sorting.
+
+Floats are mapped to unsigned keys that order like them; the key of the last kept block is then found bit by bit, from
+the top, by counting how many keys reach a candidate. Blocks kept by rule take the keys above every float.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+SIGN_BIT = tl.constexpr(0x80000000)
+LARGEST_KEY = tl.constexpr(0xFFFFFFFF)
+FUTURE_KEY = tl.constexpr(0)  # below the key of -inf
+KEYS_PER_WARP = 256
+
+
+@triton.jit
+def order_preserving_keys(scores):
+    """uint32 keys in the order of the floats, up to 0xFF800000 for +inf; NaN like -inf, -0.0 like 0.0."""
+    scores = tl.where(scores != scores, float("-inf"), scores)
+    scores = tl.where(scores == 0.0, 0.0, scores)
+    bits = scores.to(tl.uint32, bitcast=True)
+    return bits ^ tl.where(bits >= SIGN_BIT, LARGEST_KEY, SIGN_BIT)
+
+
+@triton.jit
+def is_forced(distance, kv_blocks, sink_blocks, local_blocks):
+    """True for sink blocks, local blocks and the diagonal; `distance` counts blocks back from the diagonal."""
+    return (distance >= 0) & ((distance < tl.maximum(local_blocks, 1)) | (kv_blocks < sink_blocks))
+
+
+@triton.jit
+def forced_keys(distance, kv_blocks, sink_blocks, local_blocks):
+    """Keys above every score, best first: diagonal, sink 0, diagonal - 1, sink 1, ..."""
+    unused = 2 * (distance + kv_blocks) + 2  # above every priority of the row
+    local_priority = tl.where(distance < tl.maximum(local_blocks, 1), 2 * distance, unused)
+    sink_priority = tl.where(kv_blocks < sink_blocks, 2 * kv_blocks + 1, unused)
+    return LARGEST_KEY - tl.minimum(local_priority, sink_priority).to(tl.uint32)
+
+
+@triton.jit
+def kth_largest_key(keys, count):
+    """The largest threshold that at least `count` keys reach, found from the top bit down."""
+    threshold = tl.zeros([], tl.uint32)
+    bit = tl.full([], SIGN_BIT, tl.uint32)
+    for _ in range(32):
+        candidate = threshold | bit
+        reached = tl.sum((keys >= candidate).to(tl.int32))
+        threshold = tl.where(reached >= count, candidate, threshold)
+        bit = bit >> 1
+    return threshold
+
+
+@triton.jit
+def keep_largest(keys, count):
+    """Mask of the `count` largest keys; equal keys are kept in the order of their index."""
+    threshold = kth_largest_key(keys, count)
+    above, tied = keys > threshold, keys == threshold
+    tied_rank = tl.cumsum(tied.to(tl.int32)) - 1
+    return above | (tied & (tied_rank < count - tl.sum(above.to(tl.int32))))
+
+
+@triton.jit
+def select_topk_kernel(
+    scores_ptr,
+    budget_ptr,
+    kv_indices_ptr,
+    kv_num_blocks_ptr,
+    num_q_blocks,
+    num_kv_blocks,
+    sink_blocks,
+    local_blocks,
+    max_blocks,
+    ON_TOP: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+):
+    """One program selects the blocks of one row of one head; the row lives in registers. Grid: (nq, B * Hq)."""
+    row = tl.program_id(0)
+    batch_head_row = tl.program_id(1).to(tl.int64) * num_q_blocks + row
+    q_block = num_kv_blocks - num_q_blocks + row
+    kv_blocks = tl.arange(0, ROW_SIZE)
+    distance = q_block - kv_blocks
+    causal = distance >= 0
+
+    scores = tl.load(scores_ptr + batch_head_row * num_kv_blocks + kv_blocks, mask=causal, other=float("-inf"))
+    keys = order_preserving_keys(scores)
+    forced = is_forced(distance, kv_blocks, sink_blocks, local_blocks)
+    if not ON_TOP:
+        keys = tl.where(forced, forced_keys(distance, kv_blocks, sink_blocks, local_blocks), keys)
+    keys = tl.where(causal, keys, FUTURE_KEY)
+    count = tl.minimum(tl.load(budget_ptr + row), q_block + 1)
+    selected = keep_largest(keys, count)
+    if ON_TOP:
+        selected = selected | forced
+
+    slots = tl.cumsum(selected.to(tl.int32)) - 1
+    kv_indices_ptr += batch_head_row * max_blocks
+    tl.store(kv_indices_ptr + slots, kv_blocks, mask=selected & (slots < max_blocks))
+    tl.store(kv_num_blocks_ptr + batch_head_row, tl.minimum(tl.sum(selected.to(tl.int32)), max_blocks))
+
+
+def select_topk(
+    scores: torch.Tensor, budget: torch.Tensor, sink_blocks: int, local_blocks: int, on_top: bool, max_blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending index lists of the best `budget` causal blocks of every row, ties to the lower index.
+
+    Args:
+        scores: fp32 [B, Hq, nq, nk]; row r is query block nk - nq + r; NaN counts as -inf.
+        budget: int32 [nq] on the same device [blocks]; a row never keeps more than its causal blocks.
+        sink_blocks, local_blocks: Blocks kept by rule at the start and at the end of a row; the diagonal always is.
+        on_top: False charges them to the budget (diagonal first, then sinks and locals in turn, while it lasts);
+            True adds them to the best `budget` blocks by score.
+        max_blocks: Length of the lists; at least the largest count that the budget (and on_top) can give.
+    Returns:
+        kv_indices int32 [B, Hq, nq, max_blocks], 0 past the count; kv_num_blocks int32 [B, Hq, nq].
+    """
+    batch, num_heads, num_q_blocks, num_kv_blocks = scores.shape
+    kv_indices = torch.zeros(batch, num_heads, num_q_blocks, max_blocks, dtype=torch.int32, device=scores.device)
+    kv_num_blocks = torch.empty(batch, num_heads, num_q_blocks, dtype=torch.int32, device=scores.device)
+    row_size = triton.next_power_of_2(num_kv_blocks)
+    with torch.cuda.device_of(scores):
+        select_topk_kernel[(num_q_blocks, batch * num_heads)](
+            scores.contiguous(),
+            budget.contiguous(),
+            kv_indices,
+            kv_num_blocks,
+            num_q_blocks,
+            num_kv_blocks,
+            sink_blocks,
+            local_blocks,
+            max_blocks,
+            ON_TOP=on_top,
+            ROW_SIZE=row_size,
+            num_warps=min(32, max(1, row_size // KEYS_PER_WARP)),
+        )
+    return kv_indices, kv_num_blocks
