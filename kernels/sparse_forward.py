@@ -177,17 +177,17 @@ def sparse_forward_kernel(
 
 
 def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows, keys, warps and pipeline stages of one program (our choice; shared memory of an H100 is 227 KiB).
+    """Rows, keys, warps and pipeline stages of one program (our choice, for the 227 KiB of shared memory of sm_90).
 
-    bf16 and fp16 run on tensor cores with 64 rows a warp group; fp32 has no exact tensor-core product, so its tiles
-    are bounded by registers.
+    fp16 and bf16 run on tensor cores, 16 rows and 128 dimensions a warp; fp32 has no exact tensor-core product, so
+    registers bound its tiles.
     """
     if dtype == torch.float32:
-        largest = 32 if head_dim > 64 else 64
-        return {"BLOCK_M": min(block_size, largest), "BLOCK_N": min(block_size, 32), "num_warps": 4, "num_stages": 1}
+        block_m, block_n = (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 128 else (16, 16)
+        return dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1)
     block_m, block_n = min(block_size, 128), min(block_size, 64)
-    num_stages = 2 if head_dim > 128 else 3
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(block_m // 16, 1), "num_stages": num_stages}
+    num_warps = min(8, block_m // 16 * max(1, head_dim // 128))
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=3 if head_dim <= 128 else 2)
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:

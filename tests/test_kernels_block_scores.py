@@ -1,0 +1,124 @@
+"""Group sums, value norms and block scores against loops and fp64."""
+
+import pytest
+import torch
+from stem.kernels.block_scores import block_sums, score_blocks, value_norms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def naive_block_sums(x, block_size, stride, reverse, offset):
+    """fp64 [B, H, nb, stride * D], one row at a time."""
+    first_block = offset // block_size
+    num_blocks = (offset + x.shape[2] - 1) // block_size - first_block + 1
+    sums = torch.zeros(*x.shape[:2], num_blocks, stride, x.shape[3], dtype=torch.float64)
+    for row in range(x.shape[2]):
+        block, position = divmod(offset + row - first_block * block_size, block_size)
+        group = position % stride
+        sums[:, :, block, stride - 1 - group if reverse else group] += x[:, :, row].double().cpu()
+    return sums.flatten(3)
+
+
+def naive_value_norms(v, block_size, group_size):
+    """fp64 [B, H, nb, block_size / group_size], one group at a time."""
+    num_blocks = -(-v.shape[2] // block_size)
+    norms = torch.zeros(*v.shape[:2], num_blocks * block_size // group_size, dtype=torch.float64)
+    for start in range(0, v.shape[2], group_size):
+        norms[:, :, start // group_size] = v[:, :, start : start + group_size].double().cpu().norm(dim=-1).amax(-1)
+    return norms.unflatten(2, (num_blocks, -1))
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["keys", "queries"])
+@pytest.mark.parametrize(
+    ("num_tokens", "offset", "head_dim", "block_size", "stride"),
+    [(1, 0, 16, 16, 16), (63, 13, 40, 32, 8), (129, 0, 96, 64, 16), (100, 128, 80, 128, 128), (300, 200, 64, 128, 8)],
+)
+def test_block_sums(num_tokens, offset, head_dim, block_size, stride, reverse):
+    x = torch.randn(2, 3, num_tokens, head_dim, device=DEVICE)
+    sums = block_sums(x, block_size, stride, reverse=reverse, offset=offset)
+    expected = naive_block_sums(x, block_size, stride, reverse, offset)
+    assert sums.dtype == torch.float32 and sums.shape == expected.shape
+    torch.testing.assert_close(sums.cpu().double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_sums_and_norms_accumulate_in_fp32(dtype):
+    x = torch.randn(1, 2, 129, 128, device=DEVICE).to(dtype)
+    sums = block_sums(x, 128, 16, reverse=False)
+    torch.testing.assert_close(sums.cpu().double(), naive_block_sums(x, 128, 16, False, 0), rtol=0, atol=1e-5)
+    norms = value_norms(x, 128, 16)
+    torch.testing.assert_close(norms.cpu().double(), naive_value_norms(x, 128, 16), rtol=1e-5, atol=0)
+
+
+def test_block_sums_of_non_contiguous_tensors():
+    x = torch.randn(2, 50, 3, 24, 2, device=DEVICE)[..., 0].transpose(1, 2)  # [2, 3, 50, 24], no unit stride
+    assert torch.equal(block_sums(x, 32, 8, reverse=True), block_sums(x.contiguous(), 32, 8, reverse=True))
+    assert torch.equal(value_norms(x, 32, 8), value_norms(x.contiguous(), 32, 8))
+
+
+def test_block_sums_of_a_chunk_are_those_of_the_whole():
+    x = torch.randn(1, 2, 96, 16, device=DEVICE)
+    whole, chunk = block_sums(x, 32, 8, reverse=True), block_sums(x[:, :, 32:], 32, 8, reverse=True, offset=32)
+    assert torch.equal(whole[:, :, 1:], chunk)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "head_dim", "block_size", "group_size"),
+    [(1, 16, 16, 16), (63, 40, 32, 8), (129, 96, 64, 64), (300, 256, 128, 128), (200, 80, 128, 1)],
+)
+def test_value_norms(num_tokens, head_dim, block_size, group_size):
+    v = torch.randn(2, 2, num_tokens, head_dim, device=DEVICE)
+    expected = naive_value_norms(v, block_size, group_size)
+    norms = value_norms(v, block_size, group_size)
+    assert norms.dtype == torch.float32 and norms.shape == expected.shape
+    torch.testing.assert_close(norms.cpu().double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(9, 3), (4, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("num_q_blocks", "num_kv_blocks", "depth"), [(1, 1, 16), (3, 70, 40), (67, 67, 96), (65, 130, 32)]
+)
+def test_score_blocks(num_q_heads, num_kv_heads, num_q_blocks, num_kv_blocks, depth):
+    q_sums = torch.randn(1, num_q_heads, num_q_blocks, depth, device=DEVICE)
+    k_sums = torch.randn(1, num_kv_heads, num_kv_blocks, depth, device=DEVICE)
+    value_bonus = torch.rand(1, num_kv_heads, num_kv_blocks, device=DEVICE)
+    scores = score_blocks(q_sums, k_sums, value_bonus, 0.3)
+
+    group = num_q_heads // num_kv_heads
+    k_heads = k_sums.double().cpu().repeat_interleave(group, 1)
+    expected = (
+        0.3 * q_sums.double().cpu() @ k_heads.mT + value_bonus.double().cpu().repeat_interleave(group, 1)[:, :, None]
+    )
+    q_block = torch.arange(num_kv_blocks - num_q_blocks, num_kv_blocks)
+    future = torch.arange(num_kv_blocks)[None, :] > q_block[:, None]
+    assert scores.dtype == torch.float32 and scores.shape == expected.shape
+    assert (scores.cpu()[..., future] == float("-inf")).all()
+    torch.testing.assert_close(scores.cpu().double()[..., ~future], expected[..., ~future], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 45])
+def test_scores_equal_the_mean_over_antidiagonal_samples(offset):
+    num_keys, head_dim, block_size, stride = 96 + offset, 16, 32, 8
+    q = torch.randn(1, 2, num_keys - offset, head_dim, device=DEVICE)
+    k = torch.randn(1, 1, num_keys, head_dim, device=DEVICE)
+    q_sums = block_sums(q, block_size, stride, reverse=True, offset=offset)
+    k_sums = block_sums(k, block_size, stride, reverse=False)
+    no_bonus = torch.zeros(1, 1, k_sums.shape[2], device=DEVICE)
+    scale = head_dim**-0.5 / (stride * (block_size // stride) ** 2)
+    scores = score_blocks(q_sums, k_sums, no_bonus, scale).cpu()
+
+    length = k_sums.shape[2] * block_size
+    start = length - q_sums.shape[2] * block_size
+    q_padded = torch.zeros(2, length, head_dim, dtype=torch.float64)
+    q_padded[:, offset:num_keys] = q[0].double().cpu()
+    k_padded = torch.zeros(length, head_dim, dtype=torch.float64)
+    k_padded[:num_keys] = k[0, 0].double().cpu()
+    logits = q_padded[:, start:] @ k_padded.T * head_dim**-0.5
+    rows, columns = torch.arange(length - start)[:, None], torch.arange(length)[None, :]
+    sampled = (rows % stride + columns % stride) == stride - 1
+    cells = (logits * sampled).unflatten(2, (-1, block_size)).unflatten(1, (-1, block_size))
+    expected = cells.sum((2, 4)) / sampled[:block_size, :block_size].sum()
+    visible = scores[0] > float("-inf")
+    torch.testing.assert_close(scores[0].double()[visible], expected[visible], rtol=0, atol=1e-6)
