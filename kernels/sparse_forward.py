@@ -165,8 +165,9 @@ def sparse_forward_kernel(
             accumulator, running_max, running_sum, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=True,
         )  # fmt: skip
 
-    out_tile = accumulator / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]  # an empty list gives zeros
-    lse = running_max * LN_2 + tl.log(running_sum)  # and -inf
+    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf
+    out_tile = accumulator / running_sum[:, None]
+    lse = running_max * LN_2 + tl.log(running_sum)
     exists = (queries >= 0) & (queries < num_queries)
     dims = tl.arange(0, BLOCK_D)
     out_pointers = out_ptr + first_query.to(tl.int64) * stride_on
@@ -180,9 +181,9 @@ def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype) -> dict[str, 
     """Rows, keys, warps and pipeline stages of one program (our choice, for the 227 KiB of shared memory of sm_90).
 
     fp16 and bf16 run on tensor cores, 16 rows and 128 dimensions a warp; fp32 has no exact tensor-core product, so
-    registers bound its tiles.
+    registers bound its tiles when it is compiled.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not triton.knobs.runtime.interpret:
         block_m, block_n = (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 128 else (16, 16)
         return dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1)
     block_m, block_n = min(block_size, 128), min(block_size, 64)
