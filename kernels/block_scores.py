@@ -12,6 +12,7 @@ MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program keeps 
 DIM_TILE = 64  # dimensions of V that are squared and added at a time
 SCORE_TILE = 64  # query and key blocks of one tile of scores
 DEPTH_TILE = 32  # depth of one step of the score GEMM
+PRECISION = "ieee" if torch.version.hip else "tf32x3"  # fp32 products, on NVIDIA by three tf32 products
 
 
 @triton.jit
@@ -109,6 +110,7 @@ def score_blocks_kernel(
     DEPTH: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One program computes one TILE x TILE tile of one head's scores. Grid: (key tiles, query tiles, B * Hq)."""
     batch_head = tl.program_id(2).to(tl.int64)
@@ -129,7 +131,7 @@ def score_blocks_kernel(
             depth = depth_start + tl.arange(0, DEPTH_TILE)
             q_tile = load_sums(q_sums_ptr, rows, num_q_blocks, depth, DEPTH)  # [TILE, DEPTH_TILE]
             k_tile = load_sums(k_sums_ptr, kv_blocks, num_kv_blocks, depth, DEPTH)
-            scores = tl.dot(q_tile, k_tile.T, scores, input_precision="ieee")
+            scores = tl.dot(q_tile, k_tile.T, scores, input_precision=PRECISION)
 
     value_bonus_ptr += batch_kv_head * num_kv_blocks
     value_bonus = tl.load(value_bonus_ptr + kv_blocks, mask=kv_blocks < num_kv_blocks, other=0.0)
@@ -235,5 +237,6 @@ def score_blocks(q_sums: torch.Tensor, k_sums: torch.Tensor, value_bonus: torch.
             DEPTH=depth,
             TILE=SCORE_TILE,
             DEPTH_TILE=DEPTH_TILE,
+            PRECISION=PRECISION,
         )
     return scores
