@@ -13,6 +13,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 env: $(INSTALLED) ## create .venv with the pinned packages (every target below does this first when needed)
+	@echo "$(VENV) is ready"
 
 $(INSTALLED): environment.yml pyproject.toml scripts/install.py
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v}; try: make env PYTHON=python3.12")'

@@ -1,0 +1,108 @@
+"""stem.records and stem.notebook: rows with provenance, and the helpers of the notebooks."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+
+from stem import notebook, records
+
+
+@pytest.fixture(autouse=True)
+def redirected(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "redirected"))
+    monkeypatch.setattr(records, "_CHECKOUT", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    return tmp_path / "redirected"
+
+
+def test_rows_come_back_with_provenance(redirected):
+    path = records.write_rows("speed", [{"tokens": 8, "ms": 0.5, "seed": 0}, {"tokens": 16, "seed": 0}])
+    assert path == redirected / "speed" / f"{records.machine_name()}-smoke.csv"
+    rows = records.read_rows("speed")
+    assert rows.tokens.tolist() == [8, 16] and rows.ms.isna().tolist() == [False, True]
+    assert set(records.PROVENANCE) <= set(rows) and set(rows.profile) == {"smoke"}
+    assert set(rows.torch) == {torch.__version__}
+    assert not list(redirected.rglob("*.partial"))
+
+
+def test_a_second_run_replaces_the_first_and_profiles_have_their_own_files(redirected):
+    for ms in (1.0, 2.0):
+        records.write_rows("speed", [{"ms": ms}])
+    records.write_rows("speed", pd.DataFrame([{"ms": 3.0}]), profile="full")
+    rows = records.read_rows("speed")
+    assert dict(zip(rows.profile, rows.ms, strict=True)) == {"smoke": 2.0, "full": 3.0}
+
+
+def test_reading_joins_machines_and_redirected_files_win(redirected, tmp_path):
+    committed = tmp_path / "results" / "speed"
+    committed.mkdir(parents=True)
+    ours = f"{records.machine_name()}-smoke.csv"
+    (committed / "another-machine.csv").write_text("ms,machine,profile\n7.0,another-machine,full\n")
+    (committed / ours).write_text("ms,machine,profile\n8.0,this,smoke\n")
+    assert sorted(records.read_rows("speed").ms) == [7.0, 8.0]
+    records.write_rows("speed", [{"ms": 9.0}])
+    assert sorted(records.read_rows("speed").ms) == [7.0, 9.0]
+
+
+def test_no_rows_yet():
+    rows = records.read_rows("nothing")
+    assert rows.empty and list(rows) == list(records.PROVENANCE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("speed", []), "'speed' are empty"),
+        (("speed", [{"a": 1}], "medium"), "profile must be one of .* got 'medium'"),
+        (("../speed", [{"a": 1}]), "experiment must be a folder name .* got '../speed'"),
+        (("speed", [{"a": 1, "date": "today"}]), r"hold the columns \['date'\]"),
+    ],
+    ids=["empty", "profile", "name", "reserved"],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        records.write_rows(*arguments)
+
+
+def test_setup_seeds_and_tells(capsys):
+    run = notebook.setup("smoke", 3)
+    first = torch.rand(2)
+    assert notebook.setup("full", 3).full and not run.full and run.seed == 3
+    assert torch.equal(first, torch.rand(2))
+    assert f"torch {torch.__version__}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="got 'quick'"):
+        notebook.setup("quick", 0)
+
+
+def test_check(capsys):
+    notebook.check("one is one", torch.tensor(1) == 1)
+    assert capsys.readouterr().out == "ok: one is one\n"
+    with pytest.raises(AssertionError, match="does not hold: two is one"):
+        notebook.check("two is one", 2 == 1)
+
+
+@dataclasses.dataclass
+class Pair:
+    first: torch.Tensor
+    second: int
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda n: n + 1,
+        lambda n: torch.arange(n),
+        lambda n: (torch.ones(n), 0.5),
+        lambda n: Pair(torch.ones(n), n),
+        lambda n: {"blocks": [n, n]},
+    ],
+    ids=["number", "tensor", "tuple", "dataclass", "mapping"],
+)
+def test_exercise(answer, capsys):
+    notebook.exercise(lambda n: None, against=answer, args=(3,))
+    notebook.exercise(answer, against=answer, args=(3,))
+    assert capsys.readouterr().out == "not attempted\ncorrect\n"
+    with pytest.raises((AssertionError, TypeError)):
+        notebook.exercise(lambda n: answer(n + 1), against=answer, args=(3,))
