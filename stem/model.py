@@ -1,0 +1,174 @@
+"""A small decoder-only language model whose attention can be changed at any time.
+
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward, tied embeddings, no biases
+and no dropout: the shape of Llama. The same weights run with dense attention, with Stem or any other pattern.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stem import patterns
+from stem.attention import block_sparse_attention, stem_attention
+from stem.config import StemConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """Everything that decides the number of weights.
+
+    Attributes:
+        vocab_size: Number of token ids; 256 means plain bytes.
+        layers: Number of blocks.
+        width: Width of the residual stream; a multiple of `heads`.
+        heads, kv_heads: Query and key-value heads; `heads` is a multiple of `kv_heads`.
+        hidden: Inner width of the feed-forward.
+        rope_base: Base of the rotary frequencies.
+    """
+
+    vocab_size: int = 256
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    hidden: int = 384
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        if self.width % self.heads or self.head_dim % 2:
+            raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+def training_impl(device: torch.device) -> str:
+    """The `impl` of block-sparse attention that has a backward pass on this device.
+
+    The Triton kernel is forward-only so far, so CUDA takes FlexAttention with the same block lists; the CPU takes the
+    gathering one in plain torch.
+    """
+    return "flex" if device.type == "cuda" else "torch"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: str, config: StemConfig | None) -> Tensor:
+    """Causal attention by name; the gradient flows through the kept blocks, never through their selection.
+
+    Args:
+        q: [B, Hq, N, D]; k, v: [B, Hkv, N, D], same dtype.
+        attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
+        config: Block size, budget and score of the selection; None takes the default. Unused by "dense".
+    Returns:
+        [B, Hq, N, D], the dtype of `q`.
+    """
+    if attention == "dense":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    impl = training_impl(q.device)
+    config = config or StemConfig()
+    if attention == "stem":
+        return stem_attention(q, k, v, config, impl=impl)
+    with torch.no_grad():
+        selection = patterns.select(attention, q, k, v, config)
+    return block_sparse_attention(q, k, v, selection, impl=impl)
+
+
+def rotary_angles(num_tokens: int, size: ModelSize, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, fp32 [N, head_dim / 2] each (RoFormer, Eq. 15)."""
+    frequencies = size.rope_base ** (-torch.arange(0, size.head_dim, 2, device=device) / size.head_dim)
+    angles = torch.arange(num_tokens, device=device)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x: [B, H, N, D], returned in its own dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, size: ModelSize):
+        super().__init__()
+        self.size = size
+        kv_width = size.kv_heads * size.head_dim
+        self.qkv = nn.Linear(size.width, size.width + 2 * kv_width, bias=False)
+        self.out = nn.Linear(size.width, size.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: str, config: StemConfig | None) -> Tensor:
+        size = self.size
+        qkv = self.qkv(x).unflatten(-1, (-1, size.head_dim)).transpose(1, 2)  # [B, Hq + 2 Hkv, N, D]
+        q, k, v = qkv.split([size.heads, size.kv_heads, size.kv_heads], dim=1)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, attention, config)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, size: ModelSize):
+        super().__init__()
+        self.gate_up = nn.Linear(size.width, 2 * size.hidden, bias=False)
+        self.out = nn.Linear(size.hidden, size.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, size: ModelSize):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(size.width)
+        self.attention = Attention(size)
+        self.feed_forward_norm = nn.RMSNorm(size.width)
+        self.feed_forward = FeedForward(size)
+
+    def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), *attention_arguments)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, next-token logits out.
+
+    `model.attention` and `model.stem_config` may be assigned at any time: they hold no weights.
+
+    Args:
+        size: Numbers of layers, heads and so on.
+        attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
+        stem_config: Selection settings of every layer; None takes the default.
+    Raises:
+        ValueError: If `attention` is unknown.
+    """
+
+    def __init__(self, size: ModelSize, attention: str = "dense", stem_config: StemConfig | None = None):
+        super().__init__()
+        if attention not in patterns.names():
+            raise ValueError(f"attention={attention!r}; accepted: {', '.join(patterns.names())}")
+        self.size, self.attention, self.stem_config = size, attention, stem_config
+        self.embedding = nn.Embedding(size.vocab_size, size.width)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.norm = nn.RMSNorm(size.width)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Normal weights: embedding 0.02, matrices 1/sqrt(inputs), outputs of a layer smaller by sqrt(2 layers)."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                writers = 2 * self.size.layers if name.endswith("out") else 1
+                nn.init.normal_(module.weight, std=(module.in_features * writers) ** -0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Next-token logits, [B, N, vocab_size], from int64 tokens [B, N]."""
+        cos, sin = rotary_angles(tokens.shape[1], self.size, tokens.device)
+        x = self.embedding(tokens)  # [B, N, width]
+        for block in self.blocks:
+            x = block(x, cos, sin, self.attention, self.stem_config)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def num_weights(self) -> int:
+        """Number of trained numbers; the tied embedding counts once."""
+        return sum(weight.numel() for weight in self.parameters())
