@@ -161,3 +161,10 @@ def test_blocks_off_the_list_change_nothing():
     k[:, :, 32:64], v[:, :, 32:64] = float("nan"), float("nan")
     after = sparse_forward(q, k, v, *lists_of(mask), 32, 0.2)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 15 GB of device memory")
+def test_offsets_beyond_32_bits(check):
+    storage = torch.zeros(3, 300, 2**23, dtype=torch.bfloat16, device=DEVICE)  # the last row starts past 2**31
+    q, k, v = (x[None, None, :, :64].copy_(torch.randn(300, 64)) for x in storage)
+    check(q, k, v, random_mask(1, 1, 300, 300, 128), 128)
