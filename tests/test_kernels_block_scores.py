@@ -55,7 +55,8 @@ def test_block_sums_and_norms_accumulate_in_fp32(dtype):
 def test_block_sums_of_non_contiguous_tensors():
     x = torch.randn(2, 50, 3, 24, 2, device=DEVICE)[..., 0].transpose(1, 2)  # [2, 3, 50, 24], no unit stride
     assert torch.equal(block_sums(x, 32, 8, reverse=True), block_sums(x.contiguous(), 32, 8, reverse=True))
-    assert torch.equal(value_norms(x, 32, 8), value_norms(x.contiguous(), 32, 8))
+    norms, contiguous = value_norms(x, 32, 8), value_norms(x.contiguous(), 32, 8)
+    torch.testing.assert_close(norms, contiguous, rtol=1e-6, atol=0)  # strides decide the order of the sum
 
 
 def test_block_sums_of_a_chunk_are_those_of_the_whole():
