@@ -13,7 +13,7 @@ A call with one query is decode and stays dense (SDPA), as do sliding-window lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,11 +24,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from stem.attention import IMPLS, stem_attention
+from stem.attention import IMPLS, block_sparse_attention, stem_attention
 from stem.config import StemConfig
 from stem.selection import BlockSelection
 
 NAME = "stem"  # the attention implementation under which both functions below are registered
+
+Selector = Callable[[Tensor, Tensor, Tensor], BlockSelection]
 
 UNSUPPORTED = {
     "output_attentions": "attention weights are never materialised",
@@ -49,7 +51,7 @@ class _Layer:
     """What `enable` attaches to one attention module, as its attribute `stem_layer`."""
 
     index: int
-    config: StemConfig | None
+    config: StemConfig | Selector | None
     impl: str | None
     own: str | None  # why the layer keeps its own attention whatever its config: "sliding_attention", ...
     previous: str  # attention implementation that `disable` restores
@@ -95,7 +97,7 @@ class Report(Sequence):
 
 def enable(
     model: nn.Module,
-    config: StemConfig | Mapping[int, StemConfig | None] | Sequence[StemConfig | None],
+    config: StemConfig | Selector | Mapping[int, StemConfig | Selector | None] | Sequence[StemConfig | Selector | None],
     impl: str | None = None,
 ) -> None:
     """Make a model's prefill sparse; a second call replaces the config and starts the density counts anew.
@@ -103,7 +105,8 @@ def enable(
     Args:
         model: A causal language model of transformers, or a module that holds one.
         config: For every layer, or per layer: a sequence with an entry for each, or a mapping from layer index.
-            None, or a layer missing in the mapping, is dense.
+            None, or a layer missing in the mapping, is dense. In place of a config, a Selector (q, k, v) ->
+            BlockSelection chooses the blocks, for example functools.partial(stem.patterns.select, "xattention").
         impl: See stem.block_sparse_attention.
     Raises:
         TypeError: If model is no torch module or a config is no StemConfig.
@@ -276,7 +279,11 @@ def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, rows_by_span
 def _attend(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if q.shape[2] == 1:  # the only token of its row here: decode, were it not for the others
         return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    out, selection = stem_attention(q, k, v, layer.config, scale=scale, impl=layer.impl, return_selection=True)
+    if isinstance(layer.config, StemConfig):
+        out, selection = stem_attention(q, k, v, layer.config, scale=scale, impl=layer.impl, return_selection=True)
+    else:
+        selection = layer.config(q, k, v)
+        out = block_sparse_attention(q, k, v, selection, scale=scale, impl=layer.impl)
     layer.count(selection)
     return out
 
@@ -324,9 +331,9 @@ def _own_attention(module: nn.Module) -> str | None:
     return None if wide or kind in {"full_attention", "hybrid"} else kind
 
 
-def _config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemConfig | None]:
+def _config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemConfig | Selector | None]:
     """One entry for each attention layer, checked."""
-    if isinstance(config, StemConfig):
+    if isinstance(config, StemConfig) or callable(config):
         return dict.fromkeys(modules, config)
     if isinstance(config, Mapping):
         if unknown := sorted(set(config) - set(modules)):
@@ -340,6 +347,6 @@ def _config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, Stem
     else:
         raise TypeError(f"config must be a StemConfig, or one per layer (mapping or sequence), got {config!r}")
     for index, entry in configs.items():
-        if entry is not None and not isinstance(entry, StemConfig):
-            raise TypeError(f"config of layer {index} must be a StemConfig or None, got {entry!r}")
+        if entry is not None and not isinstance(entry, StemConfig) and not callable(entry):
+            raise TypeError(f"config of layer {index} must be a StemConfig, a Selector or None, got {entry!r}")
     return configs
