@@ -140,15 +140,13 @@ def main() -> None:
         for notebook in notebooks:
             shutil.copy(notebook, folder)
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
-        with jupyterlab(folder, home) as url:
-            for notebook in notebooks:
-                started = time.monotonic()
-                print(f"{notebook.stem:<24}", end="", flush=True)
-                page = browser.new_page(viewport={"width": 1280, "height": 1400})
+        for notebook in notebooks:
+            started = time.monotonic()
+            print(f"{notebook.stem:<24}", end="", flush=True)
+            with jupyterlab(folder, home) as url, browser.new_page(viewport={"width": 1280, "height": 1400}) as page:
                 problems = look_at(page, url.format(notebook.name), pictures / f"{notebook.stem}.png")
-                page.close()
-                failed |= bool(problems)
-                print(f", {time.monotonic() - started:.0f} s: {'; '.join(problems) or 'ok'}", flush=True)
+            failed |= bool(problems)
+            print(f", {time.monotonic() - started:.0f} s: {'; '.join(problems) or 'ok'}", flush=True)
         browser.close()
     sys.exit(int(failed))
 

@@ -1,0 +1,177 @@
+"""README's tables and sentences, computed from the committed rows: `python -m stem.tables` rewrites them in place.
+
+README.md holds `<!-- begin:NAME -->` and `<!-- end:NAME -->` for each NAME in `SECTIONS`; what is between is replaced.
+Only rows of full runs are used, so a smoke run on somebody's laptop changes no table.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from stem import records
+
+BASELINES = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2", "sdpa_cpu": "SDPA"}
+CONFIGS = {"released": "released schedule", "default": "density 0.25"}
+MISSING = "–"
+
+
+def render(text: str) -> str:
+    """A README with every section between markers computed anew.
+
+    Raises:
+        ValueError: If a marker has no section, or a section has no markers.
+    """
+    found = re.findall(r"<!-- begin:(\w+) -->", text)
+    if sorted(found) != sorted(SECTIONS):
+        raise ValueError(f"README has markers for {sorted(found)}, there are sections for {sorted(SECTIONS)}")
+    for name, section in SECTIONS.items():
+        before, begin, rest = text.partition(f"<!-- begin:{name} -->\n")
+        _, end, after = rest.partition(f"<!-- end:{name} -->")
+        text = f"{before}{begin}{section()}\n{end}{after}"
+    return text
+
+
+def speed() -> str:
+    """For each machine, one sentence and one table: the whole operator against every dense back end."""
+    rows = _full("speed")
+    if rows.empty:
+        return _nothing("04")
+    return "\n\n".join(_speed_of(device, part) for device, part in _by_device(rows))
+
+
+def _speed_of(device: str, rows: pd.DataFrame) -> str:
+    dense = rows[rows.config == "dense"].pivot_table(index="tokens", columns="provider", values="latency_ms")
+    stem = rows[(rows.operation == "operator") & rows.latency_ms.notna()].sort_values(
+        ["tokens", "config", "latency_ms"]
+    )
+    stem = stem.drop_duplicates(["tokens", "config"])  # the fastest implementation
+    names = [name for name in BASELINES if name in dense]
+    header = ["tokens", "config", "density", *(f"dense, {BASELINES[name]} [ms]" for name in names), "Stem [ms]"]
+    header += [f"speed-up over {BASELINES[name]}" for name in names]
+    lines = []
+    for row in stem.to_dict("records"):
+        of = {name: dense[name].get(row["tokens"], float("nan")) for name in names}
+        times = [_number(of[name]) for name in names] + [_number(row["latency_ms"])]
+        ratios = [_number(of[name] / row["latency_ms"], "×") for name in names]
+        config = CONFIGS.get(row["config"], row["config"])
+        lines.append([_tokens(row["tokens"]), config, f"{row['density']:.1%}", *times, *ratios])
+    shape = stem.iloc[0].to_dict()
+    heads = f"{shape['q_heads']:.0f} query and {shape['kv_heads']:.0f} key-value heads of {shape['head_dim']:.0f}"
+    told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape['batch']:.0f}, random normal inputs; medians; "
+    told += "scoring and selection are part of Stem's time."
+    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{_markdown(header, lines)}"
+
+
+def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str]) -> str:
+    measured = stem[stem.tokens.isin(dense.dropna(how="all").index)]
+    if measured.empty:
+        return ""
+    best = measured[measured.tokens == measured.tokens.max()].sort_values("latency_ms").iloc[0]
+    ratios = {name: dense[name].get(best.tokens, float("nan")) / best.latency_ms for name in names}
+    told = " and ".join(f"{ratio:.2g} times as fast as {BASELINES[n]}" for n, ratio in ratios.items() if ratio == ratio)
+    return f" At {_tokens(best.tokens)} tokens and density {best.density:.1%} the whole operator is {told}."
+
+
+def evaluation() -> str:
+    """For each machine, mean answer log-likelihood, generated score and document loss by method."""
+    rows = _full("evaluation")
+    if rows.empty:
+        return _nothing("06")
+    parts = []
+    for device, part in _by_device(rows):
+        model = ", ".join(sorted(part["model"].dropna().unique()))
+        parts.append(f"Model {model}, run on {device}; the short window is the control that must fail.")
+        parts += [table for table in map(lambda make, rows=part: make(rows), (_logp, _generated, _loss)) if table]
+    return "\n\n".join(parts)
+
+
+def _logp(rows: pd.DataFrame) -> str:
+    title = "Log-likelihood of the right answer [nats], teacher-forced in one sparse forward, mean over samples:"
+    return _by_method(title, _where(rows, "measure", "teacher_forced"), ["task", "length"], "logp", "{:.2f}")
+
+
+def _generated(rows: pd.DataFrame) -> str:
+    title = "Generated answers that are right (dense decoding, which cannot see a broken prefill):"
+    return _by_method(title, _where(rows, "measure", "generated"), ["task", "length"], "score", "{:.0%}")
+
+
+def _loss(rows: pd.DataFrame) -> str:
+    losses = rows[rows.loss.notna()] if "loss" in rows else rows.iloc[:0]
+    return _by_method("Next-token loss on long documents [nats per token]:", losses, "document", "loss", "{:.3f}")
+
+
+def _by_method(title: str, rows: pd.DataFrame, columns: str | list[str], value: str, form: str) -> str:
+    """One line for each method, one column for each group, and the mean density that was computed."""
+    if rows.empty:
+        return ""
+    groups = list(rows.groupby(columns).groups)
+    lines = []
+    for method, of in rows.groupby("method", sort=False):
+        means = of.groupby(columns)[value].mean()
+        lines.append([method, f"{of.density.mean():.1%}", *(form.format(means.get(g, float("nan"))) for g in groups)])
+    names = [f"{g[0]}, {_tokens(g[1])}" if isinstance(g, tuple) else g for g in groups]
+    return f"{title}\n\n{_markdown(['method', 'density', *names], lines)}"
+
+
+def training() -> str:
+    """For each machine, one line for each arm and one column for each measure, the mean over seeds."""
+    rows = _full("training")
+    rows = rows[rows.measure.notna()] if "measure" in rows else rows.iloc[:0]
+    if rows.empty:
+        return _nothing("05")
+    parts = []
+    for device, part in _by_device(rows):
+        means = part.pivot_table(index="arm", columns="measure", values="value", sort=False)
+        lines = [[arm, *map(_number, values)] for arm, values in zip(means.index, means.to_numpy(), strict=True)]
+        parts.append(f"**{device}**, mean over {part.seed.nunique()} seeds.\n\n{_markdown(['arm', *means], lines)}")
+    return "\n\n".join(parts)
+
+
+SECTIONS = {"speed": speed, "evaluation": evaluation, "training": training}
+
+
+def _full(experiment: str) -> pd.DataFrame:
+    rows = records.read_rows(experiment)
+    return rows[rows.profile == "full"]
+
+
+def _nothing(number: str) -> str:
+    return (
+        f"No full run is committed yet: `make reproduce PROFILE=full ONLY={number}` on a CUDA machine writes its rows."
+    )
+
+
+def _by_device(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
+    return rows.groupby("device", sort=True)
+
+
+def _where(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    return rows[rows[column] == value] if column in rows else rows.iloc[:0]
+
+
+def _tokens(count: float) -> str:
+    return f"{count / 1024:.0f}K" if count % 1024 == 0 and count < 2**20 else f"{count / 2**20:g}M"
+
+
+def _number(value: float, unit: str = "") -> str:
+    """Three significant digits without an exponent, a dash for a missing value."""
+    if value != value:
+        return MISSING
+    return (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    cells = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    path = records.repository_root() / "README.md"
+    path.write_text(render(path.read_text()))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""stem.tables: README sections from made-up rows, whichever of them exist."""
+
+import pytest
+
+from stem import records, tables
+
+README = "".join(f"# {name}\n<!-- begin:{name} -->\nold\n<!-- end:{name} -->\nprose\n" for name in tables.SECTIONS)
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """An empty results folder on a machine with a made-up GPU."""
+    monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(records, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(records, "device_name", lambda: "Made-up GPU")
+    (tmp_path / "pyproject.toml").touch()
+
+
+def speed_rows() -> list[dict]:
+    shape = dict(batch=1, q_heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", seed=0)
+    return [
+        dict(
+            shape, tokens=tokens, operation=operation, provider=provider, config=config, density=density, latency_ms=ms
+        )
+        for tokens, operation, provider, config, density, ms in [
+            (1024, "attention", "sdpa_cudnn", "dense", 1.0, 1.0),
+            (1024, "operator", "stem_triton", "default", 0.25, 2.0),
+            (131072, "attention", "sdpa_cudnn", "dense", 1.0, 150.0),
+            (131072, "attention", "sdpa_flash", "dense", 1.0, 240.0),
+            (131072, "scores", "stem_triton", "default", 0.25, 1.0),
+            (131072, "operator", "stem_triton", "default", 0.25, 30.0),
+            (1048576, "operator", "stem_triton", "default", 0.25, 1900.0),
+            (1048576, "attention", "sdpa_flash", "dense", 1.0, float("nan")),
+        ]
+    ]
+
+
+def evaluation_rows() -> list[dict]:
+    common = dict(model="smollm2", seed=0)
+    answers = [
+        dict(common, method=method, task="niah_single_1", length=1024, sample=sample, measure=measure, density=density)
+        | {"score": 1.0, "logp": logp - sample}
+        for method, density, logp in [("dense", 1.0, -1.0), ("window", 0.1, -9.0)]
+        for measure in ("generated", "teacher_forced")
+        for sample in (0, 1)
+    ]
+    losses = [dict(common, method="dense", document="tarfile", start=s, loss=2.0, density=1.0) for s in (0, 1024)]
+    return answers + losses
+
+
+def test_without_rows_each_section_says_how_to_get_them():
+    text = tables.render(README)
+    assert "old" not in text and text.count("prose") == len(tables.SECTIONS)
+    for number in ("04", "05", "06"):
+        assert f"make reproduce PROFILE=full ONLY={number}" in text
+    assert tables.render(text) == text
+
+
+def test_smoke_rows_change_nothing():
+    before = tables.render(README)
+    records.write_rows("speed", speed_rows(), profile="smoke")
+    assert tables.render(README) == before
+
+
+def test_speed():
+    records.write_rows("speed", speed_rows(), profile="full")
+    text = tables.speed()
+    assert "**Made-up GPU**, 32 query and 8 key-value heads of 128, bfloat16" in text
+    assert "At 128K tokens and density 25.0% the whole operator is 5 times as fast as cuDNN and 8 times as fast" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert rows[0].split(" | ")[0] == "| 1K" and "0.5×" in rows[0]
+    assert rows[1].endswith("| 150 | 240 | 30 | 5× | 8× |")
+    assert rows[2].startswith("| 1M") and rows[2].endswith("| – | – | 1900 | – | – |")
+
+
+def test_evaluation():
+    records.write_rows("evaluation", evaluation_rows(), profile="full")
+    text = tables.evaluation()
+    assert "| method | density | niah_single_1, 1K |" in text
+    assert "| dense | 100.0% | -1.50 |" in text and "| window | 10.0% | -9.50 |" in text
+    assert "| window | 10.0% | 100% |" in text
+    assert "| dense | 100.0% | 2.000 |" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", README + "<!-- begin:weather -->\n<!-- end:weather -->\n"], ids=["none", "unknown"]
+)
+def test_markers_and_sections_must_agree(text):
+    with pytest.raises(ValueError, match="markers for"):
+        tables.render(text)
