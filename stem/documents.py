@@ -1,6 +1,6 @@
-"""Long real text that every machine already has: the Python standard library's source and CPython's language reference.
+"""Long real text that every machine already has: Python's standard library and its language reference.
 
-No download and no licence question. The text changes with the Python version, so `fingerprint` goes beside every result.
+No download, no licence question. The text changes with the Python version, so `fingerprint` goes beside results.
 """
 
 import hashlib
