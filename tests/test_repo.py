@@ -188,6 +188,20 @@ def test_readme_links_exist():
     assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
+def test_readme_snippets():
+    import torch
+
+    on_a_model, on_tensors = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    compile(on_a_model, "README.md", "exec")
+    assert len(on_a_model.strip().splitlines()) <= 8
+    import stem
+
+    names = {"stem": stem, "q": torch.randn(1, 4, 1024, 32), "k": torch.randn(1, 2, 1024, 32)}
+    names["v"] = torch.randn_like(names["k"])
+    exec(on_tensors, names)
+    assert names["out"].shape == names["q"].shape
+
+
 def test_readme_holds_what_the_rows_say(monkeypatch):
     from stem import tables
 
