@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from stem.budget import block_budget
@@ -15,7 +16,7 @@ from stem.config import StemConfig
 from stem.reference import masked_attention
 from stem.scores import block_scores, pad_to_grid
 from stem.selection import BlockSelection, select_blocks
-from stem.validation import check_impl, check_qkv, check_scale
+from stem.validation import check_config, check_impl, check_qkv, check_scale
 
 IMPLS = ("reference", "torch", "triton", "flex")
 CHUNK_ELEMENTS = 1 << 22  # gathered key elements per chunk of rows in impl="torch": 16 MiB in fp32
@@ -48,6 +49,7 @@ def stem_attention(
     """
     config = StemConfig() if config is None else config
     check_qkv(q, k, v)
+    check_config(config)
     scale = check_scale(scale, q.shape[-1])
     budget = block_budget(-(-k.shape[2] // config.block_size), config)
     scores = block_scores(q, k, v, config, scale=scale, impl=_stage_impl(impl))
@@ -110,7 +112,8 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
     size = selection.block_size
     offset = k.shape[2] - q.shape[2]
     q_blocks = pad_to_grid(q, size, offset).unflatten(2, (-1, size))  # [B, Hq, nq, size, D]
-    k_blocks, v_blocks = (pad_to_grid(x, size).unflatten(2, (-1, size)) for x in (k, v))  # [B, Hkv, nk, size, D]
+    tail = size + -k.shape[2] % size  # a block of zeros behind the last one, for the unused entries of the lists
+    k_blocks, v_blocks = (pad(x, (0, 0, 0, tail)).unflatten(2, (-1, size)) for x in (k, v))  # [B, Hkv, nk + 1, size, D]
     chunks = []
     for rows, width in _row_chunks(selection, q.shape[0] * q.shape[1] * size * q.shape[3]):
         args = (q_blocks[:, :, rows], k_blocks, v_blocks, selection, rows, width, scale)
@@ -141,19 +144,18 @@ def _attend_rows(
     """Attention of the query blocks `rows`: q [B, Hq, R, size, D] -> the same shape and lse [B, Hq, R, size]."""
     batch, q_heads, _, size, _ = q.shape
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    columns = selection.kv_indices[:, :, rows, :width].long()  # [B, Hq, R, W]
+    used = torch.arange(width, device=q.device) < selection.kv_num_blocks[:, :, rows, None]
+    columns = selection.kv_indices[:, :, rows, :width].long().where(used, selection.num_kv_blocks)  # [B, Hq, R, W]
     batches = torch.arange(batch, device=q.device)[:, None, None, None]
     kv_heads = (torch.arange(q_heads, device=q.device) // (q_heads // k_blocks.shape[1]))[:, None, None]
     k, v = (
         x[batches, kv_heads, columns].flatten(3, 4).to(compute) for x in (k_blocks, v_blocks)
     )  # [B, Hq, R, W*size, D]
 
-    slots = torch.arange(columns.shape[-1], device=q.device)
     token = torch.arange(size, device=q.device)
     first_row = selection.num_kv_blocks - selection.num_q_blocks + rows.start
     row = torch.arange(first_row, first_row + q.shape[2], device=q.device)
-    used = slots < selection.kv_num_blocks[:, :, rows, None]
-    position = torch.where(used, columns, selection.num_kv_blocks)[..., None] * size + token  # unused: in the future
+    position = columns[..., None] * size + token  # that of an unused entry is in the future
     future = position.flatten(3)[..., None, :] > (row[:, None] * size + token)[..., None]  # [B, Hq, R, size, W*size]
 
     logits = (q.to(compute) * scale @ k.mT).masked_fill_(future, -torch.inf)
@@ -188,7 +190,7 @@ def _run_flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale:
     from torch.nn.attention.flex_attention import AuxRequest
 
     front = (k.shape[2] - q.shape[2]) % selection.block_size
-    q = torch.nn.functional.pad(q, (0, 0, front, 0))
+    q = pad(q, (0, 0, front, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         out, aux = _flex_attention(q.is_cuda)(
