@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stem.config import StemConfig
+from stem.validation import check_config
 
 DEFAULT_DENSITY = 0.25
 
@@ -29,9 +31,8 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
         raise TypeError(f"num_kv_blocks must be an int >= 1, got {num_kv_blocks!r}")
     if num_kv_blocks < 1:
         raise ValueError(f"num_kv_blocks must be >= 1, got {num_kv_blocks}")
-    if not isinstance(config, StemConfig):
-        raise TypeError(f"config must be a StemConfig, got {type(config).__name__}")
-    return torch.tensor(_budget(num_kv_blocks, config), dtype=torch.int32)
+    check_config(config)
+    return torch.tensor(_budget(num_kv_blocks, config, isinstance(config.k_start, Integral)), dtype=torch.int32)
 
 
 def causal_pairs(num_kv_blocks: int, num_q_blocks: int | None = None) -> int:
@@ -51,7 +52,8 @@ def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def _budget(n: int, config: StemConfig) -> tuple[int, ...]:
+def _budget(n: int, config: StemConfig, k_start_in_blocks: bool) -> tuple[int, ...]:
+    # as keys of the cache, configs with k_start=1 and k_start=1.0 are equal; the last argument tells them apart
     causal = np.arange(1, n + 1)
     if config.allocation == "adaptive":
         budget = causal
@@ -68,7 +70,7 @@ def _k_start(n: int, config: StemConfig) -> float:
         _, share, extra = max(regime for regime in config.k_start_regimes if regime[0] <= n)
         k_start = share * n + extra
     else:
-        k_start = config.k_start * n if isinstance(config.k_start, float) else config.k_start
+        k_start = config.k_start if isinstance(config.k_start, Integral) else config.k_start * n
     k_start = max(k_start, config.min_blocks)
     return min(n, int(k_start) if config.decay_from == "k_start" else k_start)
 
