@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Literal, get_args
 
@@ -88,7 +89,7 @@ class StemConfig:
     """Value term: "log" of the block's largest norm (Eq. 7), or z-scored over the prompt as the public code does."""
 
     routing_scale: RoutingScale = "mean"
-    """"mean" averages q.k * scale over the samples (paper, AngelSlim); "raw" drops the softmax scale and 1/S (hpc-ops)."""
+    """"mean" averages q.k * scale over the samples (paper, AngelSlim); "raw" drops the scale and 1/S (hpc-ops)."""
 
     reduction: Reduction = "mean"
     """Samples to block score: plain mean (the paper), or softmax over the row's cells before the block sum."""
@@ -100,10 +101,11 @@ class StemConfig:
     """Shape of the budget over rows: Eq. 3, constant ("uniform"), or a threshold on each block's share ("adaptive")."""
 
     threshold: float | None = None
-    """With allocation="adaptive": keep a block whose share of its row's mass exceeds this, in (0, 1)."""
+    """With allocation="adaptive": keep a block whose share of its row's mass exceeds this, in (0, 1]."""
 
     def __post_init__(self) -> None:
         _choice("block_size", self.block_size, get_args(BlockSize))
+        _integer("block_size", self.block_size, 16)
         _integer("score_stride", self.score_stride, 1)
         if self.block_size % self.score_stride:
             raise ValueError(
@@ -113,7 +115,7 @@ class StemConfig:
             _integer(name, getattr(self, name), 0)
         self._check_budget()
         _number("decay", self.decay, 0.0, 1.0, open_below=True)
-        _number("value_weight", self.value_weight, 0.0, float("inf"))
+        _number("value_weight", self.value_weight, 0.0, inf)
         _choice("decay_from", self.decay_from, get_args(DecayFrom))
         _choice("forced", self.forced, get_args(Forced))
         _choice("value_norm", self.value_norm, get_args(ValueNorm))
@@ -167,11 +169,24 @@ class StemConfig:
             raise ValueError(
                 f"min_blocks bounds k_start or k_start_regimes, got min_blocks={self.min_blocks} without them"
             )
-        for regime in self.k_start_regimes or ():
-            if len(regime) != 3:
-                raise ValueError(f"k_start_regimes must hold (from blocks, share, blocks added), got {regime!r}")
-        if self.k_start_regimes is not None and (not self.k_start_regimes or self.k_start_regimes[0][0] != 0):
-            raise ValueError(f"k_start_regimes must start at 0 blocks, got {self.k_start_regimes!r}")
+        if self.k_start_regimes is not None:
+            self._check_regimes()
+
+    def _check_regimes(self) -> None:
+        try:
+            regimes = tuple((start, share, extra) for start, share, extra in self.k_start_regimes)
+        except (TypeError, ValueError):
+            raise ValueError(
+                "k_start_regimes must hold triples (from key blocks, share of the key blocks, blocks added), "
+                f"got {self.k_start_regimes!r}"
+            ) from None
+        for start, share, extra in regimes:
+            _integer("k_start_regimes: from key blocks", start, 0)
+            _number("k_start_regimes: share of the key blocks", share, 0.0, 1.0)
+            _integer("k_start_regimes: blocks added", extra, 0)
+        if not regimes or min(regimes)[0] != 0:
+            raise ValueError(f"k_start_regimes must start at 0 key blocks, got {self.k_start_regimes!r}")
+        object.__setattr__(self, "k_start_regimes", regimes)  # lists, as JSON gives them, become hashable
 
     def _check_adaptive(self) -> None:
         if (self.allocation == "adaptive") != (self.threshold is not None):
@@ -202,6 +217,6 @@ def _integer(name: str, value, low: int) -> None:
 def _number(name: str, value, low: float, high: float, *, open_below: bool = False) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (low < value <= high if open_below else low <= value <= high):
-        bracket = "(" if open_below else "["
-        raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}")
+    if not isfinite(value) or not (low < value <= high if open_below else low <= value <= high):
+        left, right = "(" if open_below else "[", ")" if high == inf else "]"
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention by its definition; queries are the last Nq positions. Shapes and dtypes as in masked_attention."""
+    """Causal attention by its definition; queries are the last Nq positions. Shapes, dtypes as in masked_attention."""
     q_len, kv_len = q.shape[2], k.shape[2]
     causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
     return masked_attention(q, k, v, causal, scale)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stem.config import StemConfig
-from stem.validation import check_finite, check_impl, check_qkv
+from stem.validation import check_config, check_finite, check_impl, check_qkv, check_scale
 
 LOG_EPS = 1e-6  # added to value norms before the logarithm by AngelSlim and hpc-ops
 
@@ -33,9 +33,10 @@ def block_scores(
     """
     check_qkv(q, k, v)
     check_finite(q=q, k=k, v=v)
+    check_config(config)
     impl = check_impl(impl, ("torch", "triton"), q)
     q, k, v = q.detach(), k.detach(), v.detach()
-    scale = routing_scale(q.shape[-1], config, scale)
+    scale = routing_scale(q.shape[-1], config, check_scale(scale, q.shape[-1]))
     bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
     offset = k.shape[2] - q.shape[2]
     if config.reduction == "softmax":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stem.budget import causal_pairs
 from stem.config import StemConfig
-from stem.validation import check_impl
+from stem.validation import check_config, check_impl
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class BlockSelection:
             raise TypeError(f"block_mask must be a bool tensor, got {getattr(block_mask, 'dtype', type(block_mask))}")
         if block_mask.ndim != 4:
             raise ValueError(f"block_mask must be [B, Hq, nq, nk], got shape {tuple(block_mask.shape)}")
+        if not isinstance(block_size, int) or block_size < 1:
+            raise ValueError(f"block_size must be an int >= 1, got {block_size!r}")
         nq, nk = block_mask.shape[-2:]
         if block_mask.device.type == "cpu" and block_mask.triu(nk - nq + 1).any():
             raise ValueError("block_mask must not keep a future block (above the diagonal), got one that does")
@@ -158,10 +160,11 @@ def select_blocks(
         return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
     priority = _forced_priority(nq, nk, config, scores.device)
     forced = priority < 0
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if config.allocation == "adaptive":
         kept = (scores.softmax(-1) > config.threshold) | forced
     else:
-        rank = _rank(-scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
+        rank = _rank(-scores)
         if not on_top:
             rank = _rank(torch.where(forced, priority, rank))
         kept = rank < budget[nk - nq :, None].to(scores.device)
@@ -204,12 +207,11 @@ def _check_scores(scores: Tensor, budget: Tensor, config: StemConfig) -> None:
     for name, x in (("scores", scores), ("budget", budget)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not isinstance(config, StemConfig):
-        raise TypeError(f"config must be a StemConfig, got {type(config).__name__}")
+    check_config(config)
     if scores.ndim != 4 or scores.shape[-2] > scores.shape[-1]:
         raise ValueError(f"scores must be [B, Hq, nq, nk] with nq <= nk, got shape {tuple(scores.shape)}")
-    if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"scores must be torch.float32 or torch.float64, got {scores.dtype}")
     if budget.is_floating_point() or budget.dtype == torch.bool:
         raise TypeError(f"budget must be an integer tensor, got {budget.dtype}")
     if budget.shape != scores.shape[-1:]:

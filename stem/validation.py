@@ -7,6 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from stem.config import StemConfig
+
 HEAD_DIMS = "1..256"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,6 +41,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q must have at most k's {k.shape[2]} tokens, got {q.shape[2]}")
     if q.shape[3] > 256:
         raise ValueError(f"head_dim must be in {HEAD_DIMS}, got {q.shape[3]}")
+
+
+def check_config(config: StemConfig) -> None:
+    """Raise TypeError unless config is a StemConfig."""
+    if not isinstance(config, StemConfig):
+        raise TypeError(f"config must be a StemConfig, got {config!r}")
 
 
 def check_finite(**tensors: Tensor) -> None:

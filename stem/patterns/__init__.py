@@ -11,7 +11,7 @@ from torch import Tensor
 from stem.config import StemConfig
 from stem.patterns import bigbird, dense, oracle, stem, window, xattention
 from stem.selection import BlockSelection
-from stem.validation import check_qkv
+from stem.validation import check_config, check_qkv
 
 _SELECT = {
     "dense": dense.select,
@@ -46,5 +46,7 @@ def select(name: str, q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None
     """
     if name not in _SELECT:
         raise ValueError(f"name must be one of {', '.join(map(repr, _SELECT))}, got {name!r}")
+    config = StemConfig() if config is None else config
     check_qkv(q, k, v)
-    return _SELECT[name](q, k, v, StemConfig() if config is None else config)
+    check_config(config)
+    return _SELECT[name](q, k, v, config)
