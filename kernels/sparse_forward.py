@@ -27,7 +27,7 @@ def load_rows(
 ):
     """Rows first_row .. first_row + ROWS - 1 of a head as a [ROWS, BLOCK_D] tile; zero where there is no data."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    pointers = base_ptr + first_row.to(tl.int64) * stride_n + rows[:, None] * stride_n + dims[None, :]
+    pointers = base_ptr + tl.cast(first_row, tl.int64) * stride_n + rows[:, None] * stride_n + dims[None, :]
     exists = (dims < HEAD_DIM)[None, :]
     if CHECK_ROWS:
         position = first_row + rows
