@@ -1,0 +1,356 @@
+"""Speed: dense, FlexAttention and Stem on one machine, part by part, each row gated by stem.gate before it is timed.
+
+`python -m stem.bench --profile full` measures, writes results/speed/<machine>.csv and prints a short table last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import stem
+from stem import gate, metrics, records
+
+# "released" is the schedule that the method's public code ships with; "default" is StemConfig().
+CONFIGS = {"released": stem.StemConfig.preset("angelslim"), "default": stem.StemConfig()}
+DENSE = {
+    "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},
+    "cpu": {"sdpa_cpu": SDPBackend.FLASH_ATTENTION},
+}
+BASELINES = ("sdpa_cudnn", "sdpa_flash", "sdpa_cpu")
+LENGTHS = {  # tokens of each profile
+    ("cuda", "full"): [1024 * 2**n for n in range(8)] + [2**20],
+    ("cuda", "smoke"): [2**13, 2**15, 2**17],
+    ("cpu", "full"): [1024 * 2**n for n in range(6)],
+    ("cpu", "smoke"): [1024 * 2**n for n in range(4)],
+}
+FLEX_TOKENS = (2**13, 2**15, 2**17)  # each length costs one more compilation
+ONE_CONFIG_TOKENS = 2**19  # from here on only the first config, which saves minutes
+COLUMNS = (
+    *("operation", "provider", "config", "tokens", "batch", "q_heads", "kv_heads", "head_dim", "dtype", "block_size"),
+    *("density", "latency_ms", "latency_ms_p20", "latency_ms_p80", "tflops", "gb_per_s", "peak_memory_mib"),
+    *(f"speedup_vs_{name}" for name in BASELINES),
+    *("flop", "least_bytes", "error_vs_fp64", "error", "timing", "seed"),
+)
+LONGEST_CALL_MS = {"cuda": 2_000, "cpu": 30_000}  # dense calls predicted to take longer are skipped
+TIMING = {
+    "cuda": "triton.testing.do_bench, L2 flushed before each call, clocks not locked",
+    "cpu": "perf_counter, caches warm, clocks not locked",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention of one prompt: by default one layer of Llama-3.1-8B."""
+
+    tokens: int
+    batch: int = 1
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+    def dense_flops(self) -> int:
+        """QK^T and PV over the causal triangle, as metrics.attention_flops counts them: 2 N (N + 1) D Hq [FLOP]."""
+        return 2 * self.batch * self.q_heads * self.head_dim * self.tokens * (self.tokens + 1)
+
+    def least_bytes(self) -> int:
+        """q, k and v read once and the output written once [B]."""
+        elements = 2 * self.batch * (self.q_heads + self.kv_heads) * self.tokens * self.head_dim
+        return elements * getattr(torch, self.dtype).itemsize
+
+
+SMOLLM2 = Shape(0, q_heads=9, kv_heads=3, head_dim=64, dtype="float32")
+SHAPES = {"cuda": Shape(0), "cpu": SMOLLM2}
+
+
+class Problem:
+    """The inputs of one case, and what the parts of the operator hand to each other, made when first asked for."""
+
+    def __init__(self, shape: Shape, config: stem.StemConfig, device: str, impl: str, seed: int = 0) -> None:
+        self.shape, self.config, self.impl = shape, config, impl
+        generator = torch.Generator(device).manual_seed(seed)
+        self.q, self.k, self.v = (
+            gate.guarded_normal(
+                (shape.batch, heads, shape.tokens, shape.head_dim), getattr(torch, shape.dtype), device, generator
+            )
+            for heads in (shape.q_heads, shape.kv_heads, shape.kv_heads)
+        )
+        self.rows = gate.sampled_rows(shape.tokens, config.block_size, seed)
+        self.budget = stem.block_budget(-(-shape.tokens // config.block_size), config)
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    def score(self) -> Tensor:
+        return stem.block_scores(*self.qkv, self.config, impl=self.impl)
+
+    def select(self) -> stem.BlockSelection:
+        tokens = self.shape.tokens
+        return stem.select_blocks(self.scores, self.budget, self.config, q_len=tokens, kv_len=tokens, impl=self.impl)
+
+    def attend(self) -> Tensor:
+        return stem.block_sparse_attention(*self.qkv, self.selection, impl=self.impl)
+
+    def operate(self) -> Tensor:
+        return stem.stem_attention(*self.qkv, self.config, impl=self.impl)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        return self.score()
+
+    @cached_property
+    def selection(self) -> stem.BlockSelection:
+        return self.select()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to check and to time: `prepare(problem)` returns the call, and the check of what it returns."""
+
+    operation: str
+    provider: str
+    prepare: Callable[[Problem], tuple[Callable[[], Any], Callable[[Any], float]]]
+
+
+def dense_candidate(provider: str, backend: SDPBackend) -> Candidate:
+    """Dense causal attention by one named back end of SDPA, which fails rather than fall back."""
+
+    def prepare(problem: Problem):
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*problem.qkv, is_causal=True, enable_gqa=True)
+
+        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows)
+
+    return Candidate("attention", provider, prepare)
+
+
+def flex_candidate() -> Candidate:
+    """FlexAttention, compiled for this length, over the blocks that Stem selected."""
+
+    def prepare(problem: Problem):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        torch.compiler.reset()  # one specialisation per length: never meets the limit on recompilations
+        call = partial(
+            torch.compile(flex_attention, dynamic=False),
+            *problem.qkv,
+            block_mask=problem.selection.to_block_mask(),
+            enable_gqa=True,
+        )
+        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows, problem.selection)
+
+    return Candidate("attention", "flex", prepare)
+
+
+def stem_candidates(impl: str) -> list[Candidate]:
+    """The parts of Stem, and the whole operator, in one implementation."""
+
+    def check_lists(selection: stem.BlockSelection, problem: Problem) -> float:
+        return gate.check_selection(selection, problem.scores, problem.budget, problem.config, problem.rows)
+
+    def check_operator(out: Tensor, problem: Problem) -> float:
+        _, selection = stem.stem_attention(*problem.qkv, problem.config, impl=impl, return_selection=True)
+        check_lists(selection, problem)
+        return gate.check_output(out, *problem.qkv, problem.rows, selection)
+
+    parts = {
+        "scores": lambda p: (p.score, lambda scores: gate.check_scores(scores, *p.qkv, p.config)),
+        "selection": lambda p: (p.select, lambda selection: check_lists(selection, p)),
+        "attention": lambda p: (p.attend, lambda out: gate.check_output(out, *p.qkv, p.rows, p.selection)),
+        "operator": lambda p: (p.operate, lambda out: check_operator(out, p)),
+    }
+    return [Candidate(operation, f"stem_{impl}", prepare) for operation, prepare in parts.items()]
+
+
+def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, Any]:
+    """One row: check, then time. A candidate that fails leaves its error in the row instead of numbers.
+
+    Returns:
+        Liger-like columns; latencies [ms], tflops of the kept pairs (attention and operator), peak_memory_mib beyond
+        the inputs, error_vs_fp64 (relative L2, worst sampled row), error ("" when all went well).
+    """
+    shape, dense = problem.shape, candidate.provider in BASELINES
+    row = dict(operation=candidate.operation, provider=candidate.provider, config="dense" if dense else config_name)
+    row |= asdict(shape) | dict(block_size=None if dense else problem.config.block_size, error="")
+    row |= dict(timing=TIMING[problem.q.device.type])
+    try:
+        call, check = candidate.prepare(problem)
+        own = candidate.provider.startswith("stem")  # SDPA's buffers are torch's, and FlexAttention would compile twice
+        with gate.poisoned_buffers() if own else nullcontext():
+            row["error_vs_fp64"] = check(call())
+        row |= measure(call, problem.q.device.type)
+        row["density"] = 1.0 if dense else problem.selection.density()
+        if candidate.operation in ("attention", "operator"):
+            row["flop"] = shape.dense_flops() if dense else metrics.attention_flops(problem.selection, shape.head_dim)
+            row["least_bytes"] = shape.least_bytes()
+            row["tflops"] = row["flop"] / row["latency_ms"] / 1e9
+    except Exception as error:  # recorded, so that one provider's failure costs one row
+        row["error"] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    return row
+
+
+def measure(call: Callable[[], Any], device: str) -> dict[str, float]:
+    """Median, p20 and p80 of a call that has run before [ms], and its peak memory, result included [MiB].
+
+    CUDA: triton's do_bench, or three single calls when one takes over a second. CPU: three calls or half a second,
+    whichever is more; memory is not measured there (NaN).
+    """
+    peak_mib = float("nan")
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        once = _one_call(call, device)
+        peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if device == "cuda" and once < 1_000:
+        from triton.testing import do_bench
+
+        times = do_bench(call, warmup=25, rep=max(300, int(5 * once)), return_mode="all")
+    else:
+        times = []
+        while len(times) < 3 or (device == "cpu" and sum(times) < 500):
+            times.append(_one_call(call, device))
+    p20, median, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return dict(latency_ms=median, latency_ms_p20=p20, latency_ms_p80=p80, peak_memory_mib=peak_mib)
+
+
+def _one_call(call: Callable[[], Any], device: str) -> float:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def case(
+    shape: Shape,
+    device: str,
+    *,
+    configs: Sequence[str] = tuple(CONFIGS),
+    impls: Sequence[str] = ("torch",),
+    dense: Iterable[str] | None = None,
+    flex: bool = False,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of one shape: the dense baselines, then each config in each implementation, all with their speed-ups.
+
+    Args:
+        shape: Which problem.
+        device: "cuda" or "cpu".
+        configs: Names in CONFIGS.
+        impls: Implementations of stem_attention; the first one's lists go to FlexAttention.
+        dense: Which back ends of DENSE to measure, default all of the device.
+        flex: Whether to measure FlexAttention with the lists of the first config.
+        seed: Of the random normal inputs.
+    """
+    with torch.no_grad():
+        problem = Problem(shape, CONFIGS[configs[0]], device, impls[0], seed)
+        names = DENSE[device] if dense is None else dense
+        rows = [run(dense_candidate(name, DENSE[device][name]), problem, "dense") for name in names]
+        for config_name in configs:
+            for impl in impls:
+                problem = None  # free the last one's memory first
+                problem = Problem(shape, CONFIGS[config_name], device, impl, seed)
+                candidates = stem_candidates(impl)
+                if flex and (config_name, impl) == (configs[0], impls[0]):
+                    candidates.append(flex_candidate())
+                rows += [run(candidate, problem, config_name) for candidate in candidates]
+    baseline = {row["provider"]: row.get("latency_ms") for row in rows if row["config"] == "dense"}
+    for row in rows:
+        for name in BASELINES:
+            both = row["operation"] in ("attention", "operator") and "latency_ms" in row and baseline.get(name)
+            row[f"speedup_vs_{name}"] = baseline[name] / row["latency_ms"] if both else None
+    return [row | dict(seed=seed) for row in rows]
+
+
+def sweep(lengths: Sequence[int], device: str, *, impls: Sequence[str], seed: int = 0, shape: Shape | None = None):
+    """Rows over lengths, shortest first, after those of the machine's ceilings; yields (tokens, rows).
+
+    A dense back end whose next call is predicted, from its last one, to exceed LONGEST_CALL_MS is skipped, and says so.
+    """
+    shape = SHAPES[device] if shape is None else shape
+    yield 0, ceilings(device, shape.dtype)
+    last = {}  # provider -> (tokens, ms)
+    for tokens in sorted(lengths):
+        predicted = {name: ms * (tokens / before) ** 2 for name, (before, ms) in last.items()}
+        affordable = [name for name in DENSE[device] if predicted.get(name, 0) <= LONGEST_CALL_MS[device]]
+        rows = case(
+            replace(shape, tokens=tokens),
+            device,
+            configs=tuple(CONFIGS)[: 1 if tokens >= ONE_CONFIG_TOKENS else None],
+            impls=impls,
+            dense=affordable,
+            flex=device == "cuda" and tokens in FLEX_TOKENS,
+            seed=seed,
+        )
+        last |= {r["provider"]: (tokens, r["latency_ms"]) for r in rows if r["config"] == "dense" and "latency_ms" in r}
+        for name in set(DENSE[device]) - set(affordable):
+            skipped = dict(operation="attention", provider=name, config="dense", density=1.0, seed=seed)
+            skipped["error"] = f"skipped: about {predicted[name] / 1e3:.0f} s a call"
+            rows.append(asdict(replace(shape, tokens=tokens)) | skipped)
+        yield tokens, rows
+
+
+def ceilings(device: str, dtype: str) -> list[dict[str, Any]]:
+    """What this machine can do at most, measured: a square matmul [TFLOP/s] and a copy [GB/s], as two rows."""
+    kind = getattr(torch, dtype)
+    n, elements = (8192, 2**29) if device == "cuda" else (2048, 2**25)
+    a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+    source = torch.ones(elements, dtype=kind, device=device)
+    target = torch.empty_like(source)
+    common = dict(operation="ceiling", dtype=dtype, error="", timing=TIMING[device])
+    matmul = common | dict(provider="matmul") | measure(lambda: torch.mm(a, b), device)
+    copy = common | dict(provider="copy") | measure(lambda: target.copy_(source), device)
+    matmul["tflops"] = 2 * n**3 / matmul["latency_ms"] / 1e9
+    copy["gb_per_s"] = 2 * elements * kind.itemsize / copy["latency_ms"] / 1e6
+    return [matmul, copy]
+
+
+def table(rows: Iterable[dict[str, Any]] | pd.DataFrame) -> str:
+    """The rows as a short text table: lengths down, the columns that people compare across."""
+    frame = pd.DataFrame(rows)
+    wanted = ["tokens", "config", "operation", "provider", "density", "latency_ms", "tflops", "gb_per_s"]
+    wanted += ["peak_memory_mib", *(f"speedup_vs_{name}" for name in BASELINES), "error"]
+    shown = frame[[column for column in wanted if column in frame and frame[column].notna().any()]]
+    return shown.rename(columns=lambda name: name.replace("speedup_vs_", "vs_")).to_string(
+        index=False, na_rep="", float_format=lambda x: f"{x:.4g}", max_colwidth=60
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m stem.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", choices=records.PROFILES, default="smoke", help="lengths and file of the rows")
+    parser.add_argument("--quick", action="store_true", help="the smoke lengths; same as --profile smoke")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="these lengths instead; not written")
+    parser.add_argument("--impls", nargs="+", metavar="IMPL", help="default: triton on CUDA, torch on the CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    profile = "smoke" if options.quick else options.profile
+    impls = options.impls or ["triton" if device == "cuda" else "torch"]
+    rows, start = [], time.perf_counter()
+    for tokens, found in sweep(options.lengths or LENGTHS[device, profile], device, impls=impls, seed=options.seed):
+        rows += found
+        print(f"{time.perf_counter() - start:6.1f} s  {tokens:>8,} tokens  {len(found)} rows", flush=True)
+    if not options.lengths:
+        print("wrote", records.write_rows("speed", pd.DataFrame(rows, columns=list(COLUMNS)), profile))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

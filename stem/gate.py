@@ -1,0 +1,162 @@
+"""The correctness gate of stem.bench: nothing is timed before it agrees with an fp64 reference on sampled rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from stem.config import StemConfig
+from stem.scores import routing_scale, value_term
+from stem.selection import BlockSelection
+
+# Largest relative L2 error of one sampled row: twice the rounding of the output, and room for float32 sums.
+TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+GUARD_ROWS = 64  # rows of NaN before and after each input
+
+
+class WrongResult(AssertionError):
+    """An implementation disagrees with its reference, so its time would mean nothing."""
+
+
+def guarded_normal(size: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    """Random normal tensor of this size between two guard bands of NaN, so that a read out of bounds shows."""
+    count, guard = torch.Size(size).numel(), GUARD_ROWS * size[-1]
+    buffer = torch.full((count + 2 * guard,), float("nan"), dtype=dtype, device=device)
+    return buffer[guard : guard + count].normal_(generator=generator).view(size)
+
+
+@contextmanager
+def poisoned_buffers() -> Iterator[None]:
+    """Every uninitialised tensor starts as NaN (integers: their largest value), so that a value never written shows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ops without a deterministic form say so; only the filling is wanted
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def sampled_rows(tokens: int, block_size: int, seed: int = 0, drawn: int = 12) -> Tensor:
+    """Query rows to check: the first and last, both sides of block boundaries, and random ones; int64, ascending."""
+    middle = tokens // 2 // block_size * block_size
+    edges = [0, 1, block_size - 1, block_size, middle - 1, middle, tokens - block_size, tokens - 1]
+    random = torch.randint(tokens, (drawn,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.tensor(sorted({min(max(row, 0), tokens - 1) for row in edges + random}))
+
+
+def check_output(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: BlockSelection | None = None
+) -> float:
+    """Largest relative L2 error of the sampled output rows against `reference_rows`.
+
+    Args:
+        out: [B, Hq, N, D], the whole output of a whole prompt.
+        q, k, v: Its inputs, as in SDPA with Nq = Nkv = N.
+        rows: int64 [R], query rows to look at.
+        selection: The kept blocks; None means dense causal attention.
+    Raises:
+        WrongResult: If shape or dtype are not q's, or a row is NaN or further off than TOLERANCE of the dtype.
+    """
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise WrongResult(f"output is {out.dtype} {tuple(out.shape)}, expected {q.dtype} {tuple(q.shape)}")
+    rows = rows.to(q.device)
+    return _within(out[:, :, rows], reference_rows(q, k, v, rows, selection), q.dtype, "output rows")
+
+
+def reference_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: BlockSelection | None = None) -> Tensor:
+    """fp64 attention of some query rows over the causal keys of their blocks, by definition: [B, Hq, R, D]."""
+    batch, q_heads, tokens, dim = q.shape
+    group = q_heads // k.shape[1]
+    causal = torch.arange(tokens, device=q.device) <= rows[:, None]  # [R, N]
+    expected = torch.empty(batch, q_heads, len(rows), dim, dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        for h in range(q_heads):
+            keep = causal if selection is None else causal & _selected_keys(selection, b, h, rows)
+            logits = q[b, h, rows].double() @ k[b, h // group].double().T * dim**-0.5  # [R, N]
+            expected[b, h] = logits.masked_fill(~keep, -torch.inf).softmax(-1) @ v[b, h // group].double()
+    return expected
+
+
+def check_scores(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, config: StemConfig) -> float:
+    """Largest relative L2 error of the middle and the last row of block scores against `reference_score_row`.
+
+    Raises:
+        WrongResult: If a row is NaN or too far off, or -inf stands anywhere but exactly in the future blocks.
+    """
+    nq, nk = scores.shape[-2:]
+    future = torch.ones(nq, nk, dtype=torch.bool, device=scores.device).triu(1)
+    if not torch.equal(scores.isneginf(), future.expand_as(scores)):
+        raise WrongResult("scores must be -inf exactly in the future blocks")
+    return max(
+        _within(scores[:, :, i, : i + 1], reference_score_row(q, k, v, config, i), q.dtype, f"scores of row {i}")
+        for i in {nq // 2, nq - 1}
+    )
+
+
+def reference_score_row(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, i: int) -> Tensor:
+    """fp64 scores of query block i, every antidiagonal sample one by one (no factorisation): [B, Hq, i + 1]."""
+    size, stride = config.block_size, config.score_stride
+    group = q.shape[1] // k.shape[1]
+    q_rows, k_rows = q[:, :, i * size : (i + 1) * size], k[:, :, : (i + 1) * size]
+    slot = [torch.arange(x.shape[2], device=q.device) % stride for x in (q_rows, k_rows)]
+    sampled = slot[0][:, None] + slot[1] == stride - 1  # [rows, keys]
+    bonus = config.value_weight * value_term(v.double(), config)[..., : i + 1]  # [B, Hkv, i + 1]
+    expected = bonus.repeat_interleave(group, 1)
+    block = torch.arange(k_rows.shape[2], device=q.device) // size
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            products = q_rows[b, h].double() @ k_rows[b, h // group].double().T
+            total = (products * sampled).sum(0)  # [keys]
+            expected[b, h].index_add_(0, block, total, alpha=routing_scale(q.shape[-1], config))
+    return expected
+
+
+def check_selection(
+    selection: BlockSelection, scores: Tensor, budget: Tensor, config: StemConfig, rows: Tensor
+) -> float:
+    """0.0 when the lists of the sampled rows keep the best-scoring blocks within the budget, forced ones aside.
+
+    Raises:
+        WrongResult: If a list is not ascending up to its diagonal block, misses the budget, or keeps a block that
+            scores less than one it drops.
+    """
+    indices, counts = selection.kv_indices.flatten(0, 1), selection.kv_num_blocks.flatten(0, 1)
+    for i in sorted(set((rows // config.block_size).tolist())):
+        sink, first_local = min(config.sink_blocks, i + 1), max(0, i + 1 - max(1, config.local_blocks))
+        low = int(budget[i])
+        high = low + (sink + i + 1 - first_local if config.forced == "on_top" else 0)
+        free = set(range(sink, first_local))  # blocks that only their score can keep
+        row_scores = scores[:, :, i].flatten(0, 1).cpu()
+        for head, (entries, count) in enumerate(zip(indices[:, i].tolist(), counts[:, i].tolist(), strict=True)):
+            kept = entries[:count]
+            where = f"selection of head {head}, row {i}"
+            if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] != i:
+                raise WrongResult(f"{where} does not ascend from a past block to the diagonal one: {kept}")
+            if not low <= count <= high:
+                raise WrongResult(f"{where} keeps {count} blocks, expected {low} to {high}")
+            chosen, dropped = sorted(free & set(kept)), sorted(free - set(kept))
+            if chosen and dropped and row_scores[head, chosen].min() < row_scores[head, dropped].max():
+                raise WrongResult(f"{where} drops a block that scores more than one it keeps")
+    return 0.0
+
+
+def _selected_keys(selection: BlockSelection, b: int, h: int, rows: Tensor) -> Tensor:
+    """Keys in the selected blocks of some rows of a whole prompt: bool [R, N], True = attend."""
+    q_block = rows // selection.block_size
+    indices, counts = selection.kv_indices[b, h, q_block], selection.kv_num_blocks[b, h, q_block]
+    unused = torch.arange(indices.shape[-1], device=rows.device) >= counts[:, None]
+    keep = torch.zeros(len(rows), selection.num_kv_blocks + 1, dtype=torch.bool, device=rows.device)
+    keep.scatter_(1, indices.long().masked_fill(unused, selection.num_kv_blocks), True)
+    return keep[:, :-1].repeat_interleave(selection.block_size, 1)[:, : selection.kv_len]
+
+
+def _within(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> float:
+    error = ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    if not error <= TOLERANCE[dtype]:  # also catches NaN
+        raise WrongResult(f"{what}: relative error {error:.3g} against fp64, at most {TOLERANCE[dtype]:.3g} accepted")
+    return error
