@@ -7,7 +7,7 @@ tasks use the ids above, which such text never contains.
 - text: windows of the standard library's source; every next byte is a target.
 - recall: multi-query associative recall. A record is one token that names a key and its value, a question one token
   that names the key; the answer is a target and never an input, so it can only be read from the record.
-- pairs: the same with a record of two tokens, the key and then the value, which needs an induction circuit.
+- pairs: the same with many keys and a record of two tokens, the key and then the value: needs an induction circuit.
 - needle: recall with text as filler and a question every 16 tokens.
 - induction: random tokens, repeated with a random period.
 """
@@ -24,8 +24,9 @@ from stem.documents import LONG_MODULES, stdlib_documents
 
 VOCAB_SIZE = 256
 IGNORED = -100  # target of a position that asks nothing; the default of torch's cross entropy
-NUM_KEYS = NUM_VALUES = 8
-RECORD, QUESTION, ANSWER, BLANK = 128, 192, 200, 208  # ids: 64 records, 8 questions, 8 answers, 1 blank
+NUM_KEYS = NUM_VALUES = 4  # of recall and needle: few, so that a small model learns them in a minute
+MANY = 16  # keys and values of pairs
+RECORD, QUESTION, ANSWER, BLANK = 128, 192, 208, 224  # ids: 16 records, 16 questions, 16 answers, 1 blank
 QUESTION_EVERY = 16  # tokens between the questions of the needle task
 SPLITS = ("train", "validation")
 
@@ -111,7 +112,7 @@ def needle_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
 
 def pairs_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
     """Slots of two tokens: (key, value) states, (key, blank) asks, with the ids of the questions and answers."""
-    key, value, slot_distance, stated = _schedule(rng, seq_len // 2)
+    key, value, slot_distance, stated = _schedule(rng, seq_len // 2, MANY, MANY)
     inputs, targets = np.full(seq_len, BLANK), np.full(seq_len, IGNORED)
     distance = np.zeros(seq_len, np.int64)
     keys, values = (slice(start, seq_len // 2 * 2, 2) for start in (0, 1))
@@ -123,32 +124,32 @@ def pairs_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
 
 
 def induction_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
-    """Random tokens of 64 kinds with period P in [N/8, N/2]; from the second period on the next token is a target."""
+    """Random tokens of 64 kinds with period P in N/8..N/2; from the second period on the next token is a target."""
     period = int(rng.integers(seq_len // 8, seq_len // 2 + 1))
     tokens = np.resize(rng.integers(RECORD, QUESTION, period), seq_len + 1)
     known = np.arange(seq_len) >= period
     return tokens[:-1], np.where(known, tokens[1:], IGNORED), np.where(known, period - 1, 0)
 
 
-def _schedule(rng: np.random.Generator, num_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _schedule(rng: np.random.Generator, num_slots: int, num_keys: int, num_values: int) -> tuple[np.ndarray, ...]:
     """Key and value of each slot, slots back to the key's record, whether the slot is that record; [num_slots] each.
 
     The keys are stated once each, in random order, in slot 0 and in random slots of the first half; every other slot
-    asks for one of the keys stated so far.
+    asks for one of the keys stated so far. Short rows state fewer keys.
     """
-    num_keys = min(NUM_KEYS, max(1, num_slots // 4))
-    order, values = rng.permutation(NUM_KEYS)[:num_keys], rng.integers(NUM_VALUES, size=num_keys)
-    statements = np.sort(rng.choice(max(num_slots // 2, num_keys), num_keys, replace=False))
+    order = rng.permutation(num_keys)[: max(1, num_slots // 2)]
+    values = rng.integers(num_values, size=len(order))
+    statements = np.sort(rng.choice(max(1, num_slots // 2), len(order), replace=False))
     statements[0] = 0
     slots = np.arange(num_slots)
     chosen = (rng.random(num_slots) * np.searchsorted(statements, slots, side="right")).astype(np.int64)
-    chosen[statements] = np.arange(num_keys)
+    chosen[statements] = np.arange(len(order))
     return order[chosen], values[chosen], slots - statements[chosen], np.isin(slots, statements)
 
 
 def _records_and_questions(rng: np.random.Generator, inputs: np.ndarray, places: np.ndarray) -> Row:
     """Put one-token records and questions at `places` of the filler `inputs`, which is changed."""
-    key, value, _, stated = _schedule(rng, len(places))
+    key, value, _, stated = _schedule(rng, len(places), NUM_KEYS, NUM_VALUES)
     inputs[places] = np.where(stated, RECORD + NUM_VALUES * key + value, QUESTION + key)
     targets, distance = np.full(len(inputs), IGNORED), np.zeros(len(inputs), np.int64)
     targets[places] = np.where(stated, IGNORED, ANSWER + value)
