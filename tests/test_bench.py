@@ -1,0 +1,210 @@
+"""stem.bench and stem.gate: wrong results are refused, rows say what they must, failures cost one row."""
+
+import dataclasses
+import os
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import stem
+from stem import bench, gate, records
+
+SMALL = bench.Shape(300, q_heads=4, kv_heads=2, head_dim=16, dtype="float32")
+CONFIG = stem.StemConfig(density=0.5, block_size=16, sink_blocks=1, local_blocks=1)
+
+
+@pytest.fixture(scope="module", params=[CONFIG, stem.StemConfig.preset("angelslim", k_start=6, block_size=16)])
+def problem(request):
+    return bench.Problem(SMALL, request.param, "cpu", "torch")
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Timing that costs nothing, for tests about everything else."""
+    monkeypatch.setattr(bench, "measure", lambda call, device: dict(latency_ms=2.0, peak_memory_mib=1.0))
+
+
+def test_inputs_lie_between_bands_of_nan(problem):
+    for x in problem.qkv:
+        assert x.isfinite().all() and x.is_contiguous()
+        around = torch.as_strided(x, (gate.GUARD_ROWS * x.shape[-1],), (1,), 0)
+        assert around.isnan().all()
+
+
+def test_uninitialised_memory_is_poisoned_inside_the_gate_only():
+    with gate.poisoned_buffers():
+        assert torch.empty(100).isnan().all()
+        assert (torch.empty(100, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+        assert torch.empty_like(torch.ones(100)).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 300, 4096])
+def test_sampled_rows_hold_both_ends_and_stay_inside(tokens):
+    rows = gate.sampled_rows(tokens, 16)
+    assert rows[0] == 0 and rows[-1] == tokens - 1 and (rows.diff() > 0).all()
+
+
+def test_reference_rows_are_attention(problem):
+    rows = torch.tensor([0, 17, 150, 299])
+    q, k, v = (x.double() for x in problem.qkv)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(gate.reference_rows(*problem.qkv, rows), dense[:, :, rows])
+    masked = stem.block_sparse_attention(q, k, v, problem.selection, impl="reference")
+    torch.testing.assert_close(gate.reference_rows(*problem.qkv, rows, problem.selection), masked[:, :, rows])
+
+
+@pytest.mark.parametrize("row", [0, 9, 18])
+def test_reference_scores_are_block_scores(problem, row):
+    expected = stem.block_scores(*(x.double() for x in problem.qkv), problem.config)[:, :, row, : row + 1]
+    torch.testing.assert_close(gate.reference_score_row(*problem.qkv, problem.config, row), expected)
+
+
+def test_right_results_pass(problem):
+    assert gate.check_output(problem.attend(), *problem.qkv, problem.rows, problem.selection) < 1e-5
+    assert gate.check_scores(problem.scores, *problem.qkv, problem.config) < 1e-5
+    assert gate.check_selection(problem.selection, problem.scores, problem.budget, problem.config, problem.rows) == 0
+
+
+def drop_one_block(selection):
+    """The same lists without the first free block of each row that has more than four."""
+    mask = selection.to_mask()
+    mask[..., 1] &= mask.sum(-1) < 4
+    return stem.BlockSelection.from_mask(mask, selection.block_size, q_len=selection.q_len, kv_len=selection.kv_len)
+
+
+def one_nan(out):
+    out = out.clone()
+    out[0, -1, -1, 0] = torch.nan
+    return out
+
+
+WRONG_OUTPUTS = {
+    "NaN": lambda p: one_nan(p.attend()),
+    "one per cent off": lambda p: p.attend() * 1.01,
+    "shifted by a row": lambda p: p.attend().roll(1, 2),
+    "heads swapped": lambda p: p.attend().flip(1),
+    "not causal": lambda p: F.scaled_dot_product_attention(*p.qkv, enable_gqa=True),
+    "a block missing": lambda p: stem.block_sparse_attention(*p.qkv, drop_one_block(p.selection), impl="torch"),
+    "other dtype": lambda p: p.attend().half(),
+    "a row missing": lambda p: p.attend()[:, :, 1:],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_OUTPUTS)
+def test_wrong_outputs_are_refused(problem, wrong):
+    with pytest.raises(gate.WrongResult):
+        gate.check_output(WRONG_OUTPUTS[wrong](problem), *problem.qkv, problem.rows, problem.selection)
+
+
+def test_wrong_scores_are_refused(problem):
+    for wrong in (problem.scores * 1.01, problem.scores.nan_to_num(neginf=0), one_nan(problem.scores)):
+        with pytest.raises(gate.WrongResult):
+            gate.check_scores(wrong, *problem.qkv, problem.config)
+
+
+def test_wrong_selections_are_refused(problem):
+    q_len = kv_len = SMALL.tokens
+    worst = stem.select_blocks(-problem.scores, problem.budget, problem.config, q_len=q_len, kv_len=kv_len)
+    reverse = dataclasses.replace(problem.selection, kv_indices=problem.selection.kv_indices.flip(-1))
+    for wrong in (worst, reverse, drop_one_block(problem.selection)):
+        with pytest.raises(gate.WrongResult):
+            gate.check_selection(wrong, problem.scores, problem.budget, problem.config, problem.rows)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    def forbidden(call, device):
+        raise RuntimeError("timed before it was checked")
+
+    monkeypatch.setattr(bench, "measure", forbidden)
+    wrong = bench.Candidate(
+        "attention",
+        "stem_wrong",
+        lambda p: (lambda: p.attend() * 1.1, lambda out: gate.check_output(out, *p.qkv, p.rows, p.selection)),
+    )
+    row = bench.run(wrong, bench.Problem(SMALL, CONFIG, "cpu", "torch"), "small")
+    assert row["error"].startswith("WrongResult: output rows: relative error 0.1")
+    assert "latency_ms" not in row and "tflops" not in row
+
+
+def test_a_buffer_left_unwritten_is_refused():
+    def forgets_last_row(problem):
+        out = torch.empty_like(problem.q)
+        out[:, :, :-1] = problem.attend()[:, :, :-1]
+        return out
+
+    candidate = bench.Candidate(
+        "attention",
+        "stem_forgets",
+        lambda p: (lambda: forgets_last_row(p), lambda out: gate.check_output(out, *p.qkv, p.rows, p.selection)),
+    )
+    row = bench.run(candidate, bench.Problem(SMALL, CONFIG, "cpu", "torch"), "small")
+    assert row["error"].startswith("WrongResult: output rows: relative error nan")
+
+
+def test_rows_of_a_case(fast, monkeypatch):
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    rows = bench.case(SMALL, "cpu", configs=["small"], impls=["torch"])
+    assert [row["operation"] for row in rows] == ["attention", "scores", "selection", "attention", "operator"]
+    assert [row["error"] for row in rows] == [""] * 5
+    assert all(set(row) <= set(bench.COLUMNS) for row in rows)
+    dense, *_, operator = rows
+    assert dense["provider"] == "sdpa_cpu" and dense["density"] == 1.0 and dense["block_size"] is None
+    assert operator["density"] == pytest.approx(0.5, abs=0.01) and operator["speedup_vs_sdpa_cpu"] == 1.0
+    assert operator["speedup_vs_sdpa_flash"] is None and rows[1]["speedup_vs_sdpa_cpu"] is None
+    assert operator["tflops"] == pytest.approx(operator["flop"] / 2e-3 / 1e12)
+    assert 0.4 < operator["flop"] / dense["flop"] < 0.6
+
+
+def test_interpreted_kernels_pass_the_gate(fast, monkeypatch):
+    if stem.TRITON_MODE != "interpret":
+        pytest.skip("the kernels are compiled here; python -m stem.bench is their test")
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    shape = dataclasses.replace(SMALL, tokens=40, q_heads=2, kv_heads=1, dtype="float16")
+    rows = bench.case(shape, "cpu", configs=["small"], impls=["triton"], dense=[])
+    assert [row["error"] for row in rows] == [""] * 4
+
+
+def test_one_failing_provider_costs_one_row(fast, monkeypatch):
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    monkeypatch.setattr(stem, "block_sparse_attention", lambda *a, **k: 1 / 0)
+    rows = bench.case(SMALL, "cpu", configs=["small"], impls=["torch"])
+    assert [row["error"] for row in rows] == ["", "", "", "ZeroDivisionError: division by zero", ""]
+
+
+def test_long_dense_calls_are_skipped_and_say_so(fast, monkeypatch):
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    monkeypatch.setitem(bench.LONGEST_CALL_MS, "cpu", 5)
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: [])
+    found = dict(bench.sweep([64, 128], "cpu", impls=["torch"], shape=SMALL))
+    assert [row["error"] for row in found[64]] == [""] * 5
+    (skipped,) = [row for row in found[128] if row["error"]]
+    assert skipped["provider"] == "sdpa_cpu" and skipped["error"].startswith("skipped: about 0 s")
+
+
+def test_measure_repeats_on_the_cpu():
+    calls = []
+    times = bench.measure(lambda: calls.append(time.sleep(0.01)), "cpu")
+    assert len(calls) >= 3
+    assert 0 < times["latency_ms_p20"] <= times["latency_ms"] <= times["latency_ms_p80"]
+
+
+def test_ceilings_are_plausible():
+    matmul, copy = bench.ceilings("cpu", "float32")
+    assert matmul["tflops"] > 1e-3 and copy["gb_per_s"] > 0.1
+
+
+def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("STEM_RESULTS", os.fspath(tmp_path))
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    monkeypatch.setitem(bench.SHAPES, "cpu", SMALL)
+    monkeypatch.setitem(bench.LENGTHS, ("cpu", "smoke"), [64, 100])
+    bench.main(["--quick", "--device", "cpu"])
+    rows = records.read_rows("speed")
+    rows = rows[rows["profile"] == "smoke"]
+    assert {64, 100} <= set(rows["tokens"].dropna())
+    assert "stem_torch" in capsys.readouterr().out.splitlines()[-1]
+    bench.main(["--lengths", "64", "--device", "cpu"])
+    assert len(list(tmp_path.rglob("*.csv"))) == 1
