@@ -1,0 +1,133 @@
+"""Causal information flow: which tokens later layers depend on, and what pruning some rows does to them (Eq. 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from stem import hf, patterns
+from stem.config import StemConfig
+from stem.scores import block_scores
+from stem.selection import BlockSelection, select_blocks
+
+
+def influence(probabilities: Tensor, layers: int) -> Tensor:
+    """Share of the last layer's output that each token's value makes up, when every layer applies the same P (Eq. 1).
+
+    Args:
+        probabilities: [..., N, N], rows sum to 1, entry (i, j) = weight of token j in row i.
+        layers: How often P is applied, >= 1.
+    Returns:
+        [..., N], the column means of P^layers; they sum to 1. Early columns, held by every row, grow with depth.
+    Raises:
+        ValueError: If layers < 1.
+    """
+    if layers < 1:
+        raise ValueError(f"layers must be >= 1, got {layers}")
+    return torch.linalg.matrix_power(probabilities, layers).mean(-2)
+
+
+def select_in_rows(
+    q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig, keep: float, first_row: int, last_row: int
+) -> BlockSelection:
+    """Keep a share of the blocks in query blocks first_row..last_row - 1 (on the key grid), all of them elsewhere.
+
+    Our choice: the paper does not say how its Fig. 3 prunes; an equal share of every row makes spans comparable.
+
+    Args:
+        q, k, v: As in stem.stem_attention.
+        config: How blocks are scored, and which are kept first.
+        keep: Share of each pruned row's causal blocks, in (0, 1]; at least one.
+    """
+    scores = block_scores(q, k, v, config)
+    row = torch.arange(scores.shape[-1])
+    pruned = (row >= first_row) & (row < last_row)
+    budget = torch.where(pruned, (keep * (row + 1)).ceil(), row + 1).int()
+    return select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2])
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass of a model left behind."""
+
+    hidden: tuple[Tensor, ...]
+    """Hidden states after each layer, [1, N, C] each."""
+
+    logits: Tensor
+    """[1, N, V]."""
+
+    density: float
+    """Realised density, mean over layers; 1 for a dense pass."""
+
+    def errors(self, dense: Trace, rows: slice = slice(None)) -> list[float]:
+        """Mean squared difference to a dense pass over the positions `rows`: one per layer, then the logits."""
+        pairs = zip([*self.hidden, self.logits], [*dense.hidden, dense.logits], strict=True)
+        return [float((a[:, rows].double() - b[:, rows].double()).square().mean()) for a, b in pairs]
+
+
+@torch.no_grad()
+def trace(model: nn.Module, ids: Tensor, select=None) -> Trace:
+    """Run a model and keep its hidden states.
+
+    Args:
+        model: A causal language model of transformers.
+        ids: Token ids [1, N].
+        select: What stem.hf.enable takes (a StemConfig, a Selector, or one per layer); None is dense.
+    """
+    if select is None:
+        out, density = model(ids, output_hidden_states=True, use_cache=False), 1.0
+    else:
+        with hf.stem_prefill(model, select) as report:
+            out = model(ids, output_hidden_states=True, use_cache=False)
+        density = report.density()
+    return Trace(out.hidden_states[1:], out.logits, density)
+
+
+def prune_spans(model: nn.Module, ids: Tensor, config: StemConfig, spans: int, keep: float) -> list[dict]:
+    """Prune one span of query rows at a time and measure the damage everywhere behind it (the paper's Fig. 3).
+
+    Args:
+        model, ids: As in `trace`.
+        config, keep: As in `select_in_rows`.
+        spans: Number of equal spans of query blocks.
+    Returns:
+        A row per span and layer: span, first_token, last_token, layer (the number of layers = logits), and the mse
+        over all positions and over the prompt's last span.
+    """
+    blocks = -(-ids.shape[1] // config.block_size)
+    edges = torch.linspace(0, blocks, spans + 1).round().int().tolist()
+    tail = slice(edges[-2] * config.block_size, None)
+    dense = trace(model, ids)
+    rows = []
+    for span, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        select = partial(select_in_rows, config=config, keep=keep, first_row=first, last_row=last)
+        pruned = trace(model, ids, select)
+        for layer, (mse, mse_tail) in enumerate(zip(pruned.errors(dense), pruned.errors(dense, tail), strict=True)):
+            rows.append(
+                {
+                    "span": span,
+                    "first_token": first * config.block_size,
+                    "last_token": min(last * config.block_size, ids.shape[1]),
+                    "layer": layer,
+                    "mse": mse,
+                    "mse_last_span": mse_tail,
+                }
+            )
+    return rows
+
+
+@torch.no_grad()
+def capture(model: nn.Module, ids: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [1, Hq, N, D], k and v [1, Hkv, N, D] of one layer in a dense pass, position encoding applied."""
+    captured = []
+
+    def keep_everything(q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
+        captured[:] = [x.clone() for x in (q, k, v)]
+        return patterns.select("dense", q, k, v)
+
+    with hf.stem_prefill(model, {layer: keep_everything}):
+        model(ids, use_cache=False)
+    return tuple(captured)
