@@ -1,0 +1,178 @@
+"""The method as loops in float64, written from the paper and the descriptions of its two public implementations.
+
+Nothing here imports the library, so that a test against an oracle compares two independent readings of the sources.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+
+
+def repeat_heads(x, num_q_heads):
+    """[B, Hkv, ...] -> [B, Hq, ...]: each KV head serves Hq / Hkv consecutive query heads."""
+    return x.repeat_interleave(num_q_heads // x.shape[1], 1)
+
+
+def antidiagonal_sums(q, k, block, stride):
+    """Unfactorised: q_r . k_c added up over the sampled token pairs of every block pair, float64 [B, Hq, nq, nk].
+
+    A pair is sampled when it lies on the antidiagonal of its cell: r % stride + c % stride == stride - 1.
+    Also sums the sampled pairs of future blocks; who compares masks them.
+    """
+    products = q.double() @ repeat_heads(k, q.shape[1]).double().mT
+    offset = k.shape[2] - q.shape[2]
+    row, column = torch.arange(offset, k.shape[2]), torch.arange(k.shape[2])
+    products = products * ((row[:, None] % stride + column % stride) == stride - 1)
+    first, nk = offset // block, math.ceil(k.shape[2] / block)
+    sums = torch.zeros(*q.shape[:2], nk - first, nk, dtype=torch.float64)
+    for i in range(first, nk):
+        for j in range(nk):
+            sums[:, :, i - first, j] = products[:, :, row // block == i][..., column // block == j].sum((-2, -1))
+    return sums
+
+
+def log_value_term(v, block):
+    """max(0, log of the largest value norm in the block), Eq. 7: float64 [B, Hkv, nk]."""
+    norms = v.double().norm(dim=-1)
+    blocks = range(0, v.shape[2], block)
+    return torch.stack([norms[..., start : start + block].amax(-1).log().clamp_min(0) for start in blocks], -1)
+
+
+def zscored_value_term(v, block, stride, *, padded):
+    """Mean over a block's stride groups of ReLU(z-score of log(largest norm + 1e-6)): float64 [B, Hkv, nk].
+
+    Mean and unbiased deviation are over the groups that hold a token, or over those of all blocks when `padded`.
+    """
+    norms = v.double().norm(dim=-1)
+    nk, per_block = math.ceil(v.shape[2] / block), block // stride
+    term = torch.zeros(*v.shape[:2], nk, dtype=torch.float64)
+    for b in range(v.shape[0]):
+        for h in range(v.shape[1]):
+            row = norms[b, h].tolist() + [0.0] * (nk * block - v.shape[2])
+            logs = [math.log(max(row[g * stride : (g + 1) * stride]) + 1e-6) for g in range(nk * per_block)]
+            sample = logs if padded else logs[: math.ceil(v.shape[2] / stride)]
+            mean = sum(sample) / len(sample)
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in sample) / (len(sample) - 1))
+            for j in range(nk):
+                group = range(j * per_block, (j + 1) * per_block)
+                scores = [max(0.0, (logs[g] - mean) / deviation) for g in group if g < len(sample)]
+                term[b, h, j] = sum(scores) / per_block
+    return term
+
+
+def preset_scores(name, q, k, v, block):
+    """Block scores of a preset, float64 [B, Hq, nq, nk], -inf in the future."""
+    head_dim, stride = q.shape[3], 8 if name == "angelslim" else 16
+    sums, samples = antidiagonal_sums(q, k, block, stride), block * block // stride
+    if name == "paper":
+        routing, term = sums / math.sqrt(head_dim) / samples, 0.2 * log_value_term(v, block)
+    elif name == "angelslim":
+        cells = (block // stride) ** 2
+        routing = sums / (math.sqrt(head_dim) * stride) / cells
+        term = 0.2 * zscored_value_term(v, block, stride, padded=False)
+    else:
+        routing = sums / (block // stride) ** 2
+        term = 0.3 * zscored_value_term(v, block, stride, padded=True)
+    return hide_future(routing + repeat_heads(term, q.shape[1])[:, :, None])
+
+
+def softmax_scores(q, k, v, block, stride, cells, value_weight):
+    """Log of each block's share of its row: softmax over sub-block cells, then mean over the query block's cells."""
+    size = block // cells
+    first, nk = (k.shape[2] - q.shape[2]) // block, math.ceil(k.shape[2] / block)
+    grid = first * block  # from here on there are query rows, the missing ones as zeros
+    front, back = (k.shape[2] - q.shape[2]) - grid, nk * block - k.shape[2]
+    q, k = torch.nn.functional.pad(q, (0, 0, front, back)), torch.nn.functional.pad(k, (0, 0, 0, back))
+    logits = antidiagonal_sums(q, k, size, stride) / math.sqrt(q.shape[3]) / (size * size / stride)
+    term = repeat_heads(log_value_term(v, block), q.shape[1])
+    scores = torch.full((*q.shape[:2], nk - first, nk), -math.inf, dtype=torch.float64)
+    for i in range(first, nk):
+        shares = torch.zeros(*q.shape[:2], nk, dtype=torch.float64)
+        for cell in range(i * cells, (i + 1) * cells):
+            row = logits[:, :, cell - first * cells].clone()
+            row += value_weight * term.repeat_interleave(cells, -1)
+            row[..., cell + 1 :] = -math.inf
+            shares += row.softmax(-1).unflatten(-1, (nk, cells)).sum(-1) / cells
+        scores[:, :, i - first] = shares.log()
+    return hide_future(scores)
+
+
+def hide_future(scores):
+    """-inf where the key block comes after the query block; the rows are the last query blocks."""
+    nq, nk = scores.shape[-2:]
+    scores = scores.clone()
+    for row in range(nq):
+        scores[..., row, nk - nq + row + 1 :] = -math.inf
+    return scores
+
+
+def paper_schedule(n, decay=Fraction(7, 10), floor=54):
+    """Eq. 3 in exact arithmetic, k_start a share of the blocks but at least 54: entry i keeps 1..i + 1 blocks."""
+    k_start = min(n, max(floor, Fraction(1, 5) * n if n <= 128 else Fraction(1, 10) * n))
+    return [max(1, min(i, math.floor(k_start - k_start * (1 - decay) / n * i))) for i in range(1, n + 1)]
+
+
+def three_regime_schedule(n, decay=Fraction(7, 10)):
+    """The public implementations' schedule, exactly: constant up to row k, then a line down to decay * k."""
+    k = n if n < 56 else n // 5 + 30 if n < 160 else n // 10 + 30
+    kept = []
+    for row in range(n):
+        fall = k * (1 - decay) * Fraction(row - k, max(1, n - k - 1)) if row > k else 0
+        kept.append(max(1, min(row + 1, k, math.floor(k - fall))))
+    return kept
+
+
+def row_selection(scores, q_block, budget, sink, local, *, on_top=False):
+    """Ascending list of the key blocks that one row keeps; scores: a list, budget and the rest in blocks."""
+    value = [-math.inf if math.isnan(x) else x for x in scores]
+    by_score = sorted(range(q_block + 1), key=lambda j: (-value[j], j))
+    forced = []
+    for rank in range(q_block + 1):
+        forced += [q_block - rank] * (rank < max(local, 1)) + [rank] * (rank < sink)
+    if on_top:
+        return sorted({*by_score[:budget], *forced})
+    return sorted(list(dict.fromkeys(forced + by_score))[:budget])
+
+
+def selection_mask(scores, budget, sink, local, *, on_top=False):
+    """`row_selection` for every row: bool [B, Hq, nq, nk]; budget has an entry per key block."""
+    nq, nk = scores.shape[-2:]
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    for b, h, r in torch.cartesian_prod(*map(torch.arange, scores.shape[:3])).tolist():
+        i = nk - nq + r
+        mask[b, h, r, row_selection(scores[b, h, r].tolist(), i, int(budget[i]), sink, local, on_top=on_top)] = True
+    return mask
+
+
+def token_mask(block_mask, block, q_len, kv_len):
+    """bool [B, Hq, q_len, kv_len]: the block is kept and the key is not in the query's future."""
+    first = (kv_len - q_len) // block
+    row, column = torch.arange(kv_len - q_len, kv_len), torch.arange(kv_len)
+    return block_mask[:, :, row // block - first][..., column // block] & (column <= row[:, None])
+
+
+def attention(q, k, v, allowed, scale=None):
+    """Softmax attention over the allowed tokens and its log-sum-exp, in float64; a row without any gives 0, -inf."""
+    q, k, v = q.double(), repeat_heads(k, q.shape[1]).double(), repeat_heads(v, q.shape[1]).double()
+    logits = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    logits = torch.where(allowed, logits, -math.inf)
+    largest = logits.amax(-1, keepdim=True).clamp_min(-1e300)
+    weights = torch.exp(logits - largest)
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total.clamp_min(1e-300)) @ v, (total.log() + largest).squeeze(-1)
+
+
+def causal(q_len, kv_len):
+    """bool [q_len, kv_len] of dense causal attention."""
+    return torch.arange(kv_len) <= torch.arange(kv_len - q_len, kv_len)[:, None]
+
+
+def constant_rows(pairs, n):
+    """Counts per row of the widest constant budget of at most `pairs` block pairs, what is left to the first rows."""
+    width = max(w for w in range(1, n + 1) if sum(min(i, w) for i in range(1, n + 1)) <= pairs)
+    counts = [min(i, width) for i in range(1, n + 1)]
+    for row in range(n):
+        if sum(counts) < pairs and counts[row] < row + 1:
+            counts[row] += 1
+    return counts

@@ -1,0 +1,176 @@
+"""Token Position-Decay: schedules value by value, their densities, and the solver."""
+
+import math
+from fractions import Fraction
+
+import oracles
+import pytest
+import torch
+
+import stem
+from stem import StemConfig
+from stem.budget import causal_pairs, decay_cost, uniform_cost
+
+LENGTHS = [1, 2, 8, 32, 55, 56, 85, 128, 129, 159, 160, 256, 512, 1024]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_paper_schedule(n):
+    assert stem.block_budget(n, StemConfig.preset("paper")).tolist() == oracles.paper_schedule(n)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("decay", ["7/10", "1"])
+def test_angelslim_schedule(n, decay):
+    config = StemConfig.preset("angelslim", decay=float(Fraction(decay)))
+    assert stem.block_budget(n, config).tolist() == oracles.three_regime_schedule(n, Fraction(decay))
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_hpc_ops_schedule_is_constant_by_default(n):
+    assert stem.block_budget(n, StemConfig.preset("hpc_ops")).tolist() == oracles.three_regime_schedule(n, Fraction(1))
+
+
+def test_schedules_at_every_length_differ_only_where_the_exact_value_is_an_integer():
+    """floor() of a float may fall to either side there; elsewhere float64 and exact arithmetic agree."""
+    for n in range(1, 700, 7):
+        for preset, schedule in (("paper", oracles.paper_schedule), ("angelslim", oracles.three_regime_schedule)):
+            budget = stem.block_budget(n, StemConfig.preset(preset)).tolist()
+            above = schedule(n, decay=Fraction(7, 10) + Fraction(1, 10**9))
+            below = schedule(n, decay=Fraction(7, 10) - Fraction(1, 10**9))
+            assert all(low <= kept <= high for low, kept, high in zip(below, budget, above, strict=True))
+
+
+def test_regime_switches():
+    def first(n):
+        return int(stem.block_budget(n, StemConfig.preset("angelslim", decay=1.0)).max())
+
+    assert [first(n) for n in (55, 56, 159, 160)] == [55, 41, 61, 46]
+
+
+# tokens: percent of the causal block pairs, forced blocks inside the budget - added to it (paper.md, section 1.6)
+DENSITIES = {
+    "angelslim": {
+        4: (100, 100), 8: (80.8, 88.4), 16: (59.6, 66.4), 32: (32.9, 37.8), 64: (25.0, 27.6), 128: (20.7, 22.0),
+        256: (18.5, None), 1024: (16.9, None),
+    },
+    "hpc_ops": {
+        4: (100, 100), 8: (87.8, 95.0), 16: (67.3, 74.0), 32: (38.3, 43.1), 64: (29.1, 31.7), 128: (24.1, 25.5),
+        256: (21.5, None), 1024: (19.7, None),
+    },
+    "paper": {
+        4: (91.7, 99.4), 8: (85.7, 92.9), 16: (55.2, 62.7), 32: (31.3, 36.2), 64: (16.7, 19.4), 128: (15.9, 17.3),
+        256: (16.0, None), 1024: (16.0, None),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "kilotokens"), [(preset, length) for preset, row in DENSITIES.items() for length in row]
+)
+def test_density_table(preset, kilotokens):
+    inside, added = DENSITIES[preset][kilotokens]
+    n = kilotokens * 8
+    budget = stem.block_budget(n, StemConfig.preset(preset)).tolist()
+    assert round(100 * sum(budget) / causal_pairs(n), 1) == inside
+    if added is not None:  # eight forced blocks that the scores never chose, where the row has them
+        assert round(100 * sum(min(i + 1, kept + 8) for i, kept in enumerate(budget)) / causal_pairs(n), 1) == added
+
+
+@pytest.mark.parametrize("n", [64, 65, 100, 257, 1000])
+@pytest.mark.parametrize("decay", [0.5, 0.6, 0.7, 0.85, 0.99, 1.0])
+def test_realised_density_is_the_requested_one(n, decay):
+    for density in (0.05, 0.1, 0.16, 0.25, 0.31, 0.5, 0.77, 0.95, 1.0):
+        budget = stem.block_budget(n, StemConfig(density=density, decay=decay))
+        assert abs(int(budget.sum()) / causal_pairs(n) - density) <= 0.01
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(decay_from="k_start"), dict(allocation="uniform"), dict(dense_last_blocks=3)],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_realised_density_with_other_shapes(settings):
+    for density in (0.15, 0.3, 0.6, 1.0):
+        budget = stem.block_budget(96, StemConfig(density=density, **settings))
+        assert abs(int(budget.sum()) / causal_pairs(96) - density) <= 0.01
+
+
+def test_density_one_keeps_everything():
+    for n in (1, 2, 3, 17, 64, 129):
+        assert stem.block_budget(n, StemConfig(density=1.0)).tolist() == list(range(1, n + 1))
+
+
+@pytest.mark.parametrize("name", ["paper", "angelslim", "hpc_ops", None])
+@pytest.mark.parametrize("n", [1, 3, 56, 200])
+def test_every_row_keeps_between_one_block_and_all_of_its_past(name, n):
+    config = StemConfig.preset(name) if name else StemConfig(density=0.05, sink_blocks=20)
+    budget = stem.block_budget(n, config)
+    assert budget.dtype == torch.int32 and budget.device.type == "cpu" and budget.shape == (n,)
+    assert (budget >= 1).all() and (budget <= torch.arange(1, n + 1)).all()
+
+
+def test_k_start_in_blocks_and_as_a_share():
+    n, decay = 40, Fraction(1, 2)
+    expected = [max(1, min(i, math.floor(10 - 10 * (1 - decay) / n * i))) for i in range(1, n + 1)]
+    assert stem.block_budget(n, StemConfig(k_start=10, decay=0.5)).tolist() == expected
+    assert stem.block_budget(n, StemConfig(k_start=0.25, decay=0.5)).tolist() == expected
+    one_block, everything = StemConfig(k_start=1, decay=1.0), StemConfig(k_start=1.0, decay=1.0)
+    for config in (one_block, everything, one_block):  # equal as dictionary keys, so a cache must not mix them up
+        assert int(stem.block_budget(n, config)[-1]) == (1 if config is one_block else n)
+
+
+def test_a_k_start_beyond_the_length_is_everything():
+    assert stem.block_budget(6, StemConfig(k_start=100, decay=1.0)).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_budget_of_a_prompt_does_not_depend_on_its_length_when_k_start_is_constant():
+    config = StemConfig(k_start=5, decay=1.0)
+    assert torch.equal(stem.block_budget(64, config)[:20], stem.block_budget(20, config))
+
+
+def test_decay_spends_most_on_early_rows():
+    flat, decayed = (stem.block_budget(256, StemConfig(density=0.25, decay=decay)) for decay in (1.0, 0.5))
+    assert (decayed[:100] >= flat[:100]).all() and (decayed[200:] < flat[200:]).all()
+    assert abs(int(flat.sum() - decayed.sum())) <= 1
+
+
+def test_dense_last_blocks_keep_everything():
+    budget = stem.block_budget(50, StemConfig(k_start=4, dense_last_blocks=3))
+    assert budget[-3:].tolist() == [48, 49, 50] and budget[-4] < 5
+
+
+def test_adaptive_budgets_are_the_bound():
+    config = StemConfig(allocation="adaptive", threshold=0.1)
+    assert stem.block_budget(5, config).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_causal_pairs_are_counted():
+    assert causal_pairs(7) == sum(1 for i in range(7) for j in range(7) if j <= i)
+    assert causal_pairs(7, 3) == sum(1 for i in range(4, 7) for j in range(7) if j <= i)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.7, 1.0])
+def test_costs_of_the_paper_approximate_the_exact_count(decay):
+    n, k = 2000, 200
+    exact = sum(max(1, min(i, math.floor(k - k * (1 - decay) / n * i))) for i in range(1, n + 1))
+    assert decay_cost(n, k, decay) == pytest.approx(exact, rel=0.04)
+    if decay == 1.0:
+        assert decay_cost(n, k, decay) == uniform_cost(n, k)
+
+
+@pytest.mark.parametrize(
+    ("n", "config", "error", "words"),
+    [
+        (0, StemConfig(), ValueError, "num_kv_blocks.*>= 1.*0"),
+        (-3, StemConfig(), ValueError, "num_kv_blocks.*>= 1.*-3"),
+        (8.0, StemConfig(), TypeError, "num_kv_blocks.*int.*8.0"),
+        (True, StemConfig(), TypeError, "num_kv_blocks.*int.*True"),
+        (8, {"density": 0.5}, TypeError, "config.*StemConfig.*density"),
+        (8, None, TypeError, "config.*StemConfig.*None"),
+    ],
+    ids=["zero", "negative", "float", "bool", "dict", "none"],
+)
+def test_bad_input(n, config, error, words):
+    with pytest.raises(error, match=words):
+        stem.block_budget(n, config)

@@ -1,0 +1,215 @@
+"""Block scores against unfactorised float64 loops: presets, shapes, chunks, and what must not matter."""
+
+import math
+
+import oracles
+import pytest
+import torch
+
+import stem
+from stem import StemConfig
+from stem.scores import group_sums, value_term
+
+SHAPES = {  # B, Hq, Hkv, Nq, Nkv, D, block
+    "whole": (1, 2, 2, 256, 256, 16, 64),
+    "ragged-9/3": (1, 9, 3, 251, 251, 16, 64),
+    "one-block": (1, 2, 1, 40, 40, 32, 64),
+    "below-a-stride": (1, 1, 1, 19, 19, 16, 16),
+    "chunk-aligned": (1, 4, 2, 100, 292, 24, 32),
+    "chunk-unaligned": (2, 4, 1, 77, 333, 16, 64),
+    "last-token": (1, 2, 1, 1, 130, 40, 32),
+    "block-128": (1, 2, 1, 300, 300, 8, 128),
+}
+PRESETS = ("paper", "angelslim", "hpc_ops")
+
+
+def draw(batch, q_heads, kv_heads, q_len, kv_len, head_dim, dtype=torch.float64):
+    """q, k, v whose values differ in norm from token to token, so that the value term matters."""
+    q = torch.randn(batch, q_heads, q_len, head_dim, dtype=dtype)
+    k, v = (torch.randn(batch, kv_heads, kv_len, head_dim, dtype=dtype) for _ in range(2))
+    return q, k, v * torch.rand(batch, kv_heads, kv_len, 1, dtype=dtype).exp()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_in_float64(preset, shape):
+    *sizes, block = SHAPES[shape]
+    q, k, v = draw(*sizes)
+    scores = stem.block_scores(q, k, v, StemConfig.preset(preset, block_size=block))
+    assert scores.dtype == torch.float64
+    torch.testing.assert_close(scores, oracles.preset_scores(preset, q, k, v, block), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["one-block", "chunk-aligned", "block-128"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_in_low_precision(preset, shape, dtype, impl):
+    """The inputs are rounded, everything after them is fp32: the error is fp32's, whatever the inputs."""
+    *sizes, block = SHAPES[shape]
+    q, k, v = (x.to(dtype) for x in draw(*sizes))
+    scores = stem.block_scores(q, k, v, StemConfig.preset(preset, block_size=block), impl=impl)
+    assert scores.dtype == torch.float32
+    oracle = oracles.preset_scores(preset, q, k, v, block)
+    causal = oracle.isfinite()
+    assert torch.equal(scores.isneginf(), ~causal)
+    torch.testing.assert_close(scores[causal].double(), oracle[causal], rtol=1e-5, atol=1e-5 * oracle[causal].std())
+
+
+@pytest.mark.parametrize("stride", [1, 2, 8, 16, 64])
+def test_factorised_sum_equals_the_unfactorised_one(stride):
+    q, k, _ = draw(1, 2, 2, 190, 190, 12)
+    factorised = group_sums(q, 64, stride, reverse=True) @ group_sums(k, 64, stride).mT
+    torch.testing.assert_close(factorised, oracles.antidiagonal_sums(q, k, 64, stride), rtol=0, atol=1e-11)
+
+
+def test_a_stride_of_one_averages_every_pair():
+    q, k, v = draw(1, 1, 1, 64, 64, 8)
+    config = StemConfig(block_size=32, score_stride=1, value_weight=0.0)
+    expected = q[0, 0, 32:].mean(0) @ k[0, 0, :32].mean(0) / math.sqrt(8)
+    assert stem.block_scores(q, k, v, config)[0, 0, 1, 0] == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_block_sizes(block, impl):
+    q, k, v = draw(1, 2, 1, 200, 264, 16, torch.float32)
+    config = StemConfig(block_size=block, score_stride=8, value_weight=0.5)
+    routing = oracles.antidiagonal_sums(q, k, block, 8) / 4 / (block * block / 8)
+    oracle = oracles.hide_future(routing + 0.5 * oracles.log_value_term(v, block)[:, :, None])
+    scores = stem.block_scores(q, k, v, config, impl=impl)
+    torch.testing.assert_close(scores.double(), oracle, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_head_dims(head_dim, impl):
+    q, k, v = draw(1, 2, 1, 50, 50, head_dim, torch.float32)
+    scores = stem.block_scores(q, k, v, StemConfig.preset("paper", block_size=16), impl=impl)
+    oracle = oracles.preset_scores("paper", q, k, v, 16)
+    torch.testing.assert_close(scores.double(), oracle, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cells", [1, 2, 4])
+@pytest.mark.parametrize("shape", ["ragged-9/3", "chunk-unaligned"])
+def test_softmax_over_cells(shape, cells):
+    *sizes, block = SHAPES[shape]
+    q, k, v = draw(*sizes)
+    config = StemConfig(block_size=block, reduction="softmax", score_cells=cells, score_stride=8, value_weight=0.3)
+    oracle = oracles.softmax_scores(4 * q, k, v, block, 8, cells, 0.3)
+    torch.testing.assert_close(stem.block_scores(4 * q, k, v, config), oracle, rtol=1e-9, atol=1e-9)
+
+
+def test_softmax_scores_are_shares_of_a_row():
+    q, k, v = draw(1, 2, 1, 128, 128, 16)
+    scores = stem.block_scores(q, k, v, StemConfig(block_size=32, score_stride=8, reduction="softmax"))
+    torch.testing.assert_close(scores.exp().sum(-1), torch.ones(1, 2, 4, dtype=torch.float64))
+
+
+def test_scale_multiplies_the_routing_term_only():
+    q, k, v = draw(1, 2, 1, 96, 96, 16)
+    config = StemConfig(block_size=32)
+    value = stem.block_scores(0 * q, k, v, config).tril()
+    default, doubled = (stem.block_scores(q, k, v, config, scale=scale).tril() for scale in (None, 0.5))
+    causal = default.isfinite()
+    torch.testing.assert_close((doubled - value)[causal], 2 * (default - value)[causal])
+
+
+def test_raw_routing_ignores_the_scale():
+    q, k, v = draw(1, 2, 1, 96, 96, 16)
+    config = StemConfig(block_size=32, routing_scale="raw")
+    assert torch.equal(stem.block_scores(q, k, v, config), stem.block_scores(q, k, v, config, scale=7.0))
+
+
+def test_grouped_heads_equal_repeated_heads():
+    q, k, v = draw(1, 6, 2, 100, 100, 16)
+    config = StemConfig(block_size=32)
+    repeated = [oracles.repeat_heads(x, 6) for x in (k, v)]
+    torch.testing.assert_close(stem.block_scores(q, k, v, config), stem.block_scores(q, *repeated, config))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "softmax"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_of_an_aligned_chunk_are_those_of_the_whole_prompt(reduction, impl):
+    q, k, v = draw(1, 2, 1, 192, 192, 16, torch.float32)
+    config = StemConfig(block_size=32, score_stride=8, reduction=reduction)
+    whole = stem.block_scores(q, k, v, config, impl=impl)
+    chunk = stem.block_scores(q[:, :, 64:160], k[:, :, :160], v[:, :, :160], config, impl=impl)
+    torch.testing.assert_close(chunk, whole[:, :, 2:5, :5])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_block_never_sees_later_blocks(impl):
+    q, k, v = draw(1, 2, 1, 128, 128, 16, torch.float32)
+    config = StemConfig(block_size=32, score_stride=8)
+    before = stem.block_scores(q, k, v, config, impl=impl)
+    for x in (q, k, v):
+        x[:, :, 64:] *= -3
+    after = stem.block_scores(q, k, v, config, impl=impl)
+    assert torch.equal(before[:, :, :2], after[:, :, :2]) and not torch.equal(before[:, :, 2:], after[:, :, 2:])
+
+
+@pytest.mark.parametrize("preset", ["angelslim", "hpc_ops"])
+def test_the_published_z_score_sees_the_future(preset):
+    """Why the default is not the z-score: early rows change with later values."""
+    q, k, v = draw(1, 2, 1, 128, 128, 16)
+    config = StemConfig.preset(preset, block_size=32)
+    before = stem.block_scores(q, k, v, config)
+    v[:, :, 64:] *= 30
+    assert not torch.equal(before[:, :, :2], stem.block_scores(q, k, v, config)[:, :, :2])
+
+
+def test_log_value_term_is_absolute_and_the_z_score_is_relative():
+    _, _, v = draw(1, 1, 1, 128, 128, 16)
+    log, zscore = (StemConfig(block_size=32, value_norm=norm) for norm in ("log", "zscore"))
+    torch.testing.assert_close(value_term(8 * v, log), value_term(v, log) + math.log(8))
+    torch.testing.assert_close(value_term(8 * v, zscore), value_term(v, zscore), rtol=1e-4, atol=1e-4)
+    assert not value_term(1e-3 * v, log).any()
+
+
+def test_constant_values_have_no_z_score():
+    v = torch.ones(1, 1, 64, 8)
+    for norm in ("zscore", "zscore_padded"):
+        assert not value_term(v, StemConfig(block_size=32, value_norm=norm)).any()
+
+
+def test_non_contiguous_inputs():
+    q, k, v = draw(1, 2, 1, 96, 96, 16, torch.float32)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    strided[1] = k.repeat_interleave(2, -1)[..., ::2]
+    config = StemConfig(block_size=32)
+    for impl in ("torch", "triton"):
+        found = stem.block_scores(*strided, config, impl=impl)
+        torch.testing.assert_close(found, stem.block_scores(q, k, v, config, impl=impl))
+
+
+def test_scores_carry_no_gradient():
+    q, k, v = (x.requires_grad_() for x in draw(1, 1, 1, 64, 64, 16))
+    assert not stem.block_scores(q, k, v, StemConfig(block_size=32)).requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_non_finite_input_is_named(name, value):
+    tensors = dict(zip("qkv", draw(1, 1, 1, 64, 64, 16), strict=True))
+    tensors[name][0, 0, 3, 2] = value
+    with pytest.raises(ValueError, match=f"{name} must be finite, got 1"):
+        stem.block_scores(**tensors, config=StemConfig(block_size=32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (dict(config={"density": 0.5}), TypeError, "config.*StemConfig.*density"),
+        (dict(config=None), TypeError, "config.*StemConfig.*None"),
+        (dict(impl="cuda"), ValueError, "impl.*'torch', 'triton'.*'cuda'"),
+        (dict(impl="flex"), ValueError, "impl.*'torch', 'triton'.*'flex'"),
+        (dict(impl="triton"), TypeError, "triton.*float32.*float64"),
+        (dict(scale=-1.0), ValueError, "scale.*positive.*-1.0"),
+    ],
+    ids=["dict", "none", "unknown-impl", "attention-impl", "fp64-triton", "scale"],
+)
+def test_bad_input(arguments, error, words):
+    q, k, v = draw(1, 1, 1, 32, 32, 16)
+    with pytest.raises(error, match=words):
+        stem.block_scores(q, k, v, **{"config": StemConfig(block_size=32), **arguments})
