@@ -1,0 +1,97 @@
+"""Every kernel compiles for an H100 and fits into its shared memory; ahead of time, so no GPU is needed.
+
+The compiler needs a process of its own, because Triton interprets or compiles, and decides when it is imported:
+this file is both the test and that process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
+POINTERS = {
+    "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32",
+    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32",
+}  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
+
+
+def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3):
+    """Compile one specialisation, as a launch with aligned pointers and strides would; bytes of shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            pointed = POINTERS.get(name, "fp32")
+            return "*" + (input_type if pointed == "x" else pointed)
+        return "fp32" if name == "scale" else "i32"
+
+    names = kernel.arg_names
+    aligned = [name for name in names if name not in constants and name.endswith(("_ptr", "b", "h", "n"))]
+    source = ASTSource(
+        kernel,
+        {name: type_of(name) for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
+def sparse_forward_case(head_dim, block_size, dtype):
+    """Arguments of compile_for_sm90 for the forward kernel, with the tiles that the library chooses."""
+    import triton
+    from stem.kernels import sparse_forward
+
+    tiles = sparse_forward.tile_sizes(head_dim, block_size, dtype)
+    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
+    operands = sparse_forward.operand_dtype(dtype)
+    constants = dict(HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, DTYPE=operands)
+    return sparse_forward.sparse_forward_kernel, operands.name, constants | tiles, *options.values()
+
+
+def cases():
+    """(name, arguments of compile_for_sm90) over kernels and the extremes of their shapes."""
+    import torch
+    from stem.kernels import block_scores, block_select
+
+    shapes = {
+        torch.bfloat16: [(16, 16), (40, 32), (64, 128), (128, 64), (128, 128), (256, 128)],
+        torch.float16: [(128, 128)],
+        torch.float32: [(64, 128), (128, 128), (256, 128)],
+    }
+    for dtype in shapes:
+        for head_dim, block_size in shapes[dtype]:
+            yield f"sparse_forward {dtype} {head_dim} {block_size}", sparse_forward_case(head_dim, block_size, dtype)
+    for input_type in ("bf16", "fp32"):
+        sums = dict(stride_xd=1, HEAD_DIM=128, BLOCK_D=128, BLOCK_SIZE=128, STRIDE=16, GROUPS=16, REVERSE=True)
+        yield f"block_sums {input_type}", (block_scores.block_sums_kernel, input_type, sums)
+        norms = dict(stride_vd=1, HEAD_DIM=128, DIM_TILE=64, BLOCK_SIZE=128, GROUP_SIZE=16)
+        yield f"value_norms {input_type}", (block_scores.value_norms_kernel, input_type, norms)
+    scores = dict(DEPTH=2048, PRECISION="tf32x3", TILE=block_scores.SCORE_TILE, DEPTH_TILE=block_scores.DEPTH_TILE)
+    yield "score_blocks", (block_scores.score_blocks_kernel, "fp32", scores)
+    for on_top in (False, True):
+        row = dict(ON_TOP=on_top, ROW_SIZE=8192)
+        yield f"select_topk {on_top}", (block_select.select_topk_kernel, "fp32", row, 32)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_sm90(tmp_path):
+    pytest.importorskip("triton.backends.nvidia")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    shared = json.loads(process.stdout)
+    assert len(shared) == 17
+    too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
+    assert not too_large
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: compile_for_sm90(*arguments) for name, arguments in cases()}))
