@@ -1,0 +1,281 @@
+"""lm-eval with Stem as a model, RULER samples, rows on equal samples, and long-document loss."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import stem
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from stem import documents, evaluate, pretrained, ruler  # noqa: E402
+
+SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer):
+    """A folder with a random two-layer Llama and the embedded model's tokenizer."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(tiny):
+    return pretrained.load(tiny, device="cpu")
+
+
+def _requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, pair, index) for index, pair in enumerate(arguments)]
+
+
+def _likelihoods(lm, pairs):
+    return [logp for logp, _ in lm.loglikelihood(_requests("loglikelihood", pairs), disable_tqdm=True)]
+
+
+def _texts(count: int) -> list[str]:
+    words = documents.words(documents.prose())
+    return [" ".join(words[100 * i : 100 * i + 40 * (i + 1)]) for i in range(count)]
+
+
+def test_the_model_name_is_registered_and_is_lm_evals_own_class():
+    assert get_model("stem") is evaluate.StemLM
+    assert issubclass(evaluate.StemLM, HFLM)
+
+
+def test_full_density_scores_what_lm_evals_own_class_scores(tiny):
+    pairs = [(text, " the end") for text in _texts(3)]
+    expected = _likelihoods(HFLM(pretrained=tiny, device="cpu"), pairs)
+    found = _likelihoods(evaluate.StemLM(pretrained=tiny, device="cpu", density=1.0, block_size=16), pairs)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_every_model_argument_reaches_the_attention(tiny):
+    pairs = [(_texts(4)[-1], " the end")]
+    options = {"pretrained": tiny, "device": "cpu", "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
+    changes = [{"density": 1.0}, {"k_start": 2}, {"k_start": 2, "dense_layers": 1}, {"k_start": 2, "sink_blocks": 0}]
+    changes += [{"preset": "angelslim", "k_start": 2, "score_stride": 4, "value_weight": 3.0}]
+    scores = [_likelihoods(evaluate.StemLM(**(options | change)), pairs)[0] for change in changes]
+    assert len({round(score, 3) for score in scores}) == len(changes)
+
+
+def test_padded_batches_answer_what_single_requests_answer(tiny):
+    texts = _texts(4)
+    options = {"pretrained": tiny, "device": "cpu", "k_start": 2, "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
+    one, four = (evaluate.StemLM(**options, batch_size=size) for size in (1, 4))
+    pairs = [(text, " the end") for text in texts]
+    assert _likelihoods(four, pairs) == pytest.approx(_likelihoods(one, pairs), abs=1e-4)
+    assert four.batch_size == 4
+    generation = {"until": [], "max_gen_toks": 6, "do_sample": False}
+    prompts = _requests("generate_until", [(text, dict(generation)) for text in texts])
+    assert four.generate_until(prompts, disable_tqdm=True) == one.generate_until(prompts, disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"density": 1.5}, ValueError, "density"),
+        ({"density": 0.5, "k_start": 4}, ValueError, "k_start"),
+        ({"blocksize": 64}, TypeError, "blocksize=64; did you mean block_size"),
+        ({"preset": "papers"}, ValueError, "preset"),
+        ({"dense_layers": 3}, ValueError, "dense_layers"),
+        ({"dense_layers": [0, 5]}, ValueError, "dense_layers"),
+        ({"dense_layers": "first"}, ValueError, "dense_layers"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_model_arguments_are_named(tiny, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate.StemLM(pretrained=tiny, device="cpu", **options)
+
+
+def test_dense_layers_count_from_the_front_or_are_named():
+    assert evaluate.per_layer(SPARSE, 4, 2) == [None, None, SPARSE, SPARSE]
+    assert evaluate.per_layer(SPARSE, 4, [0, -1]) == [None, SPARSE, SPARSE, None]
+    assert evaluate.per_layer(SPARSE, 2, 0) == [SPARSE, SPARSE]
+
+
+def _parsed(monkeypatch, *command: str):
+    """What lm-eval would run for a command line."""
+    seen = []
+    monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda self, arguments: seen.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["stem.evaluate", *command])
+    evaluate.main()
+    return seen[0]
+
+
+def test_command_line_knows_the_embedded_model_wherever_a_name_goes(tmp_path, monkeypatch):
+    folder = pretrained.resolve("smollm2")
+    arguments = "--model stem --model_args pretrained=smollm2,density=0.25 --tasks niah_single_1".split()
+    for command in (arguments, ["run", *arguments]):
+        parsed = _parsed(monkeypatch, *command)
+        assert parsed.model_args == {"pretrained": folder, "density": 0.25}
+    parsed = _parsed(monkeypatch, *arguments, "--metadata", '{"tokenizer": "smollm2", "max_seq_lengths": [512]}')
+    assert parsed.metadata == {"tokenizer": folder, "max_seq_lengths": [512]}
+    file = tmp_path / "run.yaml"
+    file.write_text("model: stem\nmodel_args: {pretrained: smollm2, k_start: 3}\ntasks: [niah_single_1]\n")
+    assert _parsed(monkeypatch, "run", "--config", str(file)).model_args == {"pretrained": folder, "k_start": 3}
+    parsed = _parsed(monkeypatch, "--model", "hf", "--model_args", "pretrained=org/name", "--tasks", "a")
+    assert parsed.model_args == {"pretrained": "org/name"}
+
+
+@pytest.mark.slow
+def test_command_line_of_the_readme_works_offline(tmp_path):
+    command = "-m stem.evaluate --model stem --model_args pretrained=smollm2,density=0.25,block_size=64 --limit 1 "
+    command += f"--tasks niah_single_1 --gen_kwargs max_gen_toks=4 --output_path {tmp_path} --metadata"
+    done = subprocess.run(
+        [sys.executable, *command.split(), '{"max_seq_lengths":[512]}'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.rglob("results_*.json")
+    results = json.loads(path.read_text())
+    assert results["n-samples"]["niah_single_1"]["effective"] == 1
+    assert 0 <= results["results"]["niah_single_1"]["512,none"] <= 1
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_samples_of_every_task_do_not_depend_on_what_came_before(task, tokenizer):
+    before = random.getstate()
+    samples = ruler.build_samples(task, tokenizer, 1024, 2, seed=3)
+    assert random.getstate() == before
+    ruler.build_samples("ruler_cwe", tokenizer, 512, 1)
+    random.seed(99)
+    again = ruler.build_samples(task, tokenizer, 1024, 2, seed=3)
+    assert samples == again
+    assert samples != ruler.build_samples(task, tokenizer, 1024, 2, seed=4)
+    for sample in samples:
+        assert sample["max_length"] == 1024
+        assert len(tokenizer(sample["input"]).input_ids) <= 1024
+        assert all(answer in sample["input"] for answer in sample["outputs"])
+
+
+def test_a_sample_does_not_depend_on_how_many_there_are(tokenizer):
+    few, many = (ruler.build_samples("niah_single_2", tokenizer, 1024, count) for count in (1, 3))
+    assert many[:1] == few
+
+
+def test_bad_ruler_arguments_are_named(tokenizer):
+    for arguments, message in [
+        (("niah_single_9", tokenizer, 1024, 1), "niah_single_9"),
+        (("niah_single_1", tokenizer, 100, 1), "length must be at least 512"),
+        (("niah_single_1", tokenizer, 1024, 0), "samples"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ruler.build_samples(*arguments)
+    with pytest.raises(ValueError, match="ruler_vt"):
+        ruler.load_tasks(["ruler_vt"], tokenizer, [1024], 1, teacher_forced=True)
+    with pytest.raises(ValueError, match="measures.*spoken"):
+        evaluate.ruler_rows({"dense": None}, measures=["spoken"])
+
+
+def test_rows_pair_the_methods_and_dense_equals_lm_eval(tiny, tiny_pair):
+    methods = {"dense": None, "stem": SPARSE}
+    arguments = {"tasks": ["niah_single_1"], "lengths": [512, 768], "samples": 2, "model": tiny_pair}
+    rows = evaluate.ruler_rows(methods, **arguments, max_new_tokens=4)
+    assert len(rows) == 2 * 2 * 2 * 2
+    prompts = {method: [row["prompt"] for row in rows if row["method"] == method] for method in methods}
+    assert prompts["dense"] == prompts["stem"]
+    assert len(set(prompts["stem"])) == 4  # the same four prompts under both measures
+    dense = [row for row in rows if row["method"] == "dense" and row["measure"] == "teacher_forced"]
+    tasks = ruler.load_tasks(["niah_single_1"], tiny_pair[1], [512, 768], 2, teacher_forced=True)
+    own = lm_eval.evaluate(HFLM(pretrained=tiny, device="cpu"), tasks, bootstrap_iters=0)["samples"]["niah_single_1"]
+    assert [row["logp"] for row in dense] == [sample["logp"] for sample in own]
+    sparse = [row for row in rows if row["method"] == "stem" and row["measure"] == "teacher_forced"]
+    assert all(0.3 < row["density"] < 0.5 for row in sparse)
+    assert all(a["logp"] != b["logp"] for a, b in zip(sparse, dense, strict=True))
+
+
+def test_document_loss_is_the_cross_entropy_of_all_logits(tiny_pair):
+    model, tokenizer = tiny_pair
+    texts = documents.stdlib_documents(["argparse"])
+    rows = evaluate.document_loss_rows({"dense": None, "stem": SPARSE}, texts, 256, 64, model=tiny_pair)
+    ids = tokenizer(texts["argparse"], return_tensors="pt").input_ids[:, :257]
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits[0]
+    expected = F.cross_entropy(logits, ids[0, 1:], reduction="none").unflatten(0, (4, 64)).mean(1)
+    found = [row["loss"] for row in rows if row["method"] == "dense"]
+    assert found == pytest.approx(expected.tolist(), abs=1e-4)
+    sparse = [row["loss"] for row in rows if row["method"] == "stem"]
+    assert sparse[-1] != found[-1]
+    assert [row["start"] for row in rows[:4]] == [0, 64, 128, 192]
+
+
+def test_bad_document_arguments_are_named(tiny_pair):
+    with pytest.raises(ValueError, match="bucket"):
+        evaluate.document_loss_rows({"dense": None}, {"a": "b"}, 100, 64, model=tiny_pair)
+    with pytest.raises(ValueError, match="texts\\['a'\\]"):
+        evaluate.document_loss_rows({"dense": None}, {"a": "b"}, 128, 64, model=tiny_pair)
+    with pytest.raises(ValueError, match="no_such_module"):
+        documents.stdlib_documents(["no_such_module"])
+    with pytest.raises(ValueError, match="min_chars"):
+        documents.stdlib_documents(["argparse"], min_chars=10**9)
+
+
+def test_a_model_that_caps_its_logits_is_refused(tiny_pair, monkeypatch):
+    model, _ = tiny_pair
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: hidden @ model.lm_head.weight.T)
+    evaluate.token_losses(model, torch.arange(9)[None])
+    handle = model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits.tanh()))
+    try:
+        with pytest.raises(ValueError, match="LlamaForCausalLM"):
+            evaluate.token_losses(model, torch.arange(9)[None])
+    finally:
+        handle.remove()
+
+
+def test_paired_differences_compare_equal_samples():
+    rows = [
+        {"method": method, "task": "a", "sample": sample, "logp": -sample - shift}
+        for method, shift in [("dense", 0.0), ("stem", 0.5)]
+        for sample in range(4)
+    ]
+    (difference,) = evaluate.paired_differences(rows, "logp", ["task"], ["sample"]).to_dict("records")
+    assert difference["difference"] == pytest.approx(-0.5)
+    assert difference["low"] == difference["high"] == pytest.approx(-0.5)
+    assert difference["samples"] == 4 and difference["task"] == "a"
+    with pytest.raises(ValueError, match="missing"):
+        evaluate.paired_differences(rows[:-1], "logp", ["task"], ["sample"])
+    with pytest.raises(ValueError, match="baseline"):
+        evaluate.paired_differences(rows, "logp", ["task"], ["sample"], baseline="full")
+
+
+@pytest.mark.slow
+def test_the_control_fails_teacher_forced_on_the_embedded_model():
+    rows = evaluate.ruler_rows(
+        {"dense": None, "window": evaluate.window_control()}, ["niah_single_1"], [1024], 2, measures=["teacher_forced"]
+    )
+    (difference,) = evaluate.paired_differences(rows, "logp", ["task"], ["sample"]).to_dict("records")
+    assert difference["difference"] < -3
