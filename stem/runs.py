@@ -63,7 +63,7 @@ class Log:
         partial.write_text("".join(kept))
         partial.replace(path)
         self.file = path.open("a", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, columns)
+        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
         if not kept:
             self.writer.writeheader()
 

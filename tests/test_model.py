@@ -1,4 +1,4 @@
-"""The small model: causal, the same function under dense and full-density sparse attention, and trainable through it."""
+"""The small model: causal, equal to dense at full density under every pattern, and trainable through each."""
 
 import dataclasses
 import inspect
