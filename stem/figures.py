@@ -1,0 +1,245 @@
+"""Figures in the house style: the title is the claim, axes carry units, tokens on a log2 axis, dense attention in grey.
+
+Functions take rows (a DataFrame, one machine's) and return a matplotlib Figure; `save` puts it beside its CSV as SVG.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from stem import records
+from stem.selection import BlockSelection
+
+PALETTE = sns.color_palette("colorblind")
+DENSE_GREYS = ("0.25", "0.55", "0.75")
+LABELS = {
+    "sdpa_cudnn": "dense, SDPA cuDNN",
+    "sdpa_flash": "dense, SDPA FlashAttention-2",
+    "sdpa_cpu": "dense, SDPA CPU",
+    "flex": "FlexAttention, Stem's blocks",
+    "stem_torch": "Stem, torch",
+    "stem_triton": "Stem, Triton",
+    "stem_hopper": "Stem, Hopper",
+}
+COLOURS = dict(zip(("stem_triton", "flex", "stem_torch", "stem_hopper"), PALETTE, strict=False))
+COLOURS |= dict(zip(("sdpa_cudnn", "sdpa_flash", "sdpa_cpu"), DENSE_GREYS, strict=False))
+STYLE = {
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.labelsize": "small",
+    "xtick.labelsize": "small",
+    "ytick.labelsize": "small",
+    "legend.fontsize": "small",
+    "legend.frameon": False,
+    "figure.dpi": 72,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "stem",
+}
+
+
+def new(columns: int = 1, *, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Axes | np.ndarray]:
+    """A figure in the house style with `columns` axes side by side, each `width` x `height` inches."""
+    with sns.axes_style("whitegrid"), plt.rc_context(STYLE):
+        return plt.subplots(1, columns, figsize=(columns * width, height))
+
+
+def save(figure: Figure, experiment: str, name: str) -> Path:
+    """Write results/<experiment>/<name>.svg, beside the CSV it was drawn from; the same figure gives the same bytes."""
+    path = records.results_dir(experiment) / f"{name}.svg"
+    with plt.rc_context(STYLE):
+        figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def tokens_axis(ax: Axes, tokens) -> None:
+    """A log2 x axis of tokens, labelled 1K, 2K, ... 1M at the lengths that were measured."""
+    ticks = sorted({int(n) for n in tokens})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [tokens_label(n) for n in ticks], minor=False)
+    ax.set_xlabel("tokens")
+
+
+def tokens_label(tokens: int) -> str:
+    """1024 -> "1K", 1048576 -> "1M", 1000 -> "1000"."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)
+
+
+def lines(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    ax: Axes,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    band: tuple[str, str] | None = None,
+    labels: dict[str, str] | None = None,
+    colours: dict[str, object] | None = None,
+) -> Axes:
+    """One line with markers per value of `by`, in its order of appearance, shaded between the two columns of `band`.
+
+    A value named "dense..." is grey unless `colours` says otherwise; the rest follow the colour-blind palette.
+    """
+    fresh = iter(PALETTE * 4)
+    for name, group in frame.groupby(by, sort=False):
+        group = group.sort_values(x)
+        default = "0.4" if str(name).startswith("dense") else next(fresh)
+        colour = (colours or {}).get(name, default)
+        ax.plot(group[x], group[y], "o-", color=colour, markersize=4, label=(labels or {}).get(name, name))
+        if band:
+            ax.fill_between(group[x], group[band[0]], group[band[1]], color=colour, alpha=0.2, linewidth=0)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.legend()
+    return ax
+
+
+def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 0, title: str | None = None) -> Axes:
+    """The kept block pairs of one head of the first prompt: kept dark, causal but skipped light, the future blank."""
+    if ax is None:
+        _, ax = new(width=3.6)
+    kept = selection.to_mask()[0, head].cpu().numpy()
+    nq, nk = kept.shape
+    causal = np.tri(nq, nk, nk - nq, dtype=bool)
+    ax.imshow(causal.astype(int) + kept, cmap=ListedColormap(["white", "0.88", PALETTE[0]]), vmin=0, vmax=2)
+    ax.grid(False)
+    default = f"{kept.sum()} of {causal.sum()} causal block pairs are computed"
+    ax.set_title(title or default, loc="left", fontsize="medium")
+    ax.set_xlabel(f"key block [{selection.block_size} tokens]")
+    ax.set_ylabel(f"query block [{selection.block_size} tokens]")
+    return ax
+
+
+def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Time of the whole operator and of its dense baselines over tokens, with p20-p80 bands, and their ratio."""
+    rows, config = timed(rows, config)
+    shown = rows[(rows.config == "dense") | (rows.operation == "operator") | (rows.provider == "flex")]
+    last, fastest, ratio = headline(shown)
+    figure, (left, right) = new(2, width=5.2)
+    claim = f"{last.device_label}: Stem takes {_ms(last.latency_ms)} at {tokens_label(last.tokens)} tokens"
+    lines(
+        shown, "tokens", "latency_ms", "provider", left, title=claim, xlabel="tokens", ylabel="time [ms]",
+        band=("latency_ms_p20", "latency_ms_p80"), labels=LABELS, colours=COLOURS,
+    )  # fmt: skip
+    left.set_yscale("log")
+    tokens_axis(left, shown.tokens)
+    operator = shown[shown.operation == "operator"]
+    for name in baselines(shown):
+        speedup = operator.dropna(subset=f"speedup_vs_{name}").sort_values("tokens")
+        right.plot(speedup.tokens, speedup[f"speedup_vs_{name}"], "o-", color=COLOURS[name], markersize=4)
+        right.annotate(f"  over {LABELS[name]}", (speedup.tokens.iloc[0], speedup[f"speedup_vs_{name}"].iloc[-1]),
+                       color=COLOURS[name], fontsize="small", va="bottom")  # fmt: skip
+    right.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    right.set(ylabel="speed-up of the whole operator [times]", ylim=(0, None))
+    right.set_title(f"{ratio:.1f}× over {fastest} at {tokens_label(last.tokens)} ({config} budget)")
+    tokens_axis(right, shown.tokens)
+    return figure
+
+
+def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Where the time goes: scores, selection and attention, as shares of their sum over tokens."""
+    rows, _ = timed(rows, config)
+    parts = rows[(rows.config != "dense") & rows.operation.isin(["scores", "selection", "attention"])]
+    parts = parts[parts.provider != "flex"].pivot_table(index="tokens", columns="operation", values="latency_ms")
+    share = 100 * parts[["attention", "selection", "scores"]].div(parts.sum(axis=1), axis=0)
+    figure, ax = new()
+    share.plot.bar(stacked=True, ax=ax, color=[PALETTE[0], PALETTE[1], PALETTE[2]], width=0.7, rot=0)
+    ax.set_xticklabels([tokens_label(n) for n in share.index])
+    overhead = 100 - share.attention.iloc[-1]
+    ax.set_title(f"choosing the blocks takes {overhead:.0f} % of the time at {tokens_label(share.index[-1])} tokens")
+    ax.set(xlabel="tokens", ylabel="share of the time [%]", ylim=(0, 100))
+    ax.legend(loc="lower right", frameon=True)
+    return figure
+
+
+def memory(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Peak memory beyond the inputs over tokens, the output included (measured on CUDA only)."""
+    rows, _ = timed(rows, config)
+    shown = rows[(rows.config == "dense") | (rows.operation == "operator")].dropna(subset="peak_memory_mib")
+    figure, ax = new()
+    last = shown[shown.operation == "operator"].sort_values("tokens").iloc[-1]
+    title = f"Stem needs {last.peak_memory_mib / 1024:.1f} GiB beyond its inputs at {tokens_label(last.tokens)} tokens"
+    lines(
+        shown, "tokens", "peak_memory_mib", "provider", ax, title=title, xlabel="tokens",
+        ylabel="peak memory beyond the inputs [MiB]", labels=LABELS, colours=COLOURS,
+    )  # fmt: skip
+    ax.set_yscale("log")
+    tokens_axis(ax, shown.tokens)
+    return figure
+
+
+def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Attention alone under this machine's measured ceilings: a matmul and a copy (operation "ceiling" in the rows)."""
+    peak, bandwidth = ceilings(rows)
+    rows, _ = timed(rows, config)
+    shown = rows[rows.operation == "attention"].dropna(subset="tflops")
+    shown = shown.assign(intensity=shown.flop / shown.least_bytes)
+    sparse = shown[shown.provider.str.startswith("stem")].sort_values("tokens").iloc[-1]
+    figure, ax = new()
+    claim = f"Stem's attention runs at {100 * sparse.tflops / peak:.0f} % of the matmul's rate at "
+    claim += f"{tokens_label(sparse.tokens)} tokens"
+    lines(
+        shown, "intensity", "tflops", "provider", ax, title=claim, labels=LABELS, colours=COLOURS,
+        xlabel="operations per byte that must move [FLOP/B]", ylabel="kept pairs computed [TFLOP/s]",
+    )  # fmt: skip
+    x = np.geomspace(min(shown.intensity.min() / 2, peak / bandwidth / 2), shown.intensity.max() * 2, 200)
+    ax.plot(x, np.minimum(peak, bandwidth * x), color="black", linewidth=1, label="measured ceilings")
+    ax.set(xscale="log", yscale="log")
+    ax.legend()
+    return figure
+
+
+def timed(rows: pd.DataFrame, config: str | None = None) -> tuple[pd.DataFrame, str]:
+    """The rows that hold a time, of the dense baselines and one config (default: the first), and that config's name.
+
+    Raises:
+        ValueError: If the rows are of several machines or profiles, or of none with a time.
+    """
+    rows = pd.DataFrame(rows)
+    for column in ("machine", "profile"):
+        if column in rows and rows[column].nunique() > 1:
+            raise ValueError(f"rows must be of one {column}, got {sorted(rows[column].unique())}")
+    rows = rows[rows["operation"] != "ceiling"].dropna(subset="latency_ms")
+    names = [name for name in rows["config"].unique() if name != "dense"]
+    if not names or (config is not None and config not in names):
+        raise ValueError(f"rows must hold times of config={config or 'any'!r}, got {names}")
+    config = names[0] if config is None else config
+    return rows[rows["config"].isin(["dense", config])].astype({"tokens": int}), config
+
+
+def baselines(rows: pd.DataFrame) -> list[str]:
+    """The dense providers that the rows hold."""
+    return list(rows[rows.config == "dense"].provider.unique())
+
+
+def headline(rows: pd.DataFrame) -> tuple[pd.Series, str, float]:
+    """The operator's row at the longest length that a dense baseline reached, that baseline's label, and the ratio."""
+    dense, operator = rows[rows.config == "dense"], rows[rows.operation == "operator"]
+    tokens = max(set(dense.tokens) & set(operator.tokens))
+    fastest = dense[dense.tokens == tokens].sort_values("latency_ms").iloc[0]
+    last = operator[operator.tokens == tokens].sort_values("latency_ms").iloc[0].copy()
+    last["device_label"] = last.get("device", records.device_name())
+    return last, LABELS[fastest.provider].removeprefix("dense, "), fastest.latency_ms / last.latency_ms
+
+
+def ceilings(rows: pd.DataFrame) -> tuple[float, float]:
+    """Matmul rate [TFLOP/s] and copy bandwidth [TB/s] from the rows of operation "ceiling"."""
+    found = pd.DataFrame(rows)
+    found = found[found["operation"] == "ceiling"].set_index("provider")
+    return float(found.loc["matmul", "tflops"]), float(found.loc["copy", "gb_per_s"]) / 1e3
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds / 1e3:.3g} s" if milliseconds >= 1e3 else f"{milliseconds:.3g} ms"
