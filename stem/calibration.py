@@ -1,0 +1,89 @@
+"""Calibration: the share threshold at which a model computes a wanted density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stem.config import StemConfig
+
+SMALLEST = 1e-9  # threshold below which hardly any share of a row falls
+ROUNDS = 30  # most thresholds tried; each halves the interval
+
+
+class Calibration(NamedTuple):
+    """What `calibrate` found."""
+
+    config: StemConfig
+    """The given settings with `allocation="adaptive"` and the threshold."""
+
+    density: float
+    """Realised density on the prompts, mean over the layers that use Stem."""
+
+
+def calibrate(
+    model: torch.nn.Module,
+    prompts: Iterable[Tensor],
+    density: float,
+    config: StemConfig | None = None,
+    *,
+    tolerance: float = 0.005,
+) -> Calibration:
+    """Solve the threshold of `allocation="adaptive"` on a model (no paper source: our choice).
+
+    Bisection on the logarithm of the threshold; each round runs the prompts with sparse attention, so that the realised
+    density includes what sparse layers do to the layers above them.
+
+    Args:
+        model: As in stem.hf.enable.
+        prompts: Token ids, int64 [N] or [B, N], as long as those the threshold is for.
+        density: Wanted share of the causal block pairs, in (0, 1).
+        config: Everything but the budget, default StemConfig().
+        tolerance: Largest accepted |realised - wanted|.
+    Raises:
+        ValueError: If density or prompts are not usable, the forced blocks alone exceed density, or no threshold fits.
+    """
+    if not 0 < density < 1:
+        raise ValueError(f"density must be in (0, 1), got {density!r}")
+    prompts = [prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts]
+    if not prompts:
+        raise ValueError("prompts must hold at least one tensor of token ids, got none")
+    base = (config or StemConfig()).replace(density=None, k_start=None, k_start_regimes=None, min_blocks=0)
+
+    def realised(threshold: float) -> Calibration:
+        adaptive = base.replace(allocation="adaptive", threshold=threshold)
+        return Calibration(adaptive, _density(model, prompts, adaptive))
+
+    forced = realised(1.0)
+    if forced.density > density + tolerance:
+        raise ValueError(
+            f"density must be at least that of the sink and local blocks, {forced.density:.3f} on these prompts, "
+            f"got {density}; ask for more, or for fewer forced blocks"
+        )
+    low, high, best = math.log(SMALLEST), 0.0, forced
+    for _ in range(ROUNDS):
+        if abs(best.density - density) <= tolerance:
+            return best
+        middle = (low + high) / 2
+        found = realised(math.exp(middle))
+        low, high = (low, middle) if found.density < density else (middle, high)
+        best = min(best, found, key=lambda calibration: abs(calibration.density - density))
+    raise ValueError(
+        f"density={density} was not reached within tolerance={tolerance}; the nearest threshold, "
+        f"{best.config.threshold:.3g}, gives {best.density:.4f}: use longer prompts, smaller blocks, more tolerance"
+    )
+
+
+@torch.no_grad()
+def _density(model: torch.nn.Module, prompts: list[Tensor], config: StemConfig) -> float:
+    from stem import hf
+
+    device = next(model.parameters()).device
+    with hf.stem_prefill(model, config) as report:
+        for prompt in prompts:
+            model(prompt.to(device), use_cache=False)
+    return report.density()

@@ -1,0 +1,61 @@
+"""stem.calibrate: the threshold gives the wanted density on the prompts, and bad requests are named."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import stem
+from stem import hf
+
+BASE = stem.StemConfig(block_size=16, score_stride=4, sink_blocks=1, local_blocks=1)
+
+
+@pytest.fixture
+def model():
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def prompts():
+    return [torch.randint(50, (length,)) for length in (256, 200)]
+
+
+@pytest.mark.parametrize("density", [0.3, 0.6])
+def test_the_threshold_gives_the_density_that_was_asked_for(model, prompts, density):
+    config, realised = stem.calibrate(model, prompts, density, BASE)
+    assert realised == pytest.approx(density, abs=0.005)
+    assert config.allocation == "adaptive" and 0 < config.threshold < 1
+    assert config.replace(allocation="position_decay", threshold=None) == BASE
+    with hf.stem_prefill(model, config) as report, torch.no_grad():
+        for prompt in prompts:
+            model(prompt[None])
+    assert report.density() == realised
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_larger_density_needs_a_smaller_threshold(model, prompts):
+    sparse, dense = (stem.calibrate(model, prompts, density, BASE).config.threshold for density in (0.3, 0.7))
+    assert dense < sparse
+
+
+def test_a_budget_in_the_given_config_is_replaced(model, prompts):
+    config, _ = stem.calibrate(model, prompts, 0.5, BASE.replace(k_start=3))
+    assert config.k_start is None and config.density is None
+
+
+def test_requests_that_cannot_be_met_are_named(model, prompts, monkeypatch):
+    for density in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match=f"density must be in .* got {density}"):
+            stem.calibrate(model, prompts, density, BASE)
+    with pytest.raises(ValueError, match="at least that of the sink and local blocks, .* got 0.1"):
+        stem.calibrate(model, prompts, 0.1, BASE)
+    with pytest.raises(ValueError, match="prompts"):
+        stem.calibrate(model, [], 0.5, BASE)
+    monkeypatch.setattr(stem.calibration, "ROUNDS", 2)
+    with pytest.raises(ValueError, match="density=0.5 was not reached within tolerance=1e-09"):
+        stem.calibrate(model, prompts, 0.5, BASE, tolerance=1e-9)
