@@ -9,17 +9,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
 from stem.budget import block_budget
 from stem.config import StemConfig
+from stem.gather import gather_attention
 from stem.reference import masked_attention
-from stem.scores import block_scores, pad_to_grid
+from stem.scores import block_scores
 from stem.selection import BlockSelection, select_blocks
 from stem.validation import check_config, check_impl, check_qkv, check_scale
 
 IMPLS = ("reference", "torch", "triton", "flex")
-CHUNK_ELEMENTS = 1 << 22  # gathered key elements per chunk of rows in impl="torch": 16 MiB in fp32
 
 
 def stem_attention(
@@ -107,62 +106,6 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: f
     return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    """Chunks of query blocks, each against its gathered key blocks; recomputed in the backward pass."""
-    size = selection.block_size
-    offset = k.shape[2] - q.shape[2]
-    q_blocks = pad_to_grid(q, size, offset).unflatten(2, (-1, size))  # [B, Hq, nq, size, D]
-    tail = size + -k.shape[2] % size  # a block of zeros behind the last one, for the unused entries of the lists
-    k_blocks, v_blocks = (pad(x, (0, 0, 0, tail)).unflatten(2, (-1, size)) for x in (k, v))  # [B, Hkv, nk + 1, size, D]
-    chunks = []
-    for rows, width in _row_chunks(selection, q.shape[0] * q.shape[1] * size * q.shape[3]):
-        args = (q_blocks[:, :, rows], k_blocks, v_blocks, selection, rows, width, scale)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            chunks.append(checkpoint(_attend_rows, *args, use_reentrant=False))
-        else:
-            chunks.append(_attend_rows(*args))
-    out, lse = (torch.cat(parts, 2).flatten(2, 3) for parts in zip(*chunks, strict=True))
-    front = offset % size
-    return out[:, :, front : front + q.shape[2]].to(q.dtype), lse[:, :, front : front + q.shape[2]]
-
-
-def _row_chunks(selection: BlockSelection, elements_per_block: int) -> list[tuple[slice, int]]:
-    """Consecutive query blocks with the widest list among them, at most CHUNK_ELEMENTS gathered where one row fits."""
-    widths = selection.kv_num_blocks.amax((0, 1)).clamp_min(1).tolist()
-    chunks, start = [], 0
-    for row in range(1, len(widths) + 1):
-        full = row < len(widths) and max(widths[start : row + 1]) * (row + 1 - start) * elements_per_block
-        if row == len(widths) or full > CHUNK_ELEMENTS:
-            chunks.append((slice(start, row), max(widths[start:row])))
-            start = row
-    return chunks
-
-
-def _attend_rows(
-    q: Tensor, k_blocks: Tensor, v_blocks: Tensor, selection: BlockSelection, rows: slice, width: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of the query blocks `rows`: q [B, Hq, R, size, D] -> the same shape and lse [B, Hq, R, size]."""
-    batch, q_heads, _, size, _ = q.shape
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    used = torch.arange(width, device=q.device) < selection.kv_num_blocks[:, :, rows, None]
-    columns = selection.kv_indices[:, :, rows, :width].long().where(used, selection.num_kv_blocks)  # [B, Hq, R, W]
-    batches = torch.arange(batch, device=q.device)[:, None, None, None]
-    kv_heads = (torch.arange(q_heads, device=q.device) // (q_heads // k_blocks.shape[1]))[:, None, None]
-    k, v = (
-        x[batches, kv_heads, columns].flatten(3, 4).to(compute) for x in (k_blocks, v_blocks)
-    )  # [B, Hq, R, W*size, D]
-
-    token = torch.arange(size, device=q.device)
-    first_row = selection.num_kv_blocks - selection.num_q_blocks + rows.start
-    row = torch.arange(first_row, first_row + q.shape[2], device=q.device)
-    position = columns[..., None] * size + token  # that of an unused entry is in the future
-    future = position.flatten(3)[..., None, :] > (row[:, None] * size + token)[..., None]  # [B, Hq, R, size, W*size]
-
-    logits = (q.to(compute) * scale @ k.mT).masked_fill_(future, -torch.inf)
-    lse = logits.logsumexp(-1)
-    return (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp() @ v, lse
-
-
 def _flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     if q.is_cuda:
         return _run_flex(q, k, v, selection, scale)
@@ -182,7 +125,7 @@ class _FlexOnCPU(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
-            outputs = _torch(*inputs, ctx.selection, ctx.scale)
+            outputs = gather_attention(*inputs, ctx.selection, ctx.scale)
         return *torch.autograd.grad(outputs, inputs, (grad_out, grad_lse)), None, None
 
 
@@ -212,7 +155,7 @@ def _flex_attention(compiled: bool):
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-_RUN = {"reference": _reference, "torch": _torch, "triton": _triton, "flex": _flex}
+_RUN = {"reference": _reference, "torch": gather_attention, "triton": _triton, "flex": _flex}
 
 
 def _stage_impl(impl: str | None) -> str | None:
