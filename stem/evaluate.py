@@ -5,68 +5,21 @@
 """
 
 import contextlib
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from stem import documents, hf, pretrained, ruler
 from stem.config import StemConfig
+from stem.harness import StemLM, resolved
 
-CONFIG_FIELDS = tuple(field.name for field in fields(StemConfig))
-MODEL_OPTIONS = (*CONFIG_FIELDS, "preset", "dense_layers")
+__all__ = ["StemLM", "document_loss_rows", "main", "paired_differences", "ruler_rows", "token_losses", "window_control"]
 MEASURES = ("generated", "teacher_forced")
-
-
-@register_model("stem")
-class StemLM(HFLM):
-    """lm-eval's Hugging Face model with Stem attention in prefill.
-
-    Besides everything `HFLM` takes: the fields of `StemConfig`, `preset` ("paper", "angelslim", "hpc_ops") and
-    `dense_layers` (an int n keeps the first n layers dense; a list names layers, negative from the end).
-    """
-
-    def __init__(self, pretrained: str | torch.nn.Module, tokenizer=None, **options) -> None:
-        config = config_from_options(
-            {name: options.pop(name) for name in (*CONFIG_FIELDS, "preset") if name in options}
-        )
-        dense_layers = options.pop("dense_layers", 0)
-        for name, value in options.items():
-            if near := difflib.get_close_matches(name, MODEL_OPTIONS, n=1, cutoff=0.8):
-                raise TypeError(f"unknown model argument {name}={value!r}; did you mean {near[0]}?")
-        super().__init__(pretrained=_resolved(pretrained), tokenizer=_resolved(tokenizer), **options)
-        hf.enable(self.model, per_layer(config, self.model.config.get_text_config().num_hidden_layers, dense_layers))
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        """One sequence at a time: lm-eval pads on the right and passes no mask, which would change Stem's budget."""
-        batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
-        try:
-            return super()._loglikelihood_tokens(requests, disable_tqdm)
-        finally:
-            self.batch_size_per_gpu = batch_size
-
-
-def config_from_options(options: Mapping[str, object]) -> StemConfig:
-    """StemConfig from the fields of a command line; "preset" chooses the preset that the other fields override."""
-    overrides = {name: value for name, value in options.items() if name != "preset"}
-    return StemConfig.preset(options["preset"], **overrides) if options.get("preset") else StemConfig(**overrides)
-
-
-def per_layer(config: StemConfig, layers: int, dense_layers: int | Sequence[int]) -> list[StemConfig | None]:
-    """`config` for every layer, None (dense) for the first `dense_layers`, or for those that a sequence names."""
-    dense = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
-    if isinstance(dense_layers, bool) or isinstance(dense_layers, str) or not all(-layers <= i < layers for i in dense):
-        raise ValueError(
-            f"dense_layers must be a count 0..{layers} or layers in -{layers}..{layers - 1}, got {dense_layers!r}"
-        )
-    return [None if layer in dense or layer - layers in dense else config for layer in range(layers)]
 
 
 def window_control(block_size: int = 64, local_blocks: int = 2) -> StemConfig:
@@ -81,7 +34,7 @@ def window_control(block_size: int = 64, local_blocks: int = 2) -> StemConfig:
 
 
 def ruler_rows(
-    methods: Mapping[str, StemConfig | None],
+    methods: Mapping[str, StemConfig | hf.Selector | None],
     tasks: Sequence[str] = ("niah_single_1", "niah_single_2"),
     lengths: Sequence[int] = (1024, 2048),
     samples: int = 4,
@@ -145,7 +98,7 @@ def ruler_rows(
 
 
 def document_loss_rows(
-    methods: Mapping[str, StemConfig | None],
+    methods: Mapping[str, StemConfig | hf.Selector | None],
     texts: Mapping[str, str],
     length: int = 4096,
     bucket: int = 1024,
@@ -286,13 +239,9 @@ def main() -> None:
         for option in ("model_args", "metadata"):
             given = getattr(arguments, option) or file.get(option) or {}
             given = simple_parse_args_string(given) if isinstance(given, str) else given
-            names = {key: _resolved(given[key]) for key in ("pretrained", "tokenizer") if key in given}
+            names = {key: resolved(given[key]) for key in ("pretrained", "tokenizer") if key in given}
             setattr(arguments, option, {**given, **names})
     command_line.execute(arguments)
-
-
-def _resolved(name):
-    return pretrained.resolve(name) if isinstance(name, str) else name
 
 
 def _loaded(model: str | tuple) -> tuple:

@@ -18,7 +18,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from stem import documents, evaluate, pretrained, ruler  # noqa: E402
+from stem import documents, evaluate, harness, pretrained, ruler  # noqa: E402
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
@@ -69,30 +69,37 @@ def _texts(count: int) -> list[str]:
 
 
 def test_the_model_name_is_registered_and_is_lm_evals_own_class():
-    assert get_model("stem") is evaluate.StemLM
-    assert issubclass(evaluate.StemLM, HFLM)
+    assert get_model("stem") is harness.StemLM
+    assert issubclass(harness.StemLM, HFLM)
 
 
 def test_full_density_scores_what_lm_evals_own_class_scores(tiny):
     pairs = [(text, " the end") for text in _texts(3)]
     expected = _likelihoods(HFLM(pretrained=tiny, device="cpu"), pairs)
-    found = _likelihoods(evaluate.StemLM(pretrained=tiny, device="cpu", density=1.0, block_size=16), pairs)
+    found = _likelihoods(harness.StemLM(pretrained=tiny, device="cpu", density=1.0, block_size=16), pairs)
     assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_every_model_argument_reaches_the_attention(tiny):
     pairs = [(_texts(4)[-1], " the end")]
     options = {"pretrained": tiny, "device": "cpu", "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
-    changes = [{"density": 1.0}, {"k_start": 2}, {"k_start": 2, "dense_layers": 1}, {"k_start": 2, "sink_blocks": 0}]
+    changes = [
+        {"density": 1.0},
+        {"k_start": 2},
+        {"k_start": 2, "dense_layers": 1},
+        {"k_start": 4, "decay": 1.0, "local_blocks": 3},
+        {"k_start": 4, "decay": 1.0, "local_blocks": 4},
+    ]
     changes += [{"preset": "angelslim", "k_start": 2, "score_stride": 4, "value_weight": 3.0}]
-    scores = [_likelihoods(evaluate.StemLM(**(options | change)), pairs)[0] for change in changes]
-    assert len({round(score, 3) for score in scores}) == len(changes)
+    changes += [{"k_start": 4, "pattern": "sliding_window"}]
+    scores = [_likelihoods(harness.StemLM(**(options | change)), pairs)[0] for change in changes]
+    assert len({round(score, 3) for score in scores}) == len(changes), scores
 
 
 def test_padded_batches_answer_what_single_requests_answer(tiny):
     texts = _texts(4)
     options = {"pretrained": tiny, "device": "cpu", "k_start": 2, "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
-    one, four = (evaluate.StemLM(**options, batch_size=size) for size in (1, 4))
+    one, four = (harness.StemLM(**options, batch_size=size) for size in (1, 4))
     pairs = [(text, " the end") for text in texts]
     assert _likelihoods(four, pairs) == pytest.approx(_likelihoods(one, pairs), abs=1e-4)
     assert four.batch_size == 4
@@ -108,6 +115,7 @@ def test_padded_batches_answer_what_single_requests_answer(tiny):
         ({"density": 0.5, "k_start": 4}, ValueError, "k_start"),
         ({"blocksize": 64}, TypeError, "blocksize=64; did you mean block_size"),
         ({"preset": "papers"}, ValueError, "preset"),
+        ({"pattern": "stems"}, ValueError, "pattern must be one of .*xattention"),
         ({"dense_layers": 3}, ValueError, "dense_layers"),
         ({"dense_layers": [0, 5]}, ValueError, "dense_layers"),
         ({"dense_layers": "first"}, ValueError, "dense_layers"),
@@ -116,13 +124,13 @@ def test_padded_batches_answer_what_single_requests_answer(tiny):
 )
 def test_bad_model_arguments_are_named(tiny, options, error, message):
     with pytest.raises(error, match=message):
-        evaluate.StemLM(pretrained=tiny, device="cpu", **options)
+        harness.StemLM(pretrained=tiny, device="cpu", **options)
 
 
 def test_dense_layers_count_from_the_front_or_are_named():
-    assert evaluate.per_layer(SPARSE, 4, 2) == [None, None, SPARSE, SPARSE]
-    assert evaluate.per_layer(SPARSE, 4, [0, -1]) == [None, SPARSE, SPARSE, None]
-    assert evaluate.per_layer(SPARSE, 2, 0) == [SPARSE, SPARSE]
+    assert harness.per_layer(SPARSE, 4, 2) == [None, None, SPARSE, SPARSE]
+    assert harness.per_layer(SPARSE, 4, [0, -1]) == [None, SPARSE, SPARSE, None]
+    assert harness.per_layer(SPARSE, 2, 0) == [SPARSE, SPARSE]
 
 
 def _parsed(monkeypatch, *command: str):
