@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from stem.attention import IMPLS, block_sparse_attention, stem_attention
 from stem.config import StemConfig
+from stem.padding import rows_by_span, stem_mask, token_mask
 from stem.selection import BlockSelection
 
 NAME = "stem"  # the attention implementation under which both functions below are registered
@@ -60,7 +60,9 @@ class _Layer:
 
     @property
     def attention(self) -> str:
-        return self.own or ("dense" if self.config is None else "stem")
+        if self.own or self.config is None:
+            return self.own or "dense"
+        return "stem" if isinstance(self.config, StemConfig) else "selector"
 
     def count(self, selection: BlockSelection) -> None:
         self.kept = self.kept + selection.kv_num_blocks.detach().sum((0, 2), dtype=torch.int64)
@@ -79,8 +81,8 @@ class Report(Sequence):
     def __getitem__(self, position):
         """Row with layer, attention, density (kept over causal block pairs) and head_density.
 
-        attention is "stem", "dense" (config None), or the model's own type such as "sliding_attention", whose density
-        is None as that of a layer that has computed no prefill yet.
+        attention is "stem", "selector", "dense" (config None), or the model's own type such as "sliding_attention",
+        whose density is None as that of a layer that has computed no prefill yet.
         """
         if isinstance(position, slice):
             return [self[i] for i in range(*position.indices(len(self)))]
@@ -106,7 +108,8 @@ def enable(
         model: A causal language model of transformers, or a module that holds one.
         config: For every layer, or per layer: a sequence with an entry for each, or a mapping from layer index.
             None, or a layer missing in the mapping, is dense. In place of a config, a Selector (q, k, v) ->
-            BlockSelection chooses the blocks, for example functools.partial(stem.patterns.select, "xattention").
+            BlockSelection chooses the blocks, for example functools.partial(stem.patterns.select, "xattention");
+            its q is scaled so that the softmax scale is D**-0.5.
         impl: See stem.block_sparse_attention.
     Raises:
         TypeError: If model is no torch module or a config is no StemConfig.
@@ -178,91 +181,26 @@ def stem_attention_forward(
             raise ValueError(f"{name}: stem attention does not implement it ({meaning}); call stem.hf.disable(model)")
     layer: _Layer | None = getattr(module, "stem_layer", None)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if layer is None or layer.attention != "stem" or query.shape[2] == 1:
-        mask = _token_mask(attention_mask, query, key)
+    if layer is None or layer.own or layer.config is None or query.shape[2] == 1:
+        mask = token_mask(attention_mask, query, key)
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     if not is_causal:
         raise ValueError("is_causal=False: stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: stem attention has none; set the model's attention dropout to 0")
-    rows = _rows_by_span(attention_mask, query)
-    return _sparse_prefill(layer, query, key, value, rows, scaling).transpose(1, 2).contiguous(), None
-
-
-def stem_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs,
-) -> Tensor | None:
-    """Mask function of transformers: None for a causal prompt from key 0, spans for padding and later chunks.
-
-    Spans are int64 [B, 1, 1, 3] on the CPU, in the place of a bool [B, 1, Nq, Nk]: the first key of the row's tokens,
-    the last one + 1, and the key of the first query. Decode, and what is not causal-with-padding, gets SDPA's mask.
-    """
-    within_window = local_size is None or kv_offset + kv_length <= local_size
-    if q_length > 1 and allow_is_causal_skip and within_window:
-        spans = _padding_spans(attention_mask, batch_size, int(q_offset), q_length)
-        if spans is not None:
-            return None if (spans == spans.new_tensor([0, q_length, 0])).all() else spans
-    sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset)
-    options = dict(local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, attention_mask=attention_mask)
-    return sdpa_mask(**sizes, **options, **kwargs)
+    spans = rows_by_span(attention_mask, query)
+    return _sparse_prefill(layer, query, key, value, spans, scaling).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, stem_attention_forward)
 AttentionMaskInterface.register(NAME, stem_mask)
 
 
-def _padding_spans(mask: Tensor | None, batch_size: int, q_offset: int, q_length: int) -> Tensor | None:
-    """Spans (see stem_mask) of a padding mask bool [B, >= Nk or what is known of it]; None if a row has a gap."""
-    written = q_offset + q_length
-    if mask is None:
-        return torch.tensor([0, written, q_offset]).expand(batch_size, 1, 1, 3)
-    mask = mask[:, :written].int()
-    start, stop = mask.argmax(-1), mask.shape[1] - mask.flip(-1).argmax(-1)
-    start, stop, tokens = torch.stack([start, stop, mask.sum(-1)]).cpu()
-    stop = torch.where(tokens > 0, stop, start)
-    if (stop - start != tokens).any():
-        return None
-    return torch.stack([start, stop, torch.full_like(start, q_offset)], -1)[:, None, None]
-
-
-def _token_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """What SDPA takes: spans become bool [B, 1, Nq, Nk], other masks stay."""
-    if mask is None or mask.dtype != torch.int64:
-        return mask
-    start, stop, offset = mask.to(query.device).unbind(-1)  # [B, 1, 1]
-    position = torch.arange(key.shape[2], device=query.device)
-    last = torch.arange(query.shape[2], device=query.device)[:, None] + offset[..., None]  # [B, 1, Nq, 1]
-    return (position >= start[..., None]) & (position < stop[..., None]) & (position <= last)
-
-
-def _rows_by_span(mask: Tensor | None, query: Tensor) -> dict[tuple[int, int, int], list[int]]:
-    """Batch rows that share a span, so that they can be computed together."""
-    if mask is None:
-        return {(0, query.shape[2], 0): list(range(query.shape[0]))}
-    if mask.dtype != torch.int64:
-        raise ValueError(
-            f"attention_mask: stem attention takes causal attention with padding at the ends of each row, got a custom "
-            f"mask {mask.dtype} {tuple(mask.shape)} (a 4-dimensional mask, packed sequences, or padding between tokens)"
-        )
-    rows: dict[tuple[int, int, int], list[int]] = {}
-    for row, span in enumerate(mask.flatten(1).expand(query.shape[0], -1).tolist()):
-        rows.setdefault(tuple(span), []).append(row)
-    return rows
-
-
-def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, rows_by_span: dict, scale: float | None) -> Tensor:
+def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, spans: dict, scale: float | None) -> Tensor:
     """Stem attention of each row's tokens by themselves; padding queries give zeros. Shapes as in stem_attention."""
     out = None
-    for (start, stop, offset), rows in rows_by_span.items():
+    for (start, stop, offset), rows in spans.items():
         first, last = max(start, offset), min(stop, offset + q.shape[2])
         if first >= last:
             continue
@@ -282,7 +220,7 @@ def _attend(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None)
     if isinstance(layer.config, StemConfig):
         out, selection = stem_attention(q, k, v, layer.config, scale=scale, impl=layer.impl, return_selection=True)
     else:
-        selection = layer.config(q, k, v)
+        selection = layer.config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
         out = block_sparse_attention(q, k, v, selection, scale=scale, impl=layer.impl)
     layer.count(selection)
     return out

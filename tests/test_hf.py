@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -221,6 +222,16 @@ def test_configs_by_layer():
     hf.enable(model, {1: SPARSE, 2: DENSE})
     assert torch.equal(logits(model, ids), by_sequence)
     assert (by_sequence - sdpa).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["Llama", "Granite"])
+def test_a_function_can_choose_the_blocks(family):
+    model, ids = build(family), tokens()
+    with hf.stem_prefill(model, SPARSE):
+        expected = logits(model, ids)
+    with hf.stem_prefill(model, partial(stem.patterns.select, "stem", config=SPARSE)) as report:
+        torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-4)
+    assert [row["attention"] for row in report] == ["selector"] * 3 and report.density() < 0.7
 
 
 def test_sliding_window_layers_keep_their_attention():
