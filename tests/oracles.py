@@ -25,11 +25,9 @@ def antidiagonal_sums(q, k, block, stride):
     row, column = torch.arange(offset, k.shape[2]), torch.arange(k.shape[2])
     products = products * ((row[:, None] % stride + column % stride) == stride - 1)
     first, nk = offset // block, math.ceil(k.shape[2] / block)
-    sums = torch.zeros(*q.shape[:2], nk - first, nk, dtype=torch.float64)
-    for i in range(first, nk):
-        for j in range(nk):
-            sums[:, :, i - first, j] = products[:, :, row // block == i][..., column // block == j].sum((-2, -1))
-    return sums
+    in_row = (row // block == torch.arange(first, nk)[:, None]).double()  # [nq, Nq]
+    in_column = (column // block == torch.arange(nk)[:, None]).double()  # [nk, Nkv]
+    return in_row @ products @ in_column.T
 
 
 def log_value_term(v, block):
