@@ -14,12 +14,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from stem import records
 from stem.selection import BlockSelection
 
 PALETTE = sns.color_palette("colorblind")
-DENSE_GREYS = ("0.25", "0.55", "0.75")
+DENSE_GREYS = ("0.25", "0.6", "0.4")
 LABELS = {
     "sdpa_cudnn": "dense, SDPA cuDNN",
     "sdpa_flash": "dense, SDPA FlashAttention-2",
@@ -45,17 +46,21 @@ STYLE = {
 }
 
 
+styled = plt.rc_context(STYLE)  # as a decorator: what the function draws is in the house style
+
+
+@styled
 def new(columns: int = 1, *, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Axes | np.ndarray]:
     """A figure in the house style with `columns` axes side by side, each `width` x `height` inches."""
-    with sns.axes_style("whitegrid"), plt.rc_context(STYLE):
+    with sns.axes_style("whitegrid"):
         return plt.subplots(1, columns, figsize=(columns * width, height))
 
 
+@styled
 def save(figure: Figure, experiment: str, name: str) -> Path:
     """Write results/<experiment>/<name>.svg, beside the CSV it was drawn from; the same figure gives the same bytes."""
     path = records.results_dir(experiment) / f"{name}.svg"
-    with plt.rc_context(STYLE):
-        figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
     return path
 
 
@@ -67,6 +72,15 @@ def tokens_axis(ax: Axes, tokens) -> None:
     ax.set_xlabel("tokens")
 
 
+def log_y(ax: Axes) -> None:
+    """A log10 y axis with plain numbers, at 1, 2 and 5 times the powers of ten where those are few."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
 def tokens_label(tokens: int) -> str:
     """1024 -> "1K", 1048576 -> "1M", 1000 -> "1000"."""
     for unit, name in ((2**20, "M"), (2**10, "K")):
@@ -75,6 +89,7 @@ def tokens_label(tokens: int) -> str:
     return str(tokens)
 
 
+@styled
 def lines(
     frame: pd.DataFrame,
     x: str,
@@ -106,6 +121,7 @@ def lines(
     return ax
 
 
+@styled
 def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 0, title: str | None = None) -> Axes:
     """The kept block pairs of one head of the first prompt: kept dark, causal but skipped light, the future blank."""
     if ax is None:
@@ -116,12 +132,13 @@ def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 
     ax.imshow(causal.astype(int) + kept, cmap=ListedColormap(["white", "0.88", PALETTE[0]]), vmin=0, vmax=2)
     ax.grid(False)
     default = f"{kept.sum()} of {causal.sum()} causal block pairs are computed"
-    ax.set_title(title or default, loc="left", fontsize="medium")
+    ax.set_title(title or default)
     ax.set_xlabel(f"key block [{selection.block_size} tokens]")
     ax.set_ylabel(f"query block [{selection.block_size} tokens]")
     return ax
 
 
+@styled
 def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Time of the whole operator and of its dense baselines over tokens, with p20-p80 bands, and their ratio."""
     rows, config = timed(rows, config)
@@ -133,21 +150,23 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
         shown, "tokens", "latency_ms", "provider", left, title=claim, xlabel="tokens", ylabel="time [ms]",
         band=("latency_ms_p20", "latency_ms_p80"), labels=LABELS, colours=COLOURS,
     )  # fmt: skip
-    left.set_yscale("log")
+    log_y(left)
     tokens_axis(left, shown.tokens)
     operator = shown[shown.operation == "operator"]
     for name in baselines(shown):
-        speedup = operator.dropna(subset=f"speedup_vs_{name}").sort_values("tokens")
-        right.plot(speedup.tokens, speedup[f"speedup_vs_{name}"], "o-", color=COLOURS[name], markersize=4)
-        right.annotate(f"  over {LABELS[name]}", (speedup.tokens.iloc[0], speedup[f"speedup_vs_{name}"].iloc[-1]),
-                       color=COLOURS[name], fontsize="small", va="bottom")  # fmt: skip
+        column = f"speedup_vs_{name}"
+        measured = operator.dropna(subset=column).sort_values("tokens")
+        label = f"over {LABELS[name].removeprefix('dense, ')}"
+        right.plot(measured.tokens, measured[column], "o-", color=COLOURS[name], markersize=4, label=label)
     right.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    right.legend()
     right.set(ylabel="speed-up of the whole operator [times]", ylim=(0, None))
     right.set_title(f"{ratio:.1f}× over {fastest} at {tokens_label(last.tokens)} ({config} budget)")
     tokens_axis(right, shown.tokens)
     return figure
 
 
+@styled
 def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Where the time goes: scores, selection and attention, as shares of their sum over tokens."""
     rows, _ = timed(rows, config)
@@ -158,28 +177,30 @@ def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
     share.plot.bar(stacked=True, ax=ax, color=[PALETTE[0], PALETTE[1], PALETTE[2]], width=0.7, rot=0)
     ax.set_xticklabels([tokens_label(n) for n in share.index])
     overhead = 100 - share.attention.iloc[-1]
-    ax.set_title(f"choosing the blocks takes {overhead:.0f} % of the time at {tokens_label(share.index[-1])} tokens")
+    ax.set_title(f"{tokens_label(share.index[-1])} tokens: choosing the blocks is {overhead:.0f} % of the time")
     ax.set(xlabel="tokens", ylabel="share of the time [%]", ylim=(0, 100))
     ax.legend(loc="lower right", frameon=True)
     return figure
 
 
+@styled
 def memory(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Peak memory beyond the inputs over tokens, the output included (measured on CUDA only)."""
     rows, _ = timed(rows, config)
     shown = rows[(rows.config == "dense") | (rows.operation == "operator")].dropna(subset="peak_memory_mib")
     figure, ax = new()
     last = shown[shown.operation == "operator"].sort_values("tokens").iloc[-1]
-    title = f"Stem needs {last.peak_memory_mib / 1024:.1f} GiB beyond its inputs at {tokens_label(last.tokens)} tokens"
+    title = f"{tokens_label(last.tokens)} tokens: Stem needs {last.peak_memory_mib / 1024:.1f} GiB beyond its inputs"
     lines(
         shown, "tokens", "peak_memory_mib", "provider", ax, title=title, xlabel="tokens",
         ylabel="peak memory beyond the inputs [MiB]", labels=LABELS, colours=COLOURS,
     )  # fmt: skip
-    ax.set_yscale("log")
+    log_y(ax)
     tokens_axis(ax, shown.tokens)
     return figure
 
 
+@styled
 def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Attention alone under this machine's measured ceilings: a matmul and a copy (operation "ceiling" in the rows)."""
     peak, bandwidth = ceilings(rows)
@@ -188,15 +209,16 @@ def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
     shown = shown.assign(intensity=shown.flop / shown.least_bytes)
     sparse = shown[shown.provider.str.startswith("stem")].sort_values("tokens").iloc[-1]
     figure, ax = new()
-    claim = f"Stem's attention runs at {100 * sparse.tflops / peak:.0f} % of the matmul's rate at "
-    claim += f"{tokens_label(sparse.tokens)} tokens"
+    share = f"{100 * sparse.tflops / peak:.0f} %"
+    claim = f"{tokens_label(sparse.tokens)} tokens: Stem's attention at {share} of a matmul's rate"
     lines(
         shown, "intensity", "tflops", "provider", ax, title=claim, labels=LABELS, colours=COLOURS,
         xlabel="operations per byte that must move [FLOP/B]", ylabel="kept pairs computed [TFLOP/s]",
     )  # fmt: skip
     x = np.geomspace(min(shown.intensity.min() / 2, peak / bandwidth / 2), shown.intensity.max() * 2, 200)
     ax.plot(x, np.minimum(peak, bandwidth * x), color="black", linewidth=1, label="measured ceilings")
-    ax.set(xscale="log", yscale="log")
+    ax.set_xscale("log")
+    log_y(ax)
     ax.legend()
     return figure
 

@@ -1,0 +1,124 @@
+"""stem.figures: the claim in each title is computed from the rows, axes carry units, SVGs are reproducible."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import stem
+
+matplotlib.use("Agg")
+from stem import figures  # noqa: E402
+
+
+def made_up_rows():
+    """A machine where dense takes 1 ms at 1K tokens and grows fourfold, and Stem takes a third beyond 1K."""
+    rows = [
+        dict(operation="ceiling", provider="matmul", tflops=700.0),
+        dict(operation="ceiling", provider="copy", gb_per_s=4000.0),
+    ]
+    for n, ms in ((1024, 1.0), (2048, 4.0), (4096, 16.0)):
+        common = dict(tokens=n, flop=ms * 5e11, least_bytes=n * 20480, peak_memory_mib=n / 64)
+        rows.append(common | dict(operation="attention", provider="sdpa_cudnn", config="dense", latency_ms=ms))
+        rows.append(common | dict(operation="attention", provider="sdpa_flash", config="dense", latency_ms=2 * ms))
+        for operation, share in (("scores", 0.02), ("selection", 0.03), ("attention", 0.2), ("operator", 0.25)):
+            time = share * ms * (4 if n == 1024 else 1)
+            speedups = dict(speedup_vs_sdpa_cudnn=ms / time, speedup_vs_sdpa_flash=2 * ms / time)
+            rows.append(
+                common
+                | speedups
+                | dict(operation=operation, provider="stem_triton", config="released", latency_ms=time)
+            )
+    frame = pd.DataFrame(rows).assign(machine="toy", device="Toy GPU", profile="full")
+    frame["tflops"] = frame.tflops.fillna(frame.flop / frame.latency_ms / 1e9)
+    return frame.assign(latency_ms_p20=0.9 * frame.latency_ms, latency_ms_p80=1.1 * frame.latency_ms)
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def title(ax):
+    return ax.get_title(loc="left")
+
+
+def test_speed_names_the_fastest_baseline_and_the_ratio():
+    left, right = figures.speed(made_up_rows()).axes
+    assert title(left) == "Toy GPU: Stem takes 4 ms at 4K tokens"
+    assert title(right) == "4.0× over SDPA cuDNN at 4K (released budget)"
+    assert left.get_ylabel() == "time [ms]" and left.get_xlabel() == "tokens"
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1K", "2K", "4K"]
+    assert left.get_xscale() == left.get_yscale() == "log"
+    assert len(left.collections) == 3  # one p20-p80 band a line
+
+
+def test_dense_is_grey_and_nothing_else_is():
+    left, _ = figures.speed(made_up_rows()).axes
+    for line in left.get_lines():
+        red, green, blue = matplotlib.colors.to_rgb(line.get_color())
+        assert (red == green == blue) == line.get_label().startswith("dense")
+
+
+def test_breakdown_adds_up_and_names_the_overhead():
+    (ax,) = figures.breakdown(made_up_rows()).axes
+    assert title(ax) == "4K tokens: choosing the blocks is 20 % of the time"
+    heights = np.array([[bar.get_height() for bar in bars] for bars in ax.containers])
+    np.testing.assert_allclose(heights.sum(0), 100)
+
+
+def test_memory_and_roofline_titles_hold_their_numbers():
+    rows = made_up_rows()
+    assert title(figures.memory(rows).axes[0]) == "4K tokens: Stem needs 0.1 GiB beyond its inputs"
+    ax = figures.roofline(rows).axes[0]
+    attention = rows[(rows.operation == "attention") & (rows.provider == "stem_triton")].iloc[-1]
+    assert title(ax) == f"4K tokens: Stem's attention at {attention.tflops / 7:.0f} % of a matmul's rate"
+    ceiling = ax.get_lines()[-1].get_ydata()
+    assert ceiling.max() == 700.0 and ceiling.min() < 700.0
+
+
+def test_rows_of_two_machines_or_without_times_are_refused():
+    rows = made_up_rows()
+    two = pd.concat([rows, rows.assign(machine="other")])
+    with pytest.raises(ValueError, match="rows must be of one machine, got .*'other', 'toy'"):
+        figures.speed(two)
+    with pytest.raises(ValueError, match="config='paper', got .*'released'"):
+        figures.speed(rows, "paper")
+
+
+def test_selection_shows_kept_skipped_and_future():
+    mask = torch.eye(4, dtype=torch.bool)[None, None]
+    chosen = stem.BlockSelection.from_mask(mask, 16)
+    ax = figures.selection(chosen)
+    assert title(ax) == "4 of 10 causal block pairs are computed"
+    assert ax.get_xlabel() == "key block [16 tokens]"
+    picture = ax.images[0].get_array()
+    assert (np.diag(picture) == 2).all() and (picture[np.tril_indices(4, -1)] == 1).all()
+    assert (picture[np.triu_indices(4, 1)] == 0).all()
+    assert title(figures.selection(chosen, figures.new()[1], title="mine")) == "mine"
+
+
+def test_lines_shade_a_band_and_keep_the_order():
+    frame = pd.DataFrame(dict(step=[1, 2, 1, 2], loss=[3.0, 2.0, 4.0, 3.0], run=["dense", "dense", "Stem", "Stem"]))
+    frame = frame.assign(low=frame.loss - 1, high=frame.loss + 1)
+    ax = figures.lines(
+        frame, "step", "loss", "run", figures.new()[1],
+        title="dense learns faster", xlabel="step", ylabel="loss [nats]", band=("low", "high"),
+    )  # fmt: skip
+    assert [line.get_label() for line in ax.get_lines()] == ["dense", "Stem"]
+    assert ax.get_lines()[0].get_color() == "0.4" and len(ax.collections) == 2
+
+
+@pytest.mark.parametrize(("tokens", "label"), [(1, "1"), (1000, "1000"), (1024, "1K"), (131072, "128K"), (2**20, "1M")])
+def test_token_labels(tokens, label):
+    assert figures.tokens_label(tokens) == label
+
+
+def test_saved_figures_are_reproducible_and_lie_beside_the_rows(monkeypatch, tmp_path):
+    monkeypatch.setenv("STEM_RESULTS", str(tmp_path))
+    paths = [figures.save(figures.speed(made_up_rows()), "speed", name) for name in ("first", "second")]
+    assert paths[0] == tmp_path / "speed" / "first.svg"
+    first, second = (path.read_bytes() for path in paths)
+    assert first == second and b"<dc:date>" not in first
