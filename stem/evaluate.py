@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
-from stem import documents, hf, pretrained, ruler
+from stem import documents, hf, patterns, pretrained, ruler
 from stem.config import StemConfig
-from stem.harness import StemLM, resolved
+from stem.harness import resolved  # this import also registers the model name
 
-__all__ = ["StemLM", "document_loss_rows", "main", "paired_differences", "ruler_rows", "token_losses", "window_control"]
 MEASURES = ("generated", "teacher_forced")
 
 
@@ -168,6 +167,29 @@ def token_losses(model, ids: torch.Tensor, chunk: int = 512) -> torch.Tensor:
     hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[0]  # [N, hidden size]
     parts = zip(hidden.split(chunk), ids[0, 1:].split(chunk), strict=True)
     return torch.cat([F.cross_entropy(head(h).float(), target, reduction="none").cpu() for h, target in parts])
+
+
+@torch.no_grad()
+def last_row_keeps(model, ids: torch.Tensor, config: StemConfig, pattern: str = "stem") -> torch.Tensor:
+    """Which key blocks the last query block of a prompt keeps, in every layer and head of a sparse prefill.
+
+    Args:
+        model: Hugging Face causal language model.
+        ids: int64 [1, N] tokens.
+        config, pattern: As in `stem.patterns.select`.
+    Returns:
+        bool [layers, Hq, nk] on the CPU, True = kept.
+    """
+    kept = []
+
+    def select(q, k, v):
+        selection = patterns.select(pattern, q, k, v, config)
+        kept.append(selection.to_mask()[0, :, -1].cpu())
+        return selection
+
+    with hf.stem_prefill(model, select):
+        model(ids, use_cache=False, logits_to_keep=1)
+    return torch.stack(kept)
 
 
 def paired_differences(

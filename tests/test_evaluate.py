@@ -18,7 +18,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from stem import documents, evaluate, harness, pretrained, ruler  # noqa: E402
+from stem import documents, evaluate, harness, paper, pretrained, ruler  # noqa: E402
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
@@ -87,8 +87,8 @@ def test_every_model_argument_reaches_the_attention(tiny):
         {"density": 1.0},
         {"k_start": 2},
         {"k_start": 2, "dense_layers": 1},
-        {"k_start": 4, "decay": 1.0, "local_blocks": 3},
-        {"k_start": 4, "decay": 1.0, "local_blocks": 4},
+        {"k_start": 4, "decay": 1.0},
+        {"k_start": 4, "decay": 1.0, "sink_blocks": 0, "local_blocks": 4},
     ]
     changes += [{"preset": "angelslim", "k_start": 2, "score_stride": 4, "value_weight": 3.0}]
     changes += [{"k_start": 4, "pattern": "sliding_window"}]
@@ -287,3 +287,21 @@ def test_the_control_fails_teacher_forced_on_the_embedded_model():
     )
     (difference,) = evaluate.paired_differences(rows, "logp", ["task"], ["sample"]).to_dict("records")
     assert difference["difference"] < -3
+
+
+def test_last_row_keeps_what_the_selection_says(tiny_pair):
+    model, _ = tiny_pair
+    ids = torch.arange(100, 300)[None]
+    kept = evaluate.last_row_keeps(model, ids, SPARSE)
+    assert kept.shape == (2, 3, 13) and kept.dtype == torch.bool
+    budget = stem.block_budget(13, SPARSE)[-1].item()
+    assert (kept.sum(-1) == budget).all()
+    assert kept[..., 0].all() and kept[..., -1].all()  # sink and diagonal
+    assert evaluate.last_row_keeps(model, ids, SPARSE, "dense").all()
+
+
+def test_the_papers_tables_average_as_printed():
+    table = paper.ruler()
+    averages = table[["4K", "8K", "16K", "32K", "64K", "128K"]].mean(axis=1)
+    assert ((averages - table["average"]).abs() < 0.02).all()
+    assert paper.longbench().loc[("Qwen3-8B", "Stem"), "budget"] == 25
