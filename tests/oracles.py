@@ -174,3 +174,18 @@ def constant_rows(pairs, n):
         if sum(counts) < pairs and counts[row] < row + 1:
             counts[row] += 1
     return counts
+
+
+def probabilities(q, k):
+    """Dense causal attention probabilities, float64 [B, Hq, Nq, Nkv]."""
+    logits = q.double() @ repeat_heads(k, q.shape[1]).double().mT * q.shape[3] ** -0.5
+    return torch.where(causal(q.shape[2], k.shape[2]), logits, -math.inf).softmax(-1)
+
+
+def block_means(x, block):
+    """Sum over a block's keys, mean over a block's queries: [B, Hq, Nq, Nkv] -> [B, Hq, nq, nk], on the key grid."""
+    q_len, kv_len = x.shape[2:]
+    row, column = torch.arange(kv_len - q_len, kv_len) // block, torch.arange(kv_len) // block
+    rows = [x[:, :, row == i].mean(2) for i in range(int(row[0]), int(row[-1]) + 1)]
+    columns = [torch.stack(rows, 2)[..., column == j].sum(-1) for j in range(int(column[-1]) + 1)]
+    return torch.stack(columns, -1)
