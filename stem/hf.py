@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -172,7 +172,7 @@ def stem_attention_forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers: query [B, Hq, Nq, D], key and value [B, Hkv, Nk, D] -> [B, Nq, Hq, D].
+    """Attention function of transformers: query [B, Hq, Nq, D], key, value [B, Hkv, Nk, D or less] -> [B, Nq, Hq, D].
 
     Modules on which Stem is not enabled run SDPA.
     """
@@ -190,7 +190,10 @@ def stem_attention_forward(
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: stem attention has none; set the model's attention dropout to 0")
     spans = rows_by_span(attention_mask, query)
-    return _sparse_prefill(layer, query, key, value, spans, scaling).transpose(1, 2).contiguous(), None
+    value_dim = value.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
+    value = pad(value, (0, query.shape[3] - value_dim)) if value_dim < query.shape[3] else value
+    out = _sparse_prefill(layer, query, key, value, spans, scaling)[..., :value_dim]
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, stem_attention_forward)
@@ -241,7 +244,7 @@ def _attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and id(m.config) in configs]
     if not owners:
         refusal = "it has no causal attention layers of transformers"
-    elif not all(owner.is_backend_compatible() for owner in owners):
+    elif not all(owner.is_backend_compatible() or owner._can_set_attn_implementation() for owner in owners):
         refusal = "it does not compute its attention through transformers' AttentionInterface"
     elif any(getattr(config, "is_encoder_decoder", False) for config in configs.values()):
         refusal = "it is an encoder-decoder"
