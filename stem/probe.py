@@ -19,7 +19,9 @@ CURVES = ("loss_text", "loss_recall", "grad_norm", "tokens_per_second")
 
 
 @torch.no_grad()
-def read(model: LanguageModel, task: str, seq_len: int, num_rows: int, seed: int = 0) -> pd.DataFrame:
+def read(
+    model: LanguageModel, task: str, seq_len: int, num_rows: int, *, seed: int = 0, bf16: bool = False
+) -> pd.DataFrame:
     """Let a model read validation rows of a task, with the attention that it has now.
 
     Args:
@@ -28,6 +30,7 @@ def read(model: LanguageModel, task: str, seq_len: int, num_rows: int, seed: int
         seq_len: Tokens in a row; may exceed the training length.
         num_rows: Rows, read one at a time.
         seed: Of the rows.
+        bf16: Autocast matrix products to bfloat16, as in training.
     Returns:
         One line for each target: position and distance [tokens], loss [nats], correct (True or False).
     """
@@ -37,7 +40,8 @@ def read(model: LanguageModel, task: str, seq_len: int, num_rows: int, seed: int
         batch = make_batch([task], [index], seq_len, seed=seed, split="validation")
         asked = batch.targets[0] != IGNORED
         targets = batch.targets[0, asked]
-        logits = model(batch.inputs.to(device))[0].float().cpu()[asked]  # [M, vocab]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(batch.inputs.to(device))[0].float().cpu()[asked]  # [M, vocab]
         values = {"position": asked.nonzero()[:, 0], "distance": batch.distance[0, asked]}
         values |= {"loss": F.cross_entropy(logits, targets, reduction="none"), "correct": logits.argmax(-1) == targets}
         lines.append(pd.DataFrame({name: value.numpy() for name, value in values.items()}))
@@ -91,8 +95,9 @@ def evaluation_rows(
     for seq_len in seq_lens:
         about = dict(trained=config.attention, inferred=inferred, seed=config.seed, seq_len=seq_len)
         count = num_rows * max(seq_lens) // seq_len
-        text = read(model, "text", seq_len, count, config.seed)
-        recall = read(model, "recall", seq_len, count, config.seed)
+        text, recall = (
+            read(model, task, seq_len, count, seed=config.seed, bf16=config.bf16) for task in ("text", "recall")
+        )
         eighths = [seq_len * i // 8 for i in range(9)]
         doublings = [1] + [2**i for i in range(4, seq_len.bit_length())] + [seq_len]
         rows += [about | dict(task="text") | row for row in binned(text, "loss", "position", eighths)]

@@ -36,7 +36,7 @@ class TrainConfig:
     """One run. Everything that changes its losses is here."""
 
     out: str = "runs/default"
-    """Folder of log.csv and checkpoint.safetensors."""
+    """Folder of log.csv and checkpoint.safetensors; every process must see it."""
     attention: str = "dense"
     """"dense" or one of stem.patterns.names()."""
     tasks: str = "text,recall"
