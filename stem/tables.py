@@ -115,20 +115,49 @@ def _by_method(title: str, rows: pd.DataFrame, columns: str | list[str], value: 
 
 
 def training() -> str:
-    """For each machine, one line for each arm and one column for each measure, the mean over seeds."""
+    """For each machine and each pair (trained with, read with): held-out text loss and share of right recalls."""
     rows = _full("training")
-    rows = rows[rows.measure.notna()] if "measure" in rows else rows.iloc[:0]
+    rows = rows[rows.place.isin(("position", "distance"))] if "place" in rows else rows.iloc[:0]
     if rows.empty:
         return _nothing("05")
+    return "\n\n".join(_training_of(device, part) for device, part in _by_device(rows))
+
+
+def _training_of(device: str, rows: pd.DataFrame) -> str:
+    rows = rows.assign(weighted=rows["value"] * rows["count"])
+    sums = rows.groupby(["measure", "seq_len", "trained", "inferred"], sort=False)[["weighted", "count"]].sum()
+    means = (
+        (sums["weighted"] / sums["count"]).unstack(["measure", "seq_len"]).sort_index(axis=1, ascending=[False, True])
+    )
+    names = {"loss": "text loss [nats], {}", "correct": "recall, {}"}
+    header = ["trained with", "read with", *(names[measure].format(_tokens(length)) for measure, length in means)]
+    forms = ["{:.1%}" if measure == "correct" else "{:.3f}" for measure, _ in means]
+    lines = [
+        [*arms, *(form.format(x) if x == x else MISSING for form, x in zip(forms, values, strict=True))]
+        for arms, values in zip(means.index, means.to_numpy(), strict=True)
+    ]
+    told = f"**{device}**, trained at {_tokens(rows.seq_len.min())} tokens, {rows.seed.nunique()} seed(s). "
+    told += "The dense model that reads through a sliding window is the control that must fail."
+    return f"{told}\n\n{_markdown(header, lines)}"
+
+
+def correctness() -> str:
+    """For each machine, one line for each claim: how many cases, and how near the largest error is to its tolerance."""
+    rows = _full("correctness")
+    if rows.empty:
+        return _nothing("03")
     parts = []
     for device, part in _by_device(rows):
-        means = part.pivot_table(index="arm", columns="measure", values="value", sort=False)
-        lines = [[arm, *map(_number, values)] for arm, values in zip(means.index, means.to_numpy(), strict=True)]
-        parts.append(f"**{device}**, mean over {part.seed.nunique()} seeds.\n\n{_markdown(['arm', *means], lines)}")
+        lines = []
+        for claim, of in part.assign(share=part.error / part.tolerance).groupby("claim", sort=False):
+            impls = ", ".join(dict.fromkeys(of.impl.dropna()))
+            lines.append([claim, impls, len(of), f"{of.passed.mean():.0%}", f"{of.share.max():.2f}"])
+        header = ["claim", "implementations", "cases", "hold", "largest error / tolerance"]
+        parts.append(f"**{device}**\n\n{_markdown(header, lines)}")
     return "\n\n".join(parts)
 
 
-SECTIONS = {"speed": speed, "evaluation": evaluation, "training": training}
+SECTIONS = {"correctness": correctness, "speed": speed, "evaluation": evaluation, "training": training}
 
 
 def _full(experiment: str) -> pd.DataFrame:
@@ -151,6 +180,8 @@ def _where(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
 
 
 def _tokens(count: float) -> str:
+    if count < 1024:
+        return f"{count:.0f}"
     return f"{count / 1024:.0f}K" if count % 1024 == 0 and count < 2**20 else f"{count / 2**20:g}M"
 
 

@@ -51,7 +51,7 @@ def evaluation_rows() -> list[dict]:
 def test_without_rows_each_section_says_how_to_get_them():
     text = tables.render(README)
     assert "old" not in text and text.count("prose") == len(tables.SECTIONS)
-    for number in ("04", "05", "06"):
+    for number in ("03", "04", "05", "06"):
         assert f"make reproduce PROFILE=full ONLY={number}" in text
     assert tables.render(text) == text
 
@@ -80,6 +80,32 @@ def test_evaluation():
     assert "| dense | 100.0% | -1.50 |" in text and "| window | 10.0% | -9.50 |" in text
     assert "| window | 10.0% | 100% |" in text
     assert "| dense | 100.0% | 2.000 |" in text
+
+
+def test_training():
+    common = dict(seed=0, task="text", trained="dense", place="position")
+    rows = [
+        dict(common, measure="loss", seq_len=length, inferred=inferred, value=value, count=count)
+        for length in (512, 1024)
+        for inferred, value, count in [("dense", 1.0, 3), ("dense", 2.0, 1), ("sliding_window", 4.0, 4)]
+    ]
+    recall = common | dict(measure="correct", place="distance", seq_len=512, inferred="dense", value=0.875, count=8)
+    curve = common | dict(measure="loss", place="step", seq_len=512, inferred="dense", value=9.0, count=1)
+    records.write_rows("training", [*rows, recall, curve], profile="full")
+    text = tables.training()
+    assert "| trained with | read with | text loss [nats], 512 | text loss [nats], 1K | recall, 512 |" in text
+    assert "| dense | dense | 1.250 | 1.250 | 87.5% |" in text
+    assert "| dense | sliding_window | 4.000 | 4.000 | – |" in text
+
+
+def test_correctness():
+    rows = [
+        dict(claim="equals dense", case=str(case), impl=impl, error=case / 4, tolerance=1.0, passed=True, seed=0)
+        for case in (1, 2)
+        for impl in ("torch", "triton")
+    ]
+    records.write_rows("correctness", rows, profile="full")
+    assert "| equals dense | torch, triton | 4 | 100% | 0.50 |" in tables.correctness()
 
 
 @pytest.mark.parametrize(
