@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -28,6 +28,7 @@ DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},
     "cpu": {"sdpa_cpu": SDPBackend.FLASH_ATTENTION},
 }
+IMPLS = {"cuda": ["triton"], "cpu": ["torch"]}
 BASELINES = ("sdpa_cudnn", "sdpa_flash", "sdpa_cpu")
 LENGTHS = {  # tokens of each profile
     ("cuda", "full"): [1024 * 2**n for n in range(8)] + [2**20],
@@ -240,7 +241,7 @@ def case(
     shape: Shape,
     device: str,
     *,
-    configs: Sequence[str] = tuple(CONFIGS),
+    configs: Sequence[str] | None = None,
     impls: Sequence[str] = ("torch",),
     dense: Iterable[str] | None = None,
     flex: bool = False,
@@ -251,12 +252,13 @@ def case(
     Args:
         shape: Which problem.
         device: "cuda" or "cpu".
-        configs: Names in CONFIGS.
+        configs: Names in CONFIGS, default all.
         impls: Implementations of stem_attention; the first one's lists go to FlexAttention.
         dense: Which back ends of DENSE to measure, default all of the device.
         flex: Whether to measure FlexAttention with the lists of the first config.
         seed: Of the random normal inputs.
     """
+    configs = tuple(CONFIGS) if configs is None else configs
     with torch.no_grad():
         problem = Problem(shape, CONFIGS[configs[0]], device, impls[0], seed)
         names = DENSE[device] if dense is None else dense
@@ -277,12 +279,23 @@ def case(
     return [row | dict(seed=seed) for row in rows]
 
 
-def sweep(lengths: Sequence[int], device: str, *, impls: Sequence[str], seed: int = 0, shape: Shape | None = None):
+def sweep(
+    lengths: Iterable[int],
+    device: str,
+    *,
+    impls: Sequence[str] | None = None,
+    configs: Sequence[str] | None = None,
+    seed: int = 0,
+    shape: Shape | None = None,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Rows over lengths, shortest first, after those of the machine's ceilings; yields (tokens, rows).
 
-    A dense back end whose next call is predicted, from its last one, to exceed LONGEST_CALL_MS is skipped, and says so.
+    `impls`, `shape` and `configs` default to IMPLS and SHAPES of the device, and all of CONFIGS. A dense back end whose
+    next call is predicted, from its last one, to exceed LONGEST_CALL_MS is skipped, and says so.
     """
     shape = SHAPES[device] if shape is None else shape
+    impls = IMPLS[device] if impls is None else impls
+    configs = tuple(CONFIGS) if configs is None else configs
     yield 0, ceilings(device, shape.dtype)
     last = {}  # provider -> (tokens, ms)
     for tokens in sorted(lengths):
@@ -291,7 +304,7 @@ def sweep(lengths: Sequence[int], device: str, *, impls: Sequence[str], seed: in
         rows = case(
             replace(shape, tokens=tokens),
             device,
-            configs=tuple(CONFIGS)[: 1 if tokens >= ONE_CONFIG_TOKENS else None],
+            configs=configs[: 1 if tokens >= ONE_CONFIG_TOKENS else None],
             impls=impls,
             dense=affordable,
             flex=device == "cuda" and tokens in FLEX_TOKENS,
@@ -320,6 +333,18 @@ def ceilings(device: str, dtype: str) -> list[dict[str, Any]]:
     return [matmul, copy]
 
 
+def wins_from(rows: Iterable[dict[str, Any]] | pd.DataFrame, config: str, margin: float = 1.0) -> int | None:
+    """The shortest measured length from which on the operator beats every dense back end by `margin`; None if none.
+
+    Lengths without a dense time do not count.
+    """
+    frame = pd.DataFrame(rows)
+    operator = frame[(frame["operation"] == "operator") & (frame["config"] == config)].set_index("tokens")
+    speedups = operator[[f"speedup_vs_{name}" for name in BASELINES]].dropna(how="all").min(axis=1).sort_index()
+    wins = (speedups > margin)[::-1].cummin()[::-1]  # True where it and all longer ones win
+    return int(wins.idxmax()) if wins.any() else None
+
+
 def table(rows: Iterable[dict[str, Any]] | pd.DataFrame) -> str:
     """The rows as a short text table: lengths down, the columns that people compare across."""
     frame = pd.DataFrame(rows)
@@ -342,9 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     profile = "smoke" if options.quick else options.profile
-    impls = options.impls or ["triton" if device == "cuda" else "torch"]
     rows, start = [], time.perf_counter()
-    for tokens, found in sweep(options.lengths or LENGTHS[device, profile], device, impls=impls, seed=options.seed):
+    for tokens, found in sweep(
+        options.lengths or LENGTHS[device, profile], device, impls=options.impls, seed=options.seed
+    ):
         rows += found
         print(f"{time.perf_counter() - start:6.1f} s  {tokens:>8,} tokens  {len(found)} rows", flush=True)
     if not options.lengths:

@@ -208,3 +208,20 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     assert "stem_torch" in capsys.readouterr().out.splitlines()[-1]
     bench.main(["--lengths", "64", "--device", "cpu"])
     assert len(list(tmp_path.rglob("*.csv"))) == 1
+
+
+def test_wins_from_needs_every_longer_length_and_every_baseline():
+    def operator(tokens, cudnn, flash):
+        speedups = dict(speedup_vs_sdpa_cudnn=cudnn, speedup_vs_sdpa_flash=flash, speedup_vs_sdpa_cpu=None)
+        return dict(operation="operator", config="small", tokens=tokens, **speedups)
+
+    rows = [
+        operator(1, 1.2, 2.0),
+        operator(2, 0.9, 1.5),
+        operator(4, 1.1, 1.8),
+        operator(8, 1.5, 3),
+        operator(16, None, None),
+    ]
+    assert bench.wins_from(rows, "small") == 4
+    assert bench.wins_from(rows, "small", margin=1.2) == 8
+    assert bench.wins_from(rows, "small", margin=2) is None
