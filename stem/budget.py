@@ -35,10 +35,9 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
     return torch.tensor(_budget(num_kv_blocks, config, isinstance(config.k_start, Integral)), dtype=torch.int32)
 
 
-def causal_pairs(num_kv_blocks: int, num_q_blocks: int | None = None) -> int:
-    """Block pairs (i, j), j <= i, among the last `num_q_blocks` rows (default: all) of n key blocks."""
-    rows = num_kv_blocks if num_q_blocks is None else num_q_blocks
-    return rows * (2 * num_kv_blocks - rows + 1) // 2
+def causal_pairs(num_kv_blocks: int) -> int:
+    """Block pairs (i, j), j <= i, of a whole prompt of n key blocks: what density 1 computes."""
+    return num_kv_blocks * (num_kv_blocks + 1) // 2
 
 
 def uniform_cost(num_tokens: float, k: float) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stem.budget import causal_pairs
 from stem.config import StemConfig
 from stem.validation import check_config, check_impl
 
@@ -89,7 +88,7 @@ class BlockSelection:
     @property
     def causal_pairs(self) -> int:
         """Causal block pairs of one head."""
-        return causal_pairs(self.num_kv_blocks, self.num_q_blocks)
+        return self.num_q_blocks * (2 * self.num_kv_blocks - self.num_q_blocks + 1) // 2
 
     def to_block_mask(self):
         """torch FlexAttention BlockMask of the same lists; the diagonal block is partial, all others are full.
