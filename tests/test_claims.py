@@ -1,0 +1,74 @@
+"""The measurements of notebook 03: that they pass here, and that a mistake fails them."""
+
+import pytest
+import torch
+
+import stem
+from stem import StemConfig, claims
+from stem.claims import Shape
+
+CPU = torch.device("cpu")
+SHAPES = (Shape(2, 1, 40, 72, 16, 32), Shape(1, 1, 1, 5, 256, 64))
+STEADY = StemConfig(block_size=32, k_start=2, decay=1.0)
+COLUMNS = {"claim", "case", "impl", "dtype", "error", "tolerance", "passed", "seed"}
+
+CLAIMS = {
+    "oracle": lambda: claims.attention_errors(SHAPES, ("torch", "flex"), (torch.float32, torch.bfloat16), CPU),
+    "dense": lambda: claims.dense_errors(SHAPES, ("torch", "reference"), (torch.float32,), CPU),
+    "scores": lambda: claims.score_errors(SHAPES, CPU),
+    "causality": lambda: claims.causality_errors(STEADY, ("torch", "reference"), CPU),
+    "unread": lambda: claims.unread_errors(Shape(1, 1, 70, 70, 16, 16), ("torch",), CPU),
+    "chunks": lambda: claims.chunk_errors(STEADY, (64, 96, 120), ("torch",), CPU),
+    "gradients": lambda: claims.gradient_errors(SHAPES[:1], ("torch",), (torch.float32,), CPU),
+    "fuzz": lambda: claims.attention_errors(claims.fuzzed_shapes(30, 100), ("torch",), (torch.float32,), CPU),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claims_hold(name):
+    rows = CLAIMS[name]()
+    assert rows and all(set(row) == COLUMNS for row in rows)
+    assert all(row["passed"] is True and row["error"] <= row["tolerance"] for row in rows)
+
+
+def leave_out_a_key(q, k, v, selection, scale=None, impl=None):
+    """The last key that a query sees never counts."""
+    mask = selection.to_token_mask()
+    mask[..., -1, -1] = False
+    return stem.reference.masked_attention(q, k, v, mask, scale)
+
+
+def test_a_wrong_attention_fails(monkeypatch):
+    monkeypatch.setattr(claims, "block_sparse_attention", leave_out_a_key)
+    for name in ("oracle", "fuzz", "gradients"):
+        assert not all(row["passed"] for row in CLAIMS[name]())
+
+
+def test_an_attention_that_multiplies_by_zero_fails(monkeypatch):
+    def reference(q, k, v, selection, impl):
+        return stem.block_sparse_attention(q, k, v, selection, impl="reference")
+
+    monkeypatch.setattr(claims, "block_sparse_attention", reference)
+    assert not any(row["passed"] for row in CLAIMS["unread"]())
+
+
+def test_scores_that_forget_the_reversal_fail(monkeypatch):
+    original = stem.scores.group_sums
+    monkeypatch.setattr(stem.scores, "group_sums", lambda *args, reverse=False, **kwargs: original(*args, **kwargs))
+    rows = claims.score_errors(SHAPES[:1], CPU, impls=("torch",))
+    assert not any(row["passed"] for row in rows)
+
+
+def test_influence_is_triangular_except_for_the_published_z_score():
+    config = StemConfig(block_size=16, density=0.4, sink_blocks=1, local_blocks=1, value_weight=1.0)
+    future = claims.influence(config, 12, CPU).triu(1)
+    assert future.shape == (12, 12) and not future.any()
+    assert claims.influence(config.replace(value_norm="zscore"), 12, CPU).triu(1).any()
+
+
+def test_fuzzed_shapes_are_reproducible_and_valid():
+    shapes = claims.fuzzed_shapes(100, 500, seed=3)
+    assert shapes == claims.fuzzed_shapes(100, 500, seed=3) != claims.fuzzed_shapes(100, 500, seed=4)
+    for shape in shapes:
+        assert 1 <= shape.q_len <= shape.kv_len <= 500 and shape.q_heads % shape.kv_heads == 0
+    assert {shape.block_size for shape in shapes} == set(claims.BLOCK_SIZES)
