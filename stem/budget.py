@@ -95,7 +95,8 @@ def _solve_density(n: int, config: StemConfig) -> np.ndarray:
     density = DEFAULT_DENSITY if config.density is None else config.density
     row = np.arange(1, n + 1)
     target = round(density * causal_pairs(n))
-    low, high = 1.0, n / config.decay + 1  # at `high` every row is full
+    high = n / config.decay + 1  # every row is full
+    low = min(max(1.0, config.min_blocks), high)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _rows(n, middle, config).sum() <= target else (low, middle)

@@ -62,7 +62,7 @@ class StemConfig:
     """k_start by length: (from this many key blocks, share of the key blocks, blocks added), as the presets use."""
 
     min_blocks: int = 0
-    """Lower bound of k_start, 54 in the paper [blocks]."""
+    """Lower bound of k_start, 54 in the paper; where it binds, a `density` is exceeded [blocks]."""
 
     decay: float = 0.7
     """k_end / k_start, mu in Eq. 3, in (0, 1]; 1 keeps the budget constant."""
@@ -165,10 +165,6 @@ class StemConfig:
             _integer("k_start", self.k_start, 1)
         elif self.k_start is not None:
             _number("k_start", self.k_start, 0.0, 1.0, open_below=True)
-        if self.min_blocks and self.k_start is None and self.k_start_regimes is None:
-            raise ValueError(
-                f"min_blocks bounds k_start or k_start_regimes, got min_blocks={self.min_blocks} without them"
-            )
         if self.k_start_regimes is not None:
             self._check_regimes()
 

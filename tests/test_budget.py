@@ -173,3 +173,9 @@ def test_costs_of_the_paper_approximate_the_exact_count(decay):
 def test_bad_input(n, config, error, words):
     with pytest.raises(error, match=words):
         stem.block_budget(n, config)
+
+
+def test_min_blocks_is_a_floor_under_a_density():
+    asked = StemConfig(density=0.1, decay=1.0)
+    assert block_budget(64, asked).max() < 20
+    assert block_budget(64, asked.replace(min_blocks=20)).tolist() == [min(i + 1, 20) for i in range(64)]
