@@ -177,5 +177,5 @@ def test_bad_input(n, config, error, words):
 
 def test_min_blocks_is_a_floor_under_a_density():
     asked = StemConfig(density=0.1, decay=1.0)
-    assert block_budget(64, asked).max() < 20
-    assert block_budget(64, asked.replace(min_blocks=20)).tolist() == [min(i + 1, 20) for i in range(64)]
+    assert stem.block_budget(64, asked).max() < 20
+    assert stem.block_budget(64, asked.replace(min_blocks=20)).tolist() == [min(i + 1, 20) for i in range(64)]
