@@ -18,7 +18,7 @@ from stem.scores import block_scores
 from stem.selection import BlockSelection, select_blocks
 from stem.validation import check_config, check_impl, check_qkv, check_scale
 
-IMPLS = ("reference", "torch", "triton", "flex")
+IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 
 
 def stem_attention(
@@ -50,9 +50,10 @@ def stem_attention(
     check_qkv(q, k, v)
     check_config(config)
     scale = check_scale(scale, q.shape[-1])
+    impl = _choose(impl, q, k, v, config.block_size)
     budget = block_budget(-(-k.shape[2] // config.block_size), config)
-    scores = block_scores(q, k, v, config, scale=scale, impl=_stage_impl(impl))
-    selection = select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=_stage_impl(impl))
+    scores = block_scores(q, k, v, config, scale=scale, impl=_STAGE_IMPL[impl])
+    selection = select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=_STAGE_IMPL[impl])
     attended = block_sparse_attention(q, k, v, selection, scale, impl, return_lse)
     out, *lse = attended if return_lse else (attended,)
     extras = [selection] * return_selection + lse
@@ -73,22 +74,22 @@ def block_sparse_attention(
     Args:
         q, k, v, scale: As in stem_attention.
         selection: Lists for Hq heads and these lengths, on q's device.
-        impl: None chooses "triton" on CUDA and "torch" elsewhere (also for fp64); an explicit choice never falls back.
+        impl: None chooses "hopper" where it applies, else "triton" on CUDA and "torch" elsewhere (also for fp64); an
+            explicit choice never falls back.
             "reference": token mask and softmax in fp32 or fp64, memory O(N^2). "torch": gathers the kept blocks, a few
-            rows at a time. "triton": stem.kernels, forward only. "flex": torch's FlexAttention with the same lists,
-            unfused on the CPU.
+            rows at a time. "triton": stem.kernels, forward only. "hopper": the same for sm_90, fp16 or bf16, D 64 or
+            128, block_size 128. "flex": torch's FlexAttention with the same lists, unfused on the CPU.
         return_lse: Also return the natural log-sum-exp, fp32 (fp64 for fp64 inputs) [B, Hq, Nq].
     Returns:
-        [B, Hq, Nq, D] like q; differentiable but for "triton". A row without blocks gives 0.
+        [B, Hq, Nq, D] like q; differentiable but for "triton" and "hopper". A row without blocks gives 0.
     Raises:
         ValueError, TypeError: For bad shapes, dtypes, devices or names, or a selection that does not fit.
-        NotImplementedError: For impl="triton" with inputs that require gradients.
+        NotImplementedError: For impl="triton" and "hopper" with inputs that require gradients.
     """
     check_qkv(q, k, v)
     selection = _fitted(selection, q, k)
     scale = check_scale(scale, q.shape[-1])
-    impl = check_impl(impl, IMPLS, q)
-    out, lse = _RUN[impl](q, k, v, selection, scale)
+    out, lse = _RUN[_choose(impl, q, k, v, selection.block_size)](q, k, v, selection, scale)
     return (out, lse) if return_lse else out
 
 
@@ -97,13 +98,28 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError(
-            "impl='triton' has no backward yet: use impl='torch' or 'flex' for gradients, or torch.no_grad()"
-        )
+    _refuse_gradients("triton", q, k, v)
     from stem.kernels.sparse_forward import sparse_forward
 
     return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
+
+
+def _hopper(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    _refuse_gradients("hopper", q, k, v)
+    from stem.kernels.hopper_forward import sparse_forward
+
+    return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _refuse_gradients(impl: str, *tensors: Tensor) -> None:
+    if _needs_gradients(*tensors):
+        raise NotImplementedError(
+            f"impl={impl!r} has no backward yet: use impl='torch' or 'flex' for gradients, or torch.no_grad()"
+        )
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
@@ -155,14 +171,23 @@ def _flex_attention(compiled: bool):
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-_RUN = {"reference": _reference, "torch": gather_attention, "triton": _triton, "flex": _flex}
+_RUN = {"reference": _reference, "torch": gather_attention, "triton": _triton, "hopper": _hopper, "flex": _flex}
+# How scores and selection run for an implementation of the attention.
+_STAGE_IMPL = {"reference": "torch", "torch": "torch", "triton": "triton", "hopper": "triton", "flex": None}
 
 
-def _stage_impl(impl: str | None) -> str | None:
-    """How scores and selection run for an attention implementation."""
-    if impl is not None and impl not in IMPLS:
-        check_impl(impl, IMPLS, torch.empty(0))
-    return "torch" if impl == "reference" else None if impl == "flex" else impl
+def _choose(impl: str | None, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
+    """The implementation to run: for None the fastest that covers this problem; raises if an explicit one does not."""
+    chosen = check_impl(impl, IMPLS, q)
+    if impl == "hopper" or (impl is None and chosen == "triton" and not _needs_gradients(q, k, v)):
+        from stem.kernels.hopper_forward import unsupported
+
+        reason = unsupported(q, block_size)
+        if impl is None:
+            return "triton" if reason else "hopper"
+        if reason:
+            raise ValueError(f"impl='hopper' does not cover {reason}")
+    return chosen
 
 
 def _fitted(selection: BlockSelection, q: Tensor, k: Tensor) -> BlockSelection:

@@ -388,7 +388,7 @@ BAD_TENSORS = [
     (dict(scale=0.0), ValueError, "scale .*positive.*0.0"),
     (dict(scale=float("nan")), ValueError, "scale .*finite.*nan"),
     (dict(scale="auto"), TypeError, "scale .*number.*'auto'"),
-    (dict(impl="cuda"), ValueError, "impl .*'reference', 'torch', 'triton', 'flex'.*'cuda'"),
+    (dict(impl="cuda"), ValueError, "impl .*'reference', 'torch', 'triton', 'hopper', 'flex'.*'cuda'"),
 ]
 BAD_IDS = [
     "numpy", "none", "3d", "empty", "int", "dtype", "device", "batch", "head_dim", "v-length", "heads", "Nq>Nkv",

@@ -1,0 +1,200 @@
+"""The Gluon forward for sm_90: the claims of test_kernels_sparse_forward.py where it applies, and where it does not.
+
+Its compilation needs a process of its own, as in test_kernels_compile.py: this file is both the tests and that process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_kernels_sparse_forward import DEVICE, eager, lists_of, oracle, random_inputs, random_mask
+
+import stem
+
+BLOCK_SIZE = 128
+DTYPES = [torch.float16, torch.bfloat16]
+SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
+IS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_sm90 = pytest.mark.skipif(not IS_SM90, reason="needs a GPU of compute capability 9.0")
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def forward(q, k, v, mask, scale):
+    from stem.kernels.hopper_forward import sparse_forward
+
+    return sparse_forward(q, k, v, *lists_of(mask), BLOCK_SIZE, scale)
+
+
+@pytest.fixture
+def check(assert_close_to_oracle):
+    """Run the kernel on q, k, v and a block mask, and compare out and lse with the oracle."""
+
+    def run(q, k, v, mask, scale=None):
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        out, lse = forward(q, k, v, mask, scale)
+        expected_out, expected_lse = oracle(q, k, v, mask, BLOCK_SIZE, scale)
+        assert out.dtype == q.dtype and lse.dtype == torch.float32 and out.stride(-1) == 1
+        assert_close_to_oracle(out, expected_out, eager(q, k, v, mask, BLOCK_SIZE, scale), reduction=k.shape[2])
+        torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=1e-4)
+
+    return run
+
+
+@needs_sm90
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128], ids=lambda d: f"D{d}")
+@pytest.mark.parametrize("num_tokens", [1, 63, 128, 129, 1000], ids=lambda n: f"N{n}")
+def test_lengths(check, num_tokens, head_dim, dtype):
+    q, k, v = random_inputs(2, 1, num_tokens, num_tokens, head_dim, dtype)
+    check(q, k, v, random_mask(1, 2, num_tokens, num_tokens, BLOCK_SIZE))
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [64, 128], ids=lambda d: f"D{d}")
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"), [(1, 300), (70, 333), (256, 512), (200, 201), (127, 1300), (777, 1500)]
+)
+def test_chunks_of_queries(check, num_queries, num_keys, head_dim):
+    q, k, v = random_inputs(2, 1, num_queries, num_keys, head_dim, torch.bfloat16)
+    check(q, k, v, random_mask(1, 2, num_queries, num_keys, BLOCK_SIZE))
+
+
+@needs_sm90
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(9, 3), (4, 2), (1, 1)])
+def test_grouped_heads_and_batches(check, num_q_heads, num_kv_heads):
+    q, k, v = random_inputs(num_q_heads, num_kv_heads, 400, 400, 64, torch.bfloat16, batch=2)
+    check(q, k, v, random_mask(2, num_q_heads, 400, 400, BLOCK_SIZE))
+
+
+@needs_sm90
+def test_rows_without_the_diagonal_and_without_any_block(check):
+    q, k, v = random_inputs(2, 2, 1000, 1000, 128, torch.bfloat16)
+    mask = random_mask(1, 2, 1000, 1000, BLOCK_SIZE, diagonal=False, keep=0.4)
+    mask[:, :, 3] = False
+    assert not mask.diagonal(dim1=2, dim2=3).all() and mask.any()
+    check(q, k, v, mask)
+
+
+@needs_sm90
+def test_long_lists_go_round_the_rings_often(check):
+    q, k, v = random_inputs(1, 1, 5000, 5000, 128, torch.bfloat16)
+    check(q, k, v, random_mask(1, 1, 5000, 5000, BLOCK_SIZE, keep=2))
+
+
+@needs_sm90
+@pytest.mark.parametrize("scale", [0.01, 1.0, -0.3, 0.0])
+def test_scale(check, scale):
+    q, k, v = random_inputs(1, 1, 300, 300, 128, torch.bfloat16)
+    check(q, k, v, random_mask(1, 1, 300, 300, BLOCK_SIZE), scale)
+
+
+@needs_sm90
+def test_strides_that_tma_cannot_read(check):
+    q, k, v = random_inputs(2, 2, 300, 300, 128, torch.bfloat16)
+    mask = random_mask(1, 2, 300, 300, BLOCK_SIZE)
+    check(*(x.contiguous().mT.contiguous().mT for x in (q, k, v)), mask)  # D not contiguous
+    check(q[:, :1].expand(1, 2, -1, -1), k[:, :1].expand(1, 2, -1, -1), v, mask)  # a stride of zero
+    odd = torch.full((3, 2 * 300 * 129 + 1), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    odd = [x[1:].view(1, 2, 300, 129)[..., :128] for x in odd]  # neither address nor rows aligned
+    check(*(x.copy_(y) for x, y in zip(odd, (q, k, v), strict=True)), mask)
+
+
+@needs_sm90
+def test_blocks_off_the_list_change_nothing():
+    q, k, v = random_inputs(1, 1, 512, 512, 128, torch.bfloat16)
+    mask = random_mask(1, 1, 512, 512, BLOCK_SIZE)
+    mask[..., 1] = False
+    before = forward(q, k, v, mask, 0.1)
+    k[:, :, 128:256], v[:, :, 128:256] = float("nan"), float("nan")
+    after = forward(q, k, v, mask, 0.1)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+@needs_sm90
+def test_offsets_beyond_32_bits(check):
+    storage = torch.zeros(3, 300, 2**23, dtype=torch.bfloat16, device=DEVICE)  # the last row starts past 2**31
+    q, k, v = (x[None, None, :, :64].copy_(torch.randn(300, 64)) for x in storage)
+    check(q, k, v, random_mask(1, 1, 300, 300, BLOCK_SIZE))
+
+
+@needs_sm90
+def test_repeated_runs_are_bit_equal():
+    q, k, v = random_inputs(8, 2, 3000, 3000, 128, torch.bfloat16)
+    mask = random_mask(1, 8, 3000, 3000, BLOCK_SIZE)
+    first, *others = (forward(q, k, v, mask, 0.1) for _ in range(20))
+    assert all(torch.equal(first[0], other[0]) and torch.equal(first[1], other[1]) for other in others)
+
+
+@needs_sm90
+def test_it_is_the_default_where_it_applies(monkeypatch):
+    from stem.kernels import hopper_forward
+
+    calls = []
+    original = hopper_forward.sparse_forward
+    monkeypatch.setattr(hopper_forward, "sparse_forward", lambda *a: calls.append("hopper") or original(*a))
+    for dtype, head_dim, block_size in [
+        (torch.bfloat16, 128, 128),
+        (torch.float32, 128, 128),
+        (torch.bfloat16, 128, 64),
+    ]:
+        q, k, v = random_inputs(4, 2, 1000, 1000, head_dim, dtype)
+        config = stem.StemConfig(block_size=block_size)
+        out = stem.stem_attention(q, k, v, config)
+        torch.testing.assert_close(out, stem.stem_attention(q, k, v, config, impl="triton"), rtol=0, atol=2e-2)
+    assert calls == ["hopper"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_sm90)])
+def test_an_explicit_choice_never_falls_back(device):
+    def attend(dtype, head_dim, block_size):
+        q = torch.randn(1, 1, 256, head_dim, device=device, dtype=dtype)
+        return stem.stem_attention(q, q, q, stem.StemConfig(block_size=block_size), impl="hopper")
+
+    if device == "cpu":
+        with pytest.raises(ValueError, match="impl='hopper' does not cover device cpu"):
+            attend(torch.bfloat16, 128, 128)
+        return
+    for arguments, what in [
+        ((torch.float32, 128, 128), "dtype torch.float32"),
+        ((torch.bfloat16, 96, 128), "head_dim 96"),
+        ((torch.bfloat16, 128, 64), "block_size 64"),
+    ]:
+        with pytest.raises(ValueError, match=what):
+            attend(*arguments)
+
+
+def compile_for_sm90(head_dim):
+    """Compile ahead of time, as a launch with aligned pointers would; bytes of shared memory."""
+    import triton
+    from stem.kernels import hopper_forward
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    def tile(rows):
+        return f"tensordesc<bf16[1, 1, {rows}, {head_dim}],{hopper_forward.TMA_LAYOUT!r}>"
+
+    kernel = hopper_forward.hopper_forward_kernel
+    types = dict(
+        q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
+        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scale="fp32",
+    )  # fmt: skip
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, {}, aligned)
+    options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
+@pytest.mark.slow
+def test_it_compiles_for_sm90(tmp_path):
+    pytest.importorskip("triton.backends.nvidia")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert max(json.loads(process.stdout)) <= SHARED_MEMORY_BYTES
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_for_sm90(head_dim) for head_dim in (64, 128)]))
