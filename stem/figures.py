@@ -5,6 +5,8 @@ Functions take rows (a DataFrame, one machine's) and return a matplotlib Figure;
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -46,17 +48,26 @@ STYLE = {
 }
 
 
-styled = plt.rc_context(STYLE)  # as a decorator: what the function draws is in the house style
+@contextmanager
+def styled() -> Iterator[None]:
+    """House style for what is drawn inside. Restores its own settings only: plt.rc_context would also undo what a
+    notebook's backend sets when the first figure is made, and later figures would not show."""
+    before = {name: plt.rcParams[name] for name in STYLE}
+    plt.rcParams.update(STYLE)
+    try:
+        yield
+    finally:
+        plt.rcParams.update(before)
 
 
-@styled
+@styled()
 def new(columns: int = 1, *, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Axes | np.ndarray]:
     """A figure in the house style with `columns` axes side by side, each `width` x `height` inches."""
     with sns.axes_style("whitegrid"):
         return plt.subplots(1, columns, figsize=(columns * width, height))
 
 
-@styled
+@styled()
 def save(figure: Figure, experiment: str, name: str) -> Path:
     """Write results/<experiment>/<name>.svg, beside the CSV it was drawn from; the same figure gives the same bytes."""
     path = records.results_dir(experiment) / f"{name}.svg"
@@ -89,7 +100,7 @@ def tokens_label(tokens: int) -> str:
     return str(tokens)
 
 
-@styled
+@styled()
 def lines(
     frame: pd.DataFrame,
     x: str,
@@ -121,7 +132,7 @@ def lines(
     return ax
 
 
-@styled
+@styled()
 def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 0, title: str | None = None) -> Axes:
     """The kept block pairs of one head of the first prompt: kept dark, causal but skipped light, the future blank."""
     if ax is None:
@@ -138,7 +149,7 @@ def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 
     return ax
 
 
-@styled
+@styled()
 def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Time of the whole operator and of its dense baselines over tokens, with p20-p80 bands, and their ratio."""
     rows, config = timed(rows, config)
@@ -166,7 +177,7 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Where the time goes: scores, selection and attention, as shares of their sum over tokens."""
     rows, _ = timed(rows, config)
@@ -183,7 +194,7 @@ def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def memory(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Peak memory beyond the inputs over tokens, the output included (measured on CUDA only)."""
     rows, _ = timed(rows, config)
@@ -200,7 +211,7 @@ def memory(rows: pd.DataFrame, config: str | None = None) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Attention alone under this machine's measured ceilings: a matmul and a copy (operation "ceiling" in the rows)."""
     peak, bandwidth = ceilings(rows)

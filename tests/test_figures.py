@@ -122,3 +122,12 @@ def test_saved_figures_are_reproducible_and_lie_beside_the_rows(monkeypatch, tmp
     assert paths[0] == tmp_path / "speed" / "first.svg"
     first, second = (path.read_bytes() for path in paths)
     assert first == second and b"<dc:date>" not in first
+
+
+def test_drawing_leaves_the_settings_of_the_session_alone():
+    before = dict(matplotlib.rcParams)
+    matplotlib.rcParams["interactive"] = True  # as a notebook's backend sets it while the first figure is made
+    figures.speed(made_up_rows())
+    assert matplotlib.rcParams["interactive"]
+    matplotlib.rcParams["interactive"] = before["interactive"]
+    assert dict(matplotlib.rcParams) == before
