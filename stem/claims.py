@@ -91,9 +91,13 @@ def row(claim: str, case: object, impl: str, dtype: torch.dtype, error: Tensor, 
     )
 
 
-def runs(impl: str, shape: Shape, device: torch.device) -> bool:
-    """Whether an implementation takes a shape: FlexAttention compiled for CUDA needs blocks of 128."""
-    return not (impl == "flex" and device.type == "cuda" and shape.block_size < 128)
+def runs(impl: str, q: Tensor, block_size: int) -> bool:
+    """Whether an implementation takes such queries: "hopper" and compiled FlexAttention (CUDA) do not take all."""
+    if impl == "hopper" and q.is_cuda:
+        from stem.kernels.hopper_forward import supports
+
+        return supports(q, block_size)
+    return impl != "hopper" and not (impl == "flex" and q.is_cuda and block_size < 128)
 
 
 def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = "equals the fp64 oracle") -> list[dict]:
@@ -107,7 +111,7 @@ def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = 
             oracle = masked_attention(q.double(), k.double(), v.double(), mask)
             allowed = tolerance(eager_attention(q, k, v, mask), oracle, shape.longest_sum)
             for impl in impls:
-                if runs(impl, shape, device):
+                if runs(impl, q, shape.block_size):
                     out = block_sparse_attention(q, k, v, selection, impl=impl)
                     rows.append(row(claim, shape, impl, dtype, (out.double() - oracle).abs().max(), allowed, seed))
     return rows
@@ -125,7 +129,7 @@ def dense_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
             allowed = tolerance(eager, oracle, shape.longest_sum)
             config = StemConfig(block_size=shape.block_size, density=1.0)
             for impl in impls:
-                if runs(impl, shape, device):
+                if runs(impl, q, shape.block_size):
                     error = (stem_attention(q, k, v, config, impl=impl).double() - oracle).abs().max()
                     rows.append(row("full budget equals dense", shape, impl, dtype, error, allowed, seed))
     return rows
@@ -177,29 +181,29 @@ def influence(config: StemConfig, blocks: int, device, seed: int = 0, impl: str 
     return torch.stack(columns, 1)
 
 
-def causality_errors(config: StemConfig, impls, device, seed: int = 0) -> list[dict]:
+def causality_errors(config: StemConfig, impls, dtype, device, seed: int = 0) -> list[dict]:
     """Outputs before a block after everything from it on is drawn anew; the tolerance is zero."""
     size = config.block_size
-    shape = Shape(2, 1, 5 * size - 3, 5 * size - 3, 32, size)
-    q, k, v = qkv(shape, torch.float32, device, seed)
-    later = [3 * x for x in qkv(shape, torch.float32, device, seed + 1)]
+    shape = Shape(2, 1, 5 * size - 3, 5 * size - 3, 64, size)
+    q, k, v = qkv(shape, dtype, device, seed)
+    later = [3 * x for x in qkv(shape, dtype, device, seed + 1)]
     changed = [torch.cat((x[:, :, : 3 * size], y[:, :, 3 * size :]), 2) for x, y in zip((q, k, v), later, strict=True)]
     rows = []
     for impl in impls:
-        if runs(impl, shape, device):
+        if runs(impl, q, shape.block_size):
             before, after = (stem_attention(*tensors, config, impl=impl) for tensors in ((q, k, v), changed))
             error = (before - after)[:, :, : 3 * size].abs().max()
-            rows.append(row("no output before a block depends on it", shape, impl, torch.float32, error, 0.0, seed))
+            rows.append(row("no output before a block depends on it", shape, impl, dtype, error, 0.0, seed))
     return rows
 
 
-def unread_errors(shape: Shape, impls, device, seed: int = 0) -> list[dict]:
+def unread_errors(shape: Shape, impls, dtype, device, seed: int = 0) -> list[dict]:
     """Row by row, outputs after everything that the row did not select became NaN; the tolerance is zero."""
-    q, k, v = qkv(shape._replace(q_heads=1, kv_heads=1), torch.float32, device, seed)
+    q, k, v = qkv(shape._replace(q_heads=1, kv_heads=1), dtype, device, seed)
     selection = random_blocks(q, k, v, shape.block_size)
     kept = selection.to_mask()[0, 0].repeat_interleave(shape.block_size, 1)[:, : shape.kv_len, None]  # [nq, Nkv, 1]
     rows = []
-    for impl in impls:
+    for impl in (impl for impl in impls if runs(impl, q, shape.block_size)):
         out = block_sparse_attention(q, k, v, selection, impl=impl)
         error = 0.0
         for block in range(selection.num_q_blocks):
@@ -209,7 +213,7 @@ def unread_errors(shape: Shape, impls, device, seed: int = 0) -> list[dict]:
                 warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN in Triton's interpreter
                 change = (block_sparse_attention(q, *poisoned, selection, impl=impl) - out)[:, :, queries]
             error = max(error, float(change.abs().nan_to_num(nan=torch.inf).max()))
-        rows.append(row("unselected blocks are not read", shape, impl, torch.float32, error, 0.0, seed))
+        rows.append(row("unselected blocks are not read", shape, impl, dtype, error, 0.0, seed))
     return rows
 
 
@@ -220,7 +224,7 @@ def chunk_errors(config: StemConfig, ends, impls, device, seed: int = 0) -> list
     oracle = stem_attention(q.double(), k.double(), v.double(), config, impl="reference")
     rows = []
     for impl in impls:
-        if runs(impl, shape, device):
+        if runs(impl, q, shape.block_size):
             whole = stem_attention(q, k, v, config, impl=impl)
             starts = (0, *ends[:-1])
             chunks = [
@@ -243,7 +247,7 @@ def gradient_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
             mask = selection.to_token_mask()
             oracle = _gradients(lambda *x, mask=mask: masked_attention(*x, mask), [x.double() for x in inputs])
             eager = _gradients(lambda *x, mask=mask: eager_attention(*x, mask), inputs)
-            for impl in (impl for impl in impls if runs(impl, shape, device)):
+            for impl in (impl for impl in impls if runs(impl, inputs[0], shape.block_size)):
                 found = _gradients(
                     lambda *x, selection=selection, impl=impl: block_sparse_attention(*x, selection, impl=impl), inputs
                 )

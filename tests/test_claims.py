@@ -16,8 +16,8 @@ CLAIMS = {
     "oracle": lambda: claims.attention_errors(SHAPES, ("torch", "flex"), (torch.float32, torch.bfloat16), CPU),
     "dense": lambda: claims.dense_errors(SHAPES, ("torch", "reference"), (torch.float32,), CPU),
     "scores": lambda: claims.score_errors(SHAPES, CPU),
-    "causality": lambda: claims.causality_errors(STEADY, ("torch", "reference"), CPU),
-    "unread": lambda: claims.unread_errors(Shape(1, 1, 70, 70, 16, 16), ("torch",), CPU),
+    "causality": lambda: claims.causality_errors(STEADY, ("torch", "reference", "hopper"), torch.float16, CPU),
+    "unread": lambda: claims.unread_errors(Shape(1, 1, 70, 70, 16, 16), ("torch",), torch.float32, CPU),
     "chunks": lambda: claims.chunk_errors(STEADY, (64, 96, 120), ("torch",), CPU),
     "gradients": lambda: claims.gradient_errors(SHAPES[:1], ("torch",), (torch.float32,), CPU),
     "fuzz": lambda: claims.attention_errors(claims.fuzzed_shapes(30, 100), ("torch",), (torch.float32,), CPU),
@@ -64,6 +64,11 @@ def test_influence_is_triangular_except_for_the_published_z_score():
     future = claims.influence(config, 12, CPU).triu(1)
     assert future.shape == (12, 12) and not future.any()
     assert claims.influence(config.replace(value_norm="zscore"), 12, CPU).triu(1).any()
+
+
+def test_an_implementation_that_does_not_cover_a_shape_is_left_out():
+    rows = claims.attention_errors(SHAPES[:1], stem.attention.IMPLS, (torch.float16,), CPU)
+    assert {row["impl"] for row in rows} == set(stem.attention.IMPLS) - {"hopper"}
 
 
 def test_fuzzed_shapes_are_reproducible_and_valid():
