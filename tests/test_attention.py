@@ -3,11 +3,17 @@
 import oracles
 import pytest
 import torch
+from devices import on_its_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stem
 from stem import BlockSelection, StemConfig
 from stem.reference import dense_attention
+
+stem_attention = on_its_device(stem.stem_attention)
+block_sparse_attention = on_its_device(stem.block_sparse_attention)
+block_scores = on_its_device(stem.block_scores)
+select_blocks = on_its_device(stem.select_blocks)
 
 IMPLS = ("reference", "torch", "triton", "flex")
 DIFFERENTIABLE = ("reference", "torch", "flex")
@@ -43,7 +49,7 @@ def check_against_oracle(q, k, v, block, impl, assert_close):
     selection = random_selection(q, k, block)
     allowed = oracles.token_mask(selection.to_mask(), block, q.shape[2], k.shape[2])
     expected, expected_lse = oracles.attention(q, k, v, allowed)
-    out, lse = stem.block_sparse_attention(q, k, v, selection, impl=impl, return_lse=True)
+    out, lse = block_sparse_attention(q, k, v, selection, impl=impl, return_lse=True)
     assert out.dtype == q.dtype and out.shape == q.shape and lse.dtype == torch.float32
     assert_close(out, expected, eager_attention(q, k, v, allowed), k.shape[2])
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
@@ -85,7 +91,7 @@ def test_grouped_heads_equal_repeated_heads(heads, impl, assert_close_to_oracle)
     check_against_oracle(q, k, v, 32, impl, assert_close_to_oracle)
     selection = random_selection(q, k, 32)
     repeated = [oracles.repeat_heads(x, q_heads) for x in (k, v)]
-    found, expected = (stem.block_sparse_attention(q, *kv, selection, impl=impl) for kv in ((k, v), repeated))
+    found, expected = (block_sparse_attention(q, *kv, selection, impl=impl) for kv in ((k, v), repeated))
     torch.testing.assert_close(found, expected)
 
 
@@ -112,7 +118,7 @@ def test_the_whole_pipeline_in_float64(preset, impl):
     scores = oracles.preset_scores("paper" if preset == "default" else preset, q, k, v, 16)
     kept = oracles.selection_mask(scores, budget, 4, 4, on_top=config.forced == "on_top")
     expected, expected_lse = oracles.attention(q, k, v, oracles.token_mask(kept, 16, length - 20, length))
-    found = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True, return_lse=True)
+    found = stem_attention(q, k, v, config, impl=impl, return_selection=True, return_lse=True)
     assert torch.equal(found[1].to_mask(), kept) and found[1].density() < 1.0
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[2], expected_lse)
@@ -123,18 +129,18 @@ def test_the_pipeline_is_its_three_steps(impl):
     q, k, v = draw(1, 2, 1, 60, 100, 16)
     config = StemConfig(block_size=16, density=0.4)
     stage = impl if impl in ("torch", "triton") else "torch"
-    scores = stem.block_scores(q, k, v, config, impl=stage)
+    scores = block_scores(q, k, v, config, impl=stage)
     budget = stem.block_budget(7, config)
-    selection = stem.select_blocks(scores, budget, config, q_len=60, kv_len=100, impl=stage)
-    steps = stem.block_sparse_attention(q, k, v, selection, impl=impl)
-    assert torch.equal(stem.stem_attention(q, k, v, config, impl=impl), steps)
+    selection = select_blocks(scores, budget, config, q_len=60, kv_len=100, impl=stage)
+    steps = block_sparse_attention(q, k, v, selection, impl=impl)
+    assert torch.equal(stem_attention(q, k, v, config, impl=impl), steps)
 
 
 @every_impl
 def test_full_budget_equals_dense(impl):
     q, k, v = draw(2, 2, 1, 75, 107, 32)
     config = StemConfig(block_size=32, density=1.0)
-    out, selection = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
+    out, selection = stem_attention(q, k, v, config, impl=impl, return_selection=True)
     assert selection.density() == 1.0
     torch.testing.assert_close(out, dense_attention(q, k, v))
     mask = oracles.causal(75, 107)
@@ -148,10 +154,10 @@ def test_no_output_before_a_block_depends_on_it(reduction, impl):
     """Bit for bit: perturb q, k and v from position 100 on, inside block 3 of 32 tokens."""
     q, k, v = draw(1, 1, 1, 200, 200, 16)
     config = StemConfig(block_size=32, score_stride=8, k_start=3, reduction=reduction)
-    before = stem.stem_attention(q, k, v, config, impl=impl)
+    before = stem_attention(q, k, v, config, impl=impl)
     for x in (q, k, v):
         x[:, :, 100:] = 5 * torch.randn_like(x[:, :, 100:])
-    after = stem.stem_attention(q, k, v, config, impl=impl)
+    after = stem_attention(q, k, v, config, impl=impl)
     assert torch.equal(before[:, :, :96], after[:, :, :96])
     assert not torch.equal(before[:, :, 100:], after[:, :, 100:])
 
@@ -160,9 +166,9 @@ def test_no_output_before_a_block_depends_on_it(reduction, impl):
 def test_token_causality_inside_the_diagonal_block(impl):
     q, k, v = draw(1, 1, 1, 64, 64, 16)
     selection = random_selection(q, k, 32)
-    before = stem.block_sparse_attention(q, k, v, selection, impl=impl)
+    before = block_sparse_attention(q, k, v, selection, impl=impl)
     k[:, :, 45:], v[:, :, 45:] = 9.0, 9.0
-    after = stem.block_sparse_attention(q, k, v, selection, impl=impl)
+    after = block_sparse_attention(q, k, v, selection, impl=impl)
     assert torch.equal(before[:, :, :45], after[:, :, :45])
 
 
@@ -175,14 +181,14 @@ def test_unselected_keys_and_values_are_never_read(change, impl):
     selection = random_selection(q, k, 32, share=0.3)
     kept = selection.to_mask()[0, 0]
     assert not kept[:, 0].all()
-    out = stem.block_sparse_attention(q, k, v, selection, impl=impl)
+    out = block_sparse_attention(q, k, v, selection, impl=impl)
     for row in range(5):
         unselected = (~kept[row]).repeat_interleave(32)[:150]
         changed_k, changed_v = k.clone(), v.clone()
         for x in (changed_k, changed_v):
             tokens = x[:, :, unselected]
             x[:, :, unselected] = torch.nan if change == "nan" else tokens[:, :, torch.randperm(tokens.shape[2])]
-        changed = stem.block_sparse_attention(q, changed_k, changed_v, selection, impl=impl)
+        changed = block_sparse_attention(q, changed_k, changed_v, selection, impl=impl)
         rows = slice(32 * row, 32 * row + 32)
         assert torch.equal(changed[:, :, rows], out[:, :, rows])
 
@@ -192,7 +198,7 @@ def test_rows_without_blocks_give_zero(impl):
     q, k, v = draw(1, 2, 1, 96, 96, 16)
     mask = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 0]]).bool().expand(1, 2, 3, 3)
     selection = BlockSelection.from_mask(mask, 32)
-    out, lse = stem.block_sparse_attention(q, k, v, selection, impl=impl, return_lse=True)
+    out, lse = block_sparse_attention(q, k, v, selection, impl=impl, return_lse=True)
     expected, _ = oracles.attention(q, k, v, oracles.token_mask(mask, 32, 96, 96))
     assert not out[:, :, 32:64].any() and lse[:, :, 32:64].isneginf().all()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -204,11 +210,11 @@ def test_chunks_of_whole_blocks_equal_the_whole_prompt(reduction, impl):
     q, k, v = draw(1, 1, 1, 170, 170, 16)
     config = StemConfig(block_size=16, score_stride=4, k_start=3, decay=1.0, sink_blocks=1, local_blocks=1)
     config = config.replace(reduction=reduction)
-    whole, selection = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
+    whole, selection = stem_attention(q, k, v, config, impl=impl, return_selection=True)
     start, parts, masks = 0, [], []
     for end in (48, 64, 144, 170):
         chunk = (q[:, :, start:end], k[:, :, :end], v[:, :, :end])
-        out, kept = stem.stem_attention(*chunk, config, impl=impl, return_selection=True)
+        out, kept = stem_attention(*chunk, config, impl=impl, return_selection=True)
         masks.append(torch.nn.functional.pad(kept.to_mask(), (0, 11 - kept.num_kv_blocks)))
         parts.append(out)
         start = end
@@ -220,9 +226,9 @@ def test_chunks_of_whole_blocks_equal_the_whole_prompt(reduction, impl):
 def test_batch_entries_are_independent(impl):
     q, k, v = draw(3, 2, 1, 80, 80, 16)
     config = StemConfig(block_size=32, density=0.6)
-    whole = stem.stem_attention(q, k, v, config, impl=impl)
+    whole = stem_attention(q, k, v, config, impl=impl)
     for b in range(3):
-        one = stem.stem_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], config, impl=impl)
+        one = stem_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], config, impl=impl)
         torch.testing.assert_close(one, whole[b : b + 1])
 
 
@@ -230,14 +236,14 @@ def test_batch_entries_are_independent(impl):
 def test_non_contiguous_inputs(impl):
     q, k, v = draw(1, 2, 2, 70, 70, 16)
     config = StemConfig(block_size=32, density=0.7)
-    expected = stem.stem_attention(q, k, v, config, impl=impl)
+    expected = stem_attention(q, k, v, config, impl=impl)
     token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]  # as transformers makes them
     sliced = [x.repeat_interleave(2, -1)[..., ::2] for x in (q, k, v)]  # last stride 2
     expanded = [q, k[:, :1].expand(1, 2, 70, 16), v[:, :1].expand(1, 2, 70, 16)]  # stride 0
     for strided in (token_major, sliced):
-        torch.testing.assert_close(stem.stem_attention(*strided, config, impl=impl), expected)
-    one_head = stem.stem_attention(q, k[:, :1], v[:, :1], config, impl=impl)
-    torch.testing.assert_close(stem.stem_attention(*expanded, config, impl=impl), one_head)
+        torch.testing.assert_close(stem_attention(*strided, config, impl=impl), expected)
+    one_head = stem_attention(q, k[:, :1], v[:, :1], config, impl=impl)
+    torch.testing.assert_close(stem_attention(*expanded, config, impl=impl), one_head)
 
 
 @every_impl
@@ -247,7 +253,7 @@ def test_scale_and_large_logits(impl):
     allowed = oracles.token_mask(selection.to_mask(), 32, 64, 64)
     for scale in (0.01, 1.0, 100.0):  # logits up to some thousands
         expected, _ = oracles.attention(q, k, v, allowed, scale)
-        out = stem.block_sparse_attention(q, k, v, selection, scale, impl)
+        out = block_sparse_attention(q, k, v, selection, scale, impl=impl)
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -255,18 +261,18 @@ def test_scale_and_large_logits(impl):
 def test_extras_come_in_the_documented_order(impl):
     q, k, v = draw(1, 2, 1, 33, 33, 16)
     config = StemConfig(block_size=16, density=0.9)
-    out = stem.stem_attention(q, k, v, config, impl=impl)
-    _, selection, lse = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True, return_lse=True)
+    out = stem_attention(q, k, v, config, impl=impl)
+    _, selection, lse = stem_attention(q, k, v, config, impl=impl, return_selection=True, return_lse=True)
     assert isinstance(selection, BlockSelection) and (selection.q_len, selection.kv_len) == (33, 33)
-    pair = stem.stem_attention(q, k, v, config, impl=impl, return_lse=True)
+    pair = stem_attention(q, k, v, config, impl=impl, return_lse=True)
     assert torch.equal(pair[0], out) and torch.equal(pair[1], lse) and lse.shape == (1, 2, 33)
 
 
 def test_without_a_config_a_quarter_is_kept_and_torch_runs_on_the_cpu():
     q, k, v = draw(1, 1, 1, 80 * 128, 80 * 128, 16)
-    out, selection = stem.stem_attention(q, k, v, return_selection=True)
+    out, selection = stem_attention(q, k, v, return_selection=True)
     assert selection.density() == pytest.approx(0.25, abs=0.01)
-    assert torch.equal(out, stem.block_sparse_attention(q, k, v, selection, impl="torch"))
+    assert torch.equal(out, block_sparse_attention(q, k, v, selection, impl="torch"))
 
 
 def gradients(function, *tensors):
@@ -286,7 +292,7 @@ def test_gradients_equal_those_of_float64_autograd(lengths, impl):
     expected = gradients(lambda *x: oracles.attention(*x, allowed), *(x.double() for x in tensors))
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         found = gradients(
-            lambda *x: stem.block_sparse_attention(*x, selection, impl=impl, return_lse=True),
+            lambda *x: block_sparse_attention(*x, selection, impl=impl, return_lse=True),
             *(x.to(dtype) for x in tensors),
         )
         for one, other in zip(found, expected, strict=True):
@@ -298,7 +304,7 @@ def test_gradcheck(impl):
     q, k, v = (x.double().requires_grad_() for x in draw(1, 2, 1, 20, 36, 3))
     selection = random_selection(q, k, 16)
     assert torch.autograd.gradcheck(
-        lambda *x: stem.block_sparse_attention(*x, selection, impl=impl, return_lse=True), (q, k, v), fast_mode=True
+        lambda *x: block_sparse_attention(*x, selection, impl=impl, return_lse=True), (q, k, v), fast_mode=True
     )
 
 
@@ -306,9 +312,9 @@ def test_gradcheck(impl):
 def test_no_gradient_flows_through_the_selection(impl):
     tensors = draw(1, 2, 1, 80, 80, 16)
     config = StemConfig(block_size=16, density=0.4)
-    _, selection = stem.stem_attention(*tensors, config, impl=impl, return_selection=True)
-    whole = gradients(lambda *x: stem.stem_attention(*x, config, impl=impl, return_lse=True), *tensors)
-    fixed = gradients(lambda *x: stem.block_sparse_attention(*x, selection, impl=impl, return_lse=True), *tensors)
+    _, selection = stem_attention(*tensors, config, impl=impl, return_selection=True)
+    whole = gradients(lambda *x: stem_attention(*x, config, impl=impl, return_lse=True), *tensors)
+    fixed = gradients(lambda *x: block_sparse_attention(*x, selection, impl=impl, return_lse=True), *tensors)
     assert all(torch.equal(one, other) for one, other in zip(whole, fixed, strict=True))
 
 
@@ -316,7 +322,7 @@ def test_keys_that_nobody_selects_have_no_gradient():
     q, k, v = (x.requires_grad_() for x in draw(1, 1, 1, 64, 64, 16))
     mask = torch.tensor([[1, 0], [0, 1]]).bool()[None, None]
     mask[0, 0, 0, 0] = False
-    stem.block_sparse_attention(q, k, v, BlockSelection.from_mask(mask, 32), impl="torch").sum().backward()
+    block_sparse_attention(q, k, v, BlockSelection.from_mask(mask, 32), impl="torch").sum().backward()
     for x in (k, v):
         assert not x.grad[:, :, :32].any() and x.grad[:, :, 32:].any()
 
@@ -327,9 +333,9 @@ def test_triton_refuses_gradients_until_it_has_a_backward(name):
     tensors[name].requires_grad_()
     config = StemConfig(block_size=16)
     with pytest.raises(NotImplementedError, match="impl='triton'.*backward.*'torch'"):
-        stem.stem_attention(**tensors, config=config, impl="triton")
+        stem_attention(**tensors, config=config, impl="triton")
     with torch.no_grad():
-        assert stem.stem_attention(**tensors, config=config, impl="triton").isfinite().all()
+        assert stem_attention(**tensors, config=config, impl="triton").isfinite().all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -353,7 +359,7 @@ def test_impl_torch_builds_nothing_of_size_n_squared(backward, monkeypatch):
     for length in (1024, 2048):
         tensors = draw(1, 1, 1, length, length, 16)
         with LargestTensor() as largest:
-            out = stem.stem_attention(*(x.requires_grad_(backward) for x in tensors), config, impl="torch")
+            out = stem_attention(*(x.requires_grad_(backward) for x in tensors), config, impl="torch")
             if backward:
                 out.sum().backward()
         elements.append(largest.elements)
@@ -364,10 +370,10 @@ def test_impl_torch_builds_nothing_of_size_n_squared(backward, monkeypatch):
 def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     q, k, v = draw(1, 2, 1, 200, 200, 16)
     selection = random_selection(q, k, 16)
-    whole = stem.block_sparse_attention(q, k, v, selection, impl="torch")
+    whole = block_sparse_attention(q, k, v, selection, impl="torch")
     for elements in (1, 5000, 20000):
         monkeypatch.setattr(stem.gather, "CHUNK_LOGITS", elements)
-        torch.testing.assert_close(stem.block_sparse_attention(q, k, v, selection, impl="torch"), whole)
+        torch.testing.assert_close(block_sparse_attention(q, k, v, selection, impl="torch"), whole)
 
 
 QKV = dict(zip("qkv", (torch.zeros(1, 4, 32, 16), *torch.zeros(2, 1, 2, 48, 16)), strict=True))
@@ -399,10 +405,10 @@ BAD_IDS = [
 @pytest.mark.parametrize(("arguments", "error", "words"), BAD_TENSORS, ids=BAD_IDS)
 def test_bad_input(arguments, error, words):
     with pytest.raises(error, match=words):
-        stem.stem_attention(**{**QKV, "config": StemConfig(block_size=16), **arguments})
+        stem_attention(**{**QKV, "config": StemConfig(block_size=16), **arguments})
     selection = random_selection(QKV["q"], QKV["k"], 16)
     with pytest.raises(error, match=words):
-        stem.block_sparse_attention(**{**QKV, "selection": selection, **arguments})
+        block_sparse_attention(**{**QKV, "selection": selection, **arguments})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
@@ -411,19 +417,19 @@ def test_non_finite_input_is_refused_before_it_can_select(name, value):
     tensors = {key: x.clone() for key, x in QKV.items()}
     tensors[name][0, 0, 7] = value
     with pytest.raises(ValueError, match=f"{name} must be finite, got 16 NaN or infinite"):
-        stem.stem_attention(**tensors, config=StemConfig(block_size=16))
+        stem_attention(**tensors, config=StemConfig(block_size=16))
 
 
 @pytest.mark.parametrize("config", [{"density": 0.5}, "paper", 0.25], ids=str)
 def test_a_config_is_a_stem_config(config):
     with pytest.raises(TypeError, match="config must be a StemConfig"):
-        stem.stem_attention(**QKV, config=config)
+        stem_attention(**QKV, config=config)
 
 
 def test_an_explicit_triton_never_falls_back():
     tensors = {name: x.double() for name, x in QKV.items()}
     with pytest.raises(TypeError, match="impl='triton'.*float32.*float64"):
-        stem.stem_attention(**tensors, config=StemConfig(block_size=16), impl="triton")
+        stem_attention(**tensors, config=StemConfig(block_size=16), impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -441,7 +447,7 @@ def test_a_selection_must_fit(make, error, words):
     q, k, v = QKV.values()
     selection = make(q, k)
     if error is None:
-        assert stem.block_sparse_attention(q, k, v, selection).shape == q.shape
+        assert block_sparse_attention(q, k, v, selection).shape == q.shape
         return
     with pytest.raises(error, match=words):
-        stem.block_sparse_attention(q, k, v, selection)
+        block_sparse_attention(q, k, v, selection)

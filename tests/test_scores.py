@@ -5,10 +5,13 @@ import math
 import oracles
 import pytest
 import torch
+from devices import on_its_device
 
 import stem
 from stem import StemConfig
 from stem.scores import group_sums, value_term
+
+block_scores = on_its_device(stem.block_scores)
 
 SHAPES = {  # B, Hq, Hkv, Nq, Nkv, D, block
     "whole": (1, 2, 2, 256, 256, 16, 64),
@@ -35,7 +38,7 @@ def draw(batch, q_heads, kv_heads, q_len, kv_len, head_dim, dtype=torch.float64)
 def test_presets_in_float64(preset, shape):
     *sizes, block = SHAPES[shape]
     q, k, v = draw(*sizes)
-    scores = stem.block_scores(q, k, v, StemConfig.preset(preset, block_size=block))
+    scores = block_scores(q, k, v, StemConfig.preset(preset, block_size=block))
     assert scores.dtype == torch.float64
     torch.testing.assert_close(scores, oracles.preset_scores(preset, q, k, v, block), rtol=1e-5, atol=1e-9)
 
@@ -48,7 +51,7 @@ def test_presets_in_low_precision(preset, shape, dtype, impl):
     """The inputs are rounded, everything after them is fp32: the error is fp32's, whatever the inputs."""
     *sizes, block = SHAPES[shape]
     q, k, v = (x.to(dtype) for x in draw(*sizes))
-    scores = stem.block_scores(q, k, v, StemConfig.preset(preset, block_size=block), impl=impl)
+    scores = block_scores(q, k, v, StemConfig.preset(preset, block_size=block), impl=impl)
     assert scores.dtype == torch.float32
     oracle = oracles.preset_scores(preset, q, k, v, block)
     causal = oracle.isfinite()
@@ -67,7 +70,7 @@ def test_a_stride_of_one_averages_every_pair():
     q, k, v = draw(1, 1, 1, 64, 64, 8)
     config = StemConfig(block_size=32, score_stride=1, value_weight=0.0)
     expected = q[0, 0, 32:].mean(0) @ k[0, 0, :32].mean(0) / math.sqrt(8)
-    assert stem.block_scores(q, k, v, config)[0, 0, 1, 0] == pytest.approx(float(expected))
+    assert block_scores(q, k, v, config)[0, 0, 1, 0] == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
@@ -77,7 +80,7 @@ def test_block_sizes(block, impl):
     config = StemConfig(block_size=block, score_stride=8, value_weight=0.5)
     routing = oracles.antidiagonal_sums(q, k, block, 8) / 4 / (block * block / 8)
     oracle = oracles.hide_future(routing + 0.5 * oracles.log_value_term(v, block)[:, :, None])
-    scores = stem.block_scores(q, k, v, config, impl=impl)
+    scores = block_scores(q, k, v, config, impl=impl)
     torch.testing.assert_close(scores.double(), oracle, rtol=1e-5, atol=1e-6)
 
 
@@ -85,7 +88,7 @@ def test_block_sizes(block, impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_head_dims(head_dim, impl):
     q, k, v = draw(1, 2, 1, 50, 50, head_dim, torch.float32)
-    scores = stem.block_scores(q, k, v, StemConfig.preset("paper", block_size=16), impl=impl)
+    scores = block_scores(q, k, v, StemConfig.preset("paper", block_size=16), impl=impl)
     oracle = oracles.preset_scores("paper", q, k, v, 16)
     torch.testing.assert_close(scores.double(), oracle, rtol=1e-5, atol=1e-6)
 
@@ -97,20 +100,20 @@ def test_softmax_over_cells(shape, cells):
     q, k, v = draw(*sizes)
     config = StemConfig(block_size=block, reduction="softmax", score_cells=cells, score_stride=8, value_weight=0.3)
     oracle = oracles.softmax_scores(4 * q, k, v, block, 8, cells, 0.3)
-    torch.testing.assert_close(stem.block_scores(4 * q, k, v, config), oracle, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(block_scores(4 * q, k, v, config), oracle, rtol=1e-9, atol=1e-9)
 
 
 def test_softmax_scores_are_shares_of_a_row():
     q, k, v = draw(1, 2, 1, 128, 128, 16)
-    scores = stem.block_scores(q, k, v, StemConfig(block_size=32, score_stride=8, reduction="softmax"))
+    scores = block_scores(q, k, v, StemConfig(block_size=32, score_stride=8, reduction="softmax"))
     torch.testing.assert_close(scores.exp().sum(-1), torch.ones(1, 2, 4, dtype=torch.float64))
 
 
 def test_scale_multiplies_the_routing_term_only():
     q, k, v = draw(1, 2, 1, 96, 96, 16)
     config = StemConfig(block_size=32)
-    value = stem.block_scores(0 * q, k, v, config).tril()
-    default, doubled = (stem.block_scores(q, k, v, config, scale=scale).tril() for scale in (None, 0.5))
+    value = block_scores(0 * q, k, v, config).tril()
+    default, doubled = (block_scores(q, k, v, config, scale=scale).tril() for scale in (None, 0.5))
     causal = default.isfinite()
     torch.testing.assert_close((doubled - value)[causal], 2 * (default - value)[causal])
 
@@ -118,14 +121,14 @@ def test_scale_multiplies_the_routing_term_only():
 def test_raw_routing_ignores_the_scale():
     q, k, v = draw(1, 2, 1, 96, 96, 16)
     config = StemConfig(block_size=32, routing_scale="raw")
-    assert torch.equal(stem.block_scores(q, k, v, config), stem.block_scores(q, k, v, config, scale=7.0))
+    assert torch.equal(block_scores(q, k, v, config), block_scores(q, k, v, config, scale=7.0))
 
 
 def test_grouped_heads_equal_repeated_heads():
     q, k, v = draw(1, 6, 2, 100, 100, 16)
     config = StemConfig(block_size=32)
     repeated = [oracles.repeat_heads(x, 6) for x in (k, v)]
-    torch.testing.assert_close(stem.block_scores(q, k, v, config), stem.block_scores(q, *repeated, config))
+    torch.testing.assert_close(block_scores(q, k, v, config), block_scores(q, *repeated, config))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "softmax"])
@@ -133,8 +136,8 @@ def test_grouped_heads_equal_repeated_heads():
 def test_rows_of_an_aligned_chunk_are_those_of_the_whole_prompt(reduction, impl):
     q, k, v = draw(1, 2, 1, 192, 192, 16, torch.float32)
     config = StemConfig(block_size=32, score_stride=8, reduction=reduction)
-    whole = stem.block_scores(q, k, v, config, impl=impl)
-    chunk = stem.block_scores(q[:, :, 64:160], k[:, :, :160], v[:, :, :160], config, impl=impl)
+    whole = block_scores(q, k, v, config, impl=impl)
+    chunk = block_scores(q[:, :, 64:160], k[:, :, :160], v[:, :, :160], config, impl=impl)
     torch.testing.assert_close(chunk, whole[:, :, 2:5, :5])
 
 
@@ -142,10 +145,10 @@ def test_rows_of_an_aligned_chunk_are_those_of_the_whole_prompt(reduction, impl)
 def test_a_block_never_sees_later_blocks(impl):
     q, k, v = draw(1, 2, 1, 128, 128, 16, torch.float32)
     config = StemConfig(block_size=32, score_stride=8)
-    before = stem.block_scores(q, k, v, config, impl=impl)
+    before = block_scores(q, k, v, config, impl=impl)
     for x in (q, k, v):
         x[:, :, 64:] *= -3
-    after = stem.block_scores(q, k, v, config, impl=impl)
+    after = block_scores(q, k, v, config, impl=impl)
     assert torch.equal(before[:, :, :2], after[:, :, :2]) and not torch.equal(before[:, :, 2:], after[:, :, 2:])
 
 
@@ -154,9 +157,9 @@ def test_the_published_z_score_sees_the_future(preset):
     """Why the default is not the z-score: early rows change with later values."""
     q, k, v = draw(1, 2, 1, 128, 128, 16)
     config = StemConfig.preset(preset, block_size=32)
-    before = stem.block_scores(q, k, v, config)
+    before = block_scores(q, k, v, config)
     v[:, :, 64:] *= 30
-    assert not torch.equal(before[:, :, :2], stem.block_scores(q, k, v, config)[:, :, :2])
+    assert not torch.equal(before[:, :, :2], block_scores(q, k, v, config)[:, :, :2])
 
 
 def test_log_value_term_is_absolute_and_the_z_score_is_relative():
@@ -179,13 +182,13 @@ def test_non_contiguous_inputs():
     strided[1] = k.repeat_interleave(2, -1)[..., ::2]
     config = StemConfig(block_size=32)
     for impl in ("torch", "triton"):
-        found = stem.block_scores(*strided, config, impl=impl)
-        torch.testing.assert_close(found, stem.block_scores(q, k, v, config, impl=impl))
+        found = block_scores(*strided, config, impl=impl)
+        torch.testing.assert_close(found, block_scores(q, k, v, config, impl=impl))
 
 
 def test_scores_carry_no_gradient():
     q, k, v = (x.requires_grad_() for x in draw(1, 1, 1, 64, 64, 16))
-    assert not stem.block_scores(q, k, v, StemConfig(block_size=32)).requires_grad
+    assert not block_scores(q, k, v, StemConfig(block_size=32)).requires_grad
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
@@ -194,7 +197,7 @@ def test_non_finite_input_is_named(name, value):
     tensors = dict(zip("qkv", draw(1, 1, 1, 64, 64, 16), strict=True))
     tensors[name][0, 0, 3, 2] = value
     with pytest.raises(ValueError, match=f"{name} must be finite, got 1"):
-        stem.block_scores(**tensors, config=StemConfig(block_size=32))
+        block_scores(**tensors, config=StemConfig(block_size=32))
 
 
 @pytest.mark.parametrize(
@@ -212,4 +215,4 @@ def test_non_finite_input_is_named(name, value):
 def test_bad_input(arguments, error, words):
     q, k, v = draw(1, 1, 1, 32, 32, 16)
     with pytest.raises(error, match=words):
-        stem.block_scores(q, k, v, **{"config": StemConfig(block_size=32), **arguments})
+        block_scores(q, k, v, **{"config": StemConfig(block_size=32), **arguments})

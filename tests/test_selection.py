@@ -3,9 +3,12 @@
 import oracles
 import pytest
 import torch
+from devices import on_its_device
 
 import stem
 from stem import BlockSelection, StemConfig
+
+select_blocks = on_its_device(stem.select_blocks)
 
 IMPLS = ("torch", "triton")
 INF = float("inf")
@@ -33,7 +36,7 @@ def test_rows_match_the_definition(sink, local, budget, forced, impl):
     config = StemConfig(block_size=16, k_start=budget, sink_blocks=sink, local_blocks=local, forced=forced)
     rows = stem.block_budget(17, config)
     scores = causal_scores(1, 2, 7, 17)
-    selection = stem.select_blocks(scores, rows, config, impl=impl)
+    selection = select_blocks(scores, rows, config, impl=impl)
     expected = oracles.selection_mask(scores, rows, sink, local, on_top=forced == "on_top")
     assert torch.equal(selection.to_mask(), expected)
     assert lists(selection) == [row.nonzero().flatten().tolist() for row in expected.flatten(0, 2)]
@@ -45,20 +48,20 @@ def test_a_budget_smaller_than_the_forced_set_is_spent_from_the_ends(impl):
     expected = {1: [9], 2: [0, 9], 3: [0, 8, 9], 4: [0, 1, 8, 9], 5: [0, 1, 7, 8, 9], 6: [0, 1, 2, 7, 8, 9]}
     for budget, kept in expected.items():
         config = StemConfig(block_size=16, k_start=budget, decay=1.0, sink_blocks=4, local_blocks=4)
-        selection = stem.select_blocks(torch.randn(1, 1, 1, 10), stem.block_budget(10, config), config, impl=impl)
+        selection = select_blocks(torch.randn(1, 1, 1, 10), stem.block_budget(10, config), config, impl=impl)
         assert lists(selection) == [kept]
 
 
 def test_requested_density_is_realised_whatever_is_forced():
     for sink, local in ((0, 1), (4, 4), (40, 40)):
         config = StemConfig(block_size=16, density=0.2, sink_blocks=sink, local_blocks=local)
-        selection = stem.select_blocks(causal_scores(1, 1, 64, 64), stem.block_budget(64, config), config)
+        selection = select_blocks(causal_scores(1, 1, 64, 64), stem.block_budget(64, config), config)
         assert selection.density() == pytest.approx(0.2, abs=0.01)
 
 
 def test_forced_on_top_costs_more_than_requested():
     config = StemConfig(block_size=16, density=0.2, forced="on_top")
-    selection = stem.select_blocks(causal_scores(1, 1, 64, 64), stem.block_budget(64, config), config)
+    selection = select_blocks(causal_scores(1, 1, 64, 64), stem.block_budget(64, config), config)
     assert selection.density() > 0.25
 
 
@@ -80,7 +83,7 @@ def test_forced_on_top_costs_more_than_requested():
 def test_ties_and_special_values(row, kept, impl):
     config = StemConfig(block_size=16, k_start=3, decay=1.0, sink_blocks=0, local_blocks=1)
     scores = torch.tensor(row).view(1, 1, 1, 6)
-    selection = stem.select_blocks(scores, stem.block_budget(6, config), config, impl=impl)
+    selection = select_blocks(scores, stem.block_budget(6, config), config, impl=impl)
     assert lists(selection) == [kept]
 
 
@@ -88,7 +91,7 @@ def test_adaptive_keeps_what_exceeds_the_threshold():
     config = StemConfig(block_size=16, allocation="adaptive", threshold=0.05, sink_blocks=1, local_blocks=2)
     scores = 3 * causal_scores(1, 2, 20, 20)
     scores[0, 0, 7, 3] = float("nan")
-    kept = stem.select_blocks(scores, stem.block_budget(20, config), config).to_mask()
+    kept = select_blocks(scores, stem.block_budget(20, config), config).to_mask()
     for head in range(2):
         for i in range(20):
             shares = scores[0, head, i, : i + 1].nan_to_num(nan=-INF).double().softmax(-1)
@@ -140,7 +143,7 @@ def test_lengths_default_to_whole_blocks():
     selection = BlockSelection.from_mask(random_mask(1, 1, 3, 5), 64)
     assert (selection.q_len, selection.kv_len) == (192, 320)
     config = StemConfig(block_size=64, k_start=2)
-    selected = stem.select_blocks(causal_scores(1, 1, 3, 5), stem.block_budget(5, config), config)
+    selected = select_blocks(causal_scores(1, 1, 3, 5), stem.block_budget(5, config), config)
     assert (selected.q_len, selected.kv_len, selected.num_kv_blocks) == (192, 320, 5)
 
 
@@ -179,7 +182,7 @@ SCORES, BUDGET = torch.zeros(1, 1, 3, 5), torch.full((5,), 2, dtype=torch.int32)
 )  # fmt: skip
 def test_bad_input(arguments, error, words):
     with pytest.raises(error, match=words):
-        stem.select_blocks(**{"scores": SCORES, "budget": BUDGET, "config": CONFIG, **arguments})
+        select_blocks(**{"scores": SCORES, "budget": BUDGET, "config": CONFIG, **arguments})
 
 
 @pytest.mark.parametrize(
