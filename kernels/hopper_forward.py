@@ -1,14 +1,15 @@
 """Block-sparse causal attention, forward, for sm_90 in Gluon: the result of sparse_forward.py, about 1.5 times as fast.
 
-One program attends from one query block of one head. Its warps have three roles, one partition each:
+A task is one query block of one head. One program runs on each multiprocessor and takes tasks from a common counter
+until none is left. Its warps have three roles, one partition each:
 
-    producer, 1 warp: copies the K and V tiles of the listed blocks, last block first, into two rings (TMA)
+    producer, 1 warp: takes the task; copies Q, and K and V of the listed blocks, last block first, into rings (TMA)
     consumer 0 and 1, 4 warps each: half of the query block's rows; QK^T, online softmax and PV (warpgroup MMA)
 
-The producer runs ahead until a ring is full. `full` barriers tell the consumers that a tile has landed, `empty`
-barriers tell the producer that both consumers have read it. A consumer issues QK^T of a block and PV of the block
-before it back to back, both asynchronous, and looks for the row maxima of the one while the other still runs; while it
-computes exponentials, the tensor cores work for the other consumer. Weights stay in registers from the softmax to PV.
+The producer runs ahead, into the next task too, until the rings are full. `full` barriers tell the consumers that a
+tile has landed, `empty` barriers tell the producer that it has been read. A consumer issues QK^T of a block and PV of
+the block before it back to back, both asynchronous, and looks for the row maxima of the one while the other still runs;
+while it computes exponentials, the tensor cores work for the other consumer. Weights stay in registers up to PV.
 """
 
 import torch
@@ -139,28 +140,81 @@ def store_rows(out_ptr, out_tile, first_row, num_rows, stride_n):
 
 
 @gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, q_tiles, q_full, k_ring, v_ring, list_ptr, num_blocks, batch, head, kv_head, first_query
-):  # fmt: skip
-    """Copy the query block's two halves, and then K and V of every listed block, from the last one to the first."""
+def find_task(task, problem, BLOCK: gl.constexpr):
+    """Which query block of which head a task is: (batch_head, batch, head, kv_head, first_query, list_ptr, num_blocks).
+
+    Heads that share keys and values are neighbours, and so are the query blocks of a head, last one first: what is read
+    at the same time stays in the L2 cache, and the tasks that end the whole run are short.
+    """
+    num_q_blocks, num_q_heads, heads_per_kv_head, offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks = problem
+    member, group_row = task % heads_per_kv_head, task // heads_per_kv_head
+    batch_head = group_row // num_q_blocks * heads_per_kv_head + member
+    row = num_q_blocks - 1 - group_row % num_q_blocks
+    batch, head = batch_head // num_q_heads, batch_head % num_q_heads
+    kv_head = head // heads_per_kv_head
+    first_query = (offset // BLOCK + row) * BLOCK - offset  # negative if the first query block is partial
+    list_row = batch_head.to(gl.int64) * num_q_blocks + row
+    num_blocks = gl.load(kv_num_blocks_ptr + list_row)
+    return batch_head, batch, head, kv_head, first_query, kv_indices_ptr + list_row * max_blocks, num_blocks
+
+
+@gluon.jit
+def announce_task(q_inbox, parity, task, CONSUMER: gl.constexpr):
+    """Producer: once the consumer has read its queries, write down the task that the next ones belong to."""
+    _, q_empty, _, tasks = q_inbox
+    mbarrier.wait(q_empty.index(CONSUMER), parity ^ 1)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [PRODUCER_WARPS], [0])
+    tasks.index(CONSUMER).store(gl.full([1], task, gl.int32, LAYOUT))
+
+
+@gluon.jit
+def wait_for_task(q_inbox, parity, CONSUMER: gl.constexpr):
+    """Consumer: the next task, once its queries have landed."""
+    q_full, _, _, tasks = q_inbox
+    mbarrier.wait(q_full.index(CONSUMER), parity)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [CONSUMER_WARPS], [0])
+    return gl.max(tasks.index(CONSUMER).load(LAYOUT), axis=0)
+
+
+@gluon.jit
+def produce(q_desc, k_desc, v_desc, next_task_ptr, q_inbox, k_ring, v_ring, num_tasks, problem):
+    """Copy the halves of a query block, then K and V of every listed block from the last to the first, task by task."""
+    q_full, _, q_tiles, _ = q_inbox
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
+    BLOCK: gl.constexpr = k_desc.block_type.shape[2]
+    parity = 0
+    steps_before = 0  # of all tasks so far
+    task = gl.program_id(0)
+    while task < num_tasks:
+        _batch_head, batch, head, kv_head, first_query, list_ptr, num_blocks = find_task(task, problem, BLOCK)
+        kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 1, 0))
+        for consumer in gl.static_range(NUM_CONSUMERS):
+            announce_task(q_inbox, parity, task, consumer)
+            first_row = first_query + consumer * ROWS
+            copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
+        for step in range(num_blocks):
+            first_key = kv_block * BLOCK
+            kv_block = gl.load(
+                list_ptr + gl.maximum(num_blocks - 2 - step, 0)
+            )  # early: arrives while the rings are full
+            fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, first_key)
+            fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, first_key)
+        parity ^= 1
+        steps_before += num_blocks
+        task = gl.num_programs(0) + gl.atomic_add(next_task_ptr, 1)
     for consumer in gl.static_range(NUM_CONSUMERS):
-        first_row = first_query + consumer * ROWS
-        copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
-    kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 1, 0))
-    for step in range(num_blocks):
-        first_key = kv_block * k_desc.block_type.shape[2]
-        kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 2 - step, 0))  # early: arrives while the rings are full
-        fill_slot(k_desc, k_ring, step, batch, kv_head, first_key)
-        fill_slot(v_desc, v_ring, step, batch, kv_head, first_key)
+        announce_task(q_inbox, parity, task, consumer)
+        mbarrier.arrive(q_full.index(consumer))
 
 
 @gluon.jit
 def consume(
-    CONSUMER: gl.constexpr, q_tiles, q_full, k_ring, v_ring, list_ptr, num_blocks,
-    out_ptr, stride_on, lse_ptr, first_query, num_queries, offset, scale_log2,
+    CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, num_tasks, problem,
+    out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2,
 ):  # fmt: skip
-    """Attend from half of a query block to every listed block, and store its output and log-sum-exp."""
+    """Attend from half of a query block to every listed block and store output and log-sum-exp, task by task."""
+    _q_full, q_empty, q_tiles, _tasks = q_inbox
+    offset = problem[3]
     DTYPE: gl.constexpr = q_tiles.dtype
     ROWS: gl.constexpr = q_tiles.shape[3]
     HEAD_DIM: gl.constexpr = q_tiles.shape[4]
@@ -171,93 +225,85 @@ def consume(
     LOGITS_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
 
-    first_row = first_query + CONSUMER * ROWS
-    accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
-    running_max = gl.full([ROWS], float("-inf"), gl.float32, LOGITS_ROW)
-    running_sum = gl.full([ROWS], 0.0, gl.float32, LOGITS_ROW)
-    mbarrier.wait(q_full.index(CONSUMER), 0)
-    if num_blocks > 0:
-        # The last block of the list: the diagonal one if that is listed, and then the only one that needs a mask.
-        q_tile = as_matrix(q_tiles.index(CONSUMER))
-        logits = start_logits(q_tile, wait_for_tile(k_ring, 0), LOGITS)
-        logits = hopper.warpgroup_mma_wait(0, [logits])
-        release_tile(k_ring, 0)
-        logits = mask_future(logits, offset + first_row, gl.load(list_ptr + num_blocks - 1) * BLOCK)
-        weights, running_max, running_sum, _ = online_softmax(
-            logits, running_max, running_sum, scale_log2, WEIGHTS, DTYPE
-        )
-        for step in range(1, num_blocks):
-            logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
-            v_tile = wait_for_tile(v_ring, step - 1)
-            accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-            logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
-            release_tile(k_ring, step)
-            weights, running_max, running_sum, rescale = online_softmax(
+    q_tile = as_matrix(q_tiles.index(CONSUMER))
+    parity = 0
+    first_step = 0
+    task = wait_for_task(q_inbox, parity, CONSUMER)
+    while task < num_tasks:
+        batch_head, batch, head, _kv_head, first_query, list_ptr, num_blocks = find_task(task, problem, BLOCK)
+        first_row = first_query + CONSUMER * ROWS
+        accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
+        running_max = gl.full([ROWS], float("-inf"), gl.float32, LOGITS_ROW)
+        running_sum = gl.full([ROWS], 0.0, gl.float32, LOGITS_ROW)
+        if num_blocks > 0:
+            # The last block of the list: the diagonal one if that is listed, and then the only one that needs a mask.
+            logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
+            logits = hopper.warpgroup_mma_wait(0, [logits])
+            release_tile(k_ring, first_step)
+            logits = mask_future(logits, offset + first_row, gl.load(list_ptr + num_blocks - 1) * BLOCK)
+            weights, running_max, running_sum, _ = online_softmax(
                 logits, running_max, running_sum, scale_log2, WEIGHTS, DTYPE
             )
+            for step in range(first_step + 1, first_step + num_blocks):
+                logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
+                v_tile = wait_for_tile(v_ring, step - 1)
+                accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+                logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
+                release_tile(k_ring, step)
+                weights, running_max, running_sum, rescale = online_softmax(
+                    logits, running_max, running_sum, scale_log2, WEIGHTS, DTYPE
+                )
+                accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+                release_tile(v_ring, step - 1)
+                accumulator = accumulator * gl.convert_layout(rescale, OUT_ROW)[:, None]
+            mbarrier.arrive(q_empty.index(CONSUMER))
+            v_tile = wait_for_tile(v_ring, first_step + num_blocks - 1)
+            accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
             accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-            release_tile(v_ring, step - 1)
-            accumulator = accumulator * gl.convert_layout(rescale, OUT_ROW)[:, None]
-        v_tile = wait_for_tile(v_ring, num_blocks - 1)
-        accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-        accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+            release_tile(v_ring, first_step + num_blocks - 1)
+        else:
+            mbarrier.arrive(q_empty.index(CONSUMER))
 
-    running_sum = gl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf
-    rows = first_row + gl.arange(0, ROWS, LOGITS_ROW)
-    lse = running_max * (scale_log2 * LN_2) + gl.log(running_sum)
-    gl.store(lse_ptr + rows, lse, mask=(rows >= 0) & (rows < num_queries))
-    out_tile = accumulator / gl.convert_layout(running_sum, OUT_ROW)[:, None]
-    store_rows(out_ptr, out_tile.to(DTYPE), first_row, num_queries, stride_on)
+        running_sum = gl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf
+        rows = first_row + gl.arange(0, ROWS, LOGITS_ROW)
+        lse = running_max * (scale_log2 * LN_2) + gl.log(running_sum)
+        lse_pointers = lse_ptr + batch_head.to(gl.int64) * num_queries + rows
+        gl.store(lse_pointers, lse, mask=(rows >= 0) & (rows < num_queries))
+        out_tile = accumulator / gl.convert_layout(running_sum, OUT_ROW)[:, None]
+        head_ptr = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
+        store_rows(head_ptr, out_tile.to(DTYPE), first_row, num_queries, stride_on)
+        parity ^= 1
+        first_step += num_blocks
+        task = wait_for_task(q_inbox, parity, CONSUMER)
 
 
-@gluon.jit(
-    do_not_specialize=["num_q_heads", "heads_per_kv_head", "num_queries", "num_keys", "num_q_blocks", "max_blocks"]
-)
+COUNTS = ["num_q_heads", "heads_per_kv_head", "num_queries", "num_keys", "num_q_blocks", "max_blocks", "num_tasks"]
+
+
+@gluon.jit(do_not_specialize=COUNTS)
 def hopper_forward_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_ptr,
-    lse_ptr,
-    kv_indices_ptr,
-    kv_num_blocks_ptr,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    num_q_heads,
-    heads_per_kv_head,
-    num_queries,
-    num_keys,
-    num_q_blocks,
-    max_blocks,
-    scale,
-):
-    """One program computes one query block of one head. Tiles: q_desc's is half a query block, k_desc's a key block.
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, next_task_ptr,
+    stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, num_queries, num_keys,
+    num_q_blocks, max_blocks, num_tasks, scale,
+):  # fmt: skip
+    """One program computes one task after another; q_desc's tiles are half a query block, k_desc's a key block.
 
-    Grid: (nq, B * Hq), as in sparse_forward.py: the query blocks of a head are neighbours, so that its keys and values
-    stay in the L2 cache, and the last query blocks start first.
+    Grid: any number of programs, of which a multiprocessor holds one. next_task_ptr: an int32 counter, 0 at the start;
+    the first task of a program is its own number.
     """
-    row = gl.num_programs(0) - 1 - gl.program_id(0)
-    batch_head = gl.program_id(1)
-    batch, head = batch_head // num_q_heads, batch_head % num_q_heads
-    kv_head = head // heads_per_kv_head
     offset = num_keys - num_queries  # absolute position of query 0
-    BLOCK: gl.constexpr = k_desc.block_type.shape[2]
-    first_query = (offset // BLOCK + row) * BLOCK - offset  # negative if the first query block is partial
-
-    list_row = batch_head.to(gl.int64) * num_q_blocks + row
-    list_ptr = kv_indices_ptr + list_row * max_blocks
-    num_blocks = gl.load(kv_num_blocks_ptr + list_row)
-    out_ptr += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
-    lse_ptr += batch_head.to(gl.int64) * num_queries
-
+    problem = (num_q_blocks, num_q_heads, heads_per_kv_head, offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks)
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [NUM_CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
-    q_full = make_barriers(NUM_CONSUMERS, 1)
-    shared = (q_tiles, q_full, make_ring(k_desc), make_ring(v_desc), list_ptr, num_blocks)
-    consumer_arguments = shared + (out_ptr, stride_on, lse_ptr, first_query, num_queries, offset, scale * LOG2_E)
-    producer_arguments = (q_desc, k_desc, v_desc) + shared + (batch, head, kv_head, first_query)
+    tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
+    shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), num_tasks, problem)
+    outputs = (out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale * LOG2_E)
     gl.warp_specialize(
-        [(consume, (0,) + consumer_arguments), (consume, (1,) + consumer_arguments), (produce, producer_arguments)],
+        [
+            (consume, (0,) + shared + outputs),
+            (consume, (1,) + shared + outputs),
+            (produce, (q_desc, k_desc, v_desc, next_task_ptr) + shared),
+        ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
@@ -312,8 +358,10 @@ def sparse_forward(
     num_q_blocks, max_blocks = kv_indices.shape[2:]
     out = torch.empty_like(q)
     lse = torch.empty(batch, num_q_heads, num_queries, dtype=torch.float32, device=q.device)
+    num_tasks = num_q_blocks * batch * num_q_heads
+    num_programs = min(num_tasks, torch.cuda.get_device_properties(q.device).multi_processor_count)
     with torch.cuda.device_of(q):
-        hopper_forward_kernel[num_q_blocks, batch * num_q_heads](
+        hopper_forward_kernel[(num_programs,)](
             tile_descriptor(q, block_size // NUM_CONSUMERS.value),
             tile_descriptor(k, block_size),
             tile_descriptor(v, block_size),
@@ -321,6 +369,7 @@ def sparse_forward(
             lse,
             kv_indices.contiguous(),
             kv_num_blocks.contiguous(),
+            torch.zeros(1, dtype=torch.int32, device=q.device),
             *out.stride()[:3],
             num_q_heads,
             num_q_heads // num_kv_heads,
@@ -328,6 +377,7 @@ def sparse_forward(
             num_keys,
             num_q_blocks,
             max_blocks,
+            num_tasks,
             max(float(scale), torch.finfo(torch.float32).tiny),
             num_warps=CONSUMER_WARPS.value,
             maxnreg=LAUNCH_REGISTERS,

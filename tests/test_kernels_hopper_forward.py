@@ -179,7 +179,7 @@ def compile_for_sm90(head_dim):
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
-        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scale="fp32",
+        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", next_task_ptr="*i32", scale="fp32",
     )  # fmt: skip
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, {}, aligned)
