@@ -32,7 +32,8 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
     if num_kv_blocks < 1:
         raise ValueError(f"num_kv_blocks must be >= 1, got {num_kv_blocks}")
     check_config(config)
-    return torch.tensor(_budget(num_kv_blocks, config, isinstance(config.k_start, Integral)), dtype=torch.int32)
+    budget = _budget(num_kv_blocks, config, isinstance(config.k_start, Integral))
+    return torch.tensor(budget, dtype=torch.int32, device="cpu")
 
 
 def causal_pairs(num_kv_blocks: int) -> int:

@@ -135,6 +135,11 @@ def test_decay_spends_most_on_early_rows():
     assert abs(int(flat.sum() - decayed.sum())) <= 1
 
 
+def test_the_budget_is_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert stem.block_budget(5, StemConfig(k_start=2)).tolist() == [1, 1, 1, 1, 1]
+
+
 def test_dense_last_blocks_keep_everything():
     budget = stem.block_budget(50, StemConfig(k_start=4, dense_last_blocks=3))
     assert budget[-3:].tolist() == [48, 49, 50] and budget[-4] < 5

@@ -22,9 +22,9 @@ def select_random(q: Tensor, k: Tensor, v: Tensor, config: StemConfig) -> BlockS
 def _random_scores(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
     """fp32 [Hq, nq, nk], drawn per row of the key grid so that they do not depend on the prompt's length."""
     nq, nk = block_counts(q, k, config)
-    scores = torch.zeros(q.shape[1], nq, nk)
+    scores = torch.zeros(q.shape[1], nq, nk, device="cpu")
     for row in range(nq):
         position = nk - nq + row
         generator = torch.Generator().manual_seed(position)
-        scores[:, row, : position + 1] = torch.rand(q.shape[1], position + 1, generator=generator)
+        scores[:, row, : position + 1] = torch.rand(q.shape[1], position + 1, generator=generator, device="cpu")
     return scores.to(q.device)
