@@ -194,9 +194,7 @@ def produce(q_desc, k_desc, v_desc, next_task_ptr, q_inbox, k_ring, v_ring, num_
             copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
         for step in range(num_blocks):
             first_key = kv_block * BLOCK
-            kv_block = gl.load(
-                list_ptr + gl.maximum(num_blocks - 2 - step, 0)
-            )  # early: arrives while the rings are full
+            kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 2 - step, 0))  # arrives while the rings are full
             fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, first_key)
             fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, first_key)
         parity ^= 1
@@ -256,7 +254,7 @@ def consume(
                 accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
                 release_tile(v_ring, step - 1)
                 accumulator = accumulator * gl.convert_layout(rescale, OUT_ROW)[:, None]
-            mbarrier.arrive(q_empty.index(CONSUMER))
+            mbarrier.arrive(q_empty.index(CONSUMER))  # from here on the next task's queries can come
             v_tile = wait_for_tile(v_ring, first_step + num_blocks - 1)
             accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
             accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
@@ -277,10 +275,10 @@ def consume(
         task = wait_for_task(q_inbox, parity, CONSUMER)
 
 
-COUNTS = ["num_q_heads", "heads_per_kv_head", "num_queries", "num_keys", "num_q_blocks", "max_blocks", "num_tasks"]
+VARYING = ["num_q_heads", "heads_per_kv_head", "num_queries", "num_keys", "num_q_blocks", "max_blocks", "num_tasks"]
 
 
-@gluon.jit(do_not_specialize=COUNTS)
+@gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, next_task_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, num_queries, num_keys,
@@ -295,6 +293,7 @@ def hopper_forward_kernel(
     problem = (num_q_blocks, num_q_heads, heads_per_kv_head, offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks)
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [NUM_CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # What ring is to K and V, this is to Q, with one slot for each consumer: full, empty, tiles, and whose they are.
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
     shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), num_tasks, problem)
     outputs = (out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale * LOG2_E)
