@@ -28,7 +28,7 @@ DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},
     "cpu": {"sdpa_cpu": SDPBackend.FLASH_ATTENTION},
 }
-IMPLS = {"cuda": ["triton"], "cpu": ["torch"]}
+IMPLS = {"cuda": ["triton", "hopper"], "cpu": ["torch"]}  # "hopper" only on sm_90
 BASELINES = ("sdpa_cudnn", "sdpa_flash", "sdpa_cpu")
 LENGTHS = {  # tokens of each profile
     ("cuda", "full"): [1024 * 2**n for n in range(8)] + [2**20],
@@ -77,7 +77,10 @@ SHAPES = {"cuda": Shape(0), "cpu": SMOLLM2}
 
 
 class Problem:
-    """The inputs of one case, and what the parts of the operator hand to each other, made when first asked for."""
+    """The inputs of one case, and what the parts of the operator hand to each other, made when first asked for.
+
+    `impl` computes scores and selection, and the attention where no other is asked for.
+    """
 
     def __init__(self, shape: Shape, config: stem.StemConfig, device: str, impl: str, seed: int = 0) -> None:
         self.shape, self.config, self.impl = shape, config, impl
@@ -99,14 +102,14 @@ class Problem:
         return stem.block_scores(*self.qkv, self.config, impl=self.impl)
 
     def select(self) -> stem.BlockSelection:
-        tokens = self.shape.tokens
-        return stem.select_blocks(self.scores, self.budget, self.config, q_len=tokens, kv_len=tokens, impl=self.impl)
+        lengths = dict(q_len=self.shape.tokens, kv_len=self.shape.tokens)
+        return stem.select_blocks(self.scores, self.budget, self.config, impl=self.impl, **lengths)
 
-    def attend(self) -> Tensor:
-        return stem.block_sparse_attention(*self.qkv, self.selection, impl=self.impl)
+    def attend(self, impl: str | None = None) -> Tensor:
+        return stem.block_sparse_attention(*self.qkv, self.selection, impl=impl or self.impl)
 
-    def operate(self) -> Tensor:
-        return stem.stem_attention(*self.qkv, self.config, impl=self.impl)
+    def operate(self, impl: str | None = None) -> Tensor:
+        return stem.stem_attention(*self.qkv, self.config, impl=impl or self.impl)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -158,7 +161,7 @@ def flex_candidate() -> Candidate:
 
 
 def stem_candidates(impl: str) -> list[Candidate]:
-    """The parts of Stem, and the whole operator, in one implementation."""
+    """The parts of Stem and the whole operator in one implementation; "hopper" shares Triton's scores and selection."""
 
     def check_lists(selection: stem.BlockSelection, problem: Problem) -> float:
         return gate.check_selection(selection, problem.scores, problem.budget, problem.config, problem.rows)
@@ -171,9 +174,14 @@ def stem_candidates(impl: str) -> list[Candidate]:
     parts = {
         "scores": lambda p: (p.score, lambda scores: gate.check_scores(scores, *p.qkv, p.config)),
         "selection": lambda p: (p.select, lambda selection: check_lists(selection, p)),
-        "attention": lambda p: (p.attend, lambda out: gate.check_output(out, *p.qkv, p.rows, p.selection)),
-        "operator": lambda p: (p.operate, lambda out: check_operator(out, p)),
+        "attention": lambda p: (
+            partial(p.attend, impl),
+            lambda out: gate.check_output(out, *p.qkv, p.rows, p.selection),
+        ),
+        "operator": lambda p: (partial(p.operate, impl), lambda out: check_operator(out, p)),
     }
+    if impl == "hopper":
+        del parts["scores"], parts["selection"]
     return [Candidate(operation, f"stem_{impl}", prepare) for operation, prepare in parts.items()]
 
 
@@ -253,7 +261,7 @@ def case(
         shape: Which problem.
         device: "cuda" or "cpu".
         configs: Names in CONFIGS, default all.
-        impls: Implementations of stem_attention; the first one's lists go to FlexAttention.
+        impls: Implementations of stem_attention; the first one computes the lists for all, FlexAttention included.
         dense: Which back ends of DENSE to measure, default all of the device.
         flex: Whether to measure FlexAttention with the lists of the first config.
         seed: Of the random normal inputs.
@@ -264,13 +272,12 @@ def case(
         names = DENSE[device] if dense is None else dense
         rows = [run(dense_candidate(name, DENSE[device][name]), problem, "dense") for name in names]
         for config_name in configs:
-            for impl in impls:
-                problem = None  # free the last one's memory first
-                problem = Problem(shape, CONFIGS[config_name], device, impl, seed)
-                candidates = stem_candidates(impl)
-                if flex and (config_name, impl) == (configs[0], impls[0]):
-                    candidates.append(flex_candidate())
-                rows += [run(candidate, problem, config_name) for candidate in candidates]
+            problem = None  # free the last one's memory first
+            problem = Problem(shape, CONFIGS[config_name], device, impls[0], seed)
+            candidates = [candidate for impl in impls for candidate in stem_candidates(impl)]
+            if flex and config_name == configs[0]:
+                candidates.append(flex_candidate())
+            rows += [run(candidate, problem, config_name) for candidate in candidates]
     baseline = {row["provider"]: row.get("latency_ms") for row in rows if row["config"] == "dense"}
     for row in rows:
         for name in BASELINES:
@@ -290,11 +297,11 @@ def sweep(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Rows over lengths, shortest first, after those of the machine's ceilings; yields (tokens, rows).
 
-    `impls`, `shape` and `configs` default to IMPLS and SHAPES of the device, and all of CONFIGS. A dense back end whose
-    next call is predicted, from its last one, to exceed LONGEST_CALL_MS is skipped, and says so.
+    `impls`, `shape` and `configs` default to default_impls and SHAPES of the device, and all of CONFIGS. A dense back
+    end whose next call is predicted, from its last one, to exceed LONGEST_CALL_MS is skipped, and says so.
     """
     shape = SHAPES[device] if shape is None else shape
-    impls = IMPLS[device] if impls is None else impls
+    impls = default_impls(device) if impls is None else impls
     configs = tuple(CONFIGS) if configs is None else configs
     yield 0, ceilings(device, shape.dtype)
     last = {}  # provider -> (tokens, ms)
@@ -316,6 +323,12 @@ def sweep(
             skipped["error"] = f"skipped: about {predicted[name] / 1e3:.0f} s a call"
             rows.append(asdict(replace(shape, tokens=tokens)) | skipped)
         yield tokens, rows
+
+
+def default_impls(device: str) -> list[str]:
+    """The fast implementations that this device runs."""
+    hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return [impl for impl in IMPLS[device] if impl != "hopper" or hopper]
 
 
 def ceilings(device: str, dtype: str) -> list[dict[str, Any]]:
@@ -340,7 +353,8 @@ def wins_from(rows: Iterable[dict[str, Any]] | pd.DataFrame, config: str, margin
     """
     frame = pd.DataFrame(rows)
     operator = frame[(frame["operation"] == "operator") & (frame["config"] == config)].set_index("tokens")
-    speedups = operator[[f"speedup_vs_{name}" for name in BASELINES]].dropna(how="all").min(axis=1).sort_index()
+    speedups = operator[[f"speedup_vs_{name}" for name in BASELINES]].dropna(how="all").min(axis=1)
+    speedups = speedups.groupby(level=0).max()  # the fastest implementation at each length
     wins = (speedups > margin)[::-1].cummin()[::-1]  # True where it and all longer ones win
     return int(wins.idxmax()) if wins.any() else None
 
@@ -361,7 +375,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke", help="lengths and file of the rows")
     parser.add_argument("--quick", action="store_true", help="the smoke lengths; same as --profile smoke")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="these lengths instead; not written")
-    parser.add_argument("--impls", nargs="+", metavar="IMPL", help="default: triton on CUDA, torch on the CPU")
+    parser.add_argument(
+        "--impls", nargs="+", metavar="IMPL", help="default: triton and hopper on CUDA, torch on the CPU"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

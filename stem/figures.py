@@ -163,7 +163,7 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     )  # fmt: skip
     log_y(left)
     tokens_axis(left, shown.tokens)
-    operator = shown[shown.operation == "operator"]
+    operator = shown[shown.operation == "operator"].sort_values("latency_ms").drop_duplicates("tokens")  # the fastest
     for name in baselines(shown):
         column = f"speedup_vs_{name}"
         measured = operator.dropna(subset=column).sort_values("tokens")
@@ -182,7 +182,9 @@ def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Where the time goes: scores, selection and attention, as shares of their sum over tokens."""
     rows, _ = timed(rows, config)
     parts = rows[(rows.config != "dense") & rows.operation.isin(["scores", "selection", "attention"])]
-    parts = parts[parts.provider != "flex"].pivot_table(index="tokens", columns="operation", values="latency_ms")
+    parts = parts[parts.provider != "flex"].pivot_table(
+        index="tokens", columns="operation", values="latency_ms", aggfunc="min"
+    )
     share = 100 * parts[["attention", "selection", "scores"]].div(parts.sum(axis=1), axis=0)
     figure, ax = new()
     share.plot.bar(stacked=True, ax=ax, color=[PALETTE[0], PALETTE[1], PALETTE[2]], width=0.7, rot=0)
@@ -200,7 +202,7 @@ def memory(rows: pd.DataFrame, config: str | None = None) -> Figure:
     rows, _ = timed(rows, config)
     shown = rows[(rows.config == "dense") | (rows.operation == "operator")].dropna(subset="peak_memory_mib")
     figure, ax = new()
-    last = shown[shown.operation == "operator"].sort_values("tokens").iloc[-1]
+    last = shown[shown.operation == "operator"].sort_values(["tokens", "peak_memory_mib"]).iloc[-1]
     title = f"{tokens_label(last.tokens)} tokens: Stem needs {last.peak_memory_mib / 1024:.1f} GiB beyond its inputs"
     lines(
         shown, "tokens", "peak_memory_mib", "provider", ax, title=title, xlabel="tokens",
@@ -218,7 +220,7 @@ def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
     rows, _ = timed(rows, config)
     shown = rows[rows.operation == "attention"].dropna(subset="tflops")
     shown = shown.assign(intensity=shown.flop / shown.least_bytes)
-    sparse = shown[shown.provider.str.startswith("stem")].sort_values("tokens").iloc[-1]
+    sparse = shown[shown.provider.str.startswith("stem")].sort_values(["tokens", "tflops"]).iloc[-1]
     figure, ax = new()
     share = f"{100 * sparse.tflops / peak:.0f} %"
     claim = f"{tokens_label(sparse.tokens)} tokens: Stem's attention at {share} of a matmul's rate"

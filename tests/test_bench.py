@@ -169,9 +169,20 @@ def test_interpreted_kernels_pass_the_gate(fast, monkeypatch):
 
 def test_one_failing_provider_costs_one_row(fast, monkeypatch):
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
-    monkeypatch.setattr(stem, "block_sparse_attention", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(stem, "block_sparse_attention", lambda *args, **options: 1 / 0)
     rows = bench.case(SMALL, "cpu", configs=["small"], impls=["torch"])
     assert [row["error"] for row in rows] == ["", "", "", "ZeroDivisionError: division by zero", ""]
+
+
+def test_implementations_share_one_selection(fast, monkeypatch):
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    rows = bench.case(SMALL, "cpu", configs=["small"], impls=["torch", "hopper"], dense=[])
+    assert [(row["operation"], row["provider"]) for row in rows[4:]] == [
+        ("attention", "stem_hopper"),
+        ("operator", "stem_hopper"),
+    ]
+    assert all(row["error"].startswith("ValueError: impl") for row in rows[4:])  # it needs a Hopper GPU
+    assert [row["error"] for row in rows[:4]] == [""] * 4
 
 
 def test_long_dense_calls_are_skipped_and_say_so(fast, monkeypatch):
