@@ -15,6 +15,15 @@ SIZE = ModelSize(layers=1, width=32, heads=2, kv_heads=1, hidden=48)
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.4, sink_blocks=1, local_blocks=1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads, and sums in a fixed order are equal to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Oracle(torch.nn.Module):
     """Answers every recall question by looking the record up; believes in byte 0 elsewhere."""
 

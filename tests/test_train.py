@@ -31,6 +31,15 @@ SIZE = ModelSize(layers=1, width=32, heads=2, kv_heads=1, hidden=48)
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.5, sink_blocks=1, local_blocks=1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads, and sums in a fixed order are equal to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def small(out: Path, **changes) -> TrainConfig:
     settings = dict(steps=6, batch_size=4, seq_len=64, warmup=2, checkpoint_every=2, size=SIZE, stem_config=SPARSE)
     return TrainConfig(out=str(out), device="cpu", **settings | changes)
