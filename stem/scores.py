@@ -105,9 +105,7 @@ def value_term(v: Tensor, config: StemConfig, *, impl: str = "torch") -> Tensor:
     log_norms = (norms + LOG_EPS).log().flatten(2)  # [B, Hkv, groups]
     sample = log_norms[..., :valid]
     deviation = sample.std(-1, correction=min(1, valid - 1), keepdim=True)
-    bonus = ((log_norms - sample.mean(-1, keepdim=True)) / deviation.clamp_min(LOG_EPS)).clamp_min(0)
-    if valid < groups:
-        bonus[..., valid:] = 0
+    bonus = ((log_norms - sample.mean(-1, keepdim=True)) / deviation.clamp_min(LOG_EPS)).clamp_min(0)  # empty groups: 0
     return bonus.unflatten(2, norms.shape[2:]).mean(-1)
 
 

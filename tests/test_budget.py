@@ -19,6 +19,12 @@ def test_paper_schedule(n):
     assert stem.block_budget(n, StemConfig.preset("paper")).tolist() == oracles.paper_schedule(n)
 
 
+@pytest.mark.parametrize("n", [32, 128, 129, 160])
+def test_paper_schedule_without_the_floor(n):
+    budget = stem.block_budget(n, StemConfig.preset("paper", min_blocks=0))
+    assert budget.tolist() == oracles.paper_schedule(n, floor=0)
+
+
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("decay", ["7/10", "1"])
 def test_angelslim_schedule(n, decay):

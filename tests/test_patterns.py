@@ -99,13 +99,20 @@ def test_density_is_the_requested_one(name, density):
     assert patterns.select(name, q, k, v, config).density() == pytest.approx(density, abs=0.02)
 
 
-@pytest.mark.parametrize("preset", ["paper", "angelslim"])
+SCHEDULES = {
+    "paper": StemConfig.preset("paper", block_size=BLOCK),
+    "angelslim": StemConfig.preset("angelslim", block_size=BLOCK),
+    "dense-last": StemConfig(block_size=BLOCK, k_start=6, dense_last_blocks=4),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dense", "stem")])
-def test_methods_cost_what_the_schedule_of_the_config_costs(name, preset):
+def test_methods_spend_what_the_schedule_of_the_config_costs_evenly(name, schedule):
     q, k, v = draw(64 * BLOCK, 64 * BLOCK, 1, 1, torch.float32)
-    config = StemConfig.preset(preset, block_size=BLOCK)
-    pairs = int(stem.block_budget(64, config).sum())
-    assert int(patterns.select(name, q, k, v, config).kv_num_blocks.sum()) == pairs
+    pairs = int(stem.block_budget(64, SCHEDULES[schedule]).sum())
+    counts = patterns.select(name, q, k, v, SCHEDULES[schedule]).kv_num_blocks
+    assert counts[0, 0].tolist() == oracles.constant_rows(pairs, 64)
 
 
 @pytest.mark.parametrize("name", NAMES)
