@@ -53,7 +53,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of R query blocks [R, size, D], scaled, over W key blocks each: out and lse [R, size]."""
     rows, size, dim = q.shape
-    k, v = (x.flatten(1)[blocks].view(rows, -1, dim) for x in (k_blocks, v_blocks))  # [R, W * size, D]
+    k, v = (x.flatten(1).index_select(0, blocks).view(rows, -1, dim) for x in (k_blocks, v_blocks))  # [R, W * size, D]
     logits = torch.bmm(q, k.mT)
     logits[..., -size:].masked_fill_(future, -torch.inf)  # causality reaches the last block only
     if unused is not None:

@@ -47,7 +47,10 @@ def machine_name() -> str:
 
 
 def git_commit() -> str:
-    """Short commit of the checkout, with `+changed` when library code differs from it; `unknown` outside git."""
+    """Short commit of the checkout, with `+changed` when library code differs from it.
+
+    Outside git it is what the environment's STEM_COMMIT says, or `unknown`.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -57,7 +60,7 @@ def git_commit() -> str:
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+changed" if git("diff", "HEAD", "--", "*.py") else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("STEM_COMMIT", "unknown")
 
 
 def _version(package: str) -> str:
