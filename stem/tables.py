@@ -36,7 +36,7 @@ def speed() -> str:
     """For each machine, one sentence and one table: the whole operator against every dense back end."""
     rows = _full("speed")
     if rows.empty:
-        return _nothing("04")
+        return _nothing("04_speed")
     return "\n\n".join(_speed_of(device, part) for device, part in _by_device(rows))
 
 
@@ -77,7 +77,7 @@ def evaluation() -> str:
     """For each machine, mean answer log-likelihood, generated score and document loss by method."""
     rows = _full("evaluation")
     if rows.empty:
-        return _nothing("06")
+        return _nothing("06_long_context_eval")
     parts = []
     for device, part in _by_device(rows):
         model = ", ".join(sorted(part["model"].dropna().unique()))
@@ -119,7 +119,7 @@ def training() -> str:
     rows = _full("training")
     rows = rows[rows.place.isin(("position", "distance"))] if "place" in rows else rows.iloc[:0]
     if rows.empty:
-        return _nothing("05")
+        return _nothing("05_train_small_model")
     return "\n\n".join(_training_of(device, part) for device, part in _by_device(rows))
 
 
@@ -145,7 +145,7 @@ def correctness() -> str:
     """For each machine, one line for each claim: how many cases, and how near the largest error is to its tolerance."""
     rows = _full("correctness")
     if rows.empty:
-        return _nothing("03")
+        return _nothing("03_correctness")
     parts = []
     for device, part in _by_device(rows):
         lines = []
@@ -165,9 +165,10 @@ def _full(experiment: str) -> pd.DataFrame:
     return rows[rows.profile == "full"]
 
 
-def _nothing(number: str) -> str:
+def _nothing(notebook: str) -> str:
     return (
-        f"No full run is committed yet: `make reproduce PROFILE=full ONLY={number}` on a CUDA machine writes its rows."
+        f"No full run is committed yet: `make reproduce PROFILE=full ONLY={notebook[:2]}` on a CUDA machine writes its "
+        f"rows. What two CPU cores measure stands in [notebook {notebook[:2]}](notebooks/{notebook}.ipynb)."
     )
 
 
