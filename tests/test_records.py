@@ -106,3 +106,11 @@ def test_exercise(answer, capsys):
     assert capsys.readouterr().out == "not attempted\ncorrect\n"
     with pytest.raises((AssertionError, TypeError)):
         notebook.exercise(lambda n: answer(n + 1), against=answer, args=(3,))
+
+
+def test_the_commit_of_a_copy_without_git_comes_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "repository_root", lambda: tmp_path)
+    monkeypatch.delenv("STEM_COMMIT", raising=False)
+    assert records.git_commit() == "unknown"
+    monkeypatch.setenv("STEM_COMMIT", "0123456789")
+    assert records.git_commit() == "0123456789"
