@@ -109,7 +109,9 @@ def test_time_limit(root):
 
 def test_interrupt_leaves_nothing_half_written(root):
     write_toy(root, 1, "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so its children
     runner = subprocess.Popen(command(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, heard)
     pid_file = root / "notebooks" / "pid"
     deadline = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
