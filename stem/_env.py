@@ -3,26 +3,41 @@
 import os
 import sys
 
+IMPORT_ORDER = (
+    "triton was imported before TRITON_INTERPRET=1 was set (torch optimizers, torch.compile and transformers models "
+    "import it). Restart Python and run `import stem` first."
+)
+
 
 def ensure_triton_mode() -> str:
     """Choose Triton's mode before triton is imported; returns "compile" or "interpret".
 
     Without CUDA, `TRITON_INTERPRET=1` is set unless the environment already says otherwise. Triton reads the variable
-    while it is imported, so `import stem` must come before whatever imports triton.
+    while it is imported: where something imported it before `import stem`, it stays in compile mode, in which
+    impl="triton" does not take CPU tensors (`check_triton_on_cpu`) and all else works.
 
     Raises:
-        RuntimeError: If triton was imported in compile mode although it has to interpret.
+        RuntimeError: If the environment says TRITON_INTERPRET=1, but only since after triton was imported.
     """
-    if "TRITON_INTERPRET" not in os.environ:
-        import torch
+    import torch
 
-        if not torch.cuda.is_available():
-            os.environ["TRITON_INTERPRET"] = "1"
     interpret = os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on", "y"}
-    language = sys.modules.get("triton.language")
-    if interpret and language is not None and type(language.sum).__name__ == "JITFunction":
-        raise RuntimeError(
-            "triton was imported before TRITON_INTERPRET=1 was set (torch optimizers, torch.compile and transformers "
-            "models import it). Restart Python and run `import stem` first."
-        )
+    if "triton.language" in sys.modules:
+        if interpret and not _interprets():
+            raise RuntimeError(IMPORT_ORDER)
+    elif "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        interpret = True
     return "interpret" if interpret else "compile"
+
+
+def check_triton_on_cpu() -> None:
+    """Raise RuntimeError unless Triton interprets its kernels, as CPU tensors need it."""
+    import triton.language  # noqa: F401
+
+    if not _interprets():
+        raise RuntimeError(f"impl='triton' on CPU tensors needs Triton's interpreter, but {IMPORT_ORDER}")
+
+
+def _interprets() -> bool:
+    return type(sys.modules["triton.language"].sum).__name__ != "JITFunction"

@@ -99,17 +99,17 @@ class Report(Sequence):
 
 def enable(
     model: nn.Module,
-    config: StemConfig | Selector | Mapping[int, StemConfig | Selector | None] | Sequence[StemConfig | Selector | None],
+    config: StemConfig | Selector | Mapping[int, StemConfig | Selector | None] | Sequence | None = None,
     impl: str | None = None,
 ) -> None:
     """Make a model's prefill sparse; a second call replaces the config and starts the density counts anew.
 
     Args:
         model: A causal language model of transformers, or a module that holds one.
-        config: For every layer, or per layer: a sequence with an entry for each, or a mapping from layer index.
-            None, or a layer missing in the mapping, is dense. In place of a config, a Selector (q, k, v) ->
-            BlockSelection chooses the blocks, for example functools.partial(stem.patterns.select, "xattention");
-            its q is scaled so that the softmax scale is D**-0.5.
+        config: For every layer (default StemConfig()), or per layer: a sequence with an entry for each, or a mapping
+            from layer index, in which None, or a layer missing in the mapping, is dense. In place of a config, a
+            Selector (q, k, v) -> BlockSelection chooses the blocks, for example
+            functools.partial(stem.patterns.select, "xattention"); its q is scaled so that the softmax scale is D**-0.5.
         impl: See stem.block_sparse_attention.
     Raises:
         TypeError: If model is no torch module or a config is no StemConfig.
@@ -118,7 +118,7 @@ def enable(
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     modules = _attention_modules(model)
-    configs = _config_by_layer(config, modules)
+    configs = _config_by_layer(StemConfig() if config is None else config, modules)
     disable(model)
     for index, module in modules.items():
         implementation = module.config._attn_implementation
@@ -136,7 +136,7 @@ def disable(model: nn.Module) -> None:
 
 
 @contextmanager
-def stem_prefill(model: nn.Module, config, impl: str | None = None) -> Iterator[Report]:
+def stem_prefill(model: nn.Module, config=None, impl: str | None = None) -> Iterator[Report]:
     """`enable` for the length of a with block; yields the Report, which remains readable afterwards."""
     before = {module: module.stem_layer for module in _enabled_modules(model)}
     enable(model, config, impl)

@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from stem._env import check_triton_on_cpu
 from stem.config import StemConfig
 
 HEAD_DIMS = "1..256"
@@ -81,4 +82,6 @@ def check_impl(impl: str | None, accepted: tuple[str, ...], x: Tensor) -> str:
         raise ValueError(f"impl must be None or one of {', '.join(map(repr, accepted))}, got {impl!r}")
     if impl == "triton" and x.dtype == torch.float64:
         raise TypeError("impl='triton' takes float16, bfloat16 or float32, got torch.float64")
+    if impl == "triton" and x.device.type == "cpu":
+        check_triton_on_cpu()
     return impl

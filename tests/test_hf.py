@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pandas as pd
@@ -409,7 +412,6 @@ def test_models_without_causal_attention_of_the_interface_are_refused():
         ({3: SPARSE}, ValueError, r"layers \[3\] do not exist"),
         ({0: 0.5}, TypeError, "layer 0 .* got 0.5"),
         (0.25, TypeError, "StemConfig.* got 0.25"),
-        (None, TypeError, "StemConfig.* got None"),
         ("paper", TypeError, "StemConfig.* got 'paper'"),
     ],
 )
@@ -434,3 +436,24 @@ def test_a_copy_of_an_enabled_model_is_enabled_on_its_own():
     sparse = logits(model, ids)
     hf.disable(model)
     assert torch.equal(logits(twin, ids), sparse)
+
+
+TWO_LINES = """
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**sizes))
+import stem, torch
+stem.hf.enable(model)
+assert model(torch.arange(90)[None]).logits.isfinite().all()
+x = torch.randn(1, 1, 128, 16)
+try:
+    stem.stem_attention(x, x, x, impl="triton")
+except RuntimeError as error:
+    assert "Restart Python" in str(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton needs no interpreter on CUDA")
+def test_stem_may_be_imported_after_the_model_was_made():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", TWO_LINES], check=True, env=environment)
