@@ -47,28 +47,27 @@ class ModelSize:
         return self.width // self.heads
 
 
-def training_impl(device: torch.device) -> str:
-    """The `impl` of block-sparse attention that has a backward pass on this device.
-
-    The Triton kernel is forward-only so far, so CUDA takes FlexAttention with the same block lists; the CPU takes the
-    gathering one in plain torch.
-    """
-    return "flex" if device.type == "cuda" else "torch"
+def training_impl(q: Tensor) -> str | None:
+    """The `impl` of block-sparse attention that has a backward pass where `q` needs one; None lets it choose."""
+    return "flex" if q.is_cuda and torch.is_grad_enabled() and q.requires_grad else None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attention: str, config: StemConfig | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attention: str, config: StemConfig | None, impl: str | None = None
+) -> Tensor:
     """Causal attention by name; the gradient flows through the kept blocks, never through their selection.
 
     Args:
         q: [B, Hq, N, D]; k, v: [B, Hkv, N, D], same dtype.
         attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
         config: Block size, budget and score of the selection; None takes the default. Unused by "dense".
+        impl: See stem.block_sparse_attention; unused by "dense".
     Returns:
         [B, Hq, N, D], the dtype of `q`.
     """
     if attention == "dense":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    impl = training_impl(q.device)
+    impl = impl or training_impl(q)
     config = config or StemConfig()
     if attention == "stem":
         return stem_attention(q, k, v, config, impl=impl)
@@ -98,11 +97,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(size.width, size.width + 2 * kv_width, bias=False)
         self.out = nn.Linear(size.width, size.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: str, config: StemConfig | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *how) -> Tensor:
         size = self.size
         qkv = self.qkv(x).unflatten(-1, (-1, size.head_dim)).transpose(1, 2)  # [B, Hq + 2 Hkv, N, D]
         q, k, v = qkv.split([size.heads, size.kv_heads, size.kv_heads], dim=1)
-        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, attention, config)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, *how)  # how: attention, config, impl
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -133,21 +132,28 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Tokens in, next-token logits out.
 
-    `model.attention` and `model.stem_config` may be assigned at any time: they hold no weights.
+    `model.attention`, `model.stem_config` and `model.impl` may be assigned at any time: they hold no weights.
 
     Args:
         size: Numbers of layers, heads and so on.
         attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
         stem_config: Selection settings of every layer; None takes the default.
+        impl: Of block-sparse attention, see stem.block_sparse_attention.
     Raises:
         ValueError: If `attention` is unknown.
     """
 
-    def __init__(self, size: ModelSize, attention: str = "dense", stem_config: StemConfig | None = None):
+    def __init__(
+        self,
+        size: ModelSize,
+        attention: str = "dense",
+        stem_config: StemConfig | None = None,
+        impl: str | None = None,
+    ):
         super().__init__()
         if attention not in patterns.names():
             raise ValueError(f"attention={attention!r}; accepted: {', '.join(patterns.names())}")
-        self.size, self.attention, self.stem_config = size, attention, stem_config
+        self.size, self.attention, self.stem_config, self.impl = size, attention, stem_config, impl
         self.embedding = nn.Embedding(size.vocab_size, size.width)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width)
@@ -166,7 +172,7 @@ class LanguageModel(nn.Module):
         cos, sin = rotary_angles(tokens.shape[1], self.size, tokens.device)
         x = self.embedding(tokens)  # [B, N, width]
         for block in self.blocks:
-            x = block(x, cos, sin, self.attention, self.stem_config)
+            x = block(x, cos, sin, self.attention, self.stem_config, self.impl)
         return F.linear(self.norm(x), self.embedding.weight)
 
     def num_weights(self) -> int:

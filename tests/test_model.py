@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import stem
 from stem import model as model_module
 from stem import patterns
-from stem.model import LanguageModel, ModelSize, rotary_angles, rotate, training_impl
+from stem.model import LanguageModel, ModelSize, rotary_angles, rotate
 
 SIZE = ModelSize(layers=2, width=64, heads=4, kv_heads=2, hidden=96)
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.4, sink_blocks=1, local_blocks=1)
@@ -84,9 +84,17 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     torch.testing.assert_close(logits[5:, 5:], logits[:-5, :-5], rtol=1e-4, atol=1e-4)
 
 
-def test_training_never_takes_a_kernel_without_a_backward():
-    assert training_impl(torch.device("cpu")) == "torch"
-    assert training_impl(torch.device("cuda")) == "flex"
+def test_impl_is_passed_on():
+    """FlexAttention and the gathering implementation sum in another order."""
+    read = tokens(1, 96)
+    torch.manual_seed(0)
+    model = LanguageModel(SIZE, "stem", SPARSE).eval()
+    with torch.no_grad():
+        gathered = model(read)
+        model.impl = "flex"
+        flexed = model(read)
+    torch.testing.assert_close(flexed, gathered, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(flexed, gathered)
 
 
 @pytest.mark.parametrize(

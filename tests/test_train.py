@@ -14,12 +14,11 @@ import torch
 from safetensors import safe_open
 
 import stem
+from stem.distributed import Processes, join_processes
 from stem.model import LanguageModel, ModelSize
-from stem.runs import load_checkpoint, save_checkpoint
+from stem.runs import load_checkpoint, save_checkpoint, training_state
 from stem.train import (
-    Processes,
     TrainConfig,
-    join_processes,
     learning_rate,
     make_optimizer,
     parse_config,
@@ -48,6 +47,7 @@ def small(out: Path, **changes) -> TrainConfig:
 def options(config: TrainConfig) -> list[str]:
     """The command line of a small run."""
     named = ("out", "attention", "steps", "batch_size", "seq_len", "warmup", "checkpoint_every", "device")
+    named += ("parallel", "accumulate")
     nested = (("layers", "width", "heads", "kv_heads", "hidden"), ("block_size", "score_stride", "density"))
     values = {name: getattr(config, name) for name in named}
     values |= {name: getattr(config.size, name) for name in nested[0]}
@@ -80,9 +80,11 @@ def test_accumulation_does_not_change_the_curve(tmp_path):
     torch.testing.assert_close(curve(tmp_path / "parts"), curve(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["dense", "stem"])
-def test_two_processes_give_the_curve_of_one(tmp_path, attention):
-    one, two = (small(tmp_path / name, attention=attention) for name in ("one", "two"))
+@pytest.mark.parametrize(("attention", "parallel"), [("dense", "ddp"), ("stem", "ddp"), ("stem", "fsdp")])
+def test_two_processes_give_the_curve_of_one(tmp_path, attention, parallel):
+    """Also in parts, and the checkpoint of shards holds whole tensors."""
+    one = small(tmp_path / "one", attention=attention)
+    two = small(tmp_path / "two", attention=attention, parallel=parallel, accumulate=2)
     model = train(one)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stem.train"]
     result = subprocess.run([*torchrun, *options(two)], env=environment(), capture_output=True, text=True, timeout=120)
@@ -148,7 +150,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     model = LanguageModel(SIZE)
     optimizer = make_optimizer(model, config)
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, 1, config.settings(), model, optimizer)
+    save_checkpoint(path, 1, config.settings(), training_state(model, optimizer))
     before = path.read_bytes()
 
     def disk_full(*arguments):
@@ -157,7 +159,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr("stem.runs.save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(path, 2, config.settings(), model, optimizer)
+        save_checkpoint(path, 2, config.settings(), training_state(model, optimizer))
     assert path.read_bytes() == before
 
 
