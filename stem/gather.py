@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
 
+CHUNK_KEYS = 1 << 19  # gathered key elements of one call of the flash kernel: 2 MiB in fp32
 CHUNK_LOGITS = 1 << 20  # logits of one chunk of rows: 4 MiB in fp32, so that softmax finds them in cache
 
 
@@ -16,8 +17,12 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     """Attention over the kept blocks, a few query blocks at a time; see stem.block_sparse_attention.
 
     Query blocks of all heads are sorted by the length of their lists, so that a chunk wastes little on padding. With
-    gradients each chunk is recomputed in the backward pass.
+    gradients each chunk is recomputed in the backward pass. Without gradients on the CPU, torch's own flash kernel does
+    the work, which keeps no logits at all.
     """
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.device.type == "cpu" and not needs_grad:
+        return _flash_attention(q, k, v, selection, scale)
     size, offset = selection.block_size, k.shape[2] - q.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_blocks = pad_to_grid(q, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2) * scale  # [M, size, D]
@@ -37,7 +42,7 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
         future = (columns[:, -1] == diagonal[rows])[:, None, None] & _above_diagonal(size, q.device)
         unused = (slots < 0).repeat_interleave(size, 1)[:, None] if widths[chunk.start] < width else None
         args = (q_blocks[rows], k_blocks, v_blocks, blocks, future, unused)
-        if torch.is_grad_enabled() and q_blocks.requires_grad | k_blocks.requires_grad | v_blocks.requires_grad:
+        if needs_grad:
             chunks.append(checkpoint(_attend, *args, use_reentrant=False))
         else:
             chunks.append(_attend(*args))
@@ -48,12 +53,56 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     return out[:, :, queries].to(q.dtype), lse[:, :, queries]
 
 
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    """The same on the CPU without gradients: the diagonal blocks in one causal call, then the others, merged by lse.
+
+    Blocks before the diagonal need no mask, so rows with equally many of them go together without padding. The operator
+    is the one behind SDPA on the CPU, called by name because SDPA does not return the log-sum-exp.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    size, offset = selection.block_size, k.shape[2] - q.shape[2]
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_blocks = pad_to_grid(q, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2)  # [M, size, D]
+    k_blocks, v_blocks = (pad_to_grid(x, size).to(compute).unflatten(2, (-1, size)).flatten(0, 2) for x in (k, v))
+    counts = selection.kv_num_blocks.flatten().long()
+    diagonal, kv_start = _rows(selection, k.shape[1])
+    blocks = selection.kv_indices.flatten(0, 2) + kv_start[:, None]  # [M, max], rows of k_blocks
+    diagonal = diagonal + kv_start
+    has_diagonal = (blocks.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0] == diagonal) & (counts > 0)
+
+    def attend(rows: Tensor, columns: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """Query blocks `rows` [R] over key blocks `columns` [R, W]: out [R, size, D] and lse [R, size, 1]."""
+        shape = (len(rows), 1, columns.shape[1] * size, -1)
+        chosen = (x.index_select(0, columns.flatten()).view(shape) for x in (k_blocks, v_blocks))
+        out, lse = flash(q_blocks.index_select(0, rows)[:, None], *chosen, is_causal=causal, scale=scale)
+        return out[:, 0], lse.view(len(rows), size, 1)
+
+    out, lse = attend(torch.arange(len(counts)), diagonal[:, None], True)
+    out.masked_fill_(~has_diagonal[:, None, None], 0)
+    lse.masked_fill_(~has_diagonal[:, None, None], -torch.inf)
+    earlier = counts - has_diagonal.long()  # blocks before the diagonal
+    order = earlier.argsort(stable=True)
+    widths, repeats = earlier[order].unique_consecutive(return_counts=True)
+    for width, group in zip(widths.tolist(), order.split(repeats.tolist()), strict=True):
+        for rows in group.split(max(1, CHUNK_KEYS // (width * size * q.shape[3]))) if width else ():
+            new_out, new_lse = attend(rows, blocks[rows, :width], False)
+            old_out, old_lse = out.index_select(0, rows), lse.index_select(0, rows)
+            total = torch.logaddexp(old_lse, new_lse)
+            lse.index_copy_(0, rows, total)
+            old_out.mul_((old_lse - total).exp_()).addcmul_(new_out, (new_lse - total).exp_())
+            out.index_copy_(0, rows, old_out)
+    heads_and_blocks = (*q.shape[:2], selection.num_q_blocks)
+    queries = slice(offset % size, offset % size + q.shape[2])
+    out, lse = (x.unflatten(0, heads_and_blocks).flatten(2, 3)[:, :, queries] for x in (out, lse))
+    return out.to(q.dtype), lse[..., 0]
+
+
 def _attend(
     q: Tensor, k_blocks: Tensor, v_blocks: Tensor, blocks: Tensor, future: Tensor, unused: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of R query blocks [R, size, D], scaled, over W key blocks each: out and lse [R, size]."""
     rows, size, dim = q.shape
-    k, v = (x.flatten(1).index_select(0, blocks).view(rows, -1, dim) for x in (k_blocks, v_blocks))  # [R, W * size, D]
+    k, v = (x.flatten(1)[blocks].view(rows, -1, dim) for x in (k_blocks, v_blocks))  # [R, W * size, D]
     logits = torch.bmm(q, k.mT)
     logits[..., -size:].masked_fill_(future, -torch.inf)  # causality reaches the last block only
     if unused is not None:
