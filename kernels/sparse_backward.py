@@ -37,12 +37,24 @@ def load_tile(
 ):
     """Rows first_row .. of a head as a [ROWS, BLOCK_D] tile, zero where there is no data; x: descriptor or pointer."""
     if DESCRIPTORS:
-        return x.load([batch.to(tl.int32), head.to(tl.int32), first_row, 0]).reshape(ROWS, BLOCK_D)
-    dims = tl.arange(0, BLOCK_D)
-    rows = first_row + tl.arange(0, ROWS)
-    pointers = x + batch * stride_b + head * stride_h + rows.to(tl.int64)[:, None] * stride_n + dims[None, :]
-    exists = ((rows >= 0) & (rows < num_rows))[:, None] & (dims < HEAD_DIM)[None, :]
-    return tl.load(pointers, mask=exists, other=0.0).to(DTYPE)
+        tile = x.load([batch.to(tl.int32), head.to(tl.int32), first_row, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        dims = tl.arange(0, BLOCK_D)
+        rows = first_row + tl.arange(0, ROWS)
+        pointers = x + batch * stride_b + head * stride_h + rows.to(tl.int64)[:, None] * stride_n + dims[None, :]
+        exists = ((rows >= 0) & (rows < num_rows))[:, None] & (dims < HEAD_DIM)[None, :]
+        tile = tl.load(pointers, mask=exists, other=0.0).to(DTYPE)
+    return tile
+
+
+@triton.jit
+def load_statistic(x, batch_head, num_grid_rows, first_row, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """[ROWS] fp32 of a row statistic of a head, from grid row first_row on; x: descriptor or pointer."""
+    if DESCRIPTORS:
+        values = x.load([batch_head.to(tl.int32), first_row]).reshape(ROWS)
+    else:
+        values = tl.load(x + batch_head * num_grid_rows + first_row + tl.arange(0, ROWS))
+    return values
 
 
 @triton.jit
@@ -271,17 +283,20 @@ def add_to_dkv(
     dout,
     batch,
     head,
-    first_query,
+    batch_head,
+    grid_row,
+    num_grid_rows,
     num_queries,
     offset,
+    front,
     stride_qb,
     stride_qh,
     stride_qn,
     stride_gb,
     stride_gh,
     stride_gn,
-    lse_log2_ptr,
-    delta_ptr,
+    lse_log2,
+    delta,
     scale_log2,
     dk_tile,
     dv_tile,
@@ -292,22 +307,22 @@ def add_to_dkv(
     DESCRIPTORS: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):
-    """dk_tile and dv_tile [N, D] plus dS^T Q, not yet scaled, and P^T dO of BLOCK_M queries from first_query on."""
+    """dk_tile and dv_tile [N, D] plus dS^T Q, not yet scaled, and P^T dO of BLOCK_M queries from grid_row on."""
     q_tile = load_tile(
-        q, batch, head, first_query, num_queries, stride_qb, stride_qh, stride_qn,
+        q, batch, head, grid_row - front, num_queries, stride_qb, stride_qh, stride_qn,
         BLOCK_M, HEAD_DIM, BLOCK_D, DTYPE, DESCRIPTORS,
     )  # fmt: skip
     dout_tile = load_tile(
-        dout, batch, head, first_query, num_queries, stride_gb, stride_gh, stride_gn,
+        dout, batch, head, grid_row - front, num_queries, stride_gb, stride_gh, stride_gn,
         BLOCK_M, HEAD_DIM, BLOCK_D, DTYPE, DESCRIPTORS,
     )  # fmt: skip
-    lse_log2 = tl.load(lse_log2_ptr + tl.arange(0, BLOCK_M))
-    delta = tl.load(delta_ptr + tl.arange(0, BLOCK_M))
+    lse_log2 = load_statistic(lse_log2, batch_head, num_grid_rows, grid_row, BLOCK_M, DESCRIPTORS)
+    delta = load_statistic(delta, batch_head, num_grid_rows, grid_row, BLOCK_M, DESCRIPTORS)
     logits_log2 = tl.dot(k_tile, q_tile.T, input_precision="ieee") * scale_log2  # [N, BLOCK_M], transposed
     weights = tl.exp2(logits_log2 - lse_log2[None, :])
     if DIAGONAL:
         key_positions = first_key + tl.arange(0, k_tile.shape[0])
-        q_positions = offset + first_query + tl.arange(0, BLOCK_M)
+        q_positions = offset - front + grid_row + tl.arange(0, BLOCK_M)
         weights = tl.where(key_positions[:, None] <= q_positions[None, :], weights, 0.0)
     dv_tile = tl.dot(weights.to(DTYPE), dout_tile, dv_tile, input_precision="ieee")
     dweights = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
@@ -324,8 +339,8 @@ def dkv_kernel(
     dout,
     dk_ptr,
     dv_ptr,
-    lse_log2_ptr,
-    delta_ptr,
+    lse_log2,
+    delta,
     q_indices_ptr,
     list_starts_ptr,
     stride_qb,
@@ -361,8 +376,8 @@ def dkv_kernel(
 ):
     """One program computes BLOCK_N rows of dK and dV of one key block, summed over the query heads of its group.
 
-    q, dout: descriptors of [1, 1, BLOCK_M, BLOCK_D] tiles, or pointers; k, v: pointers; q_indices and list_starts:
-    see transpose_lists. Grid: nk * BLOCK_SIZE / BLOCK_N * B * Hkv, the first key blocks, which the most queries list,
+    q, dout: descriptors of [1, 1, BLOCK_M, BLOCK_D] tiles, or pointers; lse_log2, delta: descriptors of [1, BLOCK_M]
+    rows, or pointers; k, v: pointers; q_indices and list_starts: see transpose_lists. Grid: nk * BLOCK_SIZE / BLOCK_N * B * Hkv, the first key blocks, which the most queries list,
     first. BLOCK_M and BLOCK_N divide BLOCK_SIZE. dK and dV have the same strides.
     """
     tiles_per_q_block: tl.constexpr = BLOCK_SIZE // BLOCK_M
@@ -385,13 +400,13 @@ def dkv_kernel(
 
     offset = num_keys - num_queries  # absolute position of query 0
     front = offset % BLOCK_SIZE
+    num_grid_rows = num_q_blocks * BLOCK_SIZE
     scale_log2 = scale * LOG2_E
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(heads_per_kv_head):
         head = kv_head * heads_per_kv_head + member
         batch_head = batch * num_q_heads + head
-        grid_rows = batch_head * num_q_blocks * BLOCK_SIZE
         list_start = tl.load(list_starts_ptr + batch_head * num_kv_blocks + kv_block)
         num_blocks = (tl.load(list_starts_ptr + batch_head * num_kv_blocks + kv_block + 1) - list_start).to(tl.int32)
         head_indices_ptr = q_indices_ptr + list_start
@@ -403,23 +418,21 @@ def dkv_kernel(
         for step in range(hidden_tiles, has_diagonal * tiles_per_q_block):
             grid_row = diagonal_row * BLOCK_SIZE + step * BLOCK_M
             dk_tile, dv_tile = add_to_dkv(
-                k_tile, v_tile, first_key, q, dout, batch, head, grid_row - front, num_queries, offset,
-                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
-                lse_log2_ptr + grid_rows + grid_row, delta_ptr + grid_rows + grid_row, scale_log2, dk_tile, dv_tile,
+                k_tile, v_tile, first_key, q, dout, batch, head, batch_head, grid_row, num_grid_rows, num_queries,
+                offset, front, stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
+                lse_log2, delta, scale_log2, dk_tile, dv_tile,
                 BLOCK_M, HEAD_DIM, BLOCK_D, DTYPE, DESCRIPTORS, DIAGONAL=True,
             )  # fmt: skip
         for step in range(has_diagonal * tiles_per_q_block, num_blocks * tiles_per_q_block):
             row = tl.load(head_indices_ptr + step // tiles_per_q_block)
             grid_row = row * BLOCK_SIZE + step % tiles_per_q_block * BLOCK_M
             dk_tile, dv_tile = add_to_dkv(
-                k_tile, v_tile, first_key, q, dout, batch, head, grid_row - front, num_queries, offset,
-                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
-                lse_log2_ptr + grid_rows + grid_row, delta_ptr + grid_rows + grid_row, scale_log2, dk_tile, dv_tile,
+                k_tile, v_tile, first_key, q, dout, batch, head, batch_head, grid_row, num_grid_rows, num_queries,
+                offset, front, stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
+                lse_log2, delta, scale_log2, dk_tile, dv_tile,
                 BLOCK_M, HEAD_DIM, BLOCK_D, DTYPE, DESCRIPTORS, DIAGONAL=False,
             )  # fmt: skip
-    store_tile(
-        dk_ptr, batch, kv_head, first_key, num_keys, stride_ob, stride_oh, stride_on, dk_tile * scale, HEAD_DIM
-    )
+    store_tile(dk_ptr, batch, kv_head, first_key, num_keys, stride_ob, stride_oh, stride_on, dk_tile * scale, HEAD_DIM)
     store_tile(dv_ptr, batch, kv_head, first_key, num_keys, stride_ob, stride_oh, stride_on, dv_tile, HEAD_DIM)
 
 
@@ -490,6 +503,11 @@ def tiles_of(x: torch.Tensor, rows: int, block_d: int, by_descriptor: bool):
     return TensorDescriptor.from_tensor(x, [1, 1, rows, block_d]) if by_descriptor else x
 
 
+def rows_of(x: torch.Tensor, rows: int, by_descriptor: bool):
+    """What a kernel loads `rows` entries of a statistic x [B, Hq, rows of the grid] from: a descriptor, or x itself."""
+    return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, rows]) if by_descriptor else x
+
+
 def row_statistics(
     out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, front: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -518,6 +536,103 @@ def row_statistics(
     return lse_log2, delta
 
 
+def query_gradient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    lse_log2: torch.Tensor,
+    delta: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_num_blocks: torch.Tensor,
+    block_size: int,
+    scale: float,
+    descriptors: bool,
+) -> torch.Tensor:
+    """dQ like q; q, k, v and dout have readable rows, lse_log2 and delta are those of `row_statistics`."""
+    (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    num_q_blocks, max_blocks = kv_indices.shape[2:]
+    dq = torch.empty_like(q)
+    tiles, _ = tile_sizes(head_dim, block_size, q.dtype)
+    block_d = triton.next_power_of_2(head_dim)
+    dq_kernel[(num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)](
+        q,
+        tiles_of(k, tiles["BLOCK_N"], block_d, descriptors),
+        tiles_of(v, tiles["BLOCK_N"], block_d, descriptors),
+        dout,
+        dq,
+        lse_log2,
+        delta,
+        kv_indices.contiguous(),
+        kv_num_blocks.contiguous(),
+        *[stride for x in (q, k, v, dout, dq) for stride in x.stride()[:3]],
+        num_q_heads,
+        num_q_heads // num_kv_heads,
+        num_queries,
+        num_keys,
+        num_q_blocks,
+        max_blocks,
+        float(scale),
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_SIZE=block_size,
+        DTYPE=operand_dtype(q.dtype),
+        DESCRIPTORS=descriptors,
+        **tiles,
+    )
+    return dq
+
+
+def key_value_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    lse_log2: torch.Tensor,
+    delta: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_num_blocks: torch.Tensor,
+    block_size: int,
+    scale: float,
+    descriptors: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dK and dV like k; the arguments are those of `query_gradient`."""
+    (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    num_q_blocks, num_kv_blocks = kv_indices.shape[2], -(-num_keys // block_size)
+    q_indices, list_starts = transpose_lists(kv_indices, kv_num_blocks, num_kv_blocks)
+    dk, dv = torch.empty_like(k), torch.empty_like(k)
+    _, tiles = tile_sizes(head_dim, block_size, q.dtype)
+    block_d = triton.next_power_of_2(head_dim)
+    dkv_kernel[(num_kv_blocks * (block_size // tiles["BLOCK_N"]) * batch * num_kv_heads,)](
+        tiles_of(q, tiles["BLOCK_M"], block_d, descriptors),
+        k,
+        v,
+        tiles_of(dout, tiles["BLOCK_M"], block_d, descriptors),
+        dk,
+        dv,
+        rows_of(lse_log2, tiles["BLOCK_M"], descriptors),
+        rows_of(delta, tiles["BLOCK_M"], descriptors),
+        q_indices,
+        list_starts,
+        *[stride for x in (q, k, v, dout, dk) for stride in x.stride()[:3]],
+        num_q_heads,
+        num_kv_heads,
+        batch * num_kv_heads,
+        num_queries,
+        num_keys,
+        num_q_blocks,
+        num_kv_blocks,
+        float(scale),
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_SIZE=block_size,
+        DTYPE=operand_dtype(q.dtype),
+        DESCRIPTORS=descriptors,
+        **tiles,
+    )
+    return dk, dv
+
+
 def sparse_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -539,71 +654,12 @@ def sparse_backward(
         dout: Gradient of out, its shape and dtype; any strides.
         dlse: Gradient of lse, fp32 [B, Hq, Nq]; None is zero.
     Returns:
-        dq, dk, dv like q, k, v, accumulated in fp32.
+        dq, dk, dv like q, k, v (dv with the strides of dk), accumulated in fp32.
     """
     descriptors = use_descriptors(q)
     q, k, v, dout = (readable_rows(x, descriptors) for x in (q, k, v, dout))
-    out = readable_rows(out, by_descriptor=False)
-    batch, num_q_heads, num_queries, head_dim = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
-    num_q_blocks, max_blocks = kv_indices.shape[2:]
-    num_kv_blocks = -(-num_keys // block_size)
-    dq = torch.empty_like(q)
-    dk, dv = torch.empty_like(k), torch.empty_like(k)
-    dq_tiles, dkv_tiles = tile_sizes(head_dim, block_size, q.dtype)
-    block_d = triton.next_power_of_2(head_dim)
-    common = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, DTYPE=operand_dtype(q.dtype))
-    strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     with torch.cuda.device_of(q):
-        q_indices, list_starts = transpose_lists(kv_indices, kv_num_blocks, num_kv_blocks)
-        front = (num_keys - num_queries) % block_size
-        lse_log2, delta = row_statistics(out, dout, lse, dlse, front, block_size)
-        dq_kernel[(num_q_blocks * (block_size // dq_tiles["BLOCK_M"]), batch * num_q_heads)](
-            q,
-            tiles_of(k, dq_tiles["BLOCK_N"], block_d, descriptors),
-            tiles_of(v, dq_tiles["BLOCK_N"], block_d, descriptors),
-            dout,
-            dq,
-            lse_log2,
-            delta,
-            kv_indices.contiguous(),
-            kv_num_blocks.contiguous(),
-            *strides,
-            *dq.stride()[:3],
-            num_q_heads,
-            num_q_heads // num_kv_heads,
-            num_queries,
-            num_keys,
-            num_q_blocks,
-            max_blocks,
-            float(scale),
-            DESCRIPTORS=descriptors,
-            **common,
-            **dq_tiles,
-        )
-        dkv_kernel[(num_kv_blocks * (block_size // dkv_tiles["BLOCK_N"]) * batch * num_kv_heads,)](
-            tiles_of(q, dkv_tiles["BLOCK_M"], block_d, descriptors),
-            k,
-            v,
-            tiles_of(dout, dkv_tiles["BLOCK_M"], block_d, descriptors),
-            dk,
-            dv,
-            lse_log2,
-            delta,
-            q_indices,
-            list_starts,
-            *strides,
-            *dk.stride()[:3],
-            num_q_heads,
-            num_kv_heads,
-            batch * num_kv_heads,
-            num_queries,
-            num_keys,
-            num_q_blocks,
-            num_kv_blocks,
-            float(scale),
-            DESCRIPTORS=descriptors,
-            **common,
-            **dkv_tiles,
-        )
-    return dq, dk, dv
+        front = (k.shape[2] - q.shape[2]) % block_size
+        statistics = row_statistics(readable_rows(out, False), dout, lse, dlse, front, block_size)
+        problem = (q, k, v, dout, *statistics, kv_indices, kv_num_blocks, block_size, scale, descriptors)
+        return query_gradient(*problem), *key_value_gradients(*problem)
