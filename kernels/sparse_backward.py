@@ -1,8 +1,8 @@
 """Block-sparse causal attention, backward: dQ over the lists of the forward pass, dK and dV over their transpose.
 
 With P the attention weights, dP = dO V^T and delta = rowsum(out * dO) - dlse, the gradient of the logits is
-dS = P * (dP - delta); then dV = P^T dO, dK = scale * dS^T Q and dQ = scale * dS K. P is recomputed from the log-sum-exp.
-Every output tile is summed by one program in a fixed order, so that two runs agree bit for bit.
+dS = P * (dP - delta); then dV = P^T dO, dK = scale * dS^T Q and dQ = scale * dS K. P is recomputed from the lse. Every
+output tile is summed by one program in a fixed order, so that two runs agree bit for bit.
 
 Rows of queries are counted on the key grid here: query block r holds grid rows r * BLOCK_SIZE .., and the first
 `front` rows, (Nkv - Nq) % BLOCK_SIZE of them, do not exist, nor do those past the last query.
@@ -377,8 +377,9 @@ def dkv_kernel(
     """One program computes BLOCK_N rows of dK and dV of one key block, summed over the query heads of its group.
 
     q, dout: descriptors of [1, 1, BLOCK_M, BLOCK_D] tiles, or pointers; lse_log2, delta: descriptors of [1, BLOCK_M]
-    rows, or pointers; k, v: pointers; q_indices and list_starts: see transpose_lists. Grid: nk * BLOCK_SIZE / BLOCK_N * B * Hkv, the first key blocks, which the most queries list,
-    first. BLOCK_M and BLOCK_N divide BLOCK_SIZE. dK and dV have the same strides.
+    rows, or pointers; k, v: pointers; q_indices and list_starts: see transpose_lists. dK and dV have the same strides.
+    Grid: nk * BLOCK_SIZE / BLOCK_N * B * Hkv, the first key blocks, which the most queries list, first. BLOCK_M and
+    BLOCK_N divide BLOCK_SIZE.
     """
     tiles_per_q_block: tl.constexpr = BLOCK_SIZE // BLOCK_M
     tiles_per_kv_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
