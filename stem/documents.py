@@ -1,15 +1,25 @@
-"""Long real text that every machine already has: Python's standard library and its language reference.
+"""Long real text that every machine with this package already has: five kinds, no download.
 
-No download, no licence question. The text changes with the Python version, so `fingerprint` goes beside results.
+Python's standard library and its language reference, the documentation strings, C++ headers and licences of torch and
+NumPy. The text changes with their versions, so `fingerprint` goes beside results.
 """
 
+import ast
 import hashlib
+import importlib
+import importlib.metadata
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LONG_MODULES = ("argparse", "typing", "subprocess", "tarfile")  # each over 8192 SmolLM2 tokens
+EVALUATED_MODULES = (
+    "argparse", "ast", "dataclasses", "difflib", "doctest", "enum", "inspect", "ipaddress", "mailbox", "optparse",
+    "pdb", "pickle", "pydoc", "shutil", "subprocess", "tarfile", "threading", "typing",
+)  # fmt: skip
+DOCUMENTED = ("torch._torch_docs", "torch._tensor_docs", "numpy._core._add_newdocs")
+HEADER_FOLDERS = ("ATen/core", "c10", "fmt", "pybind11")
 
 
 def stdlib_documents(names: Sequence[str] | None = LONG_MODULES, min_chars: int = 0) -> dict[str, str]:
@@ -43,6 +53,56 @@ def prose() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def reference() -> str:
+    """reStructuredText with formulas, tables and examples: torch's and NumPy's documentation strings, 0.6 MB."""
+    paths = [_package_folder(name.split(".")[0]).joinpath(*name.split(".")[1:]) for name in DOCUMENTED]
+    sources = [path.with_suffix(".py").read_text(encoding="utf-8") for path in paths]
+    strings = [node.value for source in sources for node in ast.walk(ast.parse(source)) if _is_long_string(node)]
+    return "\n\n".join(strings)
+
+
+def headers() -> str:
+    """C++: the headers of torch's core, and of the fmt and pybind11 that come with it, 4 MB."""
+    root = _package_folder("torch") / "include"
+    paths = [path for folder in HEADER_FOLDERS for path in sorted((root / folder).rglob("*.h"))]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def licences() -> str:
+    """Legal English: every different licence text that torch, NumPy, pandas and Matplotlib bring."""
+    texts: dict[str, None] = {}
+    for package in ("matplotlib", "numpy", "pandas", "torch"):
+        for file in importlib.metadata.files(package) or ():
+            if ".dist-info/" in str(file) and re.search(r"licen[cs]e|copying|notice", file.name, re.IGNORECASE):
+                texts[Path(file.locate()).read_text(encoding="utf-8", errors="replace")] = None
+    return "\n\n".join(texts)
+
+
+def _stdlib_text() -> str:
+    return "\n".join(stdlib_documents(EVALUATED_MODULES).values())
+
+
+KINDS: dict[str, Callable[[], str]] = {
+    "python source": _stdlib_text,
+    "prose": prose,
+    "reStructuredText": reference,
+    "C++ headers": headers,
+    "licences": licences,
+}
+
+
+def windows(tokens: Sequence[int], length: int, count: int) -> list[Sequence[int]]:
+    """`count` stretches of `length` tokens, evenly spaced over a long text and without overlap.
+
+    Raises:
+        ValueError: If the text is too short for that.
+    """
+    if count < 1 or length < 1 or len(tokens) < count * length:
+        raise ValueError(f"count={count} windows of length={length} need {count * length} tokens, got {len(tokens)}")
+    step = len(tokens) // count
+    return [tokens[start : start + length] for start in range(0, step * count, step)]
+
+
 def words(text: str) -> list[str]:
     """Split on white space, so that a haystack can be cut at any word: list of non-empty words."""
     return re.findall(r"\S+", text)
@@ -51,3 +111,11 @@ def words(text: str) -> list[str]:
 def fingerprint(*texts: str) -> str:
     """First 12 hexadecimal digits of the SHA-256 of the texts, to tell whether two results saw the same text."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def _package_folder(name: str) -> Path:
+    return Path(importlib.import_module(name).__path__[0])
+
+
+def _is_long_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 200

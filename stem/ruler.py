@@ -6,7 +6,9 @@ for five of the tasks. Here each (task, length, seed) has its own stream, and es
 
 import contextlib
 import io
+import json
 import logging
+import lzma
 import os
 import random
 import zlib
@@ -85,6 +87,26 @@ def build_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0
     return [{**row, "max_length": length} for row in rows]
 
 
+def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> list[dict]:
+    """`build_samples` through a file in `$STEM_CACHE/ruler` (default ~/.cache/stem/ruler); arguments as there.
+
+    The file is named after the tokenizer, task, length and seed. One that holds enough samples is read, also where
+    lm-eval is not installed; otherwise it is written anew.
+    """
+    name = f"{Path(tokenizer.name_or_path).name}-{task}-{length}-{seed}.json.xz"
+    path = _cache_folder() / "ruler" / name
+    if path.is_file():
+        rows = json.loads(lzma.decompress(path.read_bytes()))
+        if len(rows) >= samples:
+            return rows[:samples]
+    rows = build_samples(task, tokenizer, length, samples, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(lzma.compress(json.dumps(rows).encode(), preset=3))
+    partial.replace(path)
+    return rows
+
+
 def load_tasks(
     tasks: Sequence[str],
     tokenizer,
@@ -137,7 +159,7 @@ def provide_sentence_splitter() -> None:
         import punkt
     except ModuleNotFoundError:
         return
-    root = Path(os.environ.get("STEM_CACHE") or Path.home() / ".cache" / "stem").expanduser().resolve() / "nltk_data"
+    root = _cache_folder() / "nltk_data"
     folder = root / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True, exist_ok=True)
     model = punkt.load_model("english")
@@ -165,6 +187,10 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("STEM_CACHE") or Path.home() / ".cache" / "stem").expanduser().resolve()
 
 
 @contextlib.contextmanager

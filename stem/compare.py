@@ -1,0 +1,289 @@
+"""Every method on the same samples of a real model: teacher-forced answers and loss on long documents, as rows.
+
+`python -m stem.compare --profile full` writes results/evaluation/. A row is one mean over samples beside the mean of
+dense attention on the same ones; `low` and `high` bound their difference (95 %, bootstrap over samples). Each
+group of rows holds the control, a short window, which must fail: where it does not, the measure proves nothing.
+
+    answer        log-likelihood of RULER's right answer after its prompt, in one forward [nats]
+    right         share of samples in which every token of that answer is the likeliest
+    loss          next-token loss on a kind of document, over positions start..stop - 1 [nats per token]
+    generated     share of right answers that a dense decoder gives after the sparse prefill (cannot see a broken one)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import stem
+from stem import documents, hf, patterns, ruler
+from stem.config import StemConfig
+
+TASKS = ("niah_single_2", "niah_multikey_1", "niah_multiquery", "ruler_vt")
+FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # one natural order of the answers
+TOKENS_PER_BATCH = {"cuda": 131_072, "cpu": 8192}
+LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
+RESAMPLES = 2000
+
+
+class Prompts(NamedTuple):
+    """Samples of one task, each exactly as long as it says."""
+
+    task: str
+    ids: Tensor
+    """int64 [samples, length]: filler, prompt, right answer."""
+
+    answer_tokens: Tensor
+    """int64 [samples], how many tokens at the end are the answer."""
+
+    answers: list[list[str]]
+    """What a generated text has to contain."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One attention to compare: what `stem.hf.enable` takes (None is dense), and how it was asked for."""
+
+    name: str
+    attention: StemConfig | hf.Selector | None = None
+    block_size: int | None = None
+    asked: float | None = None
+    """Density asked for."""
+
+
+def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> Prompts:
+    """RULER samples brought to exactly `length` tokens, so that a batch needs no padding (our choice).
+
+    The gap that RULER leaves is filled in front of the prompt with the end of the language reference.
+
+    Args:
+        task: One of `FIXED_ORDER`; several answers are scored in the order of the question, or of their appearance.
+        tokenizer, samples, seed: As in `ruler.build_samples`.
+        length: Filler, prompt and answer [tokens].
+    Raises:
+        ValueError: If the task has no natural order of answers, or a sample does not fit.
+    """
+    if task not in FIXED_ORDER:
+        raise ValueError(f"task must be one of {', '.join(FIXED_ORDER)}, got {task!r}")
+    rows = ruler.stored_samples(task, tokenizer, length, samples, seed)
+    prompts = tokenizer([f"{row['input']} {row['gen_prefix']}" for row in rows], verbose=False).input_ids
+    answers = tokenizer([" " + ", ".join(_ordered(task, row)) for row in rows]).input_ids
+    filler = tokenizer(documents.prose(), verbose=False).input_ids[-length:]
+    ids = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        missing = length - len(prompt) - len(answer)
+        if not 0 <= missing <= len(filler):
+            raise ValueError(f"length={length}: a sample of {task} has {len(prompt) + len(answer)} tokens")
+        ids.append(filler[len(filler) - missing :] + prompt + answer)
+    counts = torch.tensor([len(answer) for answer in answers])
+    return Prompts(task, torch.tensor(ids), counts, [row["outputs"] for row in rows])
+
+
+def document_windows(tokenizer, length: int, count: int, kinds: Sequence[str] = tuple(documents.KINDS)) -> dict:
+    """Kind of document -> int64 [count, length], windows spread over all of its text."""
+    found = {}
+    for kind in kinds:
+        tokens = tokenizer(documents.KINDS[kind](), verbose=False).input_ids
+        found[kind] = torch.tensor(documents.windows(tokens, length, count))
+    return found
+
+
+def methods(
+    names: Iterable[str], densities: Iterable[float], block_sizes: Iterable[int], calibrate=None
+) -> list[Method]:
+    """All combinations, and for each block size the control.
+
+    Args:
+        names: Of `stem.patterns`, and beside these "stem softmax" (row softmax before the block sum, uniform rows) and
+            "stem adaptive" (the same, one threshold for all rows, heads and layers).
+        densities, block_sizes: What to ask for; forced blocks are few (one sink, two local), so that low densities
+            leave something to choose.
+        calibrate: (density, config) -> StemConfig for "stem adaptive"; None leaves that method out.
+    """
+    found = []
+    for block_size in block_sizes:
+        found.append(Method("window", window_control(block_size), block_size))
+        for density in densities:
+            config = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
+            peaks = config.replace(reduction="softmax", allocation="uniform", value_weight=0.0)
+            for name in names:
+                if name == "dense" or (name == "stem adaptive" and calibrate is None):
+                    continue
+                elif name == "stem adaptive":
+                    attention = calibrate(density, peaks.replace(density=None, allocation="position_decay"))
+                elif name == "stem softmax":
+                    attention = peaks
+                else:
+                    attention = config if name == "stem" else partial(patterns.select, name, config=config)
+                found.append(Method(name, attention, block_size, density))
+    return found
+
+
+def all_names() -> tuple[str, ...]:
+    """What `methods` takes: every pattern and the two variants of Stem."""
+    return (*patterns.names(), "stem softmax", "stem adaptive")
+
+
+def window_control(block_size: int = 64) -> StemConfig:
+    """The method that must fail: one sink block and the two most recent ones, whatever the scores say (our choice)."""
+    return StemConfig(block_size=block_size, k_start=3, decay=1.0, sink_blocks=1, local_blocks=2)
+
+
+@torch.no_grad()
+def answer_scores(model, prompts: Prompts, tokens_per_batch: int | None = None) -> tuple[Tensor, Tensor]:
+    """Teacher-forced answers, in one forward each: log-likelihood fp32 [samples] [nats], all right bool [samples]."""
+    head = model.get_output_embeddings()
+    logp, right = [], []
+    longest = int(prompts.answer_tokens.max())
+    for ids, counts in _batches(model, tokens_per_batch, prompts.ids, prompts.answer_tokens):
+        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -longest - 1 : -1]
+        logits, targets = head(hidden).float(), ids[:, -longest:]
+        asked = torch.arange(longest, device=ids.device) >= longest - counts[:, None]  # answers end together
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        logp.append(-(losses * asked).sum(-1).cpu())
+        right.append(((logits.argmax(-1) == targets) | ~asked).all(-1).cpu())
+    return torch.cat(logp), torch.cat(right)
+
+
+@torch.no_grad()
+def document_losses(model, ids: Tensor, tokens_per_batch: int | None = None) -> Tensor:
+    """Loss of every next token of documents int64 [n, N], all of it prefill: fp32 [n, N - 1] on the CPU [nats]."""
+    head, parts = model.get_output_embeddings(), []
+    for (batch,) in _batches(model, tokens_per_batch, ids):
+        hidden = model.get_decoder()(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        pieces = zip(
+            *(x.split(LOGITS_AT_ONCE[batch.device.type]) for x in (hidden, batch[:, 1:].flatten())), strict=True
+        )
+        losses = [F.cross_entropy(head(h).float(), target, reduction="none") for h, target in pieces]
+        parts.append(torch.cat(losses).view(len(batch), -1).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int | None = None) -> Tensor:
+    """Greedy answers after a sparse prefill, decoded densely: fp32 [samples], share of the answers in the text.
+
+    Raises:
+        ValueError: If the answers differ in length, so that the prompts do.
+    """
+    count = int(prompts.answer_tokens[0])
+    if (prompts.answer_tokens != count).any():
+        raise ValueError(f"answers of {prompts.task} must have one length, got {prompts.answer_tokens.tolist()} tokens")
+    texts = []
+    for (ids,) in _batches(model, tokens_per_batch, prompts.ids[:, :-count]):
+        options = dict(do_sample=False, max_new_tokens=count + 8, pad_token_id=tokenizer.eos_token_id)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        texts += tokenizer.batch_decode(out[:, ids.shape[1] :])
+    hits = [np.mean([answer in text for answer in of]) for text, of in zip(texts, prompts.answers, strict=True)]
+    return torch.tensor(hits, dtype=torch.float32)
+
+
+def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of differences [n] that belong together in pairs."""
+    values = differences.double().numpy()
+    chosen = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+class Comparison:
+    """Measures methods against dense attention on the same samples of one model, and collects rows.
+
+    Dense attention is measured once for each group of samples, when the first method asks for it.
+    """
+
+    def __init__(self, model, tokenizer, name: str, seed: int = 0) -> None:
+        self.model, self.tokenizer, self.name, self.seed = model, tokenizer, name, seed
+        self.rows: list[dict] = []
+        self._dense: dict = {}
+
+    def answers(self, method: Method, prompts: Prompts) -> None:
+        """Add rows of the measures "answer" and "right"."""
+        dense, (logp, right), density = self._both(method, prompts.task, prompts.ids, answer_scores, prompts)
+        about = dict(task=prompts.task, length=prompts.ids.shape[1], density=density)
+        self._add(method, dict(measure="answer", **about), logp, dense[0])
+        self._add(method, dict(measure="right", **about), right.float(), dense[1].float())
+
+    def generated(self, method: Method, prompts: Prompts) -> None:
+        """Add a row of the measure "generated"."""
+        score = partial(generated_scores, tokenizer=self.tokenizer, prompts=prompts)
+        dense, score, density = self._both(method, prompts.task, prompts.ids, lambda model: score(model))
+        about = dict(measure="generated", task=prompts.task, length=prompts.ids.shape[1], density=density)
+        self._add(method, about, score, dense)
+
+    def loss(self, method: Method, kinds: Mapping[str, Tensor], spans: int = 4) -> None:
+        """Add rows of the measure "loss": for each kind its later half, for all kinds together `spans` equal spans."""
+        ids = torch.cat(list(kinds.values()))
+        dense, losses, density = self._both(method, tuple(kinds), ids, document_losses, ids)
+        length, first = ids.shape[1], 0
+        for kind, windows in kinds.items():
+            of = slice(first, first := first + len(windows))
+            self._add_span(method, kind, length, length // 2, length, density, losses[of], dense[of])
+        for i in range(spans):
+            span = (length * i // spans, length * (i + 1) // spans)
+            self._add_span(method, "all", length, *span, density, losses, dense)
+
+    def _add_span(self, method, kind, length, start, stop, density, losses, dense) -> None:
+        about = dict(measure="loss", task=kind, length=length, start=start, stop=stop, density=density)
+        self._add(method, about, losses[:, start:stop].mean(-1), dense[:, start:stop].mean(-1))
+
+    def _both(self, method: Method, group, ids: Tensor, measure, *arguments):
+        """(dense result, the method's, its density); the dense one comes from the first time that these were asked."""
+        key = (measure if measure in (answer_scores, document_losses) else "generated", group, tuple(ids.shape))
+        if key not in self._dense:
+            self._dense[key] = measure(self.model, *arguments)
+        if method.attention is None:
+            return self._dense[key], self._dense[key], 1.0
+        with hf.stem_prefill(self.model, method.attention) as report:
+            result = measure(self.model, *arguments)
+        return self._dense[key], result, report.density()
+
+    def _add(self, method: Method, about: dict, values: Tensor, dense: Tensor) -> None:
+        low, high = interval(values - dense, self.seed)
+        numbers = dict(value=values.mean(), dense=dense.mean(), difference=(values - dense).mean(), low=low, high=high)
+        who = dict(method=method.name, block_size=method.block_size, asked=method.asked)
+        numbers = {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
+        about = about | {"density": round(about["density"], 4)}
+        self.rows.append({**who, **about, **numbers, "count": len(values), "model": self.name, "seed": self.seed})
+
+
+def calibrator(model, tokenizer, length: int):
+    """What `methods` takes as `calibrate`: thresholds are solved on two windows that no comparison reads."""
+    tokens = [tokenizer(text, verbose=False).input_ids for text in calibration_texts()]
+    prompts = [torch.tensor(of[:length]) for of in tokens]
+
+    def solve(density: float, config: StemConfig) -> StemConfig:
+        return stem.calibrate(model, prompts, density, config, tolerance=0.01).config
+
+    return solve
+
+
+def calibration_texts() -> tuple[str, str]:
+    """Python source and English text outside of `documents.KINDS`, each of more than 32 thousand tokens."""
+    names = ("turtle", "_pydecimal", "tokenize", "random", "statistics", "configparser", "imaplib", "smtplib")
+    source = "\n".join(documents.stdlib_documents(names).values())
+    described = Path(importlib.import_module("transformers").__path__[0]) / "training_args.py"
+    return source, described.read_text(encoding="utf-8")
+
+
+def _ordered(task: str, row: Mapping) -> list[str]:
+    """The answers in the one order that a reader would give."""
+    return sorted(row["outputs"], key=row["input"].index) if task == "niah_multivalue" else row["outputs"]
+
+
+def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the tensors together, a batch at a time, on the model's device; the first is [n, tokens]."""
+    device = next(model.parameters()).device
+    tokens = tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    size = max(1, tokens // tensors[0].shape[1])
+    for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        yield tuple(part.to(device) for part in parts)
