@@ -1,11 +1,16 @@
-"""What the methods share: an evenly spread budget of equal cost, and top-k by scores."""
+"""What the methods share: the block grid, budgets of equal cost, filling rows, and the sources' ways to keep blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from numbers import Integral, Real
+
+import torch
 from torch import Tensor
 
 from stem.budget import block_budget, causal_pairs
 from stem.config import StemConfig
+from stem.reference import attention_probabilities
 from stem.scores import mask_future
 from stem.selection import BlockSelection, select_blocks
 
@@ -16,20 +21,34 @@ def block_counts(q: Tensor, k: Tensor, config: StemConfig) -> tuple[int, int]:
     return nk - (k.shape[2] - q.shape[2]) // config.block_size, nk
 
 
-def uniform_budget(config: StemConfig, num_kv_blocks: int) -> StemConfig:
-    """A config with constant rows, forced blocks inside, that costs what `config` costs at this length."""
+def distances(num_kv_blocks: int, device: torch.device) -> Tensor:
+    """i - j of every block pair of a whole prompt: int64 [nk, nk], negative in the future."""
+    index = torch.arange(num_kv_blocks, device=device)
+    return index[:, None] - index
+
+
+def target_pairs(config: StemConfig, num_kv_blocks: int) -> int:
+    """Block pairs that the config's own schedule costs at this length, in one head of a whole prompt."""
     if config.allocation == "adaptive":
         raise ValueError("allocation='adaptive' belongs to the pattern 'stem', got it for a pattern of fixed density")
-    pairs = int(block_budget(num_kv_blocks, config).sum())
+    return int(block_budget(num_kv_blocks, config).sum())
+
+
+def uniform_budget(config: StemConfig, num_kv_blocks: int, row_blocks: int | None = None) -> StemConfig:
+    """A config with constant rows, forced blocks inside: `row_blocks` each, or costing what `config` costs here."""
+    if row_blocks is None:
+        budget = dict(density=target_pairs(config, num_kv_blocks) / causal_pairs(num_kv_blocks), k_start=None)
+    else:
+        budget = dict(density=None, k_start=row_blocks)
     return config.replace(
         allocation="uniform",
-        density=pairs / causal_pairs(num_kv_blocks),
-        k_start=None,
+        threshold=None,
         k_start_regimes=None,
         min_blocks=0,
         dense_last_blocks=0,
         decay_from="first_row",
         forced="inside",
+        **budget,
     )
 
 
@@ -44,3 +63,124 @@ def select_by_scores(
     config = uniform_budget(config, nk).replace(sink_blocks=sink_blocks, local_blocks=local_blocks)
     scores = mask_future(scores.expand(q.shape[0], q.shape[1], nq, nk).clone())
     return select_blocks(scores, block_budget(nk, config), config, q_len=q.shape[2], kv_len=k.shape[2])
+
+
+def select_mask(mask: Tensor, q: Tensor, k: Tensor, config: StemConfig) -> BlockSelection:
+    """A selection from a mask of the prompt's last rows, or of all: bool, broadcastable to [B, Hq, >= nq, nk]."""
+    nq, nk = block_counts(q, k, config)
+    mask = mask[..., -nq:, :].expand(q.shape[0], q.shape[1], nq, nk).tril(nk - nq)
+    return BlockSelection.from_mask(mask, config.block_size, q_len=q.shape[2], kv_len=k.shape[2])
+
+
+def fill_rows(kept: Tensor, scores: Tensor, *, pairs: int | None = None, count: int | None = None) -> Tensor:
+    """Add the same number of best-scoring blocks to every row of a whole prompt.
+
+    Args:
+        kept: bool [nk, nk], what a row keeps anyway.
+        scores: [..., nk, nk], larger = added first, -inf = never; future blocks are masked here.
+        pairs: Block pairs to keep in one head: as many in every row as fit, then one more in the first rows. A row that
+            runs out of blocks leaves its share to the others; nothing is added where `kept` alone exceeds `pairs`.
+        count: The number itself; give one of the two.
+    Returns:
+        bool [..., nk, nk].
+    """
+    scores = mask_future(scores.masked_fill(kept, -torch.inf))
+    free = scores.isfinite().sum(-1).reshape(-1, kept.shape[0])[0].cpu()  # [nk], equal in all heads
+    if pairs is None:
+        quota = free.clamp_max(count)
+    else:
+        left = max(0, pairs - int(kept.tril().sum()))
+        low, high = 0, kept.shape[0]
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if int(free.clamp_max(middle).sum()) <= left else (low, middle - 1)
+        quota = free.clamp_max(low)
+        quota[(free > low).nonzero()[: left - int(quota.sum()), 0]] += 1
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return kept | (rank < quota.to(rank.device)[:, None])
+
+
+def top_share(shares: Tensor, forced: Tensor, share: float) -> Tensor:
+    """Forced blocks, then blocks in descending order, until they hold `share` of their row: bool, shaped like shares.
+
+    Args:
+        shares: >= 0 [..., nq, nk], zero in the future; rows need not sum to 1.
+        forced: bool [nq, nk].
+        share: In (0, 1]; the block that reaches it is kept, ties go to the lower index.
+    """
+    order = torch.where(forced, torch.inf, shares).argsort(dim=-1, descending=True, stable=True)
+    ordered = shares.gather(-1, order)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(shares, dtype=torch.bool)
+    kept.scatter_(-1, order, before < share * shares.sum(-1, keepdim=True))
+    return kept | forced
+
+
+def last_probabilities(q: Tensor, k: Tensor, count: int) -> Tensor:
+    """Attention probabilities of the last `count` queries: [B, Hq, count, Nkv], fp64 for fp64 inputs, else fp32."""
+    kv_position = torch.arange(k.shape[2], device=q.device)
+    q = q[:, :, -count:]
+    causal = kv_position <= torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
+    return attention_probabilities(q, k, causal)[0]
+
+
+def offset_sums(probabilities: Tensor) -> Tensor:
+    """Sum over each diagonal: [..., rows, N] -> [..., N], entry o sums what the rows give to the key o before them."""
+    rows, tokens = probabilities.shape[-2:]
+    sums = probabilities.new_zeros(*probabilities.shape[:-2], tokens)
+    for row in range(rows):
+        visible = tokens - rows + row + 1
+        sums[..., :visible] += probabilities[..., row, :visible].flip(-1)
+    return sums
+
+
+def pool_blocks(x: Tensor, block_size: int) -> Tensor:
+    """Sum over blocks of the last dimension: [..., N] -> [..., nk]."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size))
+    return x.unflatten(-1, (-1, block_size)).sum(-1)
+
+
+def block_means(x: Tensor, block_size: int, offset: int = 0) -> Tensor:
+    """Mean of the rows that exist in each block: [B, H, N, D], row 0 at position `offset` -> [B, H, blocks, D].
+
+    fp64 for fp64 inputs, fp32 otherwise.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    block = torch.arange(offset, offset + x.shape[2], device=x.device) // block_size
+    block = block - block[0]
+    sums = x.new_zeros(*x.shape[:2], int(block[-1]) + 1, x.shape[3], dtype=compute)
+    sums.index_add_(2, block, x.to(compute))
+    return sums / torch.bincount(block)[:, None].to(compute)
+
+
+def bisect(realised: Callable[[float], int], target: float) -> float:
+    """The parameter in [0, 1] whose realised count, which rises with the parameter, is nearest to the target."""
+    low, high = 0.0, 1.0
+    tried = {x: realised(x) for x in (low, high)}
+    for _ in range(40):
+        middle = (low + high) / 2
+        tried[middle] = realised(middle)
+        low, high = (middle, high) if tried[middle] < target else (low, middle)
+    return min(tried, key=lambda x: abs(tried[x] - target))
+
+
+def check_blocks(low: int, **values: int | None) -> None:
+    """Raise unless every value is None or an int >= low; the keyword is the argument's name."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int >= {low}, got {value!r}")
+        if value < low:
+            raise ValueError(f"{name} must be >= {low}, got {value!r}")
+
+
+def check_share(**values: float | None) -> None:
+    """Raise unless every value is None or a number in [0, 1]; the keyword is the argument's name."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
