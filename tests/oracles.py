@@ -76,23 +76,34 @@ def preset_scores(name, q, k, v, block):
 
 
 def softmax_scores(q, k, v, block, stride, cells, value_weight):
-    """Log of each block's share of its row: softmax over sub-block cells, then mean over the query block's cells."""
-    size = block // cells
-    first, nk = (k.shape[2] - q.shape[2]) // block, math.ceil(k.shape[2] / block)
-    grid = first * block  # from here on there are query rows, the missing ones as zeros
-    front, back = (k.shape[2] - q.shape[2]) - grid, nk * block - k.shape[2]
-    q, k = torch.nn.functional.pad(q, (0, 0, front, back)), torch.nn.functional.pad(k, (0, 0, 0, back))
-    logits = antidiagonal_sums(q, k, size, stride) / math.sqrt(q.shape[3]) / (size * size / stride)
+    """Log of each block's share of its row: softmax over sub-block cells, then mean over the query block's cells.
+
+    Cell by cell, from the definition: the logit of a cell pair is the mean of q.k over its antidiagonal samples, missing
+    rows as zeros, corrected for the rows that exist; cells without a query do not count.
+    """
+    size, scale = block // cells, 1 / math.sqrt(q.shape[3])
+    kv_len, q_start, nk = k.shape[2], k.shape[2] - q.shape[2], math.ceil(k.shape[2] / block)
+    first = q_start // block
+    k = repeat_heads(k, q.shape[1])
     term = repeat_heads(log_value_term(v, block), q.shape[1])
     scores = torch.full((*q.shape[:2], nk - first, nk), -math.inf, dtype=torch.float64)
+    products = q.double() @ k.double().mT
     for i in range(first, nk):
-        shares = torch.zeros(*q.shape[:2], nk, dtype=torch.float64)
-        for cell in range(i * cells, (i + 1) * cells):
-            row = logits[:, :, cell - first * cells].clone()
-            row += value_weight * term.repeat_interleave(cells, -1)
-            row[..., cell + 1 :] = -math.inf
-            shares += row.softmax(-1).unflatten(-1, (nk, cells)).sum(-1) / cells
-        scores[:, :, i - first] = shares.log()
+        shares, counted = torch.zeros(*q.shape[:2], nk, dtype=torch.float64), 0
+        for start in range(i * block, (i + 1) * block, size):
+            queries = range(max(start, q_start), min(start + size, kv_len))
+            if not queries:
+                continue
+            counted += 1
+            weights = torch.zeros(*q.shape[:2], nk, dtype=torch.float64)
+            for key_start in range(0, queries[-1] + 1, size):
+                keys = range(key_start, min(key_start + size, kv_len))
+                sampled = torch.tensor([[(a - start + b - key_start + 1) % stride == 0 for b in keys] for a in queries])
+                cell = products[:, :, queries[0] - q_start : queries[-1] + 1 - q_start, keys[0] : keys[-1] + 1]
+                logit = (cell * sampled).sum((-2, -1)) * scale * stride / (len(queries) * len(keys))
+                weights[..., key_start // block] += (logit + value_weight * term[..., key_start // block]).exp()
+            shares += weights / weights.sum(-1, keepdim=True)
+        scores[:, :, i - first] = (shares / counted).log()
     return hide_future(scores)
 
 

@@ -93,14 +93,16 @@ def test_head_dims(head_dim, impl):
     torch.testing.assert_close(scores.double(), oracle, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cells", [1, 2, 4])
+@pytest.mark.parametrize("cells, stride", [(2, 8), (4, 4), (8, 1)])
 @pytest.mark.parametrize("shape", ["ragged-9/3", "chunk-unaligned"])
-def test_softmax_over_cells(shape, cells):
+def test_softmax_over_cells(shape, cells, stride):
     *sizes, block = SHAPES[shape]
     q, k, v = draw(*sizes)
-    config = StemConfig(block_size=block, reduction="softmax", score_cells=cells, score_stride=8, value_weight=0.3)
-    oracle = oracles.softmax_scores(4 * q, k, v, block, 8, cells, 0.3)
+    config = StemConfig(block_size=block, reduction="softmax", score_cells=cells, score_stride=stride, value_weight=0.3)
+    oracle = oracles.softmax_scores(4 * q, k, v, block, stride, cells, 0.3)
     torch.testing.assert_close(block_scores(4 * q, k, v, config), oracle, rtol=1e-9, atol=1e-9)
+    kernel = block_scores(*(x.float() for x in (4 * q, k, v)), config, impl="triton")
+    torch.testing.assert_close(kernel.double(), oracle, rtol=1e-4, atol=1e-4)
 
 
 def test_softmax_scores_are_shares_of_a_row():

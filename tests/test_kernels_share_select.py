@@ -1,0 +1,49 @@
+"""Selection by share: the kernel keeps what the definition says, row by row."""
+
+import pytest
+import torch
+
+from stem import StemConfig, block_budget, select_blocks
+from stem.kernels.share_select import select_above
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def keep_above(scores, threshold, sink_blocks, local_blocks):
+    """Block mask from the definition, one row at a time."""
+    nq, nk = scores.shape[-2:]
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    for row in range(nq):
+        q_block = nk - nq + row
+        shares = scores[..., row, : q_block + 1].nan_to_num(nan=-torch.inf, neginf=-torch.inf).double().softmax(-1)
+        mask[..., row, : q_block + 1] = shares > threshold
+        mask[..., row, q_block - min(q_block, max(local_blocks, 1) - 1) : q_block + 1] = True
+        mask[..., row, : min(sink_blocks, q_block + 1)] = True
+    return mask
+
+
+@pytest.mark.parametrize("nq, nk", [(1, 1), (5, 5), (3, 9), (17, 40)])
+@pytest.mark.parametrize("threshold, sink_blocks, local_blocks", [(0.05, 1, 1), (0.2, 0, 0), (1.0, 2, 3), (1e-9, 0, 1)])
+def test_lists_are_those_of_the_definition(nq, nk, threshold, sink_blocks, local_blocks):
+    scores = 3 * torch.randn(2, 3, nq, nk, device=DEVICE)
+    scores[0, 0, 0, 0] = torch.nan
+    expected = keep_above(scores, threshold, sink_blocks, local_blocks)
+    kv_indices, kv_num_blocks = select_above(scores, threshold, sink_blocks, local_blocks)
+    assert torch.equal(kv_num_blocks.long(), expected.sum(-1))
+    for index in torch.cartesian_prod(*map(torch.arange, (2, 3, nq))).tolist():
+        count = int(kv_num_blocks[*index])
+        assert kv_indices[*index, :count].tolist() == expected[*index].nonzero()[:, 0].tolist()
+        assert not kv_indices[*index, count:].any()
+
+
+def test_both_implementations_of_select_blocks_agree():
+    scores = 2 * torch.randn(1, 4, 12, 12, device=DEVICE)
+    config = StemConfig(
+        block_size=16, score_stride=4, allocation="adaptive", threshold=0.08, sink_blocks=1, local_blocks=2
+    )
+    budget = block_budget(12, config)
+    torch_mask, triton_mask = (
+        select_blocks(scores, budget, config, impl=impl).to_mask() for impl in ("torch", "triton")
+    )
+    assert torch.equal(torch_mask, triton_mask)
+    assert 0 < int((~torch_mask).sum())
