@@ -6,9 +6,11 @@ import oracles
 import pattern_oracles
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import stem
-from stem import StemConfig, patterns
+from stem import StemConfig, hf, patterns
+from stem.harness import method_from_options
 
 BLOCK = 16
 CONFIG = StemConfig(block_size=BLOCK, score_stride=4, density=0.45, sink_blocks=2, local_blocks=2)
@@ -406,6 +408,24 @@ def test_half_precision(name, dtype):
     half = patterns.select(name, q.to(dtype), k.to(dtype), v.to(dtype), CONFIG).to_mask()
     full = patterns.select(name, q.to(dtype).float(), k.to(dtype).float(), v.to(dtype).float(), CONFIG).to_mask()
     assert (half != full).float().mean() < 0.02  # sums of bf16 products in fp32
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=50)
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_reads_a_prompt_whole_and_in_chunks(name, model):
+    ids = torch.randint(50, (1, 250))
+    method = method_from_options(dict(pattern=name, density=0.45, block_size=16, score_stride=4, sink_blocks=1))
+    with torch.no_grad(), hf.stem_prefill(model, method) as report:
+        first = model(ids[:, :160])
+        assert (report.density() == 1) == (name == "dense")
+        second = model(ids[:, 160:], past_key_values=first.past_key_values)
+    assert second.logits.isfinite().all() and second.logits.shape[1] == 90
 
 
 def test_oracles_keep_the_most_mass():

@@ -11,7 +11,7 @@ from torch import Tensor
 from stem.budget import block_budget, causal_pairs
 from stem.config import StemConfig
 from stem.reference import attention_probabilities
-from stem.scores import mask_future
+from stem.scores import mask_future, pad_to_grid
 from stem.selection import BlockSelection, select_blocks
 
 
@@ -146,11 +146,9 @@ def block_means(x: Tensor, block_size: int, offset: int = 0) -> Tensor:
     fp64 for fp64 inputs, fp32 otherwise.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    block = torch.arange(offset, offset + x.shape[2], device=x.device) // block_size
-    block = block - block[0]
-    sums = x.new_zeros(*x.shape[:2], int(block[-1]) + 1, x.shape[3], dtype=compute)
-    sums.index_add_(2, block, x.to(compute))
-    return sums / torch.bincount(block)[:, None].to(compute)
+    exists = pad_to_grid(x.new_ones(1, 1, x.shape[2], 1, dtype=compute), block_size, offset)
+    x = pad_to_grid(x.to(compute), block_size, offset)
+    return x.unflatten(2, (-1, block_size)).sum(3) / exists.unflatten(2, (-1, block_size)).sum(3)
 
 
 def bisect(realised: Callable[[float], int], target: float) -> float:
