@@ -1,7 +1,7 @@
 """What a trained model can do, as rows: its curve, its loss by position, its answers by distance.
 
 A row is one number: `value` is the mean of `count` measurements whose `place` (step, position or distance) lies in
-start..stop - 1, for one attention in training and one in inference. Evaluation reads the validation split.
+start..stop - 1. Evaluation reads the validation split.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from stem.model import LanguageModel
 from stem.tasks import IGNORED, make_batch
 from stem.train import TrainConfig
 
-CURVES = ("loss_text", "loss_recall", "grad_norm", "tokens_per_second")
+CURVES = ("loss_", "grad_norm")  # beginnings of the columns of a log that become rows
+SPIKE = 4.0  # a gradient norm this many times the median of the 25 steps before it counts as a spike
 
 
 @torch.no_grad()
@@ -39,12 +40,12 @@ def read(
     for index in range(num_rows):
         batch = make_batch([task], [index], seq_len, seed=seed, split="validation")
         asked = batch.targets[0] != IGNORED
-        targets = batch.targets[0, asked]
+        targets = batch.targets[0, asked].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(batch.inputs.to(device))[0].float().cpu()[asked]  # [M, vocab]
+            logits = model(batch.inputs.to(device))[0, asked.to(device)].float()  # [M, vocab]
         values = {"position": asked.nonzero()[:, 0], "distance": batch.distance[0, asked]}
         values |= {"loss": F.cross_entropy(logits, targets, reduction="none"), "correct": logits.argmax(-1) == targets}
-        lines.append(pd.DataFrame({name: value.numpy() for name, value in values.items()}))
+        lines.append(pd.DataFrame({name: value.cpu().numpy() for name, value in values.items()}))
     return pd.concat(lines, ignore_index=True)
 
 
@@ -68,41 +69,50 @@ def binned(frame: pd.DataFrame, value: str, place: str, edges: Sequence[int]) ->
 
 
 def curve_rows(config: TrainConfig, num_bins: int = 30) -> list[dict]:
-    """A finished run's log as rows: means over `num_bins` bins of steps of those `CURVES` that it holds."""
+    """A finished run's log as rows: means over `num_bins` bins of steps of its `CURVES`, and two rows of stability.
+
+    Those are "spikes", the number of steps whose gradient norm is over `SPIKE` times the median of the 25 steps before
+    it, and "largest_spike", the largest such ratio.
+    """
     log = pd.read_csv(Path(config.out) / "log.csv")
     edges = sorted({1 + round(config.steps * i / num_bins) for i in range(num_bins + 1)})
-    rows = [row for name in CURVES if name in log for row in binned(log, name, "step", edges)]
-    about = dict(trained=config.attention, inferred=config.attention, seed=config.seed, seq_len=config.seq_len)
-    return [about | dict(task=config.tasks) | row for row in rows]
+    rows = []
+    for name in log.columns[log.columns.str.startswith(CURVES)]:
+        rows += binned(log.dropna(subset=name), name, "step", edges)
+    ratio = log.grad_norm / log.grad_norm.shift().rolling(25, min_periods=5).median()
+    whole = dict(place="step", start=1, stop=config.steps + 1, count=config.steps)
+    rows.append(dict(measure="spikes", value=int((ratio > SPIKE).sum())) | whole)
+    rows.append(dict(measure="largest_spike", value=ratio.max()) | whole)
+    return [dict(seq_len=config.seq_len, task=config.tasks) | row for row in rows]
 
 
 def evaluation_rows(
-    model: LanguageModel, config: TrainConfig, inferred: str, seq_lens: Sequence[int], num_rows: int
+    model: LanguageModel,
+    seq_lens: Sequence[int],
+    num_rows: int,
+    *,
+    tasks: Sequence[str] = ("text", "recall"),
+    seed: int = 0,
+    bf16: bool = False,
 ) -> list[dict]:
-    """Loss by position on text, and correct answers by distance on recall, with another attention if asked.
+    """Loss by position on text and correct answers by distance on the other tasks, with the model's present attention.
 
     Args:
-        model: Trained by `config`; left with the attention it came with.
-        config: Its training settings, for the columns and the seed.
-        inferred: "dense" or one of stem.patterns.names().
+        model: In eval mode.
         seq_lens: Lengths to read, inside and beyond the training length.
         num_rows: Rows of each task at the longest length; shorter ones get as many tokens.
+        tasks, seed, bf16: As in `read`.
     Returns:
         Rows; measure is "loss" (place "position", 8 equal bins) or "correct" (place "distance", doubling bins).
     """
-    own, model.attention = model.attention, inferred
     rows = []
     for seq_len in seq_lens:
-        about = dict(trained=config.attention, inferred=inferred, seed=config.seed, seq_len=seq_len)
-        count = num_rows * max(seq_lens) // seq_len
-        text, recall = (
-            read(model, task, seq_len, count, seed=config.seed, bf16=config.bf16) for task in ("text", "recall")
-        )
         eighths = [seq_len * i // 8 for i in range(9)]
-        doublings = [1] + [2**i for i in range(4, seq_len.bit_length())] + [seq_len]
-        rows += [about | dict(task="text") | row for row in binned(text, "loss", "position", eighths)]
-        rows += [about | dict(task="recall") | row for row in binned(recall, "correct", "distance", doublings)]
-    model.attention = own
+        doublings = [1] + [2**i for i in range(4, seq_len.bit_length()) if 2**i < seq_len] + [seq_len]
+        for task in tasks:
+            lines = read(model, task, seq_len, num_rows * max(seq_lens) // seq_len, seed=seed, bf16=bf16)
+            what = ("loss", "position", eighths) if task == "text" else ("correct", "distance", doublings)
+            rows += [dict(seq_len=seq_len, task=task) | row for row in binned(lines, *what)]
     return rows
 
 

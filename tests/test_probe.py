@@ -78,13 +78,21 @@ def test_rows_of_a_run(tmp_path):
     )
     model = train(config)
     curve = pd.DataFrame(probe.curve_rows(config, num_bins=3))
-    assert set(curve.measure) == set(probe.CURVES) and (curve["count"] == 2).all()
+    assert set(curve.measure) == {"loss_text", "loss_recall", "grad_norm", "spikes", "largest_spike"}
+    assert (curve[~curve.measure.str.contains("spike")]["count"] == 2).all()
 
-    own = pd.DataFrame(probe.evaluation_rows(model, config, "stem", [64, 128], num_rows=2))
-    dense = pd.DataFrame(probe.evaluation_rows(model, config, "dense", [64, 128], num_rows=2))
-    assert model.attention == "stem", "left as it came"
+    own = pd.DataFrame(probe.evaluation_rows(model, [64, 128], num_rows=2))
+    model.attention = "dense"
+    dense = pd.DataFrame(probe.evaluation_rows(model, [64, 128], num_rows=2))
     assert set(own.measure) == {"loss", "correct"} and set(own.seq_len) == {64, 128}
     assert set(own.columns) == set(curve.columns)
     loss = own.measure == "loss"
     assert not own[loss].value.equals(dense[loss].value), "another attention reads differently"
     assert own[loss & (own.seq_len == 64)]["count"].sum() == own[loss & (own.seq_len == 128)]["count"].sum() == 256
+
+
+def test_a_spike_is_a_jump_over_the_steps_before(tmp_path):
+    norms = [1.0] * 20 + [3.9] + [1.0] * 10 + [9.0] + [1.0] * 8
+    pd.DataFrame(dict(step=range(1, 41), loss_text=0.0, grad_norm=norms)).to_csv(tmp_path / "log.csv", index=False)
+    rows = pd.DataFrame(probe.curve_rows(TrainConfig(out=str(tmp_path), steps=40))).set_index("measure")
+    assert rows.value["spikes"] == 1 and rows.value["largest_spike"] == pytest.approx(9.0)
