@@ -12,7 +12,9 @@ group of rows holds the control, a short window, which must fail: where it does 
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stem
-from stem import documents, hf, patterns, ruler
+from stem import documents, hf, patterns, pretrained, records, ruler
 from stem.config import StemConfig
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multiquery", "ruler_vt")
@@ -77,7 +79,7 @@ def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0
     rows = ruler.stored_samples(task, tokenizer, length, samples, seed)
     prompts = tokenizer([f"{row['input']} {row['gen_prefix']}" for row in rows], verbose=False).input_ids
     answers = tokenizer([" " + ", ".join(_ordered(task, row)) for row in rows]).input_ids
-    filler = tokenizer(documents.prose(), verbose=False).input_ids[-length:]
+    filler = tokenizer(documents.prose()[-8 * length :], verbose=False).input_ids[-length:]
     ids = []
     for prompt, answer in zip(prompts, answers, strict=True):
         missing = length - len(prompt) - len(answer)
@@ -114,7 +116,8 @@ def methods(
         found.append(Method("window", window_control(block_size), block_size))
         for density in densities:
             config = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
-            peaks = config.replace(reduction="softmax", allocation="uniform", value_weight=0.0)
+            stride = min(config.score_stride, block_size // config.score_cells)
+            peaks = config.replace(reduction="softmax", allocation="uniform", value_weight=0.0, score_stride=stride)
             for name in names:
                 if name == "dense" or (name == "stem adaptive" and calibrate is None):
                     continue
@@ -193,6 +196,53 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
     chosen = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure; `PLANS` holds the profiles."""
+
+    lengths: tuple[int, ...]
+    """Tokens of every sample."""
+
+    tasks: tuple[str, ...] = TASKS
+    samples: int = 100
+    """Of each task."""
+
+    windows: int = 6
+    """Documents of each kind."""
+
+    names: tuple[str, ...] = ()
+    """Methods, as `methods` takes them; empty means `all_names()`."""
+
+    densities: tuple[float, ...] = (0.1, 0.16, 0.25, 0.5)
+    block_sizes: tuple[int, ...] = (64, 128)
+    asked_everywhere: tuple[str, ...] = ("stem", "stem softmax", "stem adaptive", "xattention", "a_shape")
+    """Methods that answer tasks at every density and block size; the others do at `asked_at`, and read documents."""
+
+    asked_at: tuple[float, int] = (0.25, 64)
+    """(density, block size) at which every method answers tasks."""
+
+    generating: tuple[str, ...] = ("stem",)
+    """Methods that also generate at `asked_at`, beside dense attention and the control."""
+
+    def answers(self, method: Method) -> bool:
+        """Whether a method answers tasks here, teacher-forced."""
+        return method.asked is None or method.name in self.asked_everywhere or self._headline(method)
+
+    def generates(self, method: Method) -> bool:
+        """Whether it generates as well."""
+        known = method.name in self.generating and self._headline(method)
+        return known or method.name == "dense" or (method.name, method.block_size) == ("window", self.asked_at[1])
+
+    def _headline(self, method: Method) -> bool:
+        return (method.asked, method.block_size) == self.asked_at
+
+
+PLANS = {
+    "smoke": Plan((1024,), TASKS[:2], 2, 1, ("stem", "xattention"), (0.5,), (32,), asked_at=(0.5, 32)),
+    "full": Plan((4096, 8192)),
+}
 
 
 class Comparison:
@@ -287,3 +337,46 @@ def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[
     size = max(1, tokens // tensors[0].shape[1])
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         yield tuple(part.to(device) for part in parts)
+
+
+def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> list[dict]:
+    """All rows of a plan.
+
+    Args:
+        plan: What to measure.
+        model, tokenizer: From `stem.pretrained.load`.
+        name: Of the model, for the rows.
+        seed: Of the RULER samples and the bootstrap.
+        show: Called with a progress line after each length.
+    """
+    comparison, started = Comparison(model, tokenizer, name, seed), time.monotonic()
+    for length in plan.lengths:
+        prompts = [exact_prompts(task, tokenizer, length, plan.samples, seed) for task in plan.tasks]
+        kinds = document_windows(tokenizer, length, plan.windows)
+        calibrate = calibrator(model, tokenizer, length)
+        found = methods(plan.names or all_names(), plan.densities, plan.block_sizes, calibrate)
+        for method in [Method("dense"), *found]:
+            comparison.loss(method, kinds)
+            for of in prompts if plan.answers(method) else ():
+                comparison.answers(method, of)
+            for of in prompts if plan.generates(method) else ():
+                comparison.generated(method, of)
+        show(f"{length} tokens: {len(comparison.rows)} rows, {time.monotonic() - started:.0f} s")
+    return comparison.rows
+
+
+def main() -> None:
+    """Measure and write results/evaluation/."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
+    parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model, tokenizer = pretrained.load(arguments.model, dtype=dtype)
+    rows = run(PLANS[arguments.profile], model, tokenizer, Path(model.name_or_path).name, arguments.seed)
+    print("wrote", records.write_rows("evaluation", rows, arguments.profile))
+
+
+if __name__ == "__main__":
+    main()

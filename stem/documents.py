@@ -19,7 +19,7 @@ EVALUATED_MODULES = (
     "pdb", "pickle", "pydoc", "shutil", "subprocess", "tarfile", "threading", "typing",
 )  # fmt: skip
 DOCUMENTED = ("torch._torch_docs", "torch._tensor_docs", "numpy._core._add_newdocs")
-HEADER_FOLDERS = ("ATen/core", "c10", "fmt", "pybind11")
+HEADER_FOLDERS = ("ATen/core", "c10/core", "fmt")
 
 
 def stdlib_documents(names: Sequence[str] | None = LONG_MODULES, min_chars: int = 0) -> dict[str, str]:
@@ -62,7 +62,7 @@ def reference() -> str:
 
 
 def headers() -> str:
-    """C++: the headers of torch's core, and of the fmt and pybind11 that come with it, 4 MB."""
+    """C++: the headers of torch's core and of the fmt library that comes with it, 2 MB."""
     root = _package_folder("torch") / "include"
     paths = [path for folder in HEADER_FOLDERS for path in sorted((root / folder).rglob("*.h"))]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths)

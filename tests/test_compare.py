@@ -1,0 +1,150 @@
+"""Methods on equal samples: what is scored, that pairs are pairs, and that the plan asks what it says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import stem
+from stem import compare, documents, pretrained, ruler
+
+SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, initializer_range=0.3, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """RULER's samples without lm-eval: questions of different lengths, with answers of one or of two words."""
+
+    def samples(task, tokenizer, length, samples, seed=0):
+        text = " ".join(documents.words(documents.prose())[: length // 3])
+        return [
+            {"input": f"{text} two {'five ' * i}one?", "gen_prefix": "They are", "outputs": ["one", "two"][: 1 + i % 2]}
+            for i in range(samples)
+        ]
+
+    monkeypatch.setattr(ruler, "stored_samples", samples)
+
+
+def test_prompts_have_the_length_they_say_and_end_with_the_answer(rows, tokenizer):
+    prompts = compare.exact_prompts("niah_multikey_1", tokenizer, 512, 3)
+    assert prompts.ids.shape == (3, 512)
+    for ids, count, answers in zip(prompts.ids, prompts.answer_tokens, prompts.answers, strict=True):
+        assert tokenizer.decode(ids[-count:]) == " " + ", ".join(answers)
+        assert tokenizer.decode(ids).endswith(f"They are {', '.join(answers)}")
+    several = compare.exact_prompts("niah_multivalue", tokenizer, 512, 2)
+    assert tokenizer.decode(several.ids[1]).endswith("They are two, one")  # in the order of the text
+
+
+def test_tasks_without_an_order_of_answers_and_lengths_that_do_not_fit_are_named(rows, tokenizer):
+    with pytest.raises(ValueError, match="task must be one of .*'ruler_cwe'"):
+        compare.exact_prompts("ruler_cwe", tokenizer, 512, 1)
+    with pytest.raises(ValueError, match="length=8: a sample of niah_single_1 has"):
+        compare.exact_prompts("niah_single_1", tokenizer, 8, 1)
+
+
+def test_answers_are_scored_as_all_logits_say_whatever_the_batch(rows, tokenizer, model):
+    prompts = compare.exact_prompts("niah_multikey_1", tokenizer, 256, 3)
+    logp, right = compare.answer_scores(model, prompts, tokens_per_batch=512)
+    with torch.no_grad():
+        logits = model(prompts.ids).logits
+    for i, count in enumerate(prompts.answer_tokens):
+        losses = F.cross_entropy(logits[i, -count - 1 : -1], prompts.ids[i, -count:], reduction="none")
+        assert float(logp[i]) == pytest.approx(-losses.sum().item(), rel=1e-4)
+        assert bool(right[i]) == bool((logits[i, -count - 1 : -1].argmax(-1) == prompts.ids[i, -count:]).all())
+
+
+def test_document_losses_are_those_of_all_logits(model):
+    ids = torch.randint(1000, (2, 96))
+    losses = compare.document_losses(model, ids)
+    with torch.no_grad():
+        logits = model(ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 95)
+    assert torch.allclose(losses, expected, atol=1e-4)
+
+
+def test_rows_hold_the_difference_to_dense_on_the_same_samples(rows, tokenizer, model):
+    comparison = compare.Comparison(model, tokenizer, "tiny")
+    prompts = compare.exact_prompts("niah_multikey_1", tokenizer, 256, 4)
+    method = compare.Method("stem", SPARSE, 16, 0.4)
+    for of in (compare.Method("dense"), method):
+        comparison.answers(of, prompts)
+        comparison.loss(of, {"a": torch.randint(1000, (2, 64)), "b": torch.randint(1000, (2, 64))})
+    dense, sparse = ([row for row in comparison.rows if row["method"] == name] for name in ("dense", "stem"))
+    assert len(dense) == len(sparse) == 2 + 2 + 4
+    assert all(row["difference"] == row["low"] == row["high"] == 0 and row["density"] == 1 for row in dense)
+    for ours, theirs in zip(sparse, dense, strict=True):
+        assert ours["dense"] == theirs["value"]
+        assert ours["difference"] == pytest.approx(ours["value"] - ours["dense"], rel=1e-2, abs=1e-3)
+        assert ours["low"] <= ours["difference"] <= ours["high"] and 0.3 < ours["density"] < 0.5
+    answer = sparse[0]
+    with stem.hf.stem_prefill(model, SPARSE):
+        logp, _ = compare.answer_scores(model, prompts)
+    assert answer["value"] == pytest.approx(float(logp.mean()), rel=1e-4) and answer["count"] == 4
+    assert [(row["start"], row["stop"]) for row in sparse[4:]] == [(0, 16), (16, 32), (32, 48), (48, 64)]
+
+
+def test_the_interval_covers_the_mean_and_shrinks_with_samples():
+    draws = torch.randn(400) + 3
+    low, high = compare.interval(draws)
+    assert low < float(draws.mean()) < high and high - low == pytest.approx(4 / 20, rel=0.25)
+    assert compare.interval(torch.ones(5)) == (1.0, 1.0)
+
+
+def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
+    asked = []
+
+    def calibrate(density, config):
+        asked.append(density)
+        return config.replace(allocation="adaptive", threshold=0.1)
+
+    found = compare.methods(compare.all_names(), (0.1, 0.5), (64, 128), calibrate)
+    assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1))
+    controls = [method for method in found if method.name == "window"]
+    assert [method.block_size for method in controls] == [64, 128] and asked == [0.1, 0.5] * 2
+    (adaptive, *_) = [method.attention for method in found if method.name == "stem adaptive"]
+    assert adaptive.reduction == "softmax" and adaptive.threshold == 0.1
+    budget = stem.block_budget(20, compare.window_control(64))
+    assert budget.tolist()[:4] == [1, 2, 3, 3] and budget[-1] == 3
+
+
+def test_a_plan_asks_everybody_once_and_few_everywhere():
+    plan = compare.Plan((1024,), asked_everywhere=("stem",))
+    everywhere, once = compare.Method("stem", SPARSE, 128, 0.1), compare.Method("random", SPARSE, 128, 0.1)
+    assert plan.answers(everywhere) and not plan.answers(once)
+    assert plan.answers(compare.Method("random", SPARSE, 64, 0.25)) and plan.answers(compare.Method("dense"))
+    assert plan.generates(compare.Method("dense")) and not plan.generates(everywhere)
+    assert plan.generates(compare.Method("window", SPARSE, 64))
+    assert not plan.generates(compare.Method("window", SPARSE, 128))
+
+
+def test_a_small_plan_runs(rows, tokenizer, model, monkeypatch):
+    monkeypatch.setattr(documents, "KINDS", {"prose": lambda: documents.prose()[:9000]})
+    monkeypatch.setattr(compare.document_windows, "__defaults__", (("prose",),))
+    plan = compare.Plan((256,), ("niah_multikey_2",), 1, 1, ("stem", "random"), (0.5,), (32,), asked_at=(0.5, 32))
+    found = compare.run(plan, model, tokenizer, "tiny", show=lambda line: None)
+    measures = {(row["method"], row["measure"]) for row in found}
+    assert {("window", "generated"), ("stem", "answer"), ("random", "loss"), ("dense", "right")} <= measures
+    assert ("random", "generated") not in measures
+
+
+@pytest.mark.parametrize("kind", list(documents.KINDS))
+def test_every_kind_of_document_is_long_and_its_windows_do_not_overlap(kind):
+    text = documents.KINDS[kind]()
+    assert len(text) > 300_000
+    found = documents.windows(range(1000), 90, 11)
+    assert [len(of) for of in found] == [90] * 11 and found[1][0] == 90
+    with pytest.raises(ValueError, match="count=12 windows of length=90 need 1080 tokens, got 1000"):
+        documents.windows(range(1000), 90, 12)
