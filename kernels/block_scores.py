@@ -1,7 +1,12 @@
-"""Block scores: group sums of queries and keys, value norms, and the GEMM that pairs the sums.
+"""Block scores: group sums of queries and keys, the value term, and the GEMM that pairs the sums.
 
 The antidiagonal score of a block pair is a mean of dot products without a softmax, so it is linear in q and in k, and
-the sum over sampled pairs becomes one dot product of group sums (`block_sums`), `stride * D` wide.
+the sum over sampled pairs becomes one dot product of group sums, `stride * D` wide. `score_inputs` reads q, k and v
+once and makes all that the GEMM needs.
+
+Sums of 16-bit inputs are stored as two bf16 parts, high + low, which together keep 16 bits of the fp32 sum: the GEMM
+then is three bf16 products (high * high, high * low, low * high), faster than any product of fp32 operands. Sums of
+fp32 inputs stay fp32.
 """
 
 import torch
@@ -10,9 +15,158 @@ import triton.language as tl
 
 MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program keeps in registers
 DIM_TILE = 64  # dimensions of V that are squared and added at a time
-SCORE_TILE = 64  # query and key blocks of one tile of scores
-DEPTH_TILE = 32  # depth of one step of the score GEMM
 PRECISION = "ieee" if torch.version.hip else "tf32x3"  # fp32 products, on NVIDIA by three tf32 products
+LOG_EPS = tl.constexpr(1e-6)  # added to value norms before the logarithm; smallest deviation of a z-score
+NORM_TILE = 1024  # value norms that standardize_kernel holds at a time
+
+
+@triton.jit
+def store_split(ptr, offsets, x, part_stride, mask):
+    """Store fp32 `x` as it is, or as high and low bf16 parts, `part_stride` elements apart."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        high = x.to(tl.bfloat16)
+        tl.store(ptr + offsets, high, mask=mask)
+        tl.store(ptr + part_stride + offsets, (x - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(ptr + offsets, x, mask=mask)
+
+
+@triton.jit
+def add_groups(
+    x_ptr,
+    sums_ptr,
+    first_row,
+    first_group,
+    num_rows,
+    stride_n,
+    stride_d,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Sums of GROUPS groups of the block that starts at first_row of a head (negative before a chunk's start)."""
+    groups, dims = first_group + tl.arange(0, GROUPS), tl.arange(0, BLOCK_D)
+    sums = tl.zeros([GROUPS, BLOCK_D], tl.float32)
+    for sample in tl.static_range(BLOCK_SIZE // STRIDE):
+        rows = first_row + sample * STRIDE + groups
+        exists = ((rows >= 0) & (rows < num_rows))[:, None] & (dims < HEAD_DIM)[None, :]
+        tile = tl.load(x_ptr + rows[:, None] * stride_n + dims[None, :] * stride_d, mask=exists, other=0.0)
+        sums += tile.to(tl.float32)  # [GROUPS, BLOCK_D]
+    slots = STRIDE - 1 - groups if REVERSE else groups
+    store_split(
+        sums_ptr, slots[:, None] * HEAD_DIM + dims[None, :], sums, STRIDE * HEAD_DIM, (dims < HEAD_DIM)[None, :]
+    )
+
+
+@triton.jit
+def largest_norms(
+    v_ptr,
+    first_row,
+    num_rows,
+    stride_n,
+    stride_d,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Largest L2 norm in each group of GROUP_SIZE consecutive rows of a block, [groups]; 0 where no row exists."""
+    rows = first_row + tl.arange(0, BLOCK_SIZE)
+    squares = tl.zeros([BLOCK_SIZE], tl.float32)
+    for dim_start in tl.static_range(0, HEAD_DIM, DIM_TILE):
+        dims = dim_start + tl.arange(0, DIM_TILE)
+        exists = (rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :]
+        tile = tl.load(v_ptr + rows[:, None] * stride_n + dims[None, :] * stride_d, mask=exists, other=0.0)
+        tile = tile.to(tl.float32)  # [BLOCK_SIZE, DIM_TILE]
+        squares += tl.sum(tile * tile, axis=1)
+    return tl.max(tl.reshape(tl.sqrt(squares), [BLOCK_SIZE // GROUP_SIZE, GROUP_SIZE]), axis=1)
+
+
+@triton.jit
+def split_pair(index, num_heads):
+    """Batch entry and head of a flat index, int64."""
+    index = index.to(tl.int64)
+    return index // num_heads, index % num_heads
+
+
+@triton.jit
+def score_inputs_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_sums_ptr,
+    k_sums_ptr,
+    values_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    num_q_heads,
+    num_kv_heads,
+    num_queries,
+    num_keys,
+    num_q_blocks,
+    num_kv_blocks,
+    num_q_programs,
+    offset,
+    value_weight,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LOG_TERM: tl.constexpr,
+):
+    """One program reads one block of q, or one of k and of v.
+
+    Grid: (num_q_programs + B * Hkv * nk, STRIDE / GROUPS), with num_q_programs = B * Hq * nq. LOG_TERM: values_ptr
+    takes the weighted value term of the block, [nk]; otherwise the largest norm of each of its groups, [nk, groups].
+    """
+    program = tl.program_id(0)
+    first_group = tl.program_id(1) * GROUPS
+    depth: tl.constexpr = STRIDE * HEAD_DIM
+    if program < num_q_programs:
+        block, batch_head = program % num_q_blocks, program // num_q_blocks
+        batch, head = split_pair(batch_head, num_q_heads)
+        first_row = (offset // BLOCK_SIZE + block).to(tl.int64) * BLOCK_SIZE - offset
+        add_groups(
+            q_ptr + batch * stride_qb + head * stride_qh, q_sums_ptr + program.to(tl.int64) * PARTS * depth,
+            first_row, first_group, num_queries, stride_qn, stride_qd,
+            HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, True,
+        )  # fmt: skip
+    else:
+        kv_program = program - num_q_programs
+        block, batch_head = kv_program % num_kv_blocks, kv_program // num_kv_blocks
+        batch, head = split_pair(batch_head, num_kv_heads)
+        first_row = block.to(tl.int64) * BLOCK_SIZE
+        add_groups(
+            k_ptr + batch * stride_kb + head * stride_kh, k_sums_ptr + kv_program.to(tl.int64) * PARTS * depth,
+            first_row, first_group, num_keys, stride_kn, stride_kd,
+            HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, False,
+        )  # fmt: skip
+        if first_group == 0:
+            v_ptr += batch * stride_vb + head * stride_vh
+            norms = largest_norms(
+                v_ptr, first_row, num_keys, stride_vn, stride_vd, HEAD_DIM, DIM_TILE, BLOCK_SIZE, STRIDE
+            )
+            if LOG_TERM:
+                tl.store(values_ptr + kv_program, value_weight * tl.maximum(tl.log(tl.max(norms, axis=0)), 0.0))
+            else:
+                num_groups: tl.constexpr = BLOCK_SIZE // STRIDE
+                tl.store(values_ptr + kv_program.to(tl.int64) * num_groups + tl.arange(0, num_groups), norms)
 
 
 @triton.jit
@@ -26,32 +180,23 @@ def block_sums_kernel(
     num_heads,
     num_tokens,
     offset,
-    first_block,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """One program computes the sums of GROUPS groups of one block. Grid: (blocks, STRIDE / GROUPS, B * H)."""
-    block, batch_head = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    batch, head = batch_head // num_heads, batch_head % num_heads
-    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    dims = tl.arange(0, BLOCK_D)
-    x_ptr += batch * stride_xb + head * stride_xh
-
-    first_row = (first_block + block).to(tl.int64) * BLOCK_SIZE - offset  # negative before a chunk's start
-    sums = tl.zeros([GROUPS, BLOCK_D], tl.float32)
-    for sample in range(BLOCK_SIZE // STRIDE):
-        rows = first_row + sample * STRIDE + groups
-        exists = ((rows >= 0) & (rows < num_tokens))[:, None] & (dims < HEAD_DIM)[None, :]
-        tile = tl.load(x_ptr + rows[:, None] * stride_xn + dims[None, :] * stride_xd, mask=exists, other=0.0)
-        sums += tile.to(tl.float32)  # [GROUPS, BLOCK_D]
-
-    slots = STRIDE - 1 - groups if REVERSE else groups
-    sums_ptr += (batch_head * tl.num_programs(0) + block) * STRIDE * HEAD_DIM
-    tl.store(sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :], sums, mask=(dims < HEAD_DIM)[None, :])
+    block = tl.program_id(0)
+    batch, head = split_pair(tl.program_id(2), num_heads)
+    first_row = (offset // BLOCK_SIZE + block) * BLOCK_SIZE - offset
+    sums_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + block) * PARTS * STRIDE * HEAD_DIM
+    add_groups(
+        x_ptr + batch * stride_xb + head * stride_xh, sums_ptr, first_row.to(tl.int64), tl.program_id(1) * GROUPS,
+        num_tokens, stride_xn, stride_xd, HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, REVERSE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -70,30 +215,67 @@ def value_norms_kernel(
     GROUP_SIZE: tl.constexpr,
 ):
     """One program computes the largest row norm of every group of one block of one head. Grid: (blocks, B * H)."""
-    block, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head = batch_head // num_heads, batch_head % num_heads
-    rows = block.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    block = tl.program_id(0).to(tl.int64)
+    batch, head = split_pair(tl.program_id(1), num_heads)
     v_ptr += batch * stride_vb + head * stride_vh
-
-    squares = tl.zeros([BLOCK_SIZE], tl.float32)
-    for dim_start in range(0, HEAD_DIM, DIM_TILE):
-        dims = dim_start + tl.arange(0, DIM_TILE)
-        exists = (rows < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
-        tile = tl.load(v_ptr + rows[:, None] * stride_vn + dims[None, :] * stride_vd, mask=exists, other=0.0)
-        tile = tile.to(tl.float32)  # [BLOCK_SIZE, DIM_TILE]
-        squares += tl.sum(tile * tile, axis=1)
-
+    norms = largest_norms(
+        v_ptr, block * BLOCK_SIZE, num_tokens, stride_vn, stride_vd, HEAD_DIM, DIM_TILE, BLOCK_SIZE, GROUP_SIZE
+    )
     num_groups: tl.constexpr = BLOCK_SIZE // GROUP_SIZE
-    largest = tl.max(tl.reshape(tl.sqrt(squares), [num_groups, GROUP_SIZE]), axis=1)  # [num_groups]
-    norms_ptr += (batch_head * tl.num_programs(0) + block) * num_groups
-    tl.store(norms_ptr + tl.arange(0, num_groups), largest)
+    norms_ptr += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block) * num_groups
+    tl.store(norms_ptr + tl.arange(0, num_groups), norms)
 
 
 @triton.jit
-def load_sums(sums_ptr, blocks, num_blocks, depth, DEPTH: tl.constexpr):
-    """Rows `blocks` and columns `depth` of a [num_blocks, DEPTH] matrix of group sums, zero outside."""
-    exists = (blocks < num_blocks)[:, None] & (depth < DEPTH)[None, :]
-    return tl.load(sums_ptr + blocks[:, None] * DEPTH + depth[None, :], mask=exists, other=0.0)
+def load_log_norms(norms_ptr, groups, num_groups):
+    """Logarithms of the norms of some groups; groups past the end count as empty."""
+    return tl.log(tl.load(norms_ptr + groups, mask=groups < num_groups, other=0.0) + LOG_EPS)
+
+
+@triton.jit
+def standardize_kernel(
+    norms_ptr,
+    value_bonus_ptr,
+    num_kv_blocks,
+    sample_size,
+    value_weight,
+    GROUPS_PER_BLOCK: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr,
+):
+    """One program turns the norms of one KV head, [nk, groups], into weighted value terms, [nk]. Grid: (B * Hkv,).
+
+    The logarithms are z-scored by mean and unbiased deviation of the first sample_size groups; a block's term is the
+    mean of the positive parts.
+    """
+    num_groups = num_kv_blocks * GROUPS_PER_BLOCK
+    norms_ptr += tl.program_id(0).to(tl.int64) * num_groups
+    value_bonus_ptr += tl.program_id(0).to(tl.int64) * num_kv_blocks
+    tile_groups: tl.constexpr = BLOCKS_PER_TILE * GROUPS_PER_BLOCK
+    lanes = tl.arange(0, tile_groups)
+    total = tl.zeros([tile_groups], tl.float32)
+    for start in range(0, sample_size, tile_groups):
+        log_norms = load_log_norms(norms_ptr, start + lanes, num_groups)
+        total += tl.where(start + lanes < sample_size, log_norms, 0.0)
+    mean = tl.sum(total, axis=0) / sample_size
+    squares = tl.zeros([tile_groups], tl.float32)
+    for start in range(0, sample_size, tile_groups):
+        deviations = load_log_norms(norms_ptr, start + lanes, num_groups) - mean
+        squares += tl.where(start + lanes < sample_size, deviations * deviations, 0.0)
+    deviation = tl.sqrt(tl.sum(squares, axis=0) / tl.maximum(sample_size - 1, 1))
+    factor = value_weight / tl.maximum(deviation, LOG_EPS)
+    for first_block in range(0, num_kv_blocks, BLOCKS_PER_TILE):
+        log_norms = load_log_norms(norms_ptr, first_block * GROUPS_PER_BLOCK + lanes, num_groups)
+        positive = tl.reshape(tl.maximum((log_norms - mean) * factor, 0.0), [BLOCKS_PER_TILE, GROUPS_PER_BLOCK])
+        blocks = first_block + tl.arange(0, BLOCKS_PER_TILE)
+        tl.store(value_bonus_ptr + blocks, tl.sum(positive, axis=1) / GROUPS_PER_BLOCK, mask=blocks < num_kv_blocks)
+
+
+@triton.jit
+def load_sums(sums_ptr, blocks, exists, depth, PARTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns `depth` of some rows of a matrix of group sums, zero outside, as operands of type DTYPE."""
+    exists = exists[:, None] & (depth < DEPTH)[None, :]
+    offsets = blocks[:, None].to(tl.int64) * (PARTS * DEPTH) + depth[None, :]
+    return tl.load(sums_ptr + offsets, mask=exists, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -102,44 +284,148 @@ def score_blocks_kernel(
     k_sums_ptr,
     value_bonus_ptr,
     scores_ptr,
-    num_q_heads,
     heads_per_kv_head,
     num_q_blocks,
     num_kv_blocks,
+    first_q_block,
     scale,
     DEPTH: tl.constexpr,
-    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
     DEPTH_TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program computes one TILE x TILE tile of one head's scores. Grid: (key tiles, query tiles, B * Hq)."""
-    batch_head = tl.program_id(2).to(tl.int64)
-    batch, head = batch_head // num_q_heads, batch_head % num_q_heads
-    num_kv_heads = num_q_heads // heads_per_kv_head
-    batch_kv_head = batch * num_kv_heads + head // heads_per_kv_head
-    q_sums_ptr += batch_head * num_q_blocks * DEPTH
-    k_sums_ptr += batch_kv_head * num_kv_blocks * DEPTH
+    """One program computes a TILE_M x TILE_N tile of the scores of one KV head.
 
-    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    kv_blocks = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    q_blocks = num_kv_blocks - num_q_blocks + rows  # on the key grid
-    scores = tl.zeros([TILE, TILE], tl.float32)
-    first_kv_block = tl.program_id(0) * TILE
-    last_q_block = num_kv_blocks - num_q_blocks + tl.program_id(1) * TILE + TILE - 1
-    if first_kv_block <= last_q_block:  # tiles wholly in the future are only filled
+    The rows of the tile are query blocks of all heads that share the KV head, the heads of one query block side by
+    side, so that a tile of key sums serves them all. Grid: (key tiles, query tiles, B * Hkv).
+    """
+    batch_kv_head = tl.program_id(2).to(tl.int64)
+    flat_rows = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
+    is_row = rows < num_q_blocks
+    kv_blocks = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    is_block = kv_blocks < num_kv_blocks
+    q_blocks = first_q_block + rows  # on the key grid
+    q_matrix_rows = members * num_q_blocks + rows
+    q_sums_ptr += batch_kv_head * heads_per_kv_head * num_q_blocks * (PARTS * DEPTH)
+    k_sums_ptr += batch_kv_head * num_kv_blocks * (PARTS * DEPTH)
+
+    scores = tl.zeros([TILE_M, TILE_N], tl.float32)
+    last_row = (tl.program_id(1) * TILE_M + TILE_M - 1) // heads_per_kv_head
+    if tl.program_id(0) * TILE_N <= first_q_block + last_row:  # tiles wholly in the future are only filled
         for depth_start in range(0, DEPTH, DEPTH_TILE):
             depth = depth_start + tl.arange(0, DEPTH_TILE)
-            q_tile = load_sums(q_sums_ptr, rows, num_q_blocks, depth, DEPTH)  # [TILE, DEPTH_TILE]
-            k_tile = load_sums(k_sums_ptr, kv_blocks, num_kv_blocks, depth, DEPTH)
-            scores = tl.dot(q_tile, k_tile.T, scores, input_precision=PRECISION)
+            q_high = load_sums(q_sums_ptr, q_matrix_rows, is_row, depth, PARTS, DEPTH, DTYPE)  # [TILE_M, DEPTH_TILE]
+            k_high = load_sums(k_sums_ptr, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)  # [TILE_N, DEPTH_TILE]
+            scores = tl.dot(q_high, k_high.T, scores, input_precision=PRECISION)
+            if PARTS == 2:
+                k_low = load_sums(k_sums_ptr + DEPTH, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)
+                q_low = load_sums(q_sums_ptr + DEPTH, q_matrix_rows, is_row, depth, PARTS, DEPTH, DTYPE)
+                scores = tl.dot(q_high, k_low.T, scores, input_precision=PRECISION)
+                scores = tl.dot(q_low, k_high.T, scores, input_precision=PRECISION)
 
-    value_bonus_ptr += batch_kv_head * num_kv_blocks
-    value_bonus = tl.load(value_bonus_ptr + kv_blocks, mask=kv_blocks < num_kv_blocks, other=0.0)
+    value_bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + kv_blocks, mask=is_block, other=0.0)
     scores = scores * scale + value_bonus[None, :]
     scores = tl.where(kv_blocks[None, :] <= q_blocks[:, None], scores, float("-inf"))
-    scores_ptr += batch_head * num_q_blocks * num_kv_blocks
-    exists = (rows < num_q_blocks)[:, None] & (kv_blocks < num_kv_blocks)[None, :]
-    tl.store(scores_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + kv_blocks[None, :], scores, mask=exists)
+    scores_ptr += batch_kv_head * heads_per_kv_head * num_q_blocks * num_kv_blocks
+    offsets = q_matrix_rows[:, None].to(tl.int64) * num_kv_blocks + kv_blocks[None, :]
+    tl.store(scores_ptr + offsets, scores, mask=is_row[:, None] & is_block[None, :])
+
+
+def num_parts(dtype: torch.dtype) -> int:
+    """In how many bf16 parts the sums of inputs of this type are stored; 1 means fp32 as it is."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def empty_sums(batch: int, num_heads: int, num_blocks: int, depth: int, x: torch.Tensor) -> torch.Tensor:
+    """Room for the group sums of inputs like `x`."""
+    if num_parts(x.dtype) == 1:
+        return torch.empty(batch, num_heads, num_blocks, depth, dtype=torch.float32, device=x.device)
+    return torch.empty(batch, num_heads, num_blocks, 2, depth, dtype=torch.bfloat16, device=x.device)
+
+
+def score_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_size: int,
+    stride: int,
+    value_norm: str,
+    value_weight: float,
+    num_q_blocks: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Group sums of queries and keys and the weighted value term: what `score_blocks` takes, in one pass over q, k, v.
+
+    Args:
+        q: fp32, fp16 or bf16 [B, Hq, Nq, D], the last Nq positions; any strides.
+        k, v: [B, Hkv, Nkv, D], same dtype.
+        block_size: Tokens per block, a power of two.
+        stride: Tokens between samples; divides block_size.
+        value_norm: "log", "zscore" or "zscore_padded", see stem.scores.value_term.
+        value_weight: Factor of the value term.
+        num_q_blocks: Only the sums of so many first query blocks; default all.
+    Returns:
+        q_sums, k_sums: As from `block_sums`. value_bonus: fp32 [B, Hkv, nk].
+    """
+    batch, num_q_heads, num_queries, head_dim = q.shape
+    num_kv_heads, num_keys = k.shape[1:3]
+    num_kv_blocks = -(-num_keys // block_size)
+    offset = num_keys - num_queries
+    if num_q_blocks is None:
+        num_q_blocks = num_kv_blocks - offset // block_size
+    groups = min(stride, MAX_GROUPS_PER_TILE)
+    q_sums = empty_sums(batch, num_q_heads, num_q_blocks, stride * head_dim, q)
+    k_sums = empty_sums(batch, num_kv_heads, num_kv_blocks, stride * head_dim, k)
+    value_bonus = torch.empty(batch, num_kv_heads, num_kv_blocks, dtype=torch.float32, device=q.device)
+    log_term = value_norm == "log"
+    groups_per_block = block_size // stride
+    values = value_bonus if log_term else value_bonus.new_empty(*value_bonus.shape, groups_per_block)
+    num_q_programs = batch * num_q_heads * num_q_blocks
+    grid = (num_q_programs + batch * num_kv_heads * num_kv_blocks, stride // groups)
+    with torch.cuda.device_of(q):
+        score_inputs_kernel[grid](
+            q,
+            k,
+            v,
+            q_sums,
+            k_sums,
+            values,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            num_q_heads,
+            num_kv_heads,
+            num_queries,
+            num_keys,
+            num_q_blocks,
+            num_kv_blocks,
+            num_q_programs,
+            offset,
+            float(value_weight),
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            DIM_TILE=min(DIM_TILE, triton.next_power_of_2(head_dim)),
+            BLOCK_SIZE=block_size,
+            STRIDE=stride,
+            GROUPS=groups,
+            PARTS=num_parts(q.dtype),
+            LOG_TERM=log_term,
+        )
+        if not log_term:
+            padded = value_norm == "zscore_padded"
+            standardize_kernel[(batch * num_kv_heads,)](
+                values,
+                value_bonus,
+                num_kv_blocks,
+                num_kv_blocks * groups_per_block if padded else -(-num_keys // stride),
+                float(value_weight),
+                GROUPS_PER_BLOCK=groups_per_block,
+                BLOCKS_PER_TILE=NORM_TILE // groups_per_block,
+            )
+    return q_sums, k_sums, value_bonus
 
 
 def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, offset: int = 0) -> torch.Tensor:
@@ -152,12 +438,12 @@ def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, 
         reverse: Store group g at slot stride - 1 - g (for queries: slots then pair along the antidiagonal).
         offset: Absolute position of row 0 [tokens]; blocks are aligned to position 0.
     Returns:
-        fp32 [B, H, nb, stride * D]; block 0 holds position `offset`; rows that do not exist count as zeros.
+        fp32 [B, H, nb, stride * D] for fp32 inputs, for others bf16 [B, H, nb, 2, stride * D], whose two parts add up
+        to the sums; block 0 holds position `offset`; rows that do not exist count as zeros.
     """
     batch, num_heads, num_tokens, head_dim = x.shape
-    first_block = offset // block_size
-    num_blocks = triton.cdiv(offset + num_tokens, block_size) - first_block
-    sums = torch.empty(batch, num_heads, num_blocks, stride * head_dim, dtype=torch.float32, device=x.device)
+    num_blocks = -(-(offset + num_tokens) // block_size) - offset // block_size
+    sums = empty_sums(batch, num_heads, num_blocks, stride * head_dim, x)
     groups = min(stride, MAX_GROUPS_PER_TILE)
     with torch.cuda.device_of(x):
         block_sums_kernel[(num_blocks, stride // groups, batch * num_heads)](
@@ -167,12 +453,12 @@ def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, 
             num_heads,
             num_tokens,
             offset,
-            first_block,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_SIZE=block_size,
             STRIDE=stride,
             GROUPS=groups,
+            PARTS=num_parts(x.dtype),
             REVERSE=reverse,
         )
     return sums
@@ -207,36 +493,57 @@ def value_norms(v: torch.Tensor, block_size: int, group_size: int) -> torch.Tens
     return norms
 
 
-def score_blocks(q_sums: torch.Tensor, k_sums: torch.Tensor, value_bonus: torch.Tensor, scale: float) -> torch.Tensor:
-    """Block scores: scale * <q_sums, k_sums> + value_bonus, one small GEMM for each query head.
+def score_tiles(parts: int, num_rows: int) -> dict[str, int]:
+    """Tile of the score GEMM and its warps and pipeline stages (our choice, for sm_90)."""
+    if parts == 1:
+        return dict(TILE_M=64, TILE_N=64, DEPTH_TILE=32, num_warps=4, num_stages=3)
+    if num_rows <= 512:  # short prompts: more programs
+        return dict(TILE_M=64, TILE_N=64, DEPTH_TILE=64, num_warps=4, num_stages=3)
+    return dict(TILE_M=128, TILE_N=128, DEPTH_TILE=64, num_warps=8, num_stages=3)
+
+
+def score_blocks(
+    q_sums: torch.Tensor,
+    k_sums: torch.Tensor,
+    value_bonus: torch.Tensor,
+    scale: float,
+    first_q_block: int | None = None,
+) -> torch.Tensor:
+    """Block scores: scale * <q_sums, k_sums> + value_bonus, one small GEMM for each KV head.
 
     Args:
-        q_sums: fp32 [B, Hq, nq, depth] from `block_sums(..., reverse=True)`, the last nq blocks of the key grid.
-        k_sums: fp32 [B, Hkv, nk, depth] from `block_sums(..., reverse=False)`; Hq % Hkv == 0.
+        q_sums: From `block_sums(..., reverse=True)`, consecutive query blocks of Hq heads.
+        k_sums: From `block_sums(..., reverse=False)`, all key blocks of Hkv heads; Hq % Hkv == 0.
         value_bonus: fp32 [B, Hkv, nk], added to every score of its key block.
         scale: Factor of the dot products.
+        first_q_block: Where the first query block stands on the key grid; default so that the last ones match.
     Returns:
         fp32 [B, Hq, nq, nk], -inf where the key block is in the future of the query block.
     """
-    batch, num_q_heads, num_q_blocks, depth = q_sums.shape
+    batch, num_q_heads, num_q_blocks = q_sums.shape[:3]
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]
+    parts = 2 if q_sums.dtype == torch.bfloat16 else 1
+    heads_per_kv_head = num_q_heads // num_kv_heads
+    num_rows = num_q_blocks * heads_per_kv_head
     shape = (batch, num_q_heads, num_q_blocks, num_kv_blocks)
     scores = torch.empty(shape, dtype=torch.float32, device=q_sums.device)
-    grid = (triton.cdiv(num_kv_blocks, SCORE_TILE), triton.cdiv(num_q_blocks, SCORE_TILE), batch * num_q_heads)
+    tiles = score_tiles(parts, num_rows)
+    grid = (-(-num_kv_blocks // tiles["TILE_N"]), -(-num_rows // tiles["TILE_M"]), batch * num_kv_heads)
     with torch.cuda.device_of(q_sums):
         score_blocks_kernel[grid](
             q_sums.contiguous(),
             k_sums.contiguous(),
             value_bonus.contiguous(),
             scores,
-            num_q_heads,
-            num_q_heads // num_kv_heads,
+            heads_per_kv_head,
             num_q_blocks,
             num_kv_blocks,
+            num_kv_blocks - num_q_blocks if first_q_block is None else first_q_block,
             float(scale),
-            DEPTH=depth,
-            TILE=SCORE_TILE,
-            DEPTH_TILE=DEPTH_TILE,
+            DEPTH=q_sums.shape[-1],
+            PARTS=parts,
+            DTYPE=tl.float32 if parts == 1 or triton.knobs.runtime.interpret else tl.bfloat16,
             PRECISION=PRECISION,
+            **tiles,
         )
     return scores

@@ -66,7 +66,9 @@ def select_topk_kernel(
     budget_ptr,
     kv_indices_ptr,
     kv_num_blocks_ptr,
-    num_q_blocks,
+    num_score_rows,
+    num_list_rows,
+    first_list_row,
     num_kv_blocks,
     sink_blocks,
     local_blocks,
@@ -74,57 +76,82 @@ def select_topk_kernel(
     ON_TOP: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
-    """One program selects the blocks of one row of one head; the row lives in registers. Grid: (nq, B * Hq)."""
-    row = tl.program_id(0)
-    batch_head_row = tl.program_id(1).to(tl.int64) * num_q_blocks + row
-    q_block = num_kv_blocks - num_q_blocks + row
+    """One program selects the blocks of one row of one head; the row lives in registers. Grid: (rows, B * Hq).
+
+    The scores may be some of the rows of the lists, from first_list_row on; the last list row ends the key grid.
+    """
+    list_row = first_list_row + tl.program_id(0)
+    batch_head = tl.program_id(1).to(tl.int64)
+    q_block = num_kv_blocks - num_list_rows + list_row
     kv_blocks = tl.arange(0, ROW_SIZE)
     distance = q_block - kv_blocks
     causal = distance >= 0
 
-    scores = tl.load(scores_ptr + batch_head_row * num_kv_blocks + kv_blocks, mask=causal, other=float("-inf"))
+    scores_ptr += (batch_head * num_score_rows + tl.program_id(0)) * num_kv_blocks
+    scores = tl.load(scores_ptr + kv_blocks, mask=causal, other=float("-inf"))
     keys = order_preserving_keys(scores)
     forced = is_forced(distance, kv_blocks, sink_blocks, local_blocks)
     if not ON_TOP:
         keys = tl.where(forced, forced_keys(distance, kv_blocks, sink_blocks, local_blocks), keys)
     keys = tl.where(causal, keys, FUTURE_KEY)
-    count = tl.minimum(tl.load(budget_ptr + row), q_block + 1)
+    count = tl.minimum(tl.load(budget_ptr + list_row), q_block + 1)
     selected = keep_largest(keys, count)
     if ON_TOP:
         selected = selected | forced
 
     slots = tl.cumsum(selected.to(tl.int32)) - 1
-    kv_indices_ptr += batch_head_row * max_blocks
+    num_selected = tl.minimum(tl.sum(selected.to(tl.int32)), max_blocks)
+    kv_indices_ptr += (batch_head * num_list_rows + list_row) * max_blocks
     tl.store(kv_indices_ptr + slots, kv_blocks, mask=selected & (slots < max_blocks))
-    tl.store(kv_num_blocks_ptr + batch_head_row, tl.minimum(tl.sum(selected.to(tl.int32)), max_blocks))
+    tl.store(kv_indices_ptr + kv_blocks, 0, mask=(kv_blocks >= num_selected) & (kv_blocks < max_blocks))
+    tl.store(kv_num_blocks_ptr + batch_head * num_list_rows + list_row, num_selected)
+
+
+def empty_lists(
+    batch: int, num_heads: int, num_rows: int, max_blocks: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for kv_indices int32 [B, Hq, nq, max_blocks] and kv_num_blocks int32 [B, Hq, nq]."""
+    kv_indices = torch.empty(batch, num_heads, num_rows, max_blocks, dtype=torch.int32, device=device)
+    return kv_indices, torch.empty(batch, num_heads, num_rows, dtype=torch.int32, device=device)
 
 
 def select_topk(
-    scores: torch.Tensor, budget: torch.Tensor, sink_blocks: int, local_blocks: int, on_top: bool, max_blocks: int
+    scores: torch.Tensor,
+    budget: torch.Tensor,
+    sink_blocks: int,
+    local_blocks: int,
+    on_top: bool,
+    max_blocks: int,
+    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first_row: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending index lists of the best `budget` causal blocks of every row, ties to the lower index.
 
     Args:
-        scores: fp32 [B, Hq, nq, nk]; row r is query block nk - nq + r; NaN counts as -inf.
+        scores: fp32 [B, Hq, rows, nk], rows first_row .. first_row + rows - 1 of the nq rows; NaN counts as -inf.
         budget: int32 [nq] on the same device [blocks]; a row never keeps more than its causal blocks.
         sink_blocks, local_blocks: Blocks kept by rule at the start and at the end of a row; the diagonal always is.
         on_top: False charges them to the budget (diagonal first, then sinks and locals in turn, while it lasts);
             True adds them to the best `budget` blocks by score.
         max_blocks: Length of the lists; at least the largest count that the budget (and on_top) can give.
+        lists: From `empty_lists`, to write the rows into; default new ones.
     Returns:
-        kv_indices int32 [B, Hq, nq, max_blocks], 0 past the count; kv_num_blocks int32 [B, Hq, nq].
+        kv_indices int32 [B, Hq, nq, max_blocks], 0 past the count; kv_num_blocks int32 [B, Hq, nq]. Row r is query
+        block nk - nq + r.
     """
-    batch, num_heads, num_q_blocks, num_kv_blocks = scores.shape
-    kv_indices = torch.zeros(batch, num_heads, num_q_blocks, max_blocks, dtype=torch.int32, device=scores.device)
-    kv_num_blocks = torch.empty(batch, num_heads, num_q_blocks, dtype=torch.int32, device=scores.device)
+    batch, num_heads, num_score_rows, num_kv_blocks = scores.shape
+    num_list_rows = len(budget)
+    if lists is None:
+        lists = empty_lists(batch, num_heads, num_list_rows, max_blocks, scores.device)
     row_size = triton.next_power_of_2(num_kv_blocks)
     with torch.cuda.device_of(scores):
-        select_topk_kernel[(num_q_blocks, batch * num_heads)](
+        select_topk_kernel[(num_score_rows, batch * num_heads)](
             scores.contiguous(),
             budget.contiguous(),
-            kv_indices,
-            kv_num_blocks,
-            num_q_blocks,
+            *lists,
+            num_score_rows,
+            num_list_rows,
+            first_row,
             num_kv_blocks,
             sink_blocks,
             local_blocks,
@@ -133,4 +160,4 @@ def select_topk(
             ROW_SIZE=row_size,
             num_warps=min(32, max(1, row_size // KEYS_PER_WARP)),
         )
-    return kv_indices, kv_num_blocks
+    return lists

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stem.budget import block_budget
+from stem import ops
+from stem.budget import block_budget, device_budget, keeps_every_block
 from stem.config import StemConfig
+from stem.dense import fused_attention
 from stem.gather import gather_attention
 from stem.reference import masked_attention
-from stem.scores import block_scores
+from stem.scores import block_scores, routing_scale
 from stem.selection import BlockSelection, select_blocks
-from stem.validation import check_config, check_impl, check_qkv, check_scale
+from stem.validation import check_config, check_finite, check_impl, check_qkv, check_scale
 
 IMPLS = ("reference", "torch", "triton", "hopper", "flex")
+CHUNK_SCORES = 1 << 26  # block scores held at a time by the Triton path: 256 MiB
 
 
 def stem_attention(
@@ -50,13 +53,25 @@ def stem_attention(
     check_qkv(q, k, v)
     check_config(config)
     scale = check_scale(scale, q.shape[-1])
-    impl = _choose(impl, q, k, v, config.block_size)
-    budget = block_budget(-(-k.shape[2] // config.block_size), config)
-    scores = block_scores(q, k, v, config, scale=scale, impl=_STAGE_IMPL[impl])
-    selection = select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=_STAGE_IMPL[impl])
-    attended = block_sparse_attention(q, k, v, selection, scale, impl, return_lse)
-    out, *lse = attended if return_lse else (attended,)
-    extras = [selection] * return_selection + lse
+    num_kv_blocks = -(-k.shape[2] // config.block_size)
+    num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // config.block_size
+    if torch.compiler.is_compiling():
+        selection = ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)])
+        attended = _attend(q, k, v, selection, scale, impl)
+    elif impl is None and keeps_every_block(num_kv_blocks, num_q_blocks, config):
+        check_finite(q=q, k=k, v=v)
+        attended, selection = fused_attention(q, k, v, scale, return_lse), None
+        if attended is None or return_selection:
+            sizes = *q.shape[:3], k.shape[2], config.block_size
+            selection = BlockSelection.every_block(*sizes, q.device)
+        if attended is None:
+            attended = _RUN[_choose(None, q, k, v, config.block_size)](q, k, v, selection, scale)
+    else:
+        impl = _choose(impl, q, k, v, config.block_size)
+        selection = _select(q, k, v, config, scale, _STAGE_IMPL[impl])
+        attended = _RUN[impl](q, k, v, selection, scale)
+    out, lse = attended
+    extras = [selection] * return_selection + [lse] * return_lse
     return (out, *extras) if extras else out
 
 
@@ -77,20 +92,64 @@ def block_sparse_attention(
         impl: None chooses "hopper" where it applies, else "triton" on CUDA and "torch" elsewhere (also for fp64); an
             explicit choice never falls back.
             "reference": token mask and softmax in fp32 or fp64, memory O(N^2). "torch": gathers the kept blocks, a few
-            rows at a time. "triton": stem.kernels, forward only. "hopper": the same for sm_90, fp16 or bf16, D 64 or
-            128, block_size 128. "flex": torch's FlexAttention with the same lists, unfused on the CPU.
+            rows at a time. "triton": stem.kernels. "hopper": the same with a forward pass for sm_90, fp16 or bf16, D 64
+            or 128, block_size 128. "flex": torch's FlexAttention with the same lists, unfused on the CPU.
         return_lse: Also return the natural log-sum-exp, fp32 (fp64 for fp64 inputs) [B, Hq, Nq].
     Returns:
-        [B, Hq, Nq, D] like q; differentiable but for "triton" and "hopper". A row without blocks gives 0.
+        [B, Hq, Nq, D] like q; differentiable, twice with "torch" and "reference". A row without blocks gives 0.
     Raises:
         ValueError, TypeError: For bad shapes, dtypes, devices or names, or a selection that does not fit.
-        NotImplementedError: For impl="triton" and "hopper" with inputs that require gradients.
     """
     check_qkv(q, k, v)
     selection = _fitted(selection, q, k)
     scale = check_scale(scale, q.shape[-1])
-    out, lse = _RUN[_choose(impl, q, k, v, selection.block_size)](q, k, v, selection, scale)
+    out, lse = _attend(q, k, v, selection, scale, impl)
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() and impl in (None, "torch", "triton", "hopper"):
+        return ops.attend(q, k, v, selection, scale, impl)  # it chooses when it runs
+    return _RUN[_choose(impl, q, k, v, selection.block_size)](q, k, v, selection, scale)
+
+
+def _select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
+    """Scores, budget and selection of stem_attention, by Triton some rows at a time; no host synchronisation."""
+    impl = check_impl(impl, ("torch", "triton"), q)
+    if impl == "triton" and config.reduction == "mean" and config.allocation != "adaptive":
+        return _select_by_kernels(q.detach(), k.detach(), v.detach(), config, scale)
+    budget = block_budget(-(-k.shape[2] // config.block_size), config)
+    scores = block_scores(q, k, v, config, scale=scale, impl=impl)
+    return select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=impl)
+
+
+def _select_by_kernels(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:
+    from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
+    from stem.kernels.block_select import empty_lists, select_topk
+
+    check_finite(q=q, k=k, v=v)
+    (batch, heads, q_len), kv_len, size = q.shape[:3], k.shape[2], config.block_size
+    offset = kv_len - q_len
+    num_kv_blocks, first_q_block = -(-kv_len // size), offset // size
+    num_q_blocks = num_kv_blocks - first_q_block
+    budget, width = device_budget(num_kv_blocks, num_q_blocks, config, q.device)
+    lists = empty_lists(batch, heads, num_q_blocks, width, q.device)
+    scale = routing_scale(q.shape[3], config, scale)
+    forced = config.sink_blocks, config.local_blocks, config.forced == "on_top"
+
+    step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * num_kv_blocks)))
+    value = config.value_norm, config.value_weight
+    q_sums, k_sums, value_bonus = score_inputs(q, k, v, size, config.score_stride, *value, num_q_blocks=step)
+    for row in range(0, num_q_blocks, step):
+        if row:
+            start, stop = ((first_q_block + x) * size - offset for x in (row, row + step))
+            chunk = q[:, :, start:stop]
+            q_sums = block_sums(chunk, size, config.score_stride, reverse=True, offset=offset + start)
+        scores = score_blocks(q_sums, k_sums, value_bonus, scale, first_q_block + row)
+        select_topk(scores, budget, *forced, width, lists, row)
+    return BlockSelection(*lists, size, num_kv_blocks, q_len, kv_len)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
@@ -98,28 +157,25 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    _refuse_gradients("triton", q, k, v)
+    if _needs_operator(q, k, v):
+        return ops.attend(q, k, v, selection, scale, "triton")
     from stem.kernels.sparse_forward import sparse_forward
 
     return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
 
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    _refuse_gradients("hopper", q, k, v)
+    if _needs_operator(q, k, v):
+        return ops.attend(q, k, v, selection, scale, "hopper")
     from stem.kernels.hopper_forward import sparse_forward
 
     return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
 
 
-def _needs_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _refuse_gradients(impl: str, *tensors: Tensor) -> None:
-    if _needs_gradients(*tensors):
-        raise NotImplementedError(
-            f"impl={impl!r} has no backward yet: use impl='torch' or 'flex' for gradients, or torch.no_grad()"
-        )
+def _needs_operator(*tensors: Tensor) -> bool:
+    """Whether the kernels are called through stem.ops; otherwise its cost on the host, some tens of us, is saved."""
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return needs_gradients or torch.compiler.is_compiling()
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
@@ -179,7 +235,7 @@ _STAGE_IMPL = {"reference": "torch", "torch": "torch", "triton": "triton", "hopp
 def _choose(impl: str | None, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
     """The implementation to run: for None the fastest that covers this problem; raises if an explicit one does not."""
     chosen = check_impl(impl, IMPLS, q)
-    if impl == "hopper" or (impl is None and chosen == "triton" and not _needs_gradients(q, k, v)):
+    if impl == "hopper" or (impl is None and chosen == "triton"):
         from stem.kernels.hopper_forward import unsupported
 
         reason = unsupported(q, block_size)

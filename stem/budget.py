@@ -36,6 +36,21 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
     return torch.tensor(budget, dtype=torch.int32, device="cpu")
 
 
+def keeps_every_block(num_kv_blocks: int, num_q_blocks: int, config: StemConfig) -> bool:
+    """Whether the last query blocks keep all their causal blocks whatever the scores are (density 1)."""
+    return _keeps_every_block(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral))
+
+
+def device_budget(
+    num_kv_blocks: int, num_q_blocks: int, config: StemConfig, device: torch.device
+) -> tuple[Tensor, int]:
+    """The budget of the last query blocks, int32 [nq] on a device, and the length of the longest list it can give.
+
+    Cached, so that only the first call for a length copies to the device, which waits for it.
+    """
+    return _device_budget(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral), device)
+
+
 def causal_pairs(num_kv_blocks: int) -> int:
     """Block pairs (i, j), j <= i, of a whole prompt of n key blocks: what density 1 computes."""
     return num_kv_blocks * (num_kv_blocks + 1) // 2
@@ -49,6 +64,23 @@ def uniform_cost(num_tokens: float, k: float) -> float:
 def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
     """Query-key pairs of Token Position-Decay, budgets in tokens (Eq. 4, an approximation)."""
     return num_tokens * k_start - k_start**2 / 2 - k_start * (1 - decay) * (num_tokens - k_start) / 2
+
+
+@lru_cache(maxsize=256)
+def _keeps_every_block(n: int, nq: int, config: StemConfig, k_start_in_blocks: bool) -> bool:
+    if config.allocation == "adaptive":
+        return False
+    budget = _budget(n, config, k_start_in_blocks)[-nq:]
+    return all(kept > row for row, kept in enumerate(budget, n - nq))
+
+
+@lru_cache(maxsize=64)
+def _device_budget(
+    n: int, nq: int, config: StemConfig, k_start_in_blocks: bool, device: torch.device
+) -> tuple[Tensor, int]:
+    budget = _budget(n, config, k_start_in_blocks)[-nq:]
+    forced = config.sink_blocks + max(config.local_blocks, 1) if config.forced == "on_top" else 0
+    return torch.tensor(budget, dtype=torch.int32, device=device), min(n, max(budget) + forced)
 
 
 @lru_cache(maxsize=256)

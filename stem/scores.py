@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem.cells import cell_scores
 from stem.config import StemConfig
 from stem.validation import check_config, check_finite, check_impl, check_qkv, check_scale
 
@@ -36,17 +37,18 @@ def block_scores(
     check_config(config)
     impl = check_impl(impl, ("torch", "triton"), q)
     q, k, v = q.detach(), k.detach(), v.detach()
-    scale = routing_scale(q.shape[-1], config, check_scale(scale, q.shape[-1]))
+    scale = check_scale(scale, q.shape[-1])
+    if config.reduction == "softmax":
+        bonus = config.value_weight * value_term(v, config, impl=impl)
+        return cell_scores(q, k, bonus, config, scale, impl=impl)
+    scale = routing_scale(q.shape[-1], config, scale)
+    if impl == "triton":
+        from stem.kernels.block_scores import score_blocks, score_inputs
+
+        value = config.value_norm, config.value_weight
+        return score_blocks(*score_inputs(q, k, v, config.block_size, config.score_stride, *value), scale)
     bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
     offset = k.shape[2] - q.shape[2]
-    if config.reduction == "softmax":
-        return _softmax_scores(q, k, bonus, config, scale, offset)
-    if impl == "triton":
-        from stem.kernels.block_scores import block_sums, score_blocks
-
-        q_sums = block_sums(q, config.block_size, config.score_stride, reverse=True, offset=offset)
-        k_sums = block_sums(k, config.block_size, config.score_stride, reverse=False)
-        return score_blocks(q_sums, k_sums, bonus, scale)
     q_sums = group_sums(q, config.block_size, config.score_stride, reverse=True, offset=offset)
     k_sums = group_sums(k, config.block_size, config.score_stride)
     routing = _grouped_matmul(q_sums, k_sums) * scale  # [B, Hkv, G, nq, nk]
@@ -120,26 +122,6 @@ def mask_future(scores: Tensor) -> Tensor:
     nq, nk = scores.shape[-2:]
     future = torch.ones(nq, nk, dtype=torch.bool, device=scores.device).triu(nk - nq + 1)
     return scores.masked_fill_(future, -torch.inf)
-
-
-def _softmax_scores(q: Tensor, k: Tensor, bonus: Tensor, config: StemConfig, scale: float, offset: int) -> Tensor:
-    """Log of each block's share of its rows after a softmax over cells: peaks survive the block sum (our choice)."""
-    cells = config.score_cells
-    size = config.block_size // cells
-    scale = scale * cells**2  # a cell pair holds 1 / cells^2 of the samples
-    k_sums = group_sums(pad_to_grid(k, config.block_size), size, config.score_stride)  # [B, Hkv, nk * cells, S * D]
-    q_sums = group_sums(pad_to_grid(q, config.block_size, offset), size, config.score_stride, reverse=True)
-    bonus = bonus.repeat_interleave(cells, -1)[:, :, None, None]
-    nq, nk = q_sums.shape[2] // cells, k_sums.shape[2] // cells
-    scores = q_sums.new_empty(*q.shape[:2], nq, nk)
-    for row in range(nq):  # one block row at a time: memory O(N)
-        visible = (nk - nq + row + 1) * cells
-        rows = slice(row * cells, (row + 1) * cells)
-        logits = _grouped_matmul(q_sums[:, :, rows], k_sums[:, :, :visible]) * scale + bonus[..., :visible]
-        logits = mask_future(logits.flatten(1, 2))  # [B, Hq, cells, visible]
-        mass = logits.softmax(-1).unflatten(3, (-1, cells)).sum((2, 4)) / cells  # [B, Hq, visible blocks]
-        scores[:, :, row, : mass.shape[-1]] = mass.log()
-    return mask_future(scores)
 
 
 def _grouped_matmul(q: Tensor, k: Tensor) -> Tensor:

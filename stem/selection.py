@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stem.config import StemConfig
+from stem.scores import mask_future
 from stem.validation import check_config, check_impl
 
 
@@ -59,6 +60,17 @@ class BlockSelection:
         order = block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :width].to(torch.int32)
         unused = torch.arange(width, device=order.device) >= counts[..., None]
         return cls(order.masked_fill(unused, 0), counts, block_size, nk, *_lengths(q_len, kv_len, nq, nk, block_size))
+
+    @classmethod
+    def every_block(cls, batch: int, heads: int, q_len: int, kv_len: int, block_size: int, device: torch.device):
+        """The selection of density 1: every causal block of every row, the lists of all heads in one memory."""
+        nk = -(-kv_len // block_size)
+        first = (kv_len - q_len) // block_size
+        counts = torch.arange(first + 1, nk + 1, dtype=torch.int32, device=device)  # [nq]
+        blocks = torch.arange(nk, dtype=torch.int32, device=device)
+        indices = torch.where(blocks < counts[:, None], blocks, 0)  # [nq, nk]
+        lists = indices.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
+        return cls(*lists, block_size, nk, q_len, kv_len)
 
     @property
     def num_q_blocks(self) -> int:
@@ -157,11 +169,16 @@ def select_blocks(
         rows = budget[nk - nq :].to(scores.device)
         lists = select_topk(scores, rows, config.sink_blocks, config.local_blocks, on_top, width)
         return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
+    if impl == "triton":
+        from stem.kernels.share_select import select_above
+
+        lists = select_above(scores, config.threshold, config.sink_blocks, config.local_blocks)
+        return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
     priority = _forced_priority(nq, nk, config, scores.device)
     forced = priority < 0
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if config.allocation == "adaptive":
-        kept = (scores.softmax(-1) > config.threshold) | forced
+        kept = (mask_future(scores).softmax(-1) > config.threshold) | forced
     else:
         rank = _rank(-scores)
         if not on_top:

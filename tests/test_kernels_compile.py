@@ -18,7 +18,7 @@ POINTERS = {
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
 
 
-def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3):
+def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, sums_type="fp32"):
     """Compile one specialisation, as a launch with aligned pointers and strides would; bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -28,9 +28,9 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3):
         if name in constants:
             return "constexpr"
         if name.endswith("_ptr"):
-            pointed = POINTERS.get(name, "fp32")
+            pointed = sums_type if name.endswith("sums_ptr") else POINTERS.get(name, "fp32")
             return "*" + (input_type if pointed == "x" else pointed)
-        return "fp32" if name == "scale" else "i32"
+        return "fp32" if name in ("scale", "value_weight") else "i32"
 
     names = kernel.arg_names
     aligned = [name for name in names if name not in constants and name.endswith(("_ptr", "b", "h", "n"))]
@@ -59,6 +59,7 @@ def sparse_forward_case(head_dim, block_size, dtype):
 def cases():
     """(name, arguments of compile_for_sm90) over kernels and the extremes of their shapes."""
     import torch
+    import triton.language as tl
     from stem.kernels import block_scores, block_select
 
     shapes = {
@@ -69,13 +70,28 @@ def cases():
     for dtype in shapes:
         for head_dim, block_size in shapes[dtype]:
             yield f"sparse_forward {dtype} {head_dim} {block_size}", sparse_forward_case(head_dim, block_size, dtype)
-    for input_type in ("bf16", "fp32"):
-        sums = dict(stride_xd=1, HEAD_DIM=128, BLOCK_D=128, BLOCK_SIZE=128, STRIDE=16, GROUPS=16, REVERSE=True)
-        yield f"block_sums {input_type}", (block_scores.block_sums_kernel, input_type, sums)
-        norms = dict(stride_vd=1, HEAD_DIM=128, DIM_TILE=64, BLOCK_SIZE=128, GROUP_SIZE=16)
-        yield f"value_norms {input_type}", (block_scores.value_norms_kernel, input_type, norms)
-    scores = dict(DEPTH=2048, PRECISION="tf32x3", TILE=block_scores.SCORE_TILE, DEPTH_TILE=block_scores.DEPTH_TILE)
-    yield "score_blocks", (block_scores.score_blocks_kernel, "fp32", scores)
+    depth = dict(HEAD_DIM=128, BLOCK_SIZE=128, STRIDE=16)
+    for dtype, input_type, sums_type in ((torch.bfloat16, "bf16", "bf16"), (torch.float32, "fp32", "fp32")):
+        parts = block_scores.num_parts(dtype)
+        sums = depth | dict(BLOCK_D=128, GROUPS=16, PARTS=parts)
+        one = dict(stride_xd=1, REVERSE=True)
+        yield f"block_sums {dtype}", (block_scores.block_sums_kernel, input_type, sums | one, 4, 3, sums_type)
+        norms = dict(HEAD_DIM=128, DIM_TILE=64, BLOCK_SIZE=128)
+        one = dict(stride_vd=1, GROUP_SIZE=16)
+        yield f"value_norms {dtype}", (block_scores.value_norms_kernel, input_type, norms | one)
+        for log_term in (False, True):
+            all_three = sums | norms | dict(stride_qd=1, stride_kd=1, stride_vd=1, LOG_TERM=log_term)
+            kernel = block_scores.score_inputs_kernel
+            yield f"score_inputs {dtype} {log_term}", (kernel, input_type, all_three, 4, 3, sums_type)
+        for num_rows in (32, 4096):
+            tiles = block_scores.score_tiles(parts, num_rows)
+            options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
+            operands = tl.float32 if parts == 1 else tl.bfloat16
+            product = tiles | dict(DEPTH=2048, PARTS=parts, DTYPE=operands, PRECISION="tf32x3")
+            name = f"score_blocks {dtype} {num_rows}"
+            yield name, (block_scores.score_blocks_kernel, input_type, product, *options, sums_type)
+    standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=block_scores.NORM_TILE // 16)
+    yield "standardize", (block_scores.standardize_kernel, "fp32", standard)
     for on_top in (False, True):
         row = dict(ON_TOP=on_top, ROW_SIZE=8192)
         yield f"select_topk {on_top}", (block_select.select_topk_kernel, "fp32", row, 32)
@@ -88,7 +104,7 @@ def test_kernels_compile_for_sm90(tmp_path):
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     shared = json.loads(process.stdout)
-    assert len(shared) == 17
+    assert len(shared) == 25
     too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
     assert not too_large
 
