@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint speed tables notebooks lab lab-test clean
+.PHONY: help env reproduce test lint speed training tables notebooks lab lab-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,6 +34,9 @@ lint: $(INSTALLED) ## ruff over code and notebooks
 
 speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+
+training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
+	$(BIN)/python -m stem.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 tables: $(INSTALLED) ## rewrite README's tables, sentences and picture from results/
 	$(BIN)/python -m stem.tables

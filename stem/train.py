@@ -8,12 +8,13 @@ the whole batch, so the curve does not depend on the split. A run that is starte
 its last checkpoint and takes the same steps as an uninterrupted one, also on another number of processes.
 """
 
+import contextlib
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -99,8 +100,7 @@ def train(
     """
     check_run(config)
     names = config.tasks.split(",")
-    torch.use_deterministic_algorithms(config.deterministic)
-    with join_processes(config.device) as processes:
+    with deterministic(config.deterministic), join_processes(config.device) as processes:
         checkpoint = checkpoint_path(config)
         torch.manual_seed(config.seed)
         model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
@@ -129,6 +129,17 @@ def train(
         if processes.world > 1:
             dist.barrier()
     return model.eval()
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Have torch refuse operations whose result differs from run to run, if wanted, and put its setting back."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def check_run(config: TrainConfig) -> None:

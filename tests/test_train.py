@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import are_deterministic_algorithms_enabled as deterministic_now
 
 import stem
 from stem.distributed import Processes, join_processes
@@ -20,8 +22,10 @@ from stem.runs import load_checkpoint, save_checkpoint, training_state
 from stem.train import (
     TrainConfig,
     learning_rate,
+    main,
     make_optimizer,
     parse_config,
+    row_length,
     row_parts,
     train,
 )
@@ -41,7 +45,7 @@ def one_thread():
 
 def small(out: Path, **changes) -> TrainConfig:
     settings = dict(steps=6, batch_size=4, seq_len=64, warmup=2, checkpoint_every=2, size=SIZE, stem_config=SPARSE)
-    return TrainConfig(out=str(out), device="cpu", **settings | changes)
+    return TrainConfig(out=str(out), **dict(device="cpu") | settings | changes)
 
 
 def options(config: TrainConfig) -> list[str]:
@@ -80,61 +84,99 @@ def test_accumulation_does_not_change_the_curve(tmp_path):
     torch.testing.assert_close(curve(tmp_path / "parts"), curve(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
 
 
+class Stop(Exception):
+    """Ends a run between two steps."""
+
+
+def stop_after(stop: int):
+    def on_step(done, model):
+        if done == stop:
+            raise Stop
+
+    return on_step
+
+
+def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """What a run's checkpoint holds."""
+    with safe_open(Path(folder) / "checkpoint.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 @pytest.mark.parametrize(("attention", "parallel"), [("dense", "ddp"), ("stem", "ddp"), ("stem", "fsdp")])
 def test_two_processes_give_the_curve_of_one(tmp_path, attention, parallel):
-    """Also in parts, and the checkpoint of shards holds whole tensors."""
+    """Also in parts, going on from a checkpoint of one process, and with a checkpoint that holds whole tensors."""
     one = small(tmp_path / "one", attention=attention)
     two = small(tmp_path / "two", attention=attention, parallel=parallel, accumulate=2)
-    model = train(one)
+    train(one)
+    with pytest.raises(Stop):
+        train(two, on_step=stop_after(3))  # the last checkpoint is of step 2
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stem.train"]
     result = subprocess.run([*torchrun, *options(two)], env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     torch.testing.assert_close(curve(two.out), curve(one.out), rtol=1e-5, atol=1e-6)
-    with safe_open(Path(two.out) / "checkpoint.safetensors", "pt") as file:
-        weights = {name: file.get_tensor(f"model.{name}") for name in model.state_dict()}
-    torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tensors(two.out), tensors(one.out), rtol=1e-3, atol=1e-5)
+
+
+KILLED_IN_WRITE = """
+import os, signal, stem.runs, stem.train
+
+def save_half(tensors, path, metadata, whole=stem.runs.save_file, calls=[]):
+    whole(tensors, path, metadata)
+    calls.append(path)
+    if len(calls) == 4:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+stem.runs.save_file = save_half
+stem.train.main()
+"""
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    """SIGKILL after a few steps, wherever that falls, then the same command again."""
-    whole, killed = (small(tmp_path / name, steps=80, checkpoint_every=3) for name in ("whole", "killed"))
-    command = [sys.executable, "-m", "stem.train", *options(killed)]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint, deadline = Path(killed.out) / "checkpoint.safetensors", time.monotonic() + 60
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
+    """SIGKILL in the middle of writing a checkpoint, then at a random moment, then once more: equal to the last bit."""
+    whole, killed = (small(tmp_path / name, steps=60, checkpoint_every=1) for name in ("whole", "killed"))
+    quiet = dict(env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.run([sys.executable, "-c", KILLED_IN_WRITE, *options(killed)], **quiet)
+    assert first.returncode == -signal.SIGKILL and len(curve(killed.out)) == 4
+    assert (Path(killed.out) / "checkpoint.partial").exists()
+    process = subprocess.Popen([sys.executable, "-m", "stem.train", *options(killed)], **quiet)
+    while process.poll() is None and len(curve(killed.out)) < 5:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with safe_open(checkpoint, "pt") as file:
-        done = int(file.metadata()["step"])
-    assert 0 < done < killed.steps, "the run was killed on its way"
     train(killed)
     train(whole)
-    assert torch.equal(curve(killed.out)[:, 0], torch.arange(1, 81).double())
-    torch.testing.assert_close(curve(killed.out), curve(whole.out), rtol=1e-5, atol=1e-6)
+    assert torch.equal(curve(killed.out), curve(whole.out))
+    assert all(torch.equal(value, tensors(whole.out)[name]) for name, value in tensors(killed.out).items())
+    assert not list(tmp_path.glob("*/*.partial"))
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_resuming_is_exact(tmp_path, stop):
-    """In one process, where the arithmetic is the same, a resumed run is equal to the last bit."""
-
-    class Stop(Exception):
-        pass
-
-    def interrupt(done, model):
-        if done == stop:
-            raise Stop
-
-    whole, stopped = small(tmp_path / "whole"), small(tmp_path / "stopped")
+    """Also while rows grow, and whatever the random state of the process was."""
+    whole, stopped = (small(tmp_path / name, start_len=32, grow_steps=4) for name in ("whole", "stopped"))
     expected = train(whole)
     with pytest.raises(Stop):
-        train(stopped, on_step=interrupt)
+        train(stopped, on_step=stop_after(stop))
     random_state = torch.get_rng_state()
     torch.rand(5)
     found = train(stopped)
     assert torch.equal(curve(stopped.out), curve(whole.out))
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("damage", ["torn row", "rows after the checkpoint"])
+def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut(tmp_path, damage):
+    whole, stopped = small(tmp_path / "whole"), small(tmp_path / "stopped")
+    train(whole)
+    with pytest.raises(Stop):
+        train(stopped, on_step=stop_after(3))
+    with open(tmp_path / "stopped" / "log.csv", "a") as file:
+        file.write("4,1.2" if damage == "torn row" else "4,1,1,1,1,1,1,1\n5,1,1,1,1,1,1,1\n")
+    train(stopped)
+    assert torch.equal(curve(stopped.out), curve(whole.out))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -224,13 +266,85 @@ def test_command_line_reaches_every_part_of_the_config(tmp_path):
     assert parse_config(["--bf16", "--lr", "1e-3"]) == TrainConfig(bf16=True, lr=1e-3)
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "checkpoint_every"])
-def test_counts_below_one_are_named(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name}=0"):
-        small(tmp_path, **{name: 0})
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps=0; accepted: whole numbers from 1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"accumulate": 0.5}, "accumulate=0.5"),
+        ({"checkpoint_every": -1}, "checkpoint_every=-1"),
+        ({"seq_len": 16}, "seq_len=16; accepted: whole numbers from 32"),
+        ({"seed": True}, "seed=True"),
+        ({"lr": 0.0}, "lr=0.0; accepted: finite numbers above 0"),
+        ({"lr": "fast"}, "lr='fast'"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1; accepted: finite numbers from 0"),
+        ({"clip": float("nan")}, "clip=nan"),
+        ({"attention": "stemm"}, "attention='stemm'; accepted: .*'stem'"),
+        ({"impl": "cuda"}, "impl='cuda'; accepted: None, 'reference'"),
+        ({"parallel": "tensor"}, "parallel='tensor'; accepted: 'ddp', 'fsdp'"),
+        ({"tasks": "text,typo"}, r"unknown \['typo'\]; accepted: names out of text, recall"),
+        ({"device": "tpu"}, "device='tpu'; accepted: '', 'cpu', 'cuda'"),
+        ({"start_len": 48, "grow_steps": 2}, "start_len=48; accepted: 0 or seq_len=64 halved"),
+        ({"start_len": 32}, "start_len=32 and grow_steps=0 go together"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        small(tmp_path, **changes)
 
 
-def test_nothing_is_written_for_a_bad_task(tmp_path):
-    with pytest.raises(ValueError, match="unknown"):
-        train(small(tmp_path / "run", tasks="text,typo"))
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "many"], "steps='many'; accepted: whole numbers from 1"),
+        (["--density", "2"], "density must be in (0, 1], got 2"),
+        (["--heads", "5"], "width=128 must be an even multiple of heads=5"),
+        (["--stepss", "3"], "unrecognized arguments: --stepss"),
+    ],
+)
+def test_a_bad_option_ends_with_usage_and_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(arguments)
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_that_cannot_start_ends_with_one_line(tmp_path, monkeypatch):
+    train(small(tmp_path))
+    for changes, words in (
+        ({"lr": 0.1}, "lr: 0.003 there, 0.1 asked"),
+        ({"accumulate": 3}, "batch_size=4 must be a mul"),
+    ):
+        value = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["stem.train", *options(small(tmp_path)), *value])
+        with pytest.raises(SystemExit, match=words):
+            main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="process 0 of this machine needs a GPU, 0 found"):
+        train(dataclasses.replace(small(tmp_path / "run"), device="cuda"))
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_grow_and_a_step_keeps_its_tokens(tmp_path):
+    config = small(tmp_path, seq_len=256, start_len=32, grow_steps=6, steps=10)
+    lengths = [row_length(step, config) for step in range(10)]
+    assert lengths == [32, 32, 64, 64, 128, 128, 256, 256, 256, 256]
+    alone = Processes(0, 1, torch.device("cpu"))
+    assert all(len(row_parts(step, config, alone)[0]) * length == 4 * 256 for step, length in enumerate(lengths))
+
+
+def test_deterministic_reaches_torch_and_is_put_back(tmp_path):
+    seen = []
+    train(small(tmp_path, steps=1, deterministic=True), on_step=lambda *_: seen.append(deterministic_now()))
+    assert seen == [True] and not deterministic_now()
+
+
+def test_every_column_of_the_log_is_filled(tmp_path):
+    train(small(tmp_path))
+    values = curve(
+        tmp_path, "loss", "loss_text", "loss_recall", "grad_norm", "lr", "tokens_per_second", "peak_memory_mib"
+    )
+    assert values.isfinite().all() and (values > 0).all()
+    assert values[:, 4].tolist() == [learning_rate(step, small(tmp_path)) for step in range(6)]
