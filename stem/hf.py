@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,11 @@ UNSUPPORTED = {
 }
 
 
-@dataclass
+_HANDLES = count(1)
+_LAYERS: WeakValueDictionary[int, _Layer] = WeakValueDictionary()
+
+
+@dataclass(eq=False)
 class _Layer:
     """What `enable` attaches to one attention module, as its attribute `stem_layer`."""
 
@@ -57,6 +63,15 @@ class _Layer:
     previous: str  # attention implementation that `disable` restores
     kept: Tensor | int = 0  # int64 [Hq], kept block pairs of each head since `enable`
     causal: int = 0  # causal block pairs of one head since `enable`
+    handle: int = 0  # its key in _LAYERS, by which a compiled graph names it
+
+    def __post_init__(self) -> None:
+        self.handle = next(_HANDLES)
+        _LAYERS[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:  # a copied or unpickled layer is another layer
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def attention(self) -> str:
@@ -189,19 +204,21 @@ def stem_attention_forward(
         raise ValueError("is_causal=False: stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: stem attention has none; set the model's attention dropout to 0")
-    spans = rows_by_span(attention_mask, query)
-    value_dim = value.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
-    value = pad(value, (0, query.shape[3] - value_dim)) if value_dim < query.shape[3] else value
-    out = _sparse_prefill(layer, query, key, value, spans, scaling)[..., :value_dim]
-    return out.transpose(1, 2).contiguous(), None
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if torch.compiler.is_compiling() and not differentiable:
+        return torch.ops.stem.sparse_prefill(query, key, value, attention_mask, scaling, layer.handle), None
+    return _sparse_prefill(layer, query, key, value, attention_mask, scaling), None
 
 
 AttentionInterface.register(NAME, stem_attention_forward)
 AttentionMaskInterface.register(NAME, stem_mask)
 
 
-def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, spans: dict, scale: float | None) -> Tensor:
-    """Stem attention of each row's tokens by themselves; padding queries give zeros. Shapes as in stem_attention."""
+def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Stem attention of each sequence by itself, [B, Nq, Hq, value dim]; padding queries give zeros."""
+    spans = rows_by_span(mask, q)
+    value_dim = v.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
+    v = pad(v, (0, q.shape[3] - value_dim)) if value_dim < q.shape[3] else v
     out = None
     for (start, stop, offset), rows in spans.items():
         first, last = max(start, offset), min(stop, offset + q.shape[2])
@@ -211,10 +228,25 @@ def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, spans: dict,
         index = slice(None) if len(rows) == q.shape[0] else rows
         attended = _attend(layer, q[index, :, queries], k[index, :, start:last], v[index, :, start:last], scale)
         if attended.shape == q.shape:
-            return attended
+            out = attended
+            break
         out = torch.zeros_like(q) if out is None else out
         out[index, :, queries] = attended
-    return torch.zeros_like(q) if out is None else out
+    out = torch.zeros_like(q) if out is None else out
+    return out[..., :value_dim].transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op("stem::sparse_prefill", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _sparse_prefill_op(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, handle: int
+) -> Tensor:
+    """`_sparse_prefill` as one node of a compiled graph, which need not look inside; without gradients."""
+    return _sparse_prefill(_LAYERS[handle], q, k, v, mask, scale)
+
+
+@_sparse_prefill_op.register_fake
+def _(q, k, v, mask, scale, handle):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
 def _attend(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -173,6 +173,18 @@ def test_padding_queries_are_zero_and_padding_values_are_never_read():
     assert (out[~mask] == 0).all() and (out[mask] != 0).any(-1).all()
 
 
+def test_causal_masks_of_tokens_and_packed_sequences_are_understood():
+    model, ids, lengths = build(), tokens(150), (70, 33, 47)
+    hf.enable(model, SPARSE)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = logits(model, ids, position_ids=position_ids, use_cache=False)
+    for row, part in zip(ids.split(lengths, 1), packed.split(lengths, 1), strict=True):
+        torch.testing.assert_close(part, logits(model, row), atol=2e-5, rtol=1e-4)
+    causal = torch.ones(1, 1, 150, 150).tril()
+    for mask in (causal.bool(), causal.log()):
+        assert torch.equal(logits(model, ids, attention_mask=mask), logits(model, ids))
+
+
 def test_batched_generation_equals_one_by_one():
     model = build()
     hf.enable(model, SPARSE)
@@ -335,6 +347,19 @@ def test_impl_is_passed_on(impl, monkeypatch):
     assert seen == [None] * 3 + [impl] * 3
 
 
+def test_a_compiled_prefill_is_one_graph_and_counts():
+    model = build(num_hidden_layers=2)
+    ids, mask = tokens(100, batch=2), torch.ones(2, 100, dtype=torch.long)
+    mask[0, :30] = 0
+    hf.enable(model, SPARSE)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for arguments in ({}, {"attention_mask": mask}):
+        torch.testing.assert_close(logits(compiled, ids, **arguments), logits(model, ids, **arguments))
+    with hf.stem_prefill(model, FIXED) as report:  # the graph is made anew for another config
+        torch.testing.assert_close(logits(compiled, ids), logits(model, ids))
+    assert report.density() == pytest.approx((1 + 2 + 3 * 5) / 28)
+
+
 def test_gradients_reach_the_weights():
     model, ids = build().train(), tokens(64)
     hf.enable(model, DENSE)
@@ -372,8 +397,6 @@ def test_attention_weights_sinks_dropout_and_custom_masks_are_refused():
     gap[:, 20] = 0
     with pytest.raises(ValueError, match="attention_mask.*padding between tokens"):
         model(ids, attention_mask=gap)
-    with pytest.raises(ValueError, match="attention_mask.*packed"):
-        model(ids, position_ids=torch.arange(20).repeat(2)[None], use_cache=False)
     with pytest.raises(ValueError, match="is_causal"):
         model(ids, is_causal=False)
     model.model.layers[0].self_attn.attention_dropout = 0.1

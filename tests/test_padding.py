@@ -48,18 +48,42 @@ def test_rows_of_one_span_go_together():
     assert padding.rows_by_span(None, torch.empty(3, 1, 12, 8)) == {(0, 12, 0): [0, 1, 2]}
 
 
-def test_what_is_more_than_padding_stays_a_token_mask_and_is_refused():
+def block_diagonal(*lengths, offset=0):
+    """Token mask [1, 1, N, offset + N] of sequences packed one after the other, the first of them begun in a cache."""
+    ones = [torch.ones(n, n + (offset if i == 0 else 0)).tril(offset if i == 0 else 0) for i, n in enumerate(lengths)]
+    return torch.block_diag(*ones).bool()[None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32])
+def test_packed_sequences_have_a_span_each(dtype):
+    minimum = torch.finfo(dtype).min if dtype.is_floating_point else None
+    spans = {
+        block_diagonal(12): [(0, 12, 0)],
+        block_diagonal(5, 1, 6): [(0, 5, 0), (5, 6, 0), (6, 12, 0)],
+        block_diagonal(5, 3, offset=4): [(0, 9, 4), (9, 12, 4)],
+        sdpa_mask(**sizes(padded(12, slice(3, 10)), 12)): [(3, 10, 0)],
+        sdpa_mask(**sizes(padded(12, slice(0, 0)), 12)): [],
+    }
+    for mask, expected in spans.items():
+        mask = mask if dtype == torch.bool else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, minimum)
+        query = torch.empty(2, 3, mask.shape[2], 8)
+        assert padding.rows_by_span(mask, query) == {span: [0, 1] for span in expected}
+
+
+def test_a_mask_that_says_something_else_is_refused():
     gap = padded(12, slice(0, 12))
     gap[0, 5] = False
     masks = [
         padding.stem_mask(**sizes(gap, 12)),
-        padding.stem_mask(1, 12, 12, local_size=4),
-        padding.stem_mask(1, 12, 12, allow_is_causal_skip=False),
-        torch.ones(1, 1, 12, 12, dtype=torch.int64),
+        torch.ones(1, 1, 12, 12).tril().triu(-3).bool(),  # a sliding window
+        torch.ones(1, 1, 12, 12).bool(),
+        torch.ones(1, 1, 12, 12).triu().bool(),
+        torch.ones(1, 1, 12, 12).tril().long(),
+        torch.ones(1, 1, 12, 12).tril().log() - torch.arange(12.0),  # a bias of position
+        torch.ones(1, 2, 12, 12).tril().bool(),
     ]
-    query = torch.empty(1, 1, 12, 8)
+    query = torch.empty(1, 2, 12, 8)
     for mask in masks:
-        assert mask.shape == (1, 1, 12, 12)
         assert padding.token_mask(mask, query, query) is mask
         with pytest.raises(ValueError, match="attention_mask"):
             padding.rows_by_span(mask, query)
