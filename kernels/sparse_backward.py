@@ -486,9 +486,11 @@ def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
 
 
-def use_descriptors(x: torch.Tensor) -> bool:
-    """Whether tiles are loaded by TMA: 16-bit types on sm_90 and newer."""
-    return x.is_cuda and x.element_size() == 2 and torch.cuda.get_device_capability(x.device)[0] >= 9
+def use_descriptors(q: torch.Tensor) -> bool:
+    """Whether tiles are loaded by TMA: 16-bit types on sm_90 and newer, rows of whole multiples of 16 bytes."""
+    if not q.is_cuda or q.element_size() != 2 or q.shape[-1] * q.element_size() % TMA_BYTES:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] >= 9
 
 
 def readable_rows(x: torch.Tensor, by_descriptor: bool) -> torch.Tensor:
