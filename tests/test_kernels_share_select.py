@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from stem.kernels.share_select import select_above
 
 from stem import StemConfig, block_budget, select_blocks
-from stem.kernels.share_select import select_above
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
