@@ -38,6 +38,12 @@ speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=s
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
+evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/evaluation/  [PROFILE=smoke|full]
+	$(BIN)/python -m stem.compare --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+
+extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/extension/  [PROFILE=smoke|full]
+	$(BIN)/python -m stem.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+
 tables: $(INSTALLED) ## rewrite README's tables, sentences and picture from results/
 	$(BIN)/python -m stem.tables
 	$(BIN)/python scripts/overview.py

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import stem
 from stem import documents, hf, patterns, pretrained, records, ruler
-from stem.config import StemConfig
+from stem.config import PRESETS, StemConfig
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multiquery", "ruler_vt")
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # one natural order of the answers
@@ -131,6 +131,13 @@ def methods(
     return found
 
 
+def presets() -> list[Method]:
+    """Stem with the schedules of its three sources, which set their own density."""
+    return [
+        Method(f"stem, {name}", config, config.block_size) for name in PRESETS for config in [StemConfig.preset(name)]
+    ]
+
+
 def all_names() -> tuple[str, ...]:
     """What `methods` takes: every pattern and the two variants of Stem."""
     return (*patterns.names(), "stem softmax", "stem adaptive")
@@ -222,6 +229,9 @@ class Plan:
 
     asked_at: tuple[float, int] = (0.25, 64)
     """(density, block size) at which every method answers tasks."""
+
+    presets: bool = False
+    """Whether to measure `presets()` as well."""
 
     generating: tuple[str, ...] = ("stem",)
     """Methods that also generate at `asked_at`, beside dense attention and the control."""
@@ -355,7 +365,7 @@ def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> l
         kinds = document_windows(tokenizer, length, plan.windows)
         calibrate = calibrator(model, tokenizer, length)
         found = methods(plan.names or all_names(), plan.densities, plan.block_sizes, calibrate)
-        for method in [Method("dense"), *found]:
+        for method in [Method("dense"), *found, *(presets() if plan.presets else ())]:
             comparison.loss(method, kinds)
             for of in prompts if plan.answers(method) else ():
                 comparison.answers(method, of)

