@@ -47,11 +47,6 @@ class ModelSize:
         return self.width // self.heads
 
 
-def training_impl(q: Tensor) -> str | None:
-    """The `impl` of block-sparse attention that has a backward pass where `q` needs one; None lets it choose."""
-    return "flex" if q.is_cuda and torch.is_grad_enabled() and q.requires_grad else None
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attention: str, config: StemConfig | None, impl: str | None = None
 ) -> Tensor:
@@ -67,7 +62,6 @@ def attend(
     """
     if attention == "dense":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    impl = impl or training_impl(q)
     config = config or StemConfig()
     if attention == "stem":
         return stem_attention(q, k, v, config, impl=impl)
