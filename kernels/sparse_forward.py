@@ -1,14 +1,21 @@
 """Block-sparse causal attention, forward: softmax over the key blocks of each query block's list.
 
 A list is ascending, so the diagonal block, the only one that needs a mask, is the last one when it is listed at all.
+Keys and values are copied by tensor descriptors where the hardware has them (TMA), else loaded through pointers.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+TMA_BYTES = 16  # alignment of addresses and strides
+TUNING_TOKENS, TUNING_HEADS, TUNING_BLOCKS = 4096, 16, 8  # the problem on which tile sizes are compared
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -41,6 +48,28 @@ def load_rows(
 
 
 @triton.jit
+def load_keys(
+    source,
+    batch,
+    kv_head,
+    first_key,
+    num_keys,
+    stride_n,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """BLOCK_N keys or values from first_key on, [BLOCK_N, BLOCK_D]: by a descriptor, or a pointer to the head."""
+    if TMA:
+        return source.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        return load_rows(source, first_key, num_keys, stride_n, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, CHECK_ROWS)
+
+
+@triton.jit
 def online_softmax_update(logits_log2, v_tile, accumulator, running_max, running_sum):
     """Fold one tile of base-2 logits [M, N] and its values [N, D] into the running softmax."""
     new_max = tl.maximum(running_max, tl.max(logits_log2, axis=1))  # [M]
@@ -56,8 +85,10 @@ def online_softmax_update(logits_log2, v_tile, accumulator, running_max, running
 def attend_tile(
     q_tile,
     q_positions,
-    k_ptr,
-    v_ptr,
+    k_source,
+    v_source,
+    batch,
+    kv_head,
     first_key,
     num_keys,
     stride_kn,
@@ -71,10 +102,15 @@ def attend_tile(
     BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Attend to BLOCK_N keys from first_key on; only in the diagonal block can a key be in the future or missing."""
-    k_tile = load_rows(k_ptr, first_key, num_keys, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, CHECK_ROWS=DIAGONAL)
-    v_tile = load_rows(v_ptr, first_key, num_keys, stride_vn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, CHECK_ROWS=DIAGONAL)
+    k_tile = load_keys(
+        k_source, batch, kv_head, first_key, num_keys, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL, TMA
+    )
+    v_tile = load_keys(
+        v_source, batch, kv_head, first_key, num_keys, stride_vn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL, TMA
+    )
     logits_log2 = tl.dot(q_tile, k_tile.T, input_precision="ieee") * scale_log2  # [M, BLOCK_N]
     if DIAGONAL:
         key_positions = first_key + tl.arange(0, BLOCK_N)
@@ -85,8 +121,8 @@ def attend_tile(
 @triton.jit
 def sparse_forward_kernel(
     q_ptr,
-    k_ptr,
-    v_ptr,
+    k_source,
+    v_source,
     out_ptr,
     lse_ptr,
     kv_indices_ptr,
@@ -116,11 +152,13 @@ def sparse_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of one query block of one head.
 
     Grid: (nq * BLOCK_SIZE / BLOCK_M, B * Hq): the query tiles of a head are neighbours, so that its keys and values
-    stay in the L2 cache, and the last tiles start first. BLOCK_M and BLOCK_N divide BLOCK_SIZE.
+    stay in the L2 cache, and the last tiles start first. BLOCK_M and BLOCK_N divide BLOCK_SIZE. TMA: k_source and
+    v_source are descriptors of [B, Hkv, Nkv, D] with tiles of BLOCK_N rows, else pointers.
     """
     tiles_per_q_block: tl.constexpr = BLOCK_SIZE // BLOCK_M
     tiles_per_kv_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
@@ -130,8 +168,9 @@ def sparse_forward_kernel(
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     kv_head = head // heads_per_kv_head
     q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
+    if not TMA:
+        k_source += batch * stride_kb + kv_head * stride_kh
+        v_source += batch * stride_vb + kv_head * stride_vh
     out_ptr += batch * stride_ob + head * stride_oh
 
     offset = num_keys - num_queries  # absolute position of query 0
@@ -154,15 +193,17 @@ def sparse_forward_kernel(
         kv_block = tl.load(kv_indices_ptr + step // tiles_per_kv_block)
         first_key = kv_block * BLOCK_SIZE + step % tiles_per_kv_block * BLOCK_N
         accumulator, running_max, running_sum = attend_tile(
-            q_tile, offset + queries, k_ptr, v_ptr, first_key, num_keys, stride_kn, stride_vn, scale_log2,
-            accumulator, running_max, running_sum, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=False,
+            q_tile, offset + queries, k_source, v_source, batch.to(tl.int32), kv_head.to(tl.int32), first_key, num_keys,
+            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum,
+            BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=False, TMA=TMA,
         )  # fmt: skip
     visible_tiles = ((tile_in_block + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N  # of the diagonal block
     for step in range(has_diagonal * visible_tiles):
         first_key = q_block * BLOCK_SIZE + step * BLOCK_N
         accumulator, running_max, running_sum = attend_tile(
-            q_tile, offset + queries, k_ptr, v_ptr, first_key, num_keys, stride_kn, stride_vn, scale_log2,
-            accumulator, running_max, running_sum, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=True,
+            q_tile, offset + queries, k_source, v_source, batch.to(tl.int32), kv_head.to(tl.int32), first_key, num_keys,
+            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum,
+            BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=True, TMA=TMA,
         )  # fmt: skip
 
     running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf
@@ -177,18 +218,56 @@ def sparse_forward_kernel(
     tl.store(lse_ptr + batch_head * num_queries + queries, lse, mask=exists)
 
 
-def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows, keys, warps and pipeline stages of one program (our choice, for the 227 KiB of shared memory of sm_90).
+def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    """Rows, keys, warps and pipeline stages of one program: a short list, the default first (our choice, for sm_90).
 
     fp16 and bf16 run on tensor cores, 16 rows and 128 dimensions a warp; fp32 has no exact tensor-core product, so
     registers bound its tiles when it is compiled.
     """
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
         block_m, block_n = (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 128 else (16, 16)
-        return dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1)
-    block_m, block_n = min(block_size, 128), min(block_size, 64)
+        return [dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1)]
+    block_m = min(block_size, 128)
     num_warps = min(8, block_m // 16 * max(1, head_dim // 128))
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=3 if head_dim <= 128 else 2)
+    keys_and_stages = [(64, 2)] if head_dim > 128 else [(128, 2), (64, 3), (64, 2)]
+    choices = []
+    for block_n, num_stages in keys_and_stages:
+        choice = dict(BLOCK_M=block_m, BLOCK_N=min(block_size, block_n), num_warps=num_warps, num_stages=num_stages)
+        choices += [choice] * (choice not in choices)
+    return choices
+
+
+def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """The fastest of `tile_choices` on this device, timed at the first call for each kind of problem.
+
+    Where nothing can be timed (while a CUDA graph is captured, in the interpreter), the default of an untuned kind.
+    """
+    choices = tile_choices(head_dim, block_size, dtype)
+    if len(choices) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return choices[0]
+    return choices[fastest_choice(head_dim, block_size, dtype, device)]
+
+
+@lru_cache(maxsize=None)
+def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Place in `tile_choices` of the fastest one, on a prompt of TUNING_TOKENS with a local window."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    rows = torch.arange(TUNING_TOKENS // block_size, dtype=torch.int32, device=device)
+    counts = (rows + 1).clamp_max(TUNING_BLOCKS).expand(1, TUNING_HEADS, -1)
+    window = torch.arange(TUNING_BLOCKS, dtype=torch.int32, device=device)
+    lists = ((rows + 1 - TUNING_BLOCKS).clamp_min(0)[:, None] + window).expand(1, TUNING_HEADS, -1, -1)
+    x = torch.zeros(1, TUNING_HEADS, TUNING_TOKENS, head_dim, dtype=dtype, device=device)
+
+    def time_of(tiles: dict[str, int]) -> float:
+        try:
+            return do_bench(lambda: launch(x, x, x, lists, counts, block_size, 1.0, tiles), warmup=5, rep=20)
+        except OutOfResources:  # the list is for sm_90, other cards have less shared memory
+            return float("inf")
+
+    times = [time_of(tiles) for tiles in tile_choices(head_dim, block_size, dtype)]
+    return times.index(min(times))
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -199,6 +278,15 @@ def operand_dtype(dtype: torch.dtype) -> tl.dtype:
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if its last dimension is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def can_describe(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor of x [B, H, N, D] can be made and used: sm_90 and newer, aligned, D a power of two."""
+    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return False
+    aligned = all(stride > 0 and stride * x.element_size() % TMA_BYTES == 0 for stride in x.stride()[:-1])
+    power_of_two = x.shape[-1] & (x.shape[-1] - 1) == 0
+    return x.element_size() == 2 and aligned and power_of_two and x.data_ptr() % TMA_BYTES == 0
 
 
 def sparse_forward(
@@ -222,19 +310,36 @@ def sparse_forward(
     Returns:
         out like q (accumulated in fp32), and the natural log-sum-exp fp32 [B, Hq, Nq]; 0 and -inf for an empty list.
     """
+    tiles = tile_sizes(q.shape[-1], block_size, q.dtype, q.device)
+    return launch(q, k, v, kv_indices, kv_num_blocks, block_size, scale, tiles)
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_num_blocks: torch.Tensor,
+    block_size: int,
+    scale: float,
+    tiles: dict[str, int],
+    tma: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sparse_forward with tiles of given sizes, and with or without tensor descriptors; None: where they can be."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     num_q_blocks, max_blocks = kv_indices.shape[2:]
+    tma = can_describe(k) and can_describe(v) if tma is None else tma
+    tile = [1, 1, tiles["BLOCK_N"], head_dim]
     out = torch.empty_like(q)
     lse = torch.empty(batch, num_q_heads, num_queries, dtype=torch.float32, device=q.device)
-    tiles = tile_sizes(head_dim, block_size, q.dtype)
     grid = (num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)
     with torch.cuda.device_of(q):
         sparse_forward_kernel[grid](
             q,
-            k,
-            v,
+            TensorDescriptor.from_tensor(k, tile) if tma else k,
+            TensorDescriptor.from_tensor(v, tile) if tma else v,
             out,
             lse,
             kv_indices.contiguous(),
@@ -254,6 +359,7 @@ def sparse_forward(
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_SIZE=block_size,
             DTYPE=operand_dtype(q.dtype),
+            TMA=tma,
             **tiles,
         )
     return out, lse

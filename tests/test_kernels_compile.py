@@ -10,12 +10,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
 POINTERS = {
     "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32",
     "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32",
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
+
+
+ALIGNED = ("_ptr", "b", "h", "n")
 
 
 def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, sums_type="fp32"):
@@ -30,10 +34,13 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
         if name.endswith("_ptr"):
             pointed = sums_type if name.endswith("sums_ptr") else POINTERS.get(name, "fp32")
             return "*" + (input_type if pointed == "x" else pointed)
+        if name.endswith("_source"):
+            tile = f"{constants['BLOCK_N']}, {constants['HEAD_DIM']}"
+            return f"tensordesc<{input_type}[1, 1, {tile}]>" if constants["TMA"] else "*" + input_type
         return "fp32" if name in ("scale", "value_weight") else "i32"
 
     names = kernel.arg_names
-    aligned = [name for name in names if name not in constants and name.endswith(("_ptr", "b", "h", "n"))]
+    aligned = [name for name in names if name not in constants and name.endswith(ALIGNED)]
     source = ASTSource(
         kernel,
         {name: type_of(name) for name in names},
@@ -44,21 +51,22 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 
 
-def sparse_forward_case(head_dim, block_size, dtype):
-    """Arguments of compile_for_sm90 for the forward kernel, with the tiles that the library chooses."""
+def sparse_forward_cases(head_dim, block_size, dtype):
+    """Arguments of compile_for_sm90 for the forward kernel, with the tiles that the library chooses from."""
     import triton
     from stem.kernels import sparse_forward
 
-    tiles = sparse_forward.tile_sizes(head_dim, block_size, dtype)
-    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     operands = sparse_forward.operand_dtype(dtype)
     constants = dict(HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, DTYPE=operands)
-    return sparse_forward.sparse_forward_kernel, operands.name, constants | tiles, *options.values()
+    for tiles in sparse_forward.tile_choices(head_dim, block_size, dtype):
+        options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
+        for tma in (False, True) if dtype != torch.float32 and head_dim == constants["BLOCK_D"] else (False,):
+            arguments = operands.name, constants | tiles | dict(TMA=tma), *options
+            yield f"{tiles} {options} {tma}", (sparse_forward.sparse_forward_kernel, *arguments)
 
 
 def cases():
     """(name, arguments of compile_for_sm90) over kernels and the extremes of their shapes."""
-    import torch
     import triton.language as tl
     from stem.kernels import block_scores, block_select
 
@@ -69,7 +77,8 @@ def cases():
     }
     for dtype in shapes:
         for head_dim, block_size in shapes[dtype]:
-            yield f"sparse_forward {dtype} {head_dim} {block_size}", sparse_forward_case(head_dim, block_size, dtype)
+            for name, arguments in sparse_forward_cases(head_dim, block_size, dtype):
+                yield f"sparse_forward {dtype} {head_dim} {block_size} {name}", arguments
     depth = dict(HEAD_DIM=128, BLOCK_SIZE=128, STRIDE=16)
     for dtype, input_type, sums_type in ((torch.bfloat16, "bf16", "bf16"), (torch.float32, "fp32", "fp32")):
         parts = block_scores.num_parts(dtype)
