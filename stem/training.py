@@ -183,7 +183,7 @@ def run_part(plan: Plan, part: str, folder: Path) -> Path:
         rows = adapt.run_arm(plan.adaptation, name.removeprefix("adapt_"), int(seed), say=_say)
     else:
         rows = run_arm(plan, name, int(seed), folder / part, say=_say)
-        (folder / part / "checkpoint.safetensors").unlink()  # its rows are all that is read from here on
+        (folder / part / "checkpoint.safetensors").unlink(missing_ok=True)  # its rows are all that is read from here on
     partial = path.with_suffix(".partial")
     pd.DataFrame(rows).to_csv(partial, index=False)
     partial.replace(path)
