@@ -8,6 +8,8 @@ group of rows holds the control, a short window, which must fail: where it does 
     right         share of samples in which every token of that answer is the likeliest
     loss          next-token loss on a kind of document, over positions start..stop - 1 [nats per token]
     generated     share of right answers that a dense decoder gives after the sparse prefill (cannot see a broken one)
+
+`density` is what was computed, `asked` what was asked for, `ms` the time for each sample of a batch on this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from torch import Tensor
 
 import stem
 from stem import documents, hf, patterns, pretrained, records, ruler
+from stem.budget import block_budget
 from stem.config import PRESETS, StemConfig
+from stem.metrics import block_attention_mass
+from stem.scores import block_scores
+from stem.selection import select_blocks
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multiquery", "ruler_vt")
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # one natural order of the answers
@@ -256,64 +262,121 @@ PLANS = {
 
 
 class Comparison:
-    """Measures methods against dense attention on the same samples of one model, and collects rows.
+    """Measures methods against dense attention on the same samples of one model.
 
-    Dense attention is measured once for each group of samples, when the first method asks for it.
+    Dense attention is measured once for each group of samples, when the first method asks for it. `rows` holds the
+    means, `samples` what they are means of (not for losses).
     """
 
     def __init__(self, model, tokenizer, name: str, seed: int = 0) -> None:
         self.model, self.tokenizer, self.name, self.seed = model, tokenizer, name, seed
         self.rows: list[dict] = []
-        self._dense: dict = {}
+        self.samples: list[dict] = []
+        self._dense: dict[tuple, _Measured] = {}
 
     def answers(self, method: Method, prompts: Prompts) -> None:
         """Add rows of the measures "answer" and "right"."""
-        dense, (logp, right), density = self._both(method, prompts.task, prompts.ids, answer_scores, prompts)
-        about = dict(task=prompts.task, length=prompts.ids.shape[1], density=density)
-        self._add(method, dict(measure="answer", **about), logp, dense[0])
-        self._add(method, dict(measure="right", **about), right.float(), dense[1].float())
+        ours, dense = self._measure(method, prompts.ids, "answer", lambda: answer_scores(self.model, prompts))
+        about = dict(task=prompts.task, length=prompts.ids.shape[1], density=ours.density, ms=ours.ms)
+        for place, measure in enumerate(("answer", "right")):
+            self._add(method, dict(measure=measure, **about), ours.result[place].float(), dense.result[place].float())
 
     def generated(self, method: Method, prompts: Prompts) -> None:
-        """Add a row of the measure "generated"."""
-        score = partial(generated_scores, tokenizer=self.tokenizer, prompts=prompts)
-        dense, score, density = self._both(method, prompts.task, prompts.ids, lambda model: score(model))
-        about = dict(measure="generated", task=prompts.task, length=prompts.ids.shape[1], density=density)
-        self._add(method, about, score, dense)
+        """Add a row of the measure "generated"; its time includes decoding."""
+        ours, dense = self._measure(
+            method, prompts.ids, "generated", lambda: generated_scores(self.model, self.tokenizer, prompts)
+        )
+        about = dict(task=prompts.task, length=prompts.ids.shape[1], density=ours.density, ms=ours.ms)
+        self._add(method, dict(measure="generated", **about), ours.result, dense.result)
 
     def loss(self, method: Method, kinds: Mapping[str, Tensor], spans: int = 4) -> None:
         """Add rows of the measure "loss": for each kind its later half, for all kinds together `spans` equal spans."""
         ids = torch.cat(list(kinds.values()))
-        dense, losses, density = self._both(method, tuple(kinds), ids, document_losses, ids)
-        length, first = ids.shape[1], 0
+        ours, dense = self._measure(method, ids, "loss", lambda: document_losses(self.model, ids))
+        length = ids.shape[1]
+        groups = [("all", slice(None), length * i // spans, length * (i + 1) // spans) for i in range(spans)]
+        first = 0
         for kind, windows in kinds.items():
-            of = slice(first, first := first + len(windows))
-            self._add_span(method, kind, length, length // 2, length, density, losses[of], dense[of])
-        for i in range(spans):
-            span = (length * i // spans, length * (i + 1) // spans)
-            self._add_span(method, "all", length, *span, density, losses, dense)
+            groups.append((kind, slice(first, first := first + len(windows)), length // 2, length))
+        for kind, rows, start, stop in groups:
+            about = dict(measure="loss", task=kind, length=length, density=ours.density, ms=ours.ms)
+            values = [of.result[rows, start:stop].mean(-1) for of in (ours, dense)]
+            self._add(method, about | dict(start=start, stop=stop), *values)
 
-    def _add_span(self, method, kind, length, start, stop, density, losses, dense) -> None:
-        about = dict(measure="loss", task=kind, length=length, start=start, stop=stop, density=density)
-        self._add(method, about, losses[:, start:stop].mean(-1), dense[:, start:stop].mean(-1))
-
-    def _both(self, method: Method, group, ids: Tensor, measure, *arguments):
-        """(dense result, the method's, its density); the dense one comes from the first time that these were asked."""
-        key = (measure if measure in (answer_scores, document_losses) else "generated", group, tuple(ids.shape))
+    def _measure(self, method: Method, ids: Tensor, name: str, measure) -> tuple[_Measured, _Measured]:
+        """What `measure` gives under the method and under dense attention; the latter from the first time."""
+        key = (name, tuple(ids.shape), int((ids * torch.arange(ids.numel()).view_as(ids)).sum()))
         if key not in self._dense:
-            self._dense[key] = measure(self.model, *arguments)
+            self._dense[key] = _timed(measure, len(ids), lambda: 1.0)
         if method.attention is None:
-            return self._dense[key], self._dense[key], 1.0
+            return self._dense[key], self._dense[key]
         with hf.stem_prefill(self.model, method.attention) as report:
-            result = measure(self.model, *arguments)
-        return self._dense[key], result, report.density()
+            return _timed(measure, len(ids), report.density), self._dense[key]
 
     def _add(self, method: Method, about: dict, values: Tensor, dense: Tensor) -> None:
         low, high = interval(values - dense, self.seed)
         numbers = dict(value=values.mean(), dense=dense.mean(), difference=(values - dense).mean(), low=low, high=high)
         who = dict(method=method.name, block_size=method.block_size, asked=method.asked)
         numbers = {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
-        about = about | {"density": round(about["density"], 4)}
+        about = about | {"density": round(about["density"], 4), "ms": float(f"{about['ms']:.4g}")}
         self.rows.append({**who, **about, **numbers, "count": len(values), "model": self.name, "seed": self.seed})
+        if about["measure"] != "loss":
+            for sample, pair in enumerate(zip(values.tolist(), dense.tolist(), strict=True)):
+                self.samples.append({**who, **about, "sample": sample, "value": pair[0], "dense": pair[1]})
+
+
+class _Measured(NamedTuple):
+    result: object
+    density: float
+    ms: float
+    """Milliseconds for each sample."""
+
+
+def _timed(measure, samples: int, density) -> _Measured:
+    started = time.monotonic()
+    result = measure()  # ends on the CPU, so the GPU is done
+    return _Measured(result, density(), (time.monotonic() - started) * 1e3 / samples)
+
+
+class LastRow(NamedTuple):
+    """How the last query block of a prompt chooses among the key blocks, in every layer and head: [layers, Hq, nk]."""
+
+    mass: Tensor
+    """fp32, true attention probability on each key block, given what the layers below computed."""
+
+    rank: Tensor
+    """int64, place of the block in Stem's score, 0 = best."""
+
+    kept: Tensor
+    """bool, whether Stem kept it."""
+
+
+@torch.no_grad()
+def last_row(model, ids: Tensor, config: StemConfig) -> LastRow:
+    """Look into a sparse prefill of int64 [1, N] tokens; everything on the CPU."""
+    found = []
+
+    def select(q: Tensor, k: Tensor, v: Tensor):
+        scores = block_scores(q, k, v, config)
+        budget = block_budget(scores.shape[-1], config)
+        selection = select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2])
+        row = q[:, :, (selection.num_q_blocks - 1) * config.block_size :]
+        mass = block_attention_mass(row, k, config.block_size)[0, :, -1]
+        rank = scores[0, :, -1].argsort(descending=True).argsort()
+        found.append([of.cpu() for of in (mass.float(), rank, selection.to_mask()[0, :, -1])])
+        return selection
+
+    with hf.stem_prefill(model, select):
+        model(ids, use_cache=False, logits_to_keep=1)
+    return LastRow(*(torch.stack(of) for of in zip(*found, strict=True)))
+
+
+def needle_block(prompts: Prompts, sample: int, block_size: int) -> int:
+    """Key block in which the answer of a task with one answer first appears in its prompt."""
+    ids, count = prompts.ids[sample], int(prompts.answer_tokens[sample])
+    answer = ids[-count:]
+    starts = (ids.unfold(0, len(answer), 1) == answer).all(-1).nonzero()
+    return int(starts[0]) // block_size
 
 
 def calibrator(model, tokenizer, length: int):

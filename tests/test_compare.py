@@ -79,9 +79,10 @@ def test_rows_hold_the_difference_to_dense_on_the_same_samples(rows, tokenizer, 
     comparison = compare.Comparison(model, tokenizer, "tiny")
     prompts = compare.exact_prompts("niah_multikey_1", tokenizer, 256, 4)
     method = compare.Method("stem", SPARSE, 16, 0.4)
+    windows = {kind: torch.randint(1000, (2, 64)) for kind in "ab"}
     for of in (compare.Method("dense"), method):
         comparison.answers(of, prompts)
-        comparison.loss(of, {"a": torch.randint(1000, (2, 64)), "b": torch.randint(1000, (2, 64))})
+        comparison.loss(of, windows)
     dense, sparse = ([row for row in comparison.rows if row["method"] == name] for name in ("dense", "stem"))
     assert len(dense) == len(sparse) == 2 + 2 + 4
     assert all(row["difference"] == row["low"] == row["high"] == 0 and row["density"] == 1 for row in dense)
@@ -93,7 +94,14 @@ def test_rows_hold_the_difference_to_dense_on_the_same_samples(rows, tokenizer, 
     with stem.hf.stem_prefill(model, SPARSE):
         logp, _ = compare.answer_scores(model, prompts)
     assert answer["value"] == pytest.approx(float(logp.mean()), rel=1e-4) and answer["count"] == 4
-    assert [(row["start"], row["stop"]) for row in sparse[4:]] == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    assert [(row["start"], row["stop"]) for row in sparse[2:6]] == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    assert sparse[7]["task"] == "b" and sparse[7]["start"] == 32
+    losses = compare.document_losses(model, windows["b"])[:, 32:].mean()
+    assert sparse[7]["dense"] == pytest.approx(float(losses), rel=1e-4)
+    mine = [row for row in comparison.samples if row["method"] == "stem" and row["measure"] == "answer"]
+    assert [row["value"] for row in mine] == pytest.approx(logp.tolist()) and {row["ms"] > 0 for row in mine} == {True}
+    comparison.loss(method, {kind: ids + 1 for kind, ids in windows.items()})
+    assert comparison.rows[-1]["dense"] != sparse[7]["dense"]  # other documents, so dense was measured again
 
 
 def test_the_interval_covers_the_mean_and_shrinks_with_samples():
@@ -138,6 +146,20 @@ def test_a_small_plan_runs(rows, tokenizer, model, monkeypatch):
     measures = {(row["method"], row["measure"]) for row in found}
     assert {("window", "generated"), ("stem", "answer"), ("random", "loss"), ("dense", "right")} <= measures
     assert ("random", "generated") not in measures
+
+
+def test_the_last_row_shows_what_was_seen_scored_and_kept(rows, tokenizer, model):
+    prompts = compare.exact_prompts("niah_multikey_1", tokenizer, 250, 1)
+    row = compare.last_row(model, prompts.ids, SPARSE)
+    assert row.mass.shape == row.rank.shape == row.kept.shape == (2, 3, 16)
+    assert torch.allclose(row.mass.sum(-1), torch.ones(2, 3), atol=1e-5)
+    assert (row.kept.sum(-1) == stem.block_budget(16, SPARSE)[-1]).all()
+    assert (row.rank.sort(-1).values == torch.arange(16)).all()
+    chosen = row.kept.clone()
+    chosen[..., [0, 15]] = False  # sink and diagonal are kept whatever their rank
+    assert row.rank[chosen].max() < stem.block_budget(16, SPARSE)[-1] + 2
+    block = compare.needle_block(prompts, 0, 16)
+    assert "one" in tokenizer.decode(prompts.ids[0, block * 16 : block * 16 + 20])
 
 
 @pytest.mark.parametrize("kind", list(documents.KINDS))
