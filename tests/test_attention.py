@@ -16,7 +16,7 @@ block_scores = on_its_device(stem.block_scores)
 select_blocks = on_its_device(stem.select_blocks)
 
 IMPLS = ("reference", "torch", "triton", "flex")
-DIFFERENTIABLE = ("reference", "torch", "flex")
+IN_FLOAT64 = ("reference", "torch", "flex")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 
@@ -103,7 +103,7 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("impl", DIFFERENTIABLE)
+@pytest.mark.parametrize("impl", IN_FLOAT64)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_whole_pipeline_in_float64(preset, impl):
     config, length = PRESETS[preset]
@@ -282,7 +282,7 @@ def gradients(function, *tensors):
     return torch.autograd.grad((out * weights).sum() + (lse.to(out.dtype) * weights[..., 0]).sum(), inputs)
 
 
-@pytest.mark.parametrize("impl", DIFFERENTIABLE)
+@every_impl
 @pytest.mark.parametrize("lengths", ["whole", "ragged", "unaligned"])
 def test_gradients_equal_those_of_float64_autograd(lengths, impl):
     q_len, kv_len = {"whole": (96, 96), "ragged": (90, 90), "unaligned": (45, 90)}[lengths]
@@ -291,6 +291,8 @@ def test_gradients_equal_those_of_float64_autograd(lengths, impl):
     allowed = oracles.token_mask(selection.to_mask(), 32, q_len, kv_len)
     expected = gradients(lambda *x: oracles.attention(*x, allowed), *(x.double() for x in tensors))
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        if impl == "triton" and dtype == torch.float64:
+            continue
         found = gradients(
             lambda *x: block_sparse_attention(*x, selection, impl=impl, return_lse=True),
             *(x.to(dtype) for x in tensors),
@@ -299,7 +301,7 @@ def test_gradients_equal_those_of_float64_autograd(lengths, impl):
             torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("impl", DIFFERENTIABLE)
+@pytest.mark.parametrize("impl", IN_FLOAT64)
 def test_gradcheck(impl):
     q, k, v = (x.double().requires_grad_() for x in draw(1, 2, 1, 20, 36, 3))
     selection = random_selection(q, k, 16)
@@ -308,7 +310,7 @@ def test_gradcheck(impl):
     )
 
 
-@pytest.mark.parametrize("impl", DIFFERENTIABLE)
+@every_impl
 def test_no_gradient_flows_through_the_selection(impl):
     tensors = draw(1, 2, 1, 80, 80, 16)
     config = StemConfig(block_size=16, density=0.4)
@@ -325,17 +327,6 @@ def test_keys_that_nobody_selects_have_no_gradient():
     block_sparse_attention(q, k, v, BlockSelection.from_mask(mask, 32), impl="torch").sum().backward()
     for x in (k, v):
         assert not x.grad[:, :, :32].any() and x.grad[:, :, 32:].any()
-
-
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_triton_refuses_gradients_until_it_has_a_backward(name):
-    tensors = dict(zip("qkv", draw(1, 1, 1, 32, 32, 16), strict=True))
-    tensors[name].requires_grad_()
-    config = StemConfig(block_size=16)
-    with pytest.raises(NotImplementedError, match="impl='triton'.*backward.*'torch'"):
-        stem_attention(**tensors, config=config, impl="triton")
-    with torch.no_grad():
-        assert stem_attention(**tensors, config=config, impl="triton").isfinite().all()
 
 
 class LargestTensor(TorchDispatchMode):
