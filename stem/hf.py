@@ -8,7 +8,8 @@
     model.generate(**inputs)                 # prefill is sparse from here on
     stem.hf.density(model)                   # one row per layer: what was really computed
 
-A call with one query is decode and stays dense (SDPA), as do sliding-window layers and layers whose config is None.
+A call with one query is decode and stays dense (SDPA), as do sliding-window layers and layers whose config is None. A
+call with several queries is prefill, also the one in which assisted decoding verifies its candidates.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
             continue
         queries = slice(first - offset, last - offset)
         index = slice(None) if len(rows) == q.shape[0] else rows
-        attended = _attend(layer, q[index, :, queries], k[index, :, start:last], v[index, :, start:last], scale)
+        with torch.cuda.device_of(q):  # layers of one model can be on several GPUs
+            attended = _attend(layer, q[index, :, queries], k[index, :, start:last], v[index, :, start:last], scale)
         if attended.shape == q.shape:
             out = attended
             break

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 from transformers.masking_utils import sdpa_mask
 
 import stem
@@ -44,6 +45,13 @@ FAMILIES = {
     "GPTNeoX": dict(num_key_value_heads=4),
     "Olmo2": {},
     "SmolLM3": {},
+    "Phi": dict(num_key_value_heads=4),
+    "Starcoder2": dict(sliding_window=None),
+    "Cohere": dict(logit_scale=1.0),
+    "Mixtral": dict(sliding_window=None, num_local_experts=4, num_experts_per_tok=2),
+    "Glm": dict(head_dim=16),
+    "Ernie4_5": dict(head_dim=16),
+    "GPT2": dict(n_positions=512, n_embd=64, n_layer=3, n_head=4),
     "Gemma": dict(head_dim=40, num_key_value_heads=1),
     "Granite": dict(attention_multiplier=0.1),
 }
@@ -57,7 +65,7 @@ def build(family="Llama", seed=0, **overrides):
     torch.manual_seed(seed)
     settings = {**SIZES, **FAMILIES.get(family, {}), **overrides}
     config = getattr(transformers, f"{family}Config")(**settings)
-    classes = {"Gemma3Text": "Gemma3ForCausalLM"}
+    classes = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
     model = getattr(transformers, classes.get(family, f"{family}ForCausalLM"))(config).eval()
     for parameter in model.parameters():  # far from the tiny initial values, so that attention is far from uniform
         if parameter.ndim == 2:
@@ -96,7 +104,7 @@ AttentionMaskInterface.register("masked_for_tests", sdpa_mask)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_density_is_sdpa_and_less_is_a_token_mask(family):
-    model, ids = build(family), tokens(batch=2)
+    model, ids = build(family), tokens(110, batch=2)
     sdpa = logits(model, ids)
     with hf.stem_prefill(model, DENSE):
         torch.testing.assert_close(logits(model, ids), sdpa, atol=2e-5, rtol=1e-4)
@@ -218,12 +226,48 @@ def test_chunks_equal_the_whole_prompt(family, cache, padding):
     assert chunked.isfinite().all()
 
 
-def test_prefill_chunk_size_of_generate():
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_prefill_chunk_size_of_generate(cache):
     model, ids = build(), tokens(100)
     hf.enable(model, FIXED)
-    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, cache_implementation=cache)
     whole = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, prefill_chunk_size=32, **options), whole)
+
+
+class EightBitLayer(QuantizedLayer):
+    """A quantised cache without the packages that transformers takes for one."""
+
+    def _quantize(self, tensor, axis):
+        step = tensor.abs().amax() / 127
+        return (tensor / step).round().to(torch.int8), step
+
+    def _dequantize(self, quantized):
+        return quantized[0] * quantized[1]
+
+
+def test_a_quantised_cache():
+    model, ids = build(), tokens(70)
+    past = [Cache(layers=[EightBitLayer(residual_length=2) for _ in range(3)]) for _ in range(2)]
+    hf.enable(model, SPARSE)
+    prefill = logits(model, ids)[:, -1]
+    torch.testing.assert_close(logits(model, ids, past_key_values=past[0])[:, -1], prefill)
+    generated = model.generate(ids, past_key_values=past[1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (1, 74) and generated[0, 70] == prefill.argmax()
+    with pytest.raises(ImportError, match="quanto"):
+        model.generate(ids, cache_implementation="quantized", max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("options", [dict(do_sample=True), dict(num_beams=3), dict(do_sample=True, num_beams=2)])
+def test_sampling_and_beams(options):
+    model, ids = build(), tokens(70)
+    hf.enable(model, SPARSE)
+    generated = []
+    for cache in ("dynamic", "static"):
+        torch.manual_seed(0)
+        generated.append(model.generate(ids, max_new_tokens=4, pad_token_id=0, cache_implementation=cache, **options))
+    assert torch.equal(*generated)
+    assert hf.density(model).density() < 0.5
 
 
 def test_a_reused_prefix_equals_the_whole_prompt():
@@ -382,6 +426,82 @@ def test_arguments_that_are_not_implemented_are_named(name, value, q_len):
     q, k = torch.randn(1, 4, q_len, 16), torch.randn(1, 2, 40, 16)
     with pytest.raises(ValueError, match=name):
         hf.stem_attention_forward(model.model.layers[0].self_attn, q, k, k, None, **{name: value})
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    ids, gradients = tokens(64), []
+    for checkpointing in (False, True):
+        model = build().train()
+        hf.enable(model, SPARSE)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+        assert hf.density(model).density() == pytest.approx(0.4)
+    torch.testing.assert_close(*gradients)
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    ids, lora = tokens(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build(), lora).eval()
+    dense = logits(model, ids)
+    hf.enable(model, DENSE)
+    torch.testing.assert_close(logits(model, ids), dense, atol=2e-5, rtol=1e-4)
+    hf.enable(model, SPARSE)
+    with model.disable_adapter():
+        sparse, plain = logits(model, ids), build()
+    hf.enable(plain, SPARSE)
+    assert torch.equal(sparse, logits(plain, ids))
+    model(ids, labels=ids).loss.backward()
+    assert sum(parameter.grad is not None for parameter in model.parameters()) == 3 * 2 * 2
+    hf.disable(model)
+    assert torch.equal(logits(model, ids), dense)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.2), (torch.bfloat16, 0.2), (torch.float64, 1e-5)])
+def test_other_dtypes(dtype, tolerance):
+    model, ids = build(), tokens()
+    dense = logits(model, ids)
+    with hf.stem_prefill(model, SPARSE):
+        sparse = logits(model, ids)
+    model.to(dtype)
+    sdpa = logits(model, ids)
+    with hf.stem_prefill(model, DENSE):
+        torch.testing.assert_close(logits(model, ids), sdpa)
+    with hf.stem_prefill(model, SPARSE):  # rounding may turn the choice between two blocks
+        assert (logits(model, ids) - sparse).norm() < tolerance * (dense - sparse).norm()
+
+
+def test_a_saved_model_knows_nothing_of_stem_and_a_pickled_one_does(tmp_path):
+    model, ids = build(), tokens()
+    dense = logits(model, ids)
+    hf.enable(model, SPARSE)
+    sparse = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert "stem" not in (tmp_path / "config.json").read_text()
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    hf.disable(model)
+    assert torch.equal(logits(twin, ids), sparse)
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids), dense)
+
+
+def test_layers_on_several_devices(tmp_path, monkeypatch):
+    model, ids, seen = build(), tokens(), []
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"], "cpu")
+    places |= dict.fromkeys(["model.layers.1", "model.layers.2"], "disk")
+    options = dict(device_map=places, offload_folder=tmp_path / "offloaded")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options).eval()
+    assert model.hf_device_map["model.layers.2"] == "disk"
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: seen.append(tensor.device) or device_of(tensor))
+    hf.enable(model, DENSE)
+    torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-4)
+    assert seen == [torch.device("cpu")] * 3  # around the kernels of every layer
 
 
 def test_attention_weights_sinks_dropout_and_custom_masks_are_refused():
