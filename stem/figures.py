@@ -5,7 +5,7 @@ Functions take rows (a DataFrame, one machine's) and return a matplotlib Figure;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from torch import Tensor
 
 from stem import records
 from stem.selection import BlockSelection
 
 PALETTE = sns.color_palette("colorblind")
 DENSE_GREYS = ("0.25", "0.6", "0.4")
+FAINTEST = 5  # shares of attention below 10**-FAINTEST are drawn white
 LABELS = {
     "sdpa_cudnn": "dense, SDPA cuDNN",
     "sdpa_flash": "dense, SDPA FlashAttention-2",
@@ -140,12 +142,48 @@ def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 
     kept = selection.to_mask()[0, head].cpu().numpy()
     nq, nk = kept.shape
     causal = np.tri(nq, nk, nk - nq, dtype=bool)
-    ax.imshow(causal.astype(int) + kept, cmap=ListedColormap(["white", "0.88", PALETTE[0]]), vmin=0, vmax=2)
+    colours = ListedColormap(["white", "0.88", PALETTE[0]])
+    ax.imshow(causal.astype(int) + kept, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
     ax.grid(False)
     default = f"{kept.sum()} of {causal.sum()} causal block pairs are computed"
     ax.set_title(title or default)
     ax.set_xlabel(f"key block [{selection.block_size} tokens]")
     ax.set_ylabel(f"query block [{selection.block_size} tokens]")
+    return ax
+
+
+@styled()
+def selections(chosen: Mapping[str, BlockSelection], *, head: int = 0, columns: int = 6) -> Figure:
+    """One picture of `selection` per method, by name, in a grid; the titles say how much of the pairs is kept."""
+    lines = -(-len(chosen) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1.9 * columns, 2.3 * lines), squeeze=False)
+    for ax in axes.flat[len(chosen) :]:
+        ax.set_axis_off()
+    for ax, (name, kept) in zip(axes.flat, chosen.items(), strict=False):
+        selection(kept, ax, head=head, title=f"{name}\n{kept.density():.2f}")
+        ax.title.set_fontsize("small")
+        ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
+    return figure
+
+
+@styled()
+def attention_map(mass: Tensor, kept: BlockSelection, ax: Axes, *, head: int = 0, title: str | None = None) -> Axes:
+    """What a head attends to, dark where much: blue on the kept block pairs, grey on the others.
+
+    mass: [rows, columns] of one head, shares of each row at any resolution that divides the blocks.
+    """
+    cell = -(-kept.kv_len // mass.shape[1])
+    mask = kept.to_mask()[0, head].cpu()
+    inside = mask.repeat_interleave(kept.block_size // cell, 0).repeat_interleave(kept.block_size // cell, 1)
+    inside = inside[-mass.shape[0] :, : mass.shape[1]].numpy()
+    first, last = (kept.kv_len - kept.q_len) // cell * cell, mass.shape[1] * cell
+    shares = np.log10(mass.cpu().numpy().clip(10.0**-FAINTEST))
+    for colours, shown in (("Greys", ~inside), ("Blues", inside)):
+        colours = plt.get_cmap(colours, 2 * FAINTEST)
+        part = np.ma.masked_where(~shown, shares)
+        ax.imshow(part, cmap=colours, vmin=-FAINTEST, vmax=0, extent=(0, last, last, first), interpolation="nearest")
+    ax.grid(False)
+    ax.set(xlabel="key [token]", ylabel="query [token]", title=title or f"{kept.density():.0%} of the pairs kept")
     return ax
 
 

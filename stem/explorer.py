@@ -1,0 +1,220 @@
+"""The explorer of notebook 01: a method's blocks laid over what a head of a real model attends to, and what it costs.
+
+`explore` returns widgets where somebody can move them, and a static grid of the same pictures everywhere else.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from stem import figures, flow, hf, metrics, patterns
+from stem.attention import block_sparse_attention
+from stem.config import BlockSize, StemConfig
+from stem.reference import dense_attention
+from stem.selection import BlockSelection
+
+SHOWN = ("stem", "uniform_topk", "xattention", "oracle_mass", "vertical_slash", "a_shape")
+RESOLUTION = 64  # rows of an attention map, at most twice as many
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to look at; decay and value weight are Stem's own."""
+
+    layer: int
+    head: int = 0
+    method: str = "stem"
+    density: float = 0.25
+    block_size: int = 32
+    decay: float = 0.7
+    value_weight: float = 0.2
+
+    @property
+    def config(self) -> StemConfig:
+        """Settings of the method: a sink block, two local blocks."""
+        return StemConfig(
+            block_size=self.block_size,
+            score_stride=min(16, self.block_size // 4),
+            density=self.density,
+            decay=self.decay,
+            value_weight=self.value_weight,
+            sink_blocks=1,
+            local_blocks=2,
+        )
+
+
+class Measures(NamedTuple):
+    """What a choice keeps and loses."""
+
+    density: float
+    """Kept over causal block pairs of the layer."""
+
+    recall: float
+    """Share of the head's true attention on kept blocks, mean over query blocks."""
+
+    error: float
+    """Relative error of the layer's attention output, all heads."""
+
+    loss: float
+    """Loss of the model with this layer alone sparse, above dense [nats per token]."""
+
+
+class Explorer:
+    """One prompt in one model; dense passes are kept, so that only what changes is computed."""
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.layers, self.heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        self._captured: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._dense_loss: float | None = None
+
+    def qkv(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of a layer in the dense pass, fp32; see stem.flow.capture."""
+        if layer not in self._captured:
+            self._captured[layer] = tuple(x.float() for x in flow.capture(self.model, self.ids, layer))
+        return self._captured[layer]
+
+    def selection(self, choice: Choice) -> BlockSelection:
+        """The blocks that the method keeps."""
+        return patterns.select(choice.method, *self.qkv(choice.layer), choice.config)
+
+    def measures(self, choice: Choice) -> Measures:
+        """Density, recall, error and loss; the loss takes one forward pass of the model."""
+        q, k, v = self.qkv(choice.layer)
+        kept = self.selection(choice)
+        recall = metrics.attention_recall(q, k, kept)[0, choice.head]
+        error = metrics.rel_l2_error(block_sparse_attention(q, k, v, kept), dense_attention(q, k, v))
+        if self._dense_loss is None:
+            self._dense_loss = self._loss()
+        with hf.stem_prefill(self.model, {choice.layer: lambda *_: kept}):
+            loss = self._loss()
+        return Measures(kept.density(), float(recall), error, loss - self._dense_loss)
+
+    def draw(self, choice: Choice, ax: Axes) -> Measures:
+        """The kept blocks over the attention map of one head; returns what the title says in part."""
+        q, k, _ = self.qkv(choice.layer)
+        found = self.measures(choice)
+        cell = min(choice.block_size, 2 ** max(0, (k.shape[2] // RESOLUTION).bit_length() - 1))
+        kv_head = choice.head // (q.shape[1] // k.shape[1])
+        one_head = q[:, choice.head : choice.head + 1], k[:, kv_head : kv_head + 1]
+        mass = metrics.block_attention_mass(*one_head, cell)[0, 0]
+        title = f"{choice.method}: recall {found.recall:.2f}, loss {found.loss:+.4f}"
+        figures.attention_map(mass, self.selection(choice), ax, head=choice.head, title=title)
+        return found
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        logits = self.model(self.ids[:, :-1], use_cache=False).logits[0]
+        return float(F.cross_entropy(logits.float(), self.ids[0, 1:]))
+
+
+def explore(
+    model: nn.Module,
+    ids: Tensor,
+    layer: int = 0,
+    head: int = 0,
+    *,
+    density: float = 0.25,
+    block_size: int = 32,
+    methods: Sequence[str] = SHOWN,
+    widgets: bool | None = None,
+):
+    """Choose a layer, a head and a method and see what it keeps of the model's true attention.
+
+    Args:
+        model: A causal language model of transformers.
+        ids: Token ids [1, N], N - 1 of them read; a short prompt, as maps are drawn and losses computed on each change.
+        layer, head, density, block_size: Where to start.
+        methods: Patterns in the static grid; the widgets offer all.
+        widgets: True for widgets, False for the grid; None decides by `live`.
+    Returns:
+        An ipywidgets box, or a Matplotlib figure.
+    """
+    explorer = Explorer(model, ids)
+    start = Choice(layer, head, density=density, block_size=block_size)
+    if live() if widgets is None else widgets:
+        return panel(explorer, start)
+    return grid(explorer, [replace(start, method=method) for method in methods])
+
+
+def live() -> bool:
+    """Whether somebody can move widgets: STEM_WIDGETS is 1, or unset in a kernel that a notebook page has started.
+
+    Jupyter's server names its page in JPY_SESSION_NAME, VS Code puts the file into the kernel's namespace. Kernels of
+    papermill, nbval and nbconvert have neither.
+    """
+    if (asked := os.environ.get("STEM_WIDGETS")) is not None:
+        return asked == "1"
+    ipython = sys.modules.get("IPython")  # every kernel has imported it
+    shell = ipython and ipython.get_ipython()
+    return hasattr(shell, "kernel") and ("JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in shell.user_ns)
+
+
+@figures.styled()
+def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 3) -> Figure:
+    """A picture of each choice; made without pyplot, so that a notebook shows it once."""
+    lines = -(-len(choices) // columns)
+    figure = Figure(figsize=(3.3 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for ax in axes.flat[len(choices) :]:
+        ax.set_axis_off()
+    for ax, choice in zip(axes.flat, choices, strict=False):
+        explorer.draw(choice, ax)
+        ax.label_outer()
+    first = choices[0]
+    figure.suptitle(
+        f"Layer {first.layer}, head {first.head}: {first.density:.0%} of the block pairs of {first.block_size}"
+    )
+    return figure
+
+
+def panel(explorer: Explorer, start: Choice):
+    """Sliders and menus beside one picture that follows them, an ipywidgets box."""
+    import ipywidgets
+
+    slider = partial(ipywidgets.FloatSlider, continuous_update=False, step=0.05)
+    whole = partial(ipywidgets.IntSlider, continuous_update=False, min=0)
+    controls = {
+        "layer": whole(description="layer", value=start.layer, max=explorer.layers - 1),
+        "head": whole(description="head", value=start.head, max=explorer.heads - 1),
+        "method": ipywidgets.Dropdown(description="method", value=start.method, options=patterns.names()),
+        "density": slider(description="density", value=start.density, min=0.05, max=1.0),
+        "block_size": ipywidgets.Dropdown(
+            description="block size", value=start.block_size, options=get_args(BlockSize)
+        ),
+        "decay": slider(description="decay", value=start.decay, min=0.05, max=1.0),
+        "value_weight": slider(description="value weight", value=start.value_weight, min=0.0, max=2.0),
+    }
+    picture, text = ipywidgets.Image(format="png"), ipywidgets.HTML()
+
+    def update(_=None) -> None:
+        choice = Choice(**{name: control.value for name, control in controls.items()})
+        for name in ("decay", "value_weight"):
+            controls[name].disabled = choice.method != "stem"
+        with figures.styled():
+            figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+            found = explorer.draw(choice, figure.subplots())
+            file = io.BytesIO()
+            figure.savefig(file, format="png")
+        picture.value = file.getvalue()
+        text.value = (
+            f"density {found.density:.3f}<br>recall of this head {found.recall:.3f}<br>error of this layer's output "
+            f"{found.error:.3f}<br>loss with only this layer sparse {found.loss:+.4f} nats"
+        )
+
+    for control in controls.values():
+        control.observe(update, names="value")
+    update()
+    return ipywidgets.HBox([ipywidgets.VBox([*controls.values(), text]), picture])
