@@ -1,6 +1,13 @@
-"""Gradients of block-sparse attention, against fp64 autograd of masked attention."""
+"""Gradients of block-sparse attention, against fp64 autograd of masked attention.
 
+Compilation without a GPU needs a process of its own, as in test_kernels_compile.py: this file is both.
+"""
+
+import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stem.reference import masked_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHARED_MEMORY_BYTES = {90: 227 * 1024, 80: 163 * 1024}  # what one program may use
+COMPILED = [  # compute capability, dtype, head_dim, block_size, whether tiles are loaded by descriptors
+    (90, torch.bfloat16, 128, 128, True), (90, torch.bfloat16, 40, 32, True),
+    (90, torch.bfloat16, 256, 128, True), (80, torch.bfloat16, 64, 128, False),
+]  # fmt: skip
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
@@ -281,3 +293,63 @@ def test_offsets_beyond_32_bits(check):
         x[None, None, :, :64].copy_(y) for x, y in zip(storage, (case.q, case.k, case.v), strict=True)
     )
     check(case)
+
+
+def compile_for(capability, dtype, head_dim, block_size, descriptors):
+    """Compile both kernels as the library launches them; bytes of shared memory of each."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    x, block_d = kernels.TRITON_DTYPES[dtype].name, triton.next_power_of_2(head_dim)
+    common = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, DESCRIPTORS=descriptors)
+    common["DTYPE"] = kernels.TRITON_DTYPES[dtype]
+    shared = []
+    for kernel, moving, tiles, tile_rows in zip(
+        (kernels.dq_kernel, kernels.dkv_kernel),
+        (("k", "v"), ("q", "dout", "lse_log2", "delta")),
+        kernels.tile_sizes(head_dim, block_size, dtype),
+        ("BLOCK_N", "BLOCK_M"),
+        strict=True,
+    ):
+        options = {name: tiles.pop(name) for name in tiles.keys() - {"BLOCK_M", "BLOCK_N"}}
+        constants, rows = common | tiles, tiles[tile_rows]
+
+        def type_of(name, moving=moving, constants=constants, rows=rows):
+            if name in constants:
+                return "constexpr"
+            if name in ("q", "k", "v", "dout"):
+                return f"tensordesc<{x}[1, 1, {rows}, {block_d}]>" if descriptors and name in moving else f"*{x}"
+            if name in ("lse_log2", "delta"):
+                return f"tensordesc<fp32[1, {rows}]>" if descriptors else "*fp32"
+            if name.endswith("_ptr"):
+                pointed = {"list_starts_ptr": "i64", "lse_log2_ptr": "fp32", "delta_ptr": "fp32"}.get(name)
+                return "*" + (pointed or (x if name[0] == "d" else "i32"))
+            return "fp32" if name == "scale" else "i32"
+
+        names = kernel.arg_names
+        types = {name: type_of(name) for name in names}
+        aligned = [name for name in names if types[name][0] == "*" or name.startswith("stride")]
+        source = ASTSource(
+            kernel,
+            types,
+            {(names.index(name),): value for name, value in constants.items()},
+            {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        shared.append(compiled.metadata.shared)
+    return shared
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_a_gpu(tmp_path):
+    pytest.importorskip("triton.backends.nvidia")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    for case, shared in zip(COMPILED, json.loads(process.stdout), strict=True):
+        assert max(shared) <= SHARED_MEMORY_BYTES[case[0]], f"{case} needs {shared} bytes"
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_for(*case) for case in COMPILED]))
