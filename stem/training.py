@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from stem import adapt, probe, records
+from stem import adapt, probe, records, training_report
 from stem.config import StemConfig
 from stem.distributed import join_processes
 from stem.model import LanguageModel, ModelSize
@@ -215,6 +215,8 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = ()) -> Path:
     _say(f"{len(done)} of {len(wanted)} parts written to {path}")
     if missing := [part for part in wanted if not (folder / f"{part}.csv").exists()]:
         raise RuntimeError(f"parts failed: {', '.join(missing)}; the same command again goes on from the others")
+    if profile == "full":  # kept beside the rows they were drawn from, as these are
+        _say(f"drawn: {', '.join(training_report.save_figures(pd.read_csv(path)))}")
     return path
 
 

@@ -1,0 +1,200 @@
+"""What the rows of stem.training say: means and spreads over seeds, verdicts, figures. Reads rows, runs nothing.
+
+A difference counts only if every seed shows it: `verdict` says "higher" or "lower" when all paired differences lie on
+one side of a tolerance, and "level" otherwise.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from stem import figures, records, tasks
+
+PANELS = {"loss_text": "text loss [nats]", "loss_recall": "recall loss [nats]", "grad_norm": "gradient norm"}
+
+
+def seeds_of(
+    rows: pd.DataFrame, measure: str, trained: str, inferred: str, *, seq_len: int, task: str = "", shortest: int = 0
+) -> pd.Series:
+    """One number a seed: the mean of a measure weighted by counts.
+
+    Args:
+        rows: Rows of stem.training, of one machine and profile.
+        measure, trained, inferred, seq_len: What to read.
+        task: Beginning of the task's name; "" takes all.
+        shortest: Leave out bins that start before this position or distance [tokens].
+    Returns:
+        Series of floats by seed, ascending.
+    """
+    kept = (rows.measure == measure) & (rows.trained == trained) & (rows.inferred == inferred)
+    kept &= (rows.seq_len == seq_len) & rows.task.str.startswith(task) & (rows.start >= shortest)
+    found = rows[kept].assign(weighted=rows.value * rows["count"])
+    sums = found.groupby("seed")[["weighted", "count"]].sum()
+    return sums.weighted / sums["count"]
+
+
+def verdict(values: pd.Series, than: pd.Series, tolerance: float = 0.0) -> str:
+    """ "higher" or "lower" if the values of every seed are, by more than the tolerance; else "level"."""
+    difference = (values - than).dropna()
+    if len(difference) and (difference > tolerance).all():
+        return "higher"
+    return "lower" if len(difference) and (difference < -tolerance).all() else "level"
+
+
+def span(values: pd.Series, digits: int = 3) -> str:
+    """Mean and range over seeds as text: "0.812 (0.790 to 0.830)"; a single seed has no range."""
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
+
+
+def spread(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Mean, smallest and largest value over seeds for each combination of `keys`: columns value, low, high, seeds."""
+    grouped = rows.groupby(list(keys), sort=False).value
+    found = grouped.agg(value="mean", low="min", high="max", seeds="count")
+    return found.reset_index()
+
+
+def end_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each arm at the end of its training: losses and gradient norm of the last bin, spikes, speed, memory."""
+    own = rows[(rows.place == "step") & (rows.trained == rows.inferred) & ~rows.trained.str.startswith("adapt")]
+    last = own[own.groupby(["trained", "seed", "measure"]).stop.transform("max") == own.stop]
+    table = last.groupby(["trained", "measure"], sort=False).value.agg(span_or_number).unstack()
+    return table.reindex(index=own.trained.unique())
+
+
+def span_or_number(values: pd.Series) -> str:
+    """A column's cell: whole numbers without decimals, others as `span`."""
+    whole = (values == values.round()).all() or values.abs().min() >= 1000
+    return span(values, 0 if whole else 3)
+
+
+def reading_table(rows: pd.DataFrame, measure: str, task: str) -> pd.DataFrame:
+    """`span` of a measure for every reading (trained → inferred) at every length."""
+    read = rows[(rows.measure == measure) & (rows.task == task)]
+    table = {}
+    for (trained, inferred), group in read.groupby(["trained", "inferred"], sort=False):
+        cells = {n: seeds_of(group, measure, trained, inferred, seq_len=n) for n in sorted(group.seq_len.unique())}
+        table[f"{trained} → {inferred}"] = {figures.tokens_label(n): span(values) for n, values in cells.items()}
+    return pd.DataFrame(table).T
+
+
+def adaptation_table(rows: pd.DataFrame, shortest: int = 2048) -> pd.DataFrame:
+    """Held-out loss [nats] of the fine-tuned models by reading and seed, positions from `shortest` on.
+
+    Returns:
+        Indexed by seed: for trained in pretrained, adapt_dense, adapt_stem the columns "<trained> dense", "<trained>
+        stem"; "gap" (of the control: dense-tuned read with Stem over read dense), "gap_left" (Stem-tuned read with Stem
+        over dense-tuned read dense) and "removed" (the share 1 - gap_left / gap).
+    """
+    length = int(rows[rows.trained == "pretrained"].seq_len.iloc[0])
+    columns = {}
+    for trained in ("pretrained", "adapt_dense", "adapt_stem"):
+        for inferred in ("dense", "stem"):
+            values = seeds_of(rows, "loss", trained, inferred, seq_len=length, task="held_out", shortest=shortest)
+            columns[f"{trained} {inferred}"] = values
+    table = pd.DataFrame(columns)
+    before = [name for name in table if name.startswith("pretrained")]
+    table[before] = table[before].ffill().bfill()  # read once, the same for every seed
+    table["gap"] = table["adapt_dense stem"] - table["adapt_dense dense"]
+    table["gap_left"] = table["adapt_stem stem"] - table["adapt_dense dense"]
+    return table.assign(removed=1 - table.gap_left / table.gap)
+
+
+def draw_curves(rows: pd.DataFrame) -> Figure:
+    """Losses and gradient norms over steps, one line an arm, shaded between the seeds."""
+    own = rows[(rows.place == "step") & (rows.trained == rows.inferred)]
+    figure, axes = figures.new(3, width=4.4)
+    arms = own.trained[~own.trained.str.startswith("adapt")].unique()
+    titles = [f"{len(arms)} arms learn the text", "Recall leaves the plateau of guessing", "Gradients, before clipping"]
+    for axis, (measure, label), title in zip(axes, PANELS.items(), titles, strict=True):
+        lines = spread(own[(own.measure == measure) & own.trained.isin(arms)], ["trained", "stop"])
+        figures.lines(
+            lines, "stop", "value", "trained", axis, title=title, xlabel="step", ylabel=label, band=("low", "high")
+        )
+    axes[1].axhline(np.log(tasks.NUM_VALUES), color="black", linestyle=":")
+    axes[1].set_ylim(0, 2)
+    axes[2].set_ylim(0, None)
+    return figure
+
+
+def draw_positions(rows: pd.DataFrame) -> Figure:
+    """Text loss by position at the training length (left) and at the longest length, each arm with its attention."""
+    text = rows[(rows.measure == "loss") & (rows.task == "text") & (rows.trained == rows.inferred)]
+    lengths = sorted(text.seq_len.unique())
+    figure, axes = figures.new(2, width=5.2)
+    for axis, length in zip(axes, (lengths[0], lengths[-1]), strict=True):
+        lines = spread(text[text.seq_len == length], ["trained", "start"])
+        title = f"Rows of {figures.tokens_label(length)} tokens, trained on {figures.tokens_label(lengths[0])}"
+        figures.lines(
+            lines, "start", "value", "trained", axis, title=title, xlabel="position, from [tokens]",
+            ylabel="text loss [nats]", band=("low", "high"),
+        )  # fmt: skip
+    return figure
+
+
+def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]], times: int = 2) -> Figure:
+    """Right answers by distance to the record in rows of `times` the training length, one line a reading."""
+    asked = rows[(rows.measure == "correct") & (rows.task == "recall")]
+    trained_on = asked.seq_len.min()
+    asked = asked.assign(reading=asked.trained + " → " + asked.inferred)
+    wanted = [f"{trained} → {inferred}" for trained, inferred in readings]
+    asked = asked[(asked.seq_len == times * trained_on) & asked.reading.isin(wanted)]
+    lines = spread(asked, ["reading", "start"])
+    figure, axis = figures.new(width=7.5)
+    figures.lines(
+        lines, "start", "value", "reading", axis, title="A window cannot answer from outside itself", xlabel="",
+        ylabel="right answers", band=("low", "high"), colours={"dense → sliding_window": "black"},
+    )  # fmt: skip
+    figures.tokens_axis(axis, lines.start)
+    axis.set(xlabel="distance to the record, from [tokens]", ylim=(0, 1.05))
+    axis.axhline(1 / tasks.NUM_VALUES, color="black", linestyle=":")
+    axis.axvline(trained_on, color="black", linewidth=0.5)
+    return figure
+
+
+def draw_adaptation(rows: pd.DataFrame) -> Figure:
+    """What Stem costs on held-out text, by position: before, after the control's and after Stem's fine-tuning."""
+    held = rows[rows.task.str.startswith("held_out")]
+    mean = held.groupby(["trained", "inferred", "seed", "start"]).value.mean()
+    control = mean["adapt_dense"]["dense"]
+    gaps = {
+        "pretrained": mean["pretrained"]["stem"] - mean["pretrained"]["dense"],
+        "tuned dense": mean["adapt_dense"]["stem"] - control,
+        "tuned with Stem": mean["adapt_stem"]["stem"] - control,
+    }
+    frame = pd.concat({name: gap for name, gap in gaps.items()}, names=["model"]).rename("value").reset_index()
+    figure, axis = figures.new()
+    figures.lines(
+        spread(frame, ["model", "start"]), "start", "value", "model", axis, title="Fine-tuning takes sparsity in",
+        xlabel="position, from [tokens]", ylabel="loss read with Stem over read dense [nats]", band=("low", "high"),
+    )  # fmt: skip
+    axis.axhline(0, color="0.4", linewidth=1)
+    return figure
+
+
+def save_figures(rows: pd.DataFrame) -> list[str]:
+    """Draw what the rows allow into results/training/; returns the names."""
+    drawn = {"curves": draw_curves(rows), "position": draw_positions(rows)}
+    drawn["distance"] = draw_distances(rows, own_readings(rows))
+    if (rows.trained == "adapt_stem").any() and (rows.trained == "adapt_dense").any():
+        drawn["adaptation"] = draw_adaptation(rows)
+    return [figures.save(figure, "training", name).name for name, figure in drawn.items()]
+
+
+def own_readings(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """Every arm with its own attention, and the control: dense through a sliding window."""
+    arms = rows[rows.measure == "correct"].trained.unique()
+    return [*((arm, arm) for arm in arms), ("dense", "sliding_window")]
+
+
+def of_machine(profile: str, machine: str = "") -> pd.DataFrame:
+    """The rows of one profile, of this machine if it has some, else of the one that has; empty if nobody has."""
+    rows = records.read_rows("training")
+    rows = rows[rows.profile == profile] if len(rows) else rows
+    machine = machine or records.machine_name()
+    if len(rows) and machine not in set(rows.machine):
+        machine = rows.machine.iloc[-1]
+    return rows[rows.machine == machine]
