@@ -4,7 +4,7 @@ A list is ascending, so the diagonal block, the only one that needs a mask, is t
 Keys and values are copied by tensor descriptors where the hardware has them (TMA), else loaded through pointers.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -248,7 +248,7 @@ def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch
     return choices[fastest_choice(head_dim, block_size, dtype, device)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Place in `tile_choices` of the fastest one, on a prompt of TUNING_TOKENS with a local window."""
     from triton.runtime.errors import OutOfResources
@@ -281,7 +281,7 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def can_describe(x: torch.Tensor) -> bool:
-    """Whether a tensor descriptor of x [B, H, N, D] can be made and used: sm_90 and newer, aligned, D a power of two."""
+    """Whether a tensor descriptor of x [B, H, N, D] can be made: sm_90 or newer, 16 bits, aligned, D a power of two."""
     if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device)[0] < 9:
         return False
     aligned = all(stride > 0 and stride * x.element_size() % TMA_BYTES == 0 for stride in x.stride()[:-1])

@@ -58,9 +58,10 @@ def sparse_forward_cases(head_dim, block_size, dtype):
 
     operands = sparse_forward.operand_dtype(dtype)
     constants = dict(HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, DTYPE=operands)
-    for tiles in sparse_forward.tile_choices(head_dim, block_size, dtype):
+    choices = sparse_forward.tile_choices(head_dim, block_size, dtype)
+    for tiles in choices if head_dim == block_size == 128 else choices[:1]:
         options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
-        for tma in (False, True) if dtype != torch.float32 and head_dim == constants["BLOCK_D"] else (False,):
+        for tma in (False, True) if dtype == torch.bfloat16 and head_dim >= 128 else (False,):
             arguments = operands.name, constants | tiles | dict(TMA=tma), *options
             yield f"{tiles} {options} {tma}", (sparse_forward.sparse_forward_kernel, *arguments)
 
@@ -113,7 +114,7 @@ def test_kernels_compile_for_sm90(tmp_path):
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     shared = json.loads(process.stdout)
-    assert len(shared) == 25
+    assert len(shared) == 34
     too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
     assert not too_large
 

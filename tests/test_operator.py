@@ -1,0 +1,79 @@
+"""How stem_attention runs on a GPU: in chunks of rows, without waiting for the device, inside a CUDA graph."""
+
+import pytest
+import torch
+
+import stem
+from stem import StemConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+CONFIGS = {
+    "default": StemConfig(),
+    "uniform": StemConfig(density=0.4, allocation="uniform"),
+    "paper": StemConfig.preset("paper"),
+    "angelslim": StemConfig.preset("angelslim", k_start=0.5),
+    "hpc_ops": StemConfig.preset("hpc_ops", k_start=0.4),
+    "everything": StemConfig(density=1.0),
+}
+
+
+def draw(tokens, dtype=torch.bfloat16, head_dim=128, device="cuda"):
+    return [torch.randn(1, heads, tokens, head_dim, device=device).to(dtype) for heads in (8, 2, 2)]
+
+
+@pytest.mark.parametrize(("value_norm", "forced"), [("log", "on_top"), ("zscore", "inside")])
+def test_rows_scored_in_chunks_select_what_all_rows_select(value_norm, forced, monkeypatch):
+    q, k, v = (torch.randn(1, heads, 80, 16, device=DEVICE) for heads in (2, 1, 1))
+    config = StemConfig(block_size=16, score_stride=8, k_start=3, value_norm=value_norm, forced=forced)
+    config = config.replace(sink_blocks=1, local_blocks=1)
+    for queries in (q, q[:, :, 20:]):
+        expected = stem.attention._select(queries, k, v, config, 0.25, "torch").to_mask()
+        for rows_at_a_time in (5, 2):
+            monkeypatch.setattr(stem.attention, "CHUNK_SCORES", rows_at_a_time * 2 * 5)
+            assert torch.equal(stem.attention._select(queries, k, v, config, 0.25, "triton").to_mask(), expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("impl", [None, "triton"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_never_waits_for_the_device(name, impl):
+    q, k, v = draw(3000)
+    stem.stem_attention(q, k, v, CONFIGS[name], impl=impl)  # compiles, and copies the budget
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stem.stem_attention(q, k, v, CONFIGS[name], impl=impl)
+        stem.stem_attention(q[:, :, 200:], k, v, StemConfig(density=1.0), impl=impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("impl", [None, "triton"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cuda_graph_replays_what_eager_code_computes(name, impl, dtype):
+    q, k, v = draw(3000, dtype)
+
+    def attend():
+        return stem.stem_attention(q, k, v, CONFIGS[name], impl=impl, return_lse=True)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    for _ in range(2):
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        for found, expected in zip(captured, attend(), strict=True):
+            assert torch.equal(found, expected)
+
+
+@needs_cuda
+def test_memory_of_scores_and_selection():
+    q, k, v = (torch.randn(1, heads, 2**17, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stem.attention._select(q, k, v, StemConfig(), 128**-0.5, "triton")
+    assert torch.cuda.max_memory_allocated() - before <= 2**30
