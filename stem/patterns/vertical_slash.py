@@ -8,6 +8,7 @@ from stem.patterns.common import (
     block_counts,
     check_blocks,
     distances,
+    largest,
     last_probabilities,
     offset_sums,
     select_mask,
@@ -53,14 +54,13 @@ def select(
         column_rank[:, :, None], slash_rank[..., distances(nk, q.device).clamp_min(0)]
     )  # [B, Hq, nk, nk] each: how many columns, or diagonals, must be kept to keep the pair
     if verticals is None and slashes is None:
-        solved = [_solve(*pair, q.shape[1] * target_pairs(config, nk)) for pair in zip(*levels, strict=True)]
-        counts = torch.tensor(solved, device=q.device)
+        counts = _solve(*levels, q.shape[1] * target_pairs(config, nk))
     else:
         default = (VERTICALS if verticals is None else verticals, SLASHES if slashes is None else slashes)
-        counts = torch.tensor([default] * q.shape[0], device=q.device)
-    least = torch.tensor([LEAST_VERTICALS, LEAST_SLASHES], device=q.device)
-    counts = counts.maximum(least)[:, :, None, None, None]  # [B, 2, 1, 1, 1]
-    return select_mask((levels[0] < counts[:, 0]) | (levels[1] < counts[:, 1]), q, k, config)
+        least = (max(least, given) for least, given in zip((LEAST_VERTICALS, LEAST_SLASHES), default, strict=True))
+        counts = tuple(torch.full((q.shape[0],), count, device=q.device) for count in least)
+    columns, diagonals = (level < count[:, None, None, None] for level, count in zip(levels, counts, strict=True))
+    return select_mask(columns | diagonals, q, k, config)
 
 
 _NEVER = 2**40  # a rank that no count reaches
@@ -79,25 +79,24 @@ def _block_minimum(ranks: Tensor, size: int) -> Tensor:
     return ranks.unflatten(-1, (-1, size)).amin(-1)
 
 
-def _solve(column: Tensor, slash: Tensor, pairs: int) -> tuple[int, int]:
-    """Numbers of columns and diagonals that keep about `pairs` block pairs; ranks [Hq, nk, nk] each."""
-    causal = torch.ones_like(column, dtype=torch.bool).tril()
-    column, slash = column[causal], slash[causal]
+def _solve(column: Tensor, slash: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Numbers of columns and diagonals that keep about `pairs` block pairs of a prompt: int64 [B] each.
 
-    def kept(verticals: int, slashes: int) -> int:
-        return int(((column < verticals) | (slash < slashes)).sum())
+    column, slash: [B, Hq, nk, nk], how many of either must be kept to keep the pair.
+    """
+    causal = torch.ones_like(column[0, 0], dtype=torch.bool).tril()
+    column, slash = column[..., causal].flatten(1), slash[..., causal].flatten(1)
 
-    low, high = LEAST_SLASHES, max(LEAST_SLASHES, int(slash[slash < _NEVER].max()) + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = kept(_verticals(middle), middle) <= pairs
-        low, high = (middle, high) if fits else (low, middle - 1)
-    slashes, low, high = low, _verticals(low), max(_verticals(low), int(column.max()) + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if kept(middle, slashes) <= pairs else (low, middle)
-    return min((low, high), key=lambda verticals: abs(kept(verticals, slashes) - pairs)), slashes
+    def kept(verticals: Tensor, slashes: Tensor) -> Tensor:
+        return ((column < verticals[:, None]) | (slash < slashes[:, None])).sum(1)
+
+    least = torch.full((column.shape[0],), LEAST_SLASHES, device=column.device)
+    most = int(column[column < _NEVER].max()) + 1  # ranks of columns and offsets have one range
+    slashes = largest(lambda count: kept(_verticals(count), count) <= pairs, least, most)
+    verticals = largest(lambda count: kept(count, slashes) <= pairs, _verticals(slashes), most)
+    further = kept(verticals + 1, slashes) - pairs < pairs - kept(verticals, slashes)
+    return verticals + further, slashes
 
 
-def _verticals(slashes: int) -> int:
-    return max(LEAST_VERTICALS, slashes * VERTICALS // SLASHES)
+def _verticals(slashes: Tensor) -> Tensor:
+    return (slashes * VERTICALS // SLASHES).clamp_min(LEAST_VERTICALS)
