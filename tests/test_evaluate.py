@@ -91,7 +91,8 @@ def test_every_model_argument_reaches_the_attention(tiny):
         {"k_start": 4, "decay": 1.0, "sink_blocks": 0, "local_blocks": 4},
     ]
     changes += [{"preset": "angelslim", "k_start": 2, "score_stride": 4, "value_weight": 3.0}]
-    changes += [{"k_start": 4, "pattern": "sliding_window"}]
+    changes += [{"k_start": 4, "pattern": "sliding_window"}, {"pattern": "sliding_window", "window_blocks": 6}]
+    changes += [{"k_start": 2, "layers": {1: {"k_start": 3}}}]
     scores = [_likelihoods(harness.StemLM(**(options | change)), pairs)[0] for change in changes]
     assert len({round(score, 3) for score in scores}) == len(changes), scores
 
@@ -116,6 +117,9 @@ def test_padded_batches_answer_what_single_requests_answer(tiny):
         ({"blocksize": 64}, TypeError, "blocksize=64; did you mean block_size"),
         ({"preset": "papers"}, ValueError, "preset"),
         ({"pattern": "stems"}, ValueError, "pattern must be one of .*xattention"),
+        ({"pattern": "a_shape", "gamma": 0.9}, TypeError, "gamma is no parameter of pattern='a_shape' but of flexpre"),
+        ({"gamma": 0.9}, TypeError, "gamma is no parameter of pattern='stem'"),
+        ({"impl": "cuda"}, ValueError, "impl"),
         ({"dense_layers": 3}, ValueError, "dense_layers"),
         ({"dense_layers": [0, 5]}, ValueError, "dense_layers"),
         ({"dense_layers": "first"}, ValueError, "dense_layers"),
@@ -128,9 +132,21 @@ def test_bad_model_arguments_are_named(tiny, options, error, message):
 
 
 def test_dense_layers_count_from_the_front_or_are_named():
-    assert harness.per_layer(SPARSE, 4, 2) == [None, None, SPARSE, SPARSE]
-    assert harness.per_layer(SPARSE, 4, [0, -1]) == [None, SPARSE, SPARSE, None]
-    assert harness.per_layer(SPARSE, 2, 0) == [SPARSE, SPARSE]
+    options, method = {"k_start": 3}, stem.StemConfig(k_start=3)
+    assert harness.per_layer(options, 4, 2) == [None, None, method, method]
+    assert harness.per_layer(options, 4, [0, -1]) == [None, method, method, None]
+    assert harness.per_layer(options, 2) == [method, method]
+
+
+def test_options_of_single_layers():
+    options, method = {"k_start": 3, "block_size": 16}, stem.StemConfig(k_start=3, block_size=16)
+    changes = {0: None, "1": {"density": 0.5}, -1: {"pattern": "bigbird", "random_blocks": 2}}
+    dense, half, same, bigbird = harness.per_layer(options, 4, layers=changes)
+    assert (dense, half, same) == (None, stem.StemConfig(density=0.5, block_size=16), method)
+    assert bigbird.args == ("bigbird",) and bigbird.keywords == {"config": method, "random_blocks": 2}
+    for wrong in ({4: None}, {0: {"densiti": 0.5}}):
+        with pytest.raises(ValueError, match="layers must map layers in -4..3"):
+            harness.per_layer(options, 4, layers=wrong)
 
 
 def _parsed(monkeypatch, *command: str):
