@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from stem import records
+from stem.training_report import adaptation_findings
 
 BASELINES = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2", "sdpa_cpu": "SDPA"}
 CONFIGS = {"released": "released schedule", "default": "density 0.25"}
@@ -115,15 +116,20 @@ def _by_method(title: str, rows: pd.DataFrame, columns: str | list[str], value: 
 
 
 def training() -> str:
-    """For each machine and each pair (trained with, read with): held-out text loss and share of right recalls."""
+    """For each machine and each pair (trained with, read with): held-out text loss and share of right recalls.
+
+    A sentence says what fine-tuning a pretrained model removes of its sparse gap, where the rows hold that.
+    """
     rows = _full("training")
-    rows = rows[rows.place.isin(("position", "distance"))] if "place" in rows else rows.iloc[:0]
     if rows.empty:
         return _nothing("05_train_small_model")
     return "\n\n".join(_training_of(device, part) for device, part in _by_device(rows))
 
 
 def _training_of(device: str, rows: pd.DataFrame) -> str:
+    adapted = {"adapt_dense", "adapt_stem", "pretrained"} <= set(rows.trained)
+    adaptation = f"\n\nSmolLM2: {' '.join(adaptation_findings(rows))}" if adapted else ""
+    rows = rows[rows.place.isin(("position", "distance")) & ~rows.trained.str.match("adapt_|pretrained")]
     rows = rows.assign(weighted=rows["value"] * rows["count"])
     sums = rows.groupby(["measure", "seq_len", "trained", "inferred"], sort=False)[["weighted", "count"]].sum()
     means = (
@@ -138,7 +144,7 @@ def _training_of(device: str, rows: pd.DataFrame) -> str:
     ]
     told = f"**{device}**, trained at {_tokens(rows.seq_len.min())} tokens, {rows.seed.nunique()} seed(s). "
     told += "The dense model that reads through a sliding window is the control that must fail."
-    return f"{told}\n\n{_markdown(header, lines)}"
+    return f"{told}\n\n{_markdown(header, lines)}{adaptation}"
 
 
 def correctness() -> str:

@@ -198,3 +198,65 @@ def of_machine(profile: str, machine: str = "") -> pd.DataFrame:
     if len(rows) and machine not in set(rows.machine):
         machine = rows.machine.iloc[-1]
     return rows[rows.machine == machine]
+
+
+def findings(rows: pd.DataFrame) -> list[str]:
+    """Sentences (Markdown) that the rows support: each arm against dense, selections against each other, switching.
+
+    A comparison says "higher" or "lower" only where every seed does; otherwise "level".
+    """
+    read = rows[rows.measure.isin(["loss", "correct"]) & rows.task.isin(["text", "recall"])]
+    lengths = sorted(read.seq_len.unique())
+    arms = list(read.trained.unique())
+    seeds = rows[rows.trained == "dense"].seed.nunique()
+    found = [f"{seeds} seed{'s' * (seeds > 1)} for each arm; ranges are over seeds."]
+
+    def compare(subject, what, length, measure, task, one, other, tolerance) -> str:
+        values, than = (seeds_of(read, measure, *pair, seq_len=length, task=task) for pair in (one, other))
+        word = verdict(values, than, tolerance)
+        return f"{subject}: {what} at {length} tokens **{word}** ({span(values)} against {span(than)})."
+
+    for arm in arms[1:]:
+        own, dense = (arm, arm), ("dense", "dense")
+        found.append(compare(f"{arm} against dense", "text loss", lengths[0], "loss", "text", own, dense, 0.005))
+        for length in (lengths[0], lengths[-1]):
+            subject = f"{arm} against dense"
+            found.append(compare(subject, "share of right answers", length, "correct", "recall", own, dense, 0.01))
+    for one, other in (("stem", "uniform_topk"), ("stem_softmax", "stem")):
+        if {one, other} <= set(arms):
+            pair = (one, one), (other, other)
+            for measure, task, what in (("loss", "text", "text loss"), ("correct", "recall", "share of right answers")):
+                found.append(compare(f"{one} against {other}", what, lengths[0], measure, task, *pair, 0.005))
+    for trained, inferred in (("dense", "stem"), ("stem", "dense")):
+        pair = (trained, inferred), (trained, trained)
+        subject = f"trained {trained}, read {inferred}, against read {trained}"
+        found.append(compare(subject, "share of right answers", lengths[0], "correct", "recall", *pair, 0.01))
+        found.append(compare(subject, "text loss", lengths[0], "loss", "text", *pair, 0.005))
+    return found + _stability_and_speed(rows, arms)
+
+
+def _stability_and_speed(rows: pd.DataFrame, arms: Sequence[str]) -> list[str]:
+    value = rows[rows.trained == rows.inferred].set_index(["measure", "trained"]).value.sort_index()
+    spikes = ", ".join(f"{arm} {value['spikes'][arm].sum():.0f}" for arm in arms)
+    found = [f"Steps whose gradient norm jumped, over all seeds: {spikes}."]
+    for measure, what in (("tokens_per_second", "tokens per second"), ("peak_memory_mib", "peak memory")):
+        if measure in value.index:
+            ratios = ", ".join(
+                f"{arm} {value[measure][arm].mean() / value[measure]['dense'].mean():.2f}" for arm in arms
+            )
+            found.append(f"Training, {what} relative to dense: {ratios}.")
+    return found
+
+
+def adaptation_findings(rows: pd.DataFrame) -> list[str]:
+    """Sentences about what fine-tuning with Stem on removes of the sparse gap of a pretrained model."""
+    table = adaptation_table(rows)
+    tuned = [name for name in table if name.startswith("adapt")]
+    return [
+        f"Before any tuning Stem costs {(table['pretrained stem'] - table['pretrained dense']).mean():+.4f} nats.",
+        f"Tuned dense, it costs {span(table.gap, 4)}; tuned with Stem, {span(table.gap_left, 4)} are left.",
+        f"Fine-tuning with Stem on removes {span(100 * table.removed, 0)} % of the gap.",
+        "Losses after tuning: "
+        + ", ".join(f"{name.removeprefix('adapt_')} {span(table[name])}" for name in tuned)
+        + ".",
+    ]

@@ -96,6 +96,13 @@ def test_training():
     assert "| trained with | read with | text loss [nats], 512 | text loss [nats], 1K | recall, 512 |" in text
     assert "| dense | dense | 1.250 | 1.250 | 87.5% |" in text
     assert "| dense | sliding_window | 4.000 | 4.000 | – |" in text
+    adapted = common | dict(measure="loss", task="held_out_tarfile", seq_len=4096, start=2048, count=1)
+    losses = [("pretrained", "dense", 1.0), ("pretrained", "stem", 1.2), ("adapt_dense", "dense", 0.8)]
+    losses += [("adapt_dense", "stem", 1.0), ("adapt_stem", "dense", 0.8), ("adapt_stem", "stem", 0.85)]
+    held_out = [adapted | dict(trained=name, inferred=read, value=loss) for name, read, loss in losses]
+    records.write_rows("training", [*rows, recall, *held_out], profile="full")
+    with_adaptation = tables.training()
+    assert with_adaptation.startswith(text) and "removes 75 % of the gap" in with_adaptation
 
 
 def test_correctness():
