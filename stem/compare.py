@@ -38,7 +38,7 @@ from stem.selection import select_blocks
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multiquery", "ruler_vt")
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # one natural order of the answers
-TOKENS_PER_BATCH = {"cuda": 131_072, "cpu": 8192}
+NUMBERS_PER_BATCH = {"cuda": 75_000_000, "cpu": 5_000_000}  # hidden states of one layer
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
 
@@ -213,7 +213,7 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; `PLANS` holds the profiles."""
+    """What to measure; `PLANS` holds the profiles, and "large" for a full run of a model of billions of parameters."""
 
     lengths: tuple[int, ...]
     """Tokens of every sample."""
@@ -258,6 +258,7 @@ class Plan:
 PLANS = {
     "smoke": Plan((1024,), TASKS[:2], 2, 1, ("stem", "xattention"), (0.5,), (32,), asked_at=(0.5, 32)),
     "full": Plan((4096, 8192)),
+    "large": Plan((4096, 8192), samples=20, windows=2, densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128)),
 }
 
 
@@ -406,13 +407,13 @@ def _ordered(task: str, row: Mapping) -> list[str]:
 def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of the tensors together, a batch at a time, on the model's device; the first is [n, tokens]."""
     device = next(model.parameters()).device
-    tokens = tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    size = max(1, tokens // tensors[0].shape[1])
+    hidden = model.config.get_text_config().hidden_size
+    size = max(1, (tokens_per_batch or NUMBERS_PER_BATCH[device.type] // hidden) // tensors[0].shape[1])
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         yield tuple(part.to(device) for part in parts)
 
 
-def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> list[dict]:
+def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print, save=None) -> list[dict]:
     """All rows of a plan.
 
     Args:
@@ -421,6 +422,7 @@ def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> l
         name: Of the model, for the rows.
         seed: Of the RULER samples and the bootstrap.
         show: Called with a progress line after each length.
+        save: Called with all rows so far after each length.
     """
     comparison, started = Comparison(model, tokenizer, name, seed), time.monotonic()
     for length in plan.lengths:
@@ -435,6 +437,8 @@ def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> l
             for of in prompts if plan.generates(method) else ():
                 comparison.generated(method, of)
         show(f"{length} tokens: {len(comparison.rows)} rows, {time.monotonic() - started:.0f} s")
+        if save:
+            save(comparison.rows)
     return comparison.rows
 
 
@@ -447,8 +451,8 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model, tokenizer = pretrained.load(arguments.model, dtype=dtype)
-    rows = run(PLANS[arguments.profile], model, tokenizer, Path(model.name_or_path).name, arguments.seed)
-    print("wrote", records.write_rows("evaluation", rows, arguments.profile))
+    save = partial(records.write_rows, "evaluation", profile=arguments.profile)
+    run(PLANS[arguments.profile], model, tokenizer, Path(model.name_or_path).name, arguments.seed, save=save)
 
 
 if __name__ == "__main__":

@@ -379,8 +379,15 @@ def main() -> None:
         show("saved", save(model, tokenizer, out))
         rows = curve_rows(config, log)
     model, tokenizer = pretrained.load(str(out), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    rows += compare.run(PLANS[arguments.profile], model, tokenizer, Path(out).name, arguments.seed, show)
-    show("wrote", records.write_rows("extension", rows, arguments.profile))
+    compare.run(
+        PLANS[arguments.profile],
+        model,
+        tokenizer,
+        Path(out).name,
+        arguments.seed,
+        show,
+        save=lambda found: records.write_rows("extension", rows + found, arguments.profile),
+    )
 
 
 if __name__ == "__main__":

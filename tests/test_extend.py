@@ -133,7 +133,7 @@ def test_bad_recipes_are_named(change, message):
 
 def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(compare, "run", lambda plan, model, tokenizer, name, seed, show: [dict(model=name, seed=seed)])
+    monkeypatch.setattr(compare, "run", lambda *arguments, save: save([dict(model=arguments[3], seed=arguments[4])]))
     monkeypatch.setattr(extend, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
     monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), "--seed", "7"])
     extend.main()
