@@ -12,6 +12,8 @@ the block before it back to back, both asynchronous, and looks for the row maxim
 while it computes exponentials, the tensor cores work for the other consumer. Weights stay in registers up to PV.
 """
 
+from functools import cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -308,9 +310,21 @@ def hopper_forward_kernel(
     )
 
 
+@cache
+def is_sm90(device: torch.device) -> bool:
+    """Whether a CUDA device has compute capability 9.0."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def unsupported(q: torch.Tensor, block_size: int) -> str:
     """What of this problem the kernel does not cover, in words; empty if it covers all of it."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not q.is_cuda or not is_sm90(q.device):
         return f"device {torch.cuda.get_device_name(q.device) if q.is_cuda else q.device}, accepted: CUDA of sm_90"
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype}, accepted: {', '.join(map(str, DTYPES))}"
@@ -358,7 +372,7 @@ def sparse_forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, num_q_heads, num_queries, dtype=torch.float32, device=q.device)
     num_tasks = num_q_blocks * batch * num_q_heads
-    num_programs = min(num_tasks, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    num_programs = min(num_tasks, num_multiprocessors(q.device))
     with torch.cuda.device_of(q):
         hopper_forward_kernel[(num_programs,)](
             tile_descriptor(q, block_size // NUM_CONSUMERS.value),

@@ -218,7 +218,8 @@ def sparse_forward_kernel(
     tl.store(lse_ptr + batch_head * num_queries + queries, lse, mask=exists)
 
 
-def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> list[dict[str, int]]:
+@cache
+def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     """Rows, keys, warps and pipeline stages of one program: a short list, the default first (our choice, for sm_90).
 
     fp16 and bf16 run on tensor cores, 16 rows and 128 dimensions a warp; fp32 has no exact tensor-core product, so
@@ -226,21 +227,20 @@ def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> list[dic
     """
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
         block_m, block_n = (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 128 else (16, 16)
-        return [dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1)]
+        return (dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1),)
     block_m = min(block_size, 128)
     num_warps = min(8, block_m // 16 * max(1, head_dim // 128))
     keys_and_stages = [(64, 2)] if head_dim > 128 else [(128, 2), (64, 3), (64, 2)]
-    choices = []
-    for block_n, num_stages in keys_and_stages:
-        choice = dict(BLOCK_M=block_m, BLOCK_N=min(block_size, block_n), num_warps=num_warps, num_stages=num_stages)
-        choices += [choice] * (choice not in choices)
-    return choices
+    keys_and_stages = dict.fromkeys((min(block_size, keys), stages) for keys, stages in keys_and_stages)
+    return tuple(
+        dict(BLOCK_M=block_m, BLOCK_N=keys, num_warps=num_warps, num_stages=stages) for keys, stages in keys_and_stages
+    )
 
 
 def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """The fastest of `tile_choices` on this device, timed at the first call for each kind of problem.
 
-    Where nothing can be timed (while a CUDA graph is captured, in the interpreter), the default of an untuned kind.
+    Where nothing can be timed, while a CUDA graph is captured or in the interpreter, it is the default.
     """
     choices = tile_choices(head_dim, block_size, dtype)
     if len(choices) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
@@ -280,13 +280,19 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether a device copies tiles by tensor descriptors: CUDA, sm_90 or newer."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def can_describe(x: torch.Tensor) -> bool:
     """Whether a tensor descriptor of x [B, H, N, D] can be made: sm_90 or newer, 16 bits, aligned, D a power of two."""
-    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device)[0] < 9:
+    if not has_tma(x.device) or x.element_size() != 2 or x.data_ptr() % TMA_BYTES:
         return False
-    aligned = all(stride > 0 and stride * x.element_size() % TMA_BYTES == 0 for stride in x.stride()[:-1])
-    power_of_two = x.shape[-1] & (x.shape[-1] - 1) == 0
-    return x.element_size() == 2 and aligned and power_of_two and x.data_ptr() % TMA_BYTES == 0
+    batch_stride, head_stride, row_stride, _ = x.stride()
+    aligned = all(stride > 0 and stride * 2 % TMA_BYTES == 0 for stride in (batch_stride, head_stride, row_stride))
+    return aligned and x.shape[-1] & (x.shape[-1] - 1) == 0
 
 
 def sparse_forward(

@@ -60,9 +60,10 @@ def sparse_forward_cases(head_dim, block_size, dtype):
     constants = dict(HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, DTYPE=operands)
     choices = sparse_forward.tile_choices(head_dim, block_size, dtype)
     for tiles in choices if head_dim == block_size == 128 else choices[:1]:
-        options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
+        sizes = {name: size for name, size in tiles.items() if name.startswith("BLOCK")}
+        options = tiles["num_warps"], tiles["num_stages"]
         for tma in (False, True) if dtype == torch.bfloat16 and head_dim >= 128 else (False,):
-            arguments = operands.name, constants | tiles | dict(TMA=tma), *options
+            arguments = operands.name, constants | sizes | dict(TMA=tma), *options
             yield f"{tiles} {options} {tma}", (sparse_forward.sparse_forward_kernel, *arguments)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stem.kernels import sparse_forward as module
 from stem.kernels.sparse_forward import sparse_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,3 +169,42 @@ def test_offsets_beyond_32_bits(check):
     storage = torch.zeros(3, 300, 2**23, dtype=torch.bfloat16, device=DEVICE)  # the last row starts past 2**31
     q, k, v = (x[None, None, :, :64].copy_(torch.randn(300, 64)) for x in storage)
     check(q, k, v, random_mask(1, 1, 300, 300, 128), 128)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(70, 133), (150, 150)])
+def test_tensor_descriptors_read_what_pointers_read(num_queries, num_keys):
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    q, k, v = random_inputs(2, 1, num_queries, num_keys, 32, dtype)
+    if DEVICE == "cuda" and not module.can_describe(k):
+        pytest.skip("needs a GPU of compute capability 9.0 or more")
+    lists = lists_of(random_mask(1, 2, num_queries, num_keys, 32))
+    tiles = module.tile_choices(32, 32, dtype)[0]
+    by_pointer, by_descriptor = (module.launch(q, k, v, *lists, 32, 0.1, tiles, tma) for tma in (False, True))
+    assert torch.equal(by_pointer[0], by_descriptor[0]) and torch.equal(by_pointer[1], by_descriptor[1])
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("head_dim", [40, 128, 256])
+def test_every_choice_of_tiles_is_right(check, head_dim, block_size, monkeypatch):
+    dtype = torch.bfloat16
+    q, k, v = random_inputs(1, 1, 200, 200, head_dim, dtype)
+    mask = random_mask(1, 1, 200, 200, block_size)
+    choices = module.tile_choices(head_dim, block_size, dtype)
+    assert len({tuple(tiles.items()) for tiles in choices}) == len(choices)
+    for tiles in choices[1 if DEVICE == "cpu" else 0 :]:  # the interpreter knows neither warps nor stages
+        monkeypatch.setattr(module, "tile_sizes", lambda *_, tiles=tiles: tiles)
+        check(q, k, v, mask, block_size)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="nothing is timed in the interpreter")
+def test_tiles_are_timed_once_and_never_while_a_graph_is_captured(monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    kind = 64, 64, torch.bfloat16, device
+    module.fastest_choice.cache_clear()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
+        assert module.tile_sizes(*kind) == module.tile_choices(*kind[:3])[0]
+    assert module.fastest_choice.cache_info().currsize == 0
+    chosen = module.tile_sizes(*kind)
+    monkeypatch.setattr(module, "launch", lambda *_: pytest.fail("timed again"))
+    assert module.tile_sizes(*kind) == chosen and chosen in module.tile_choices(*kind[:3])
