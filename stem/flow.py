@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from stem import hf, patterns
 from stem.config import StemConfig
+from stem.reference import attention_probabilities
 from stem.scores import block_scores
 from stem.selection import BlockSelection, select_blocks
 
@@ -120,14 +122,42 @@ def prune_spans(model: nn.Module, ids: Tensor, config: StemConfig, spans: int, k
 
 
 @torch.no_grad()
-def capture(model: nn.Module, ids: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q [1, Hq, N, D], k and v [1, Hkv, N, D] of one layer in a dense pass, position encoding applied."""
-    captured = []
+def captures(model: nn.Module, ids: Tensor, layers: Iterable[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """q [1, Hq, N, D], k and v [1, Hkv, N, D] of some layers in one dense pass, position encoding applied."""
+    captured = {}
 
-    def keep_everything(q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
-        captured[:] = [x.clone() for x in (q, k, v)]
+    def keep_everything(layer: int, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
+        captured[layer] = (q.clone(), k.clone(), v.clone())
         return patterns.select("dense", q, k, v)
 
-    with hf.stem_prefill(model, {layer: keep_everything}):
+    with hf.stem_prefill(model, {layer: partial(keep_everything, layer) for layer in layers}):
         model(ids, use_cache=False)
-    return tuple(captured)
+    return captured
+
+
+def capture(model: nn.Module, ids: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`captures` of one layer: its q, k, v."""
+    return captures(model, ids, [layer])[layer]
+
+
+def rollout(model: nn.Module, ids: Tensor, residual: float = 0.0) -> Tensor:
+    """`influence` with the attention of a real model, its heads averaged and everything but attention left out (Eq. 1).
+
+    Args:
+        model, ids: As in `trace`; memory O(N^2) per layer.
+        residual: Share of each layer that a token keeps of its own stream, in [0, 1); no paper source: our choice.
+    Returns:
+        fp64 [layers, N], row l = share of each token in the average output after l + 1 layers; rows sum to 1.
+    Raises:
+        ValueError: If residual is not in [0, 1).
+    """
+    if not 0 <= residual < 1:
+        raise ValueError(f"residual must be in [0, 1), got {residual!r}")
+    mixed, shares = None, []
+    for _, (q, k, _) in sorted(captures(model, ids, range(model.config.num_hidden_layers)).items()):
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=q.device).tril()
+        attention = attention_probabilities(q, k, causal)[0][0].mean(0).double()
+        attention = residual * torch.eye(len(attention), device=q.device) + (1 - residual) * attention
+        mixed = attention if mixed is None else attention @ mixed
+        shares.append(mixed.mean(0))
+    return torch.stack(shares)

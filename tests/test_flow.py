@@ -76,3 +76,20 @@ def test_capture_returns_what_the_layer_attends_to(model, ids):
         model(ids)
     hook.remove()
     torch.testing.assert_close(out, seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_multiplies_the_attention_of_all_layers(model, ids):
+    rolled = flow.rollout(model, ids[:, :40])
+    layers = flow.captures(model, ids[:, :40], range(3))
+    mixed = torch.eye(40, dtype=torch.float64)
+    for layer in range(3):
+        q, k, _ = (x.double() for x in layers[layer])
+        logits = q @ k.repeat_interleave(2, 1).mT / 4
+        mixed = (
+            logits.masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -torch.inf).softmax(-1)[0].mean(0) @ mixed
+        )
+        torch.testing.assert_close(rolled[layer], mixed.mean(0), rtol=1e-4, atol=1e-6)
+    own = flow.rollout(model, ids[:, :40], residual=0.9)
+    assert own[-1, -1] > rolled[-1, -1] and own[-1].sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"residual must be in \[0, 1\), got 1"):
+        flow.rollout(model, ids, residual=1)
