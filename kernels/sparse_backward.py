@@ -462,23 +462,31 @@ def transpose_lists(
     return (pairs % num_q_blocks).int(), torch.searchsorted(pairs, first_pairs)
 
 
-def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows, keys, warps and pipeline stages of one program of dq_kernel and of dkv_kernel (our choice, for sm_90).
+def tile_sizes(
+    head_dim: int, block_size: int, dtype: torch.dtype, descriptors: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Rows, keys, warps and pipeline stages of one program of dq_kernel and of dkv_kernel (our choice, by measurement).
 
-    fp16 and bf16 run on tensor cores; fp32 has no exact tensor-core product, so registers bound its tiles.
+    fp16 and bf16 run on tensor cores; fp32 has no exact tensor-core product, so registers bound its tiles. Tiles that
+    arrive by descriptor take no registers for addresses.
     """
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
         rows = min(block_size, 32 if head_dim <= 128 else 16)
         tiles = dict(BLOCK_M=rows, BLOCK_N=rows, num_warps=8, num_stages=1)
         return tiles, tiles
-    long, short = min(block_size, 128), min(block_size, 64 if head_dim <= 128 else 32)
-    stages = 2 if head_dim <= 128 else 1
-    num_warps = 4 if long <= 64 else 8
     if head_dim > 128:
-        long = min(long, 64)
-    dq = dict(BLOCK_M=long, BLOCK_N=short, num_warps=num_warps, num_stages=stages)
-    dkv = dict(BLOCK_M=short, BLOCK_N=long, num_warps=num_warps, num_stages=stages)
-    return dq, dkv
+        dq, dkv, stages = (64, 32), (32, 64), 1
+    elif descriptors:
+        dq, dkv, stages = (128, 128), (64, 64), 2
+    else:
+        dq, dkv, stages = (128, 64), (64, 128), 2
+    return _tiles(*dq, block_size, head_dim, stages), _tiles(*dkv, block_size, head_dim, stages)
+
+
+def _tiles(block_m: int, block_n: int, block_size: int, head_dim: int, stages: int) -> dict[str, int]:
+    block_m, block_n = min(block_size, block_m), min(block_size, block_n)
+    num_warps = 8 if max(block_m, block_n) > 64 or head_dim > 128 else 4  # four for each 64 rows of the output
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=stages)
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -556,7 +564,7 @@ def query_gradient(
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     num_q_blocks, max_blocks = kv_indices.shape[2:]
     dq = torch.empty_like(q)
-    tiles, _ = tile_sizes(head_dim, block_size, q.dtype)
+    tiles, _ = tile_sizes(head_dim, block_size, q.dtype, descriptors)
     block_d = triton.next_power_of_2(head_dim)
     dq_kernel[(num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)](
         q,
@@ -604,7 +612,7 @@ def key_value_gradients(
     num_q_blocks, num_kv_blocks = kv_indices.shape[2], -(-num_keys // block_size)
     q_indices, list_starts = transpose_lists(kv_indices, kv_num_blocks, num_kv_blocks)
     dk, dv = torch.empty_like(k), torch.empty_like(k)
-    _, tiles = tile_sizes(head_dim, block_size, q.dtype)
+    _, tiles = tile_sizes(head_dim, block_size, q.dtype, descriptors)
     block_d = triton.next_power_of_2(head_dim)
     dkv_kernel[(num_kv_blocks * (block_size // tiles["BLOCK_N"]) * batch * num_kv_heads,)](
         tiles_of(q, tiles["BLOCK_M"], block_d, descriptors),

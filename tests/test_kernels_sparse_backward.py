@@ -308,7 +308,7 @@ def compile_for(capability, dtype, head_dim, block_size, descriptors):
     for kernel, moving, tiles, tile_rows in zip(
         (kernels.dq_kernel, kernels.dkv_kernel),
         (("k", "v"), ("q", "dout", "lse_log2", "delta")),
-        kernels.tile_sizes(head_dim, block_size, dtype),
+        kernels.tile_sizes(head_dim, block_size, dtype, descriptors),
         ("BLOCK_N", "BLOCK_M"),
         strict=True,
     ):
