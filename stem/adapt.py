@@ -29,10 +29,12 @@ class Plan:
     """How to fine-tune and what to read."""
 
     config: StemConfig = field(default_factory=lambda: StemConfig(block_size=64, density=0.16))
-    steps: int = 150
+    steps: int = 200
     """Optimizer steps of one sequence each."""
-    length: int = 8192
-    """Tokens of a training sequence and of a held-out document."""
+    length: int = 4096
+    """Tokens of a training sequence."""
+    read: int = 8192
+    """Tokens of a held-out document."""
     bucket: int = 2048
     """Positions averaged in a row [tokens]."""
     lr: float = 5e-5
@@ -106,7 +108,7 @@ def held_out_rows(model, tokenizer, plan: Plan) -> list[dict]:
     """Loss of the held-out documents by position, read dense and read with Stem: a row per document and bucket."""
     rows = []
     for name, text in stdlib_documents(LONG_MODULES).items():
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : plan.length + 1].to(model.device)
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : plan.read + 1].to(model.device)
         for inferred in ARMS:
             prefill = hf.stem_prefill(model, plan.config) if inferred == "stem" else contextlib.nullcontext()
             with (
@@ -114,7 +116,7 @@ def held_out_rows(model, tokenizer, plan: Plan) -> list[dict]:
                 torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"),
             ):
                 losses = token_losses(model, ids).cpu()
-            for start in range(0, plan.length, plan.bucket):
+            for start in range(0, plan.read, plan.bucket):
                 place = dict(place="position", start=start, stop=start + plan.bucket, count=plan.bucket)
                 found = dict(measure="loss", value=losses[start : start + plan.bucket].mean().item())
                 density = report.density() if report else 1.0
@@ -142,4 +144,4 @@ def run_arm(plan: Plan, arm: str, seed: int, impl: str | None = None, say=print)
         span = dict(inferred=arm, task="adaptation", place="step", start=row["step"], stop=row["step"] + 1, count=1)
         rows += [dict(trained=name, measure=key, value=row[key]) | span for key in ("loss", "grad_norm")]
     rows += [dict(trained=name) | row for row in held_out_rows(model, tokenizer, plan)]
-    return [dict(seed=seed, seq_len=plan.length) | row for row in rows]
+    return [dict(seed=seed, seq_len=plan.read) | row for row in rows]

@@ -205,6 +205,9 @@ def stem_attention_forward(
         raise ValueError("is_causal=False: stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: stem attention has none; set the model's attention dropout to 0")
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA does: rotary positions leave q and k in fp32, v not
+        autocast = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(autocast) for x in (query, key, value))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if torch.compiler.is_compiling() and not differentiable:
         return torch.ops.stem.sparse_prefill(query, key, value, attention_mask, scaling, layer.handle), None
@@ -238,7 +241,7 @@ def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
     return out[..., :value_dim].transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op("stem::sparse_prefill", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("stem::sparse_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _sparse_prefill_op(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, handle: int
 ) -> Tensor:

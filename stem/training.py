@@ -2,10 +2,10 @@
 
     python -m stem.training --profile full
 
-trains every arm with every seed (one process per arm, side by side on one GPU), lets every model read at and beyond its
-training length with its own and with other attention, fine-tunes SmolLM2 with Stem on (stem.adapt), and measures speed
-and memory in a pass of its own before. Each finished part is kept under `--folder`; the same command again goes on from
-there. Rows go to results/training/.
+trains every arm with every seed (a process each, several side by side on one GPU), lets every model read at and beyond
+its training length with its own and with other attention, fine-tunes SmolLM2 with Stem on (stem.adapt), and measures
+speed and memory in a pass of its own before. Each finished part is kept under `--folder`; the same command again goes
+on from there. Rows go to results/training/.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +55,8 @@ class Plan:
     """Rows of each task at the longest length."""
     speed_steps: int = 8
     """Timed steps of each arm."""
+    workers: int = 1
+    """Processes at a time."""
     adaptation: adapt.Plan | None = None
 
     @property
@@ -73,12 +75,12 @@ PLANS = {
     ),
     "full": Plan(
         TrainConfig(
-            seq_len=8192, batch_size=4, steps=280, warmup=30, lr=1.5e-3, tasks="text,recall", bf16=True,
-            start_len=512, grow_steps=160,
+            seq_len=8192, batch_size=4, steps=240, warmup=20, lr=1.5e-3, tasks="text,recall", bf16=True,
+            start_len=512, grow_steps=140,
             size=ModelSize(layers=8, width=512, heads=8, kv_heads=2, hidden=1408),
             stem_config=StemConfig(block_size=64, density=0.25, sink_blocks=1, local_blocks=2),
         ),
-        seeds=(0, 1, 2), num_rows=6, adaptation=adapt.Plan(),
+        seeds=(0, 1, 2), workers=8, adaptation=adapt.Plan(),
     ),
 }  # fmt: skip
 
@@ -163,12 +165,12 @@ def speed_rows(plan: Plan, say=print) -> list[dict]:
     return rows
 
 
-def parts(plan: Plan) -> dict[str, list[str]]:
-    """The full run cut up: name of a process -> its parts, in order."""
-    found = {arm: [f"{arm}-{seed}" for seed in plan.seeds] for arm in plan.arms}
-    if plan.adaptation:
-        found |= {f"adapt_{arm}": [f"adapt_{arm}-{seed}" for seed in plan.seeds] for arm in adapt.ARMS}
-    return found
+def parts(plan: Plan, only: Sequence[str] = ()) -> list[str]:
+    """The run cut up, a process each: "speed" alone first, then "<arm>-<seed>" and "adapt_<arm>-<seed>", by seed."""
+    arms = [*plan.arms, *(f"adapt_{arm}" for arm in adapt.ARMS if plan.adaptation)]
+    if unknown := sorted(set(only) - set(arms)):
+        raise ValueError(f"only={list(only)}: unknown {unknown}; accepted: {', '.join(arms)}")
+    return ["speed", *(f"{arm}-{seed}" for seed in plan.seeds for arm in arms if not only or arm in only)]
 
 
 def run_part(plan: Plan, part: str, folder: Path) -> Path:
@@ -196,7 +198,7 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = ()) -> Path:
     Args:
         profile: A key of PLANS.
         folder: Where parts are kept, under a name made from the plan.
-        only: Names of processes to run; empty runs all.
+        only: Arms to run; empty runs all.
     Returns:
         The CSV in results/training/.
     Raises:
@@ -204,19 +206,26 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = ()) -> Path:
     """
     plan = PLANS[profile]
     folder = part_folder(plan, folder)
-    todo = {name: names for name, names in parts(plan).items() if not only or name in only}
-    _finish([_start(profile, folder, ["speed"])])  # alone on the machine
-    _finish([_start(profile, folder, names) for names in todo.values()])
-    wanted = ["speed", *(part for names in todo.values() for part in names)]
-    done = [folder / f"{part}.csv" for part in wanted if (folder / f"{part}.csv").exists()]
-    if not done:
-        raise RuntimeError(f"no part of {folder} was finished")
-    path = records.write_rows("training", pd.concat(map(pd.read_csv, done)), profile)
-    _say(f"{len(done)} of {len(wanted)} parts written to {path}")
+    wanted = parts(plan, only)
+    _in_processes(profile, folder, wanted[:1], 1)  # speed is measured alone on the machine
+    _in_processes(profile, folder, wanted[1:], plan.workers)
+    path = collect(profile, folder)
     if missing := [part for part in wanted if not (folder / f"{part}.csv").exists()]:
         raise RuntimeError(f"parts failed: {', '.join(missing)}; the same command again goes on from the others")
     if profile == "full":  # kept beside the rows they were drawn from, as these are
         _say(f"drawn: {', '.join(training_report.save_figures(pd.read_csv(path)))}")
+    return path
+
+
+def collect(profile: str, folder: Path) -> Path:
+    """Write the rows of the parts that are finished to results/training/; returns the CSV."""
+    plan = PLANS[profile]
+    names = parts(plan)
+    done = [folder / f"{part}.csv" for part in names if (folder / f"{part}.csv").exists()]
+    if not done:
+        raise RuntimeError(f"no part of {folder} was finished")
+    path = records.write_rows("training", pd.concat(map(pd.read_csv, done)), profile)
+    _say(f"{len(done)} of {len(names)} parts written to {path}")
     return path
 
 
@@ -228,26 +237,25 @@ def part_folder(plan: Plan, folder: str | Path) -> Path:
     return path
 
 
-def _start(profile: str, folder: Path, names: Sequence[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "stem.training", "--profile", profile, "--folder", str(folder), "--parts", *names]
-    return subprocess.Popen(command, env=_one_thread(os.environ))
-
-
-def _one_thread(environment: Mapping[str, str]) -> dict[str, str]:
-    """Many processes share the cores, and the work is on the GPU."""
-    return {**environment, "OMP_NUM_THREADS": "1"} if torch.cuda.is_available() else dict(environment)
-
-
-def _finish(processes: Sequence[subprocess.Popen]) -> None:
-    """Wait for all; stop them if this process is interrupted."""
+def _in_processes(profile: str, folder: Path, names: Sequence[str], workers: int) -> None:
+    """Run parts in processes, at most `workers` at a time, in order; stop them if this process is interrupted."""
+    waiting, running = [name for name in names if not (folder / f"{name}.csv").exists()], []
     try:
-        for process in processes:
-            process.wait()
+        while waiting or running:
+            running = [process for process in running if process.poll() is None]
+            while waiting and len(running) < workers:
+                running.append(_start(profile, folder, waiting.pop(0)))
+            time.sleep(0.05)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+def _start(profile: str, folder: Path, part: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "stem.training", "--profile", profile, "--folder", str(folder), "--part", part]
+    few = {"OMP_NUM_THREADS": "1"} if torch.cuda.is_available() else {}  # many processes share the cores
+    return subprocess.Popen(command, env={**os.environ, **few})
 
 
 def _say(line: str) -> None:
@@ -259,12 +267,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stem.training", description="The experiment of notebook 05.")
     parser.add_argument("--profile", choices=PLANS, default="smoke")
     parser.add_argument("--folder", default="runs/training", help="where finished parts are kept")
-    parser.add_argument("--only", nargs="*", default=[], help="arms (and adapt_stem, adapt_dense) to run")
-    parser.add_argument("--parts", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", default=[], help="arms to run, or adapt_dense, adapt_stem")
+    parser.add_argument("--part", help="run this part alone, kept in --folder itself")
     options = parser.parse_args()
-    if options.parts:
-        for part in options.parts:
-            run_part(PLANS[options.profile], part, Path(options.folder))
+    if options.part:
+        run_part(PLANS[options.profile], options.part, Path(options.folder))
     else:
         run(options.profile, options.folder, options.only)
 

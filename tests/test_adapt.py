@@ -1,5 +1,6 @@
 """Adaptation: the same windows dense and sparse, a model that is left as it came, text that was not trained on."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pandas as pd
@@ -11,7 +12,7 @@ from stem import adapt
 from stem.documents import LONG_MODULES
 
 CONFIG = stem.StemConfig(block_size=16, score_stride=4, density=0.3, sink_blocks=1, local_blocks=1)
-PLAN = adapt.Plan(config=CONFIG, steps=3, length=128, bucket=64, lr=1e-2)
+PLAN = adapt.Plan(config=CONFIG, steps=3, length=96, read=128, bucket=64, lr=1e-2)
 
 
 @pytest.fixture
@@ -48,6 +49,19 @@ def test_both_kinds_of_attention_learn_from_the_same_windows(model):
         assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
     assert curves[True][0] == curves[True][1] != curves[False][0], "seeded, and the attention matters"
     assert curves[True][0][0] == pytest.approx(curves[False][0][0], abs=0.1), "the same first window"
+
+
+def test_stem_follows_autocast_as_sdpa_does(model):
+    """Rotary positions leave q and k in fp32 where autocast made v bfloat16."""
+    ids = torch.randint(0, 128, (1, 97))
+    whole = CONFIG.replace(density=1.0)
+    losses = []
+    for prefill in (contextlib.nullcontext(), stem.hf.stem_prefill(model, whole)):
+        with prefill, torch.autocast("cpu", torch.bfloat16):
+            losses.append(adapt.token_losses(model, ids))
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
+    losses[1].mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
 
 
 def test_held_out_text_is_read_dense_and_sparse_and_never_trained_on(model):

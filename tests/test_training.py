@@ -1,6 +1,9 @@
 """The training experiment: arms of one density, parts that are kept and resumed, failures that are named."""
 
+import contextlib
 import dataclasses
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -24,17 +27,12 @@ def in_this_process(monkeypatch, tmp_path):
     """Parts run at once in this process, on one thread; results go to a temporary folder."""
 
     class Done:
-        def wait(self):
+        def poll(self):
             return 0
 
-        poll = wait
-
-    def start(profile, folder, names):
-        for name in names:
-            try:
-                training.run_part(training.PLANS[profile], name, folder)
-            except FloatingPointError:
-                break  # as a process of its own would end
+    def start(profile, folder, part):
+        with contextlib.suppress(FloatingPointError):  # as a process of its own would end
+            training.run_part(training.PLANS[profile], part, folder)
         return Done()
 
     monkeypatch.setattr(training, "_start", start)
@@ -80,10 +78,19 @@ def test_a_failed_part_is_named_and_the_others_are_written(tmp_path, monkeypatch
         return whole(plan, arm, seed, *rest, **options)
 
     monkeypatch.setattr(training, "run_arm", fail)
-    with pytest.raises(RuntimeError, match="parts failed: stem-0, stem-1"):
+    with pytest.raises(RuntimeError, match="parts failed: stem-0;"):
         training.run("smoke", tmp_path)
     (written,) = (tmp_path / "results" / "training").glob("*.csv")
-    assert set(pd.read_csv(written).query("place == 'position'").trained) == {"dense"}
+    read = pd.read_csv(written).query("place == 'position'")
+    assert set(zip(read.trained, read.seed, strict=True)) == {("dense", 0), ("dense", 1), ("stem", 1)}
+
+
+def test_a_part_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "stem.training", "--part", "tortoise-0", "--folder", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "attention='tortoise'; accepted: 'dense'" in result.stderr
+    with pytest.raises(ValueError, match=r"unknown \['hare'\]; accepted: dense, stem"):
+        training.run("smoke", tmp_path, only=["hare"])
 
 
 @pytest.mark.parametrize("arm", [arm for arm in (*training.ARMS, training.CONTROL) if arm != "dense"])
