@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import pandas as pd
@@ -37,6 +37,12 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "smoke"): [1024 * 2**n for n in range(4)],
 }
 FLEX_TOKENS = (2**13, 2**15, 2**17)  # each length costs one more compilation
+TRAINING_TOKENS = {"cuda": (2**13, 2**15, 2**17), "cpu": (2**11,)}  # forward and backward
+TRAINING_CONFIG = "default"
+CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
+CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
+# Arithmetic of an operation over that of attention's forward pass; a backward pass has five products to its two.
+FLOP_FACTOR = {"attention": 1, "operator": 1, "forward+backward": 3.5, "captured attention": 1, "captured operator": 1}
 ONE_CONFIG_TOKENS = 2**19  # from here on only the first config, which saves minutes
 COLUMNS = (
     *("operation", "provider", "config", "tokens", "batch", "q_heads", "kv_heads", "head_dim", "dtype", "block_size"),
@@ -49,6 +55,7 @@ TIMING = {
     "cuda": "triton.testing.do_bench, L2 flushed before each call, clocks not locked",
     "cpu": "perf_counter, caches warm, clocks not locked",
 }
+FIRST_TOKEN_TIMING = "perf_counter around a prefill of the whole model, one to three calls, clocks not locked"
 
 
 @dataclass(frozen=True)
@@ -79,24 +86,38 @@ SHAPES = {"cuda": Shape(0), "cpu": SMOLLM2}
 class Problem:
     """The inputs of one case, and what the parts of the operator hand to each other, made when first asked for.
 
-    `impl` computes scores and selection, and the attention where no other is asked for.
+    `impl` computes scores and selection, and the attention where no other is asked for. `qkv`: inputs of this shape,
+    random normal ones by default.
     """
 
-    def __init__(self, shape: Shape, config: stem.StemConfig, device: str, impl: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        config: stem.StemConfig,
+        device: str,
+        impl: str,
+        seed: int = 0,
+        qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
         self.shape, self.config, self.impl = shape, config, impl
-        generator = torch.Generator(device).manual_seed(seed)
-        self.q, self.k, self.v = (
-            gate.guarded_normal(
-                (shape.batch, heads, shape.tokens, shape.head_dim), getattr(torch, shape.dtype), device, generator
-            )
-            for heads in (shape.q_heads, shape.kv_heads, shape.kv_heads)
-        )
+        self._generator = torch.Generator(device).manual_seed(seed)
+        heads = shape.q_heads, shape.kv_heads, shape.kv_heads
+        self.q, self.k, self.v = qkv or (self._normal(number) for number in heads)
         self.rows = gate.sampled_rows(shape.tokens, config.block_size, seed)
         self.budget = stem.block_budget(-(-shape.tokens // config.block_size), config)
+
+    def _normal(self, heads: int) -> Tensor:
+        size = self.shape.batch, heads, self.shape.tokens, self.shape.head_dim
+        return gate.guarded_normal(size, getattr(torch, self.shape.dtype), self._generator.device, self._generator)
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
+
+    @cached_property
+    def dout(self) -> Tensor:
+        """What arrives at the output in a backward pass."""
+        return self._normal(self.shape.q_heads)
 
     def score(self) -> Tensor:
         return stem.block_scores(*self.qkv, self.config, impl=self.impl)
@@ -160,6 +181,51 @@ def flex_candidate() -> Candidate:
     return Candidate("attention", "flex", prepare)
 
 
+def training_candidate(provider: str, attend: Callable[..., Tensor], dense: bool = False) -> Candidate:
+    """Forward and backward of attention; `attend(q, k, v, problem)` returns the output of given blocks, or of all."""
+
+    def prepare(problem: Problem):
+        inputs = [x.detach().requires_grad_() for x in problem.qkv]
+
+        def call() -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                out = attend(*inputs, problem)
+            return torch.autograd.grad(out, inputs, problem.dout)
+
+        selection = None if dense else problem.selection
+        return call, lambda found: gate.check_gradients(found, *problem.qkv, problem.dout, problem.rows, selection)
+
+    return Candidate("forward+backward", provider, prepare)
+
+
+def training_candidates(device: str, impls: Sequence[str], dense: Iterable[str], flex: bool) -> list[Candidate]:
+    """Forward and backward of the dense baselines, of Stem's blocks in each implementation and in FlexAttention."""
+
+    def attend_densely(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, impl: str) -> Tensor:
+        return stem.block_sparse_attention(q, k, v, problem.selection, impl=impl)
+
+    candidates = [
+        training_candidate(name, partial(attend_densely, backend=DENSE[device][name]), dense=True) for name in dense
+    ]
+    candidates += [training_candidate(f"stem_{impl}", partial(attend, impl=impl)) for impl in impls]
+    if flex:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        torch.compiler.reset()
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def attend_by_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+            return compiled(q, k, v, block_mask=block_mask(problem), enable_gqa=True)
+
+        block_mask = lru_cache(maxsize=1)(lambda problem: problem.selection.to_block_mask())
+        candidates.append(training_candidate("flex", attend_by_flex))
+    return candidates
+
+
 def stem_candidates(impl: str) -> list[Candidate]:
     """The parts of Stem and the whole operator in one implementation; "hopper" shares Triton's scores and selection."""
 
@@ -203,8 +269,9 @@ def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, A
             row["error_vs_fp64"] = check(call())
         row |= measure(call, problem.q.device.type)
         row["density"] = 1.0 if dense else problem.selection.density()
-        if candidate.operation in ("attention", "operator"):
-            row["flop"] = shape.dense_flops() if dense else metrics.attention_flops(problem.selection, shape.head_dim)
+        if candidate.operation in FLOP_FACTOR:
+            flop = shape.dense_flops() if dense else metrics.attention_flops(problem.selection, shape.head_dim)
+            row["flop"] = flop * FLOP_FACTOR[candidate.operation]
             row["least_bytes"] = shape.least_bytes()
             row["tflops"] = row["flop"] / row["latency_ms"] / 1e9
     except Exception as error:  # recorded, so that one provider's failure costs one row
@@ -278,12 +345,64 @@ def case(
             if flex and config_name == configs[0]:
                 candidates.append(flex_candidate())
             rows += [run(candidate, problem, config_name) for candidate in candidates]
+    return with_speedups(rows, seed)
+
+
+def with_speedups(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The rows with their ratios to the dense baselines among them; parts of the operator have none."""
     baseline = {row["provider"]: row.get("latency_ms") for row in rows if row["config"] == "dense"}
     for row in rows:
         for name in BASELINES:
-            both = row["operation"] in ("attention", "operator") and "latency_ms" in row and baseline.get(name)
+            both = row["operation"] not in ("scores", "selection") and "latency_ms" in row and baseline.get(name)
             row[f"speedup_vs_{name}"] = baseline[name] / row["latency_ms"] if both else None
     return [row | dict(seed=seed) for row in rows]
+
+
+def training_case(
+    shape: Shape, device: str, *, impls: Sequence[str], dense: Iterable[str] | None = None, flex: bool, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows of operation "forward+backward" of one shape with TRAINING_CONFIG; arguments as in `case`."""
+    with torch.no_grad():
+        problem = Problem(shape, CONFIGS[TRAINING_CONFIG], device, impls[0], seed)
+        names = DENSE[device] if dense is None else dense
+        candidates = training_candidates(device, impls, names, flex)
+        return with_speedups([run(candidate, problem, TRAINING_CONFIG) for candidate in candidates], seed)
+
+
+def captured_case(
+    model: torch.nn.Module, ids: Tensor, layers: Iterable[int], device: str, *, impls: Sequence[str], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows of operations "captured attention" and "captured operator": on q, k and v of layers of a real model.
+
+    Args:
+        model: A causal language model of transformers on the device; ids: Token ids [1, N].
+        layers: Which; a row's latency is the median over them, its density their mean, its error the worst.
+        device, impls: As in `case`; the config is "default".
+        seed: Of the sampled rows.
+    """
+    from stem import flow
+
+    found = []
+    for layer in layers:
+        with torch.no_grad():
+            q, k, v = (x.contiguous() for x in flow.capture(model, ids, layer))
+            shape = Shape(q.shape[2], 1, q.shape[1], k.shape[1], q.shape[3], str(q.dtype).removeprefix("torch."))
+            problem = Problem(shape, CONFIGS["default"], device, impls[0], seed, (q, k, v))
+            candidates = [dense_candidate(name, backend) for name, backend in DENSE[device].items()]
+            for impl in impls:
+                candidates += [c for c in stem_candidates(impl) if c.operation in ("attention", "operator")]
+            for candidate in candidates:
+                candidate = replace(candidate, operation=f"captured {candidate.operation}")
+                found.append(run(candidate, problem, "default"))
+    rows = pd.DataFrame(found)
+    merged = []
+    for _, group in rows.groupby(["operation", "provider"], sort=False):
+        row = group.iloc[0].to_dict()
+        numbers = group.select_dtypes("number")
+        row |= numbers.median().to_dict() | dict(density=group.get("density", pd.Series(dtype=float)).mean())
+        row |= dict(error_vs_fp64=group["error_vs_fp64"].max(), error="; ".join(e for e in group["error"] if e))
+        merged.append({name: value for name, value in row.items() if not pd.isna(value)} | dict(error=row["error"]))
+    return with_speedups(merged, seed)
 
 
 def sweep(
@@ -323,6 +442,55 @@ def sweep(
             skipped["error"] = f"skipped: about {predicted[name] / 1e3:.0f} s a call"
             rows.append(asdict(replace(shape, tokens=tokens)) | skipped)
         yield tokens, rows
+
+
+def beyond_the_operator(
+    device: str, profile: str, *, impls: Sequence[str] | None = None, seed: int = 0
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Rows of training, of a real model's q, k and v, and of time to first token; yields (what they are, rows)."""
+    from stem import first_token, pretrained
+
+    impls = default_impls(device) if impls is None else impls
+    longest = max(LENGTHS[device, profile])
+    for tokens in (n for n in TRAINING_TOKENS[device] if n <= longest):
+        shape = replace(SHAPES[device], tokens=tokens)
+        flex = device == "cuda" and tokens == 2**15
+        yield f"forward+backward, {tokens:,} tokens", training_case(shape, device, impls=impls, flex=flex, seed=seed)
+
+    dtype = getattr(torch, SHAPES[device].dtype)
+    model, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
+    ids = prompt(tokenizer, CAPTURED_TOKENS[device]).to(device)
+    yield "captured from SmolLM2", captured_case(model, ids, CAPTURED_LAYERS[device], device, impls=impls, seed=seed)
+
+    del model
+    settings = first_token.LLAMA_8B if device == "cuda" else first_token.TINY
+    model = first_token.random_llama(settings, device, dtype, seed)
+    for tokens in first_token.LENGTHS[device, profile]:
+        yield f"time to first token, {tokens:,} tokens", first_token_case(model, tokens, device, seed)
+
+
+def prompt(tokenizer, tokens: int) -> Tensor:
+    """Token ids [1, tokens] of real text: the sources of the standard library."""
+    from stem.documents import stdlib_documents
+
+    text = "\n".join(stdlib_documents().values())[: 8 * tokens]  # more than enough characters
+    return torch.tensor(tokenizer(text).input_ids[:tokens])[None]
+
+
+def first_token_case(model: torch.nn.Module, tokens: int, device: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of operation "ttft", time to first token, of one length: the dense back ends, and Stem with each config."""
+    from stem import first_token
+
+    settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
+    heads = settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim
+    common = dict(operation="ttft") | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=FIRST_TOKEN_TIMING)
+    rows = []
+    for name, config in CONFIGS.items():
+        backends = {} if rows else DENSE[device]
+        for row in first_token.compare(model, tokens, backends, config, seed):
+            own = dict(config=name, block_size=config.block_size) if row["provider"] == "stem" else dict(config="dense")
+            rows.append(common | own | row)
+    return with_speedups(rows, seed)
 
 
 def default_impls(device: str) -> list[str]:
@@ -390,6 +558,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += found
         print(f"{time.perf_counter() - start:6.1f} s  {tokens:>8,} tokens  {len(found)} rows", flush=True)
     if not options.lengths:
+        for what, found in beyond_the_operator(device, profile, impls=options.impls, seed=options.seed):
+            rows += found
+            print(f"{time.perf_counter() - start:6.1f} s  {what}  {len(found)} rows", flush=True)
         print("wrote", records.write_rows("speed", pd.DataFrame(rows, columns=list(COLUMNS)), profile))
     print(table(rows))
 

@@ -16,6 +16,7 @@ from stem.selection import BlockSelection
 # Largest relative L2 error of one sampled row: twice the rounding of the output, and room for float32 sums.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 GUARD_ROWS = 64  # rows of NaN before and after each input
+GRADIENT_CHUNK = 1 << 25  # weights that the reference of a gradient holds at a time, 256 MiB in fp64
 
 
 class WrongResult(AssertionError):
@@ -80,6 +81,71 @@ def reference_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: Blo
             logits = q[b, h, rows].double() @ k[b, h // group].double().T * dim**-0.5  # [R, N]
             expected[b, h] = logits.masked_fill(~keep, -torch.inf).softmax(-1) @ v[b, h // group].double()
     return expected
+
+
+def check_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    rows: Tensor,
+    selection: BlockSelection | None = None,
+) -> float:
+    """Largest relative L2 error of sampled rows of dq, dk and dv against `reference_gradients`, over the last KV head.
+
+    A row of a gradient may be zero, so errors are relative to the root mean square norm of the sampled rows.
+
+    Args:
+        gradients: dq, dk, dv of a whole prompt, like q, k, v.
+        q, k, v, rows, selection: As in check_output.
+        dout: Gradient of the output, like q.
+    Raises:
+        WrongResult: If a shape or dtype is not the input's, or a row is NaN or further off than twice TOLERANCE.
+    """
+    for name, gradient, x in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
+        if gradient.shape != x.shape or gradient.dtype != x.dtype:
+            raise WrongResult(f"{name} is {gradient.dtype} {tuple(gradient.shape)}, expected that of its input")
+    rows = rows.to(q.device)
+    group = q.shape[1] // k.shape[1]
+    found = gradients[0][:, -group:, rows], gradients[1][:, -1:, rows], gradients[2][:, -1:, rows]
+    worst = 0.0
+    for name, actual, expected in zip(
+        ("dq", "dk", "dv"), found, reference_gradients(q, k, v, dout, rows, selection), strict=True
+    ):
+        size = expected.square().sum(-1).mean().sqrt()
+        error = ((actual.double() - expected).norm(dim=-1).max() / size).item()
+        if not error <= 2 * TOLERANCE[q.dtype]:  # also catches NaN
+            raise WrongResult(f"{name}: relative error {error:.3g} against fp64, at most {2 * TOLERANCE[q.dtype]:.3g}")
+        worst = max(worst, error)
+    return worst
+
+
+def reference_gradients(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Tensor, selection: BlockSelection | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp64 gradients by definition, for the last KV head: dq [B, G, R, D], dk and dv [B, 1, R, D] of sampled rows."""
+    batch, q_heads, tokens, dim = q.shape
+    group, scale = q_heads // k.shape[1], dim**-0.5
+    dq = torch.zeros(batch, group, tokens, dim, dtype=torch.float64, device=q.device)
+    dk, dv = torch.zeros(2, batch, 1, len(rows), dim, dtype=torch.float64, device=q.device)
+    every = torch.arange(tokens, device=q.device)
+    for b in range(batch):
+        keys, values = k[b, -1].double(), v[b, -1].double()
+        for g in range(group):
+            h = q_heads - group + g
+            for chunk in every.split(max(1, GRADIENT_CHUNK // tokens)):
+                keep = every <= chunk[:, None]
+                if selection is not None:
+                    keep &= _selected_keys(selection, b, h, chunk)
+                queries, arriving = q[b, h, chunk].double(), dout[b, h, chunk].double()
+                weights = (queries @ keys.T * scale).masked_fill(~keep, -torch.inf).softmax(-1)
+                dweights = arriving @ values.T
+                dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
+                dq[b, g, chunk] = dlogits @ keys
+                dk[b, 0] += dlogits[:, rows].T @ queries
+                dv[b, 0] += weights[:, rows].T @ arriving
+    return dq[:, :, rows], dk, dv
 
 
 def check_scores(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, config: StemConfig) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import stem
-from stem import bench, gate, records
+from stem import bench, first_token, gate, records
 
 SMALL = bench.Shape(300, q_heads=4, kv_heads=2, head_dim=16, dtype="float32")
 CONFIG = stem.StemConfig(density=0.5, block_size=16, sink_blocks=1, local_blocks=1)
@@ -195,6 +195,74 @@ def test_long_dense_calls_are_skipped_and_say_so(fast, monkeypatch):
     assert skipped["provider"] == "sdpa_cpu" and skipped["error"].startswith("skipped: about 0 s")
 
 
+def gradients(problem, attend):
+    inputs = [x.detach().requires_grad_() for x in problem.qkv]
+    return torch.autograd.grad(attend(*inputs), inputs, problem.dout)
+
+
+def test_right_gradients_pass_and_wrong_ones_are_refused(problem):
+    selection = problem.selection
+    found = gradients(problem, lambda *qkv: stem.block_sparse_attention(*qkv, selection, impl="torch"))
+    dense = gradients(problem, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True))
+    arguments = (*problem.qkv, problem.dout, problem.rows)
+    assert gate.check_gradients(found, *arguments, selection) < 1e-5
+    assert gate.check_gradients(dense, *arguments) < 1e-5
+    dq, dk, dv = found
+    wrong = [dense, (dq * 1.01, dk, dv), (dq, one_nan(dk), dv), (dq, dk, dv.roll(1, 2)), (dq, dk.half(), dv)]
+    for gradient in wrong:
+        with pytest.raises(gate.WrongResult, match="d[qkv]"):
+            gate.check_gradients(gradient, *arguments, selection)
+
+
+def test_rows_of_training(fast, monkeypatch):
+    monkeypatch.setitem(bench.CONFIGS, "default", CONFIG)
+    dense, sparse = bench.training_case(SMALL, "cpu", impls=["torch"], flex=False)
+    assert dense["operation"] == sparse["operation"] == "forward+backward"
+    assert (dense["config"], sparse["config"]) == ("dense", "default") and dense["error"] == sparse["error"] == ""
+    assert sparse["speedup_vs_sdpa_cpu"] == 1.0 and dense["flop"] == 3.5 * SMALL.dense_flops()
+    assert set(dense) | set(sparse) <= set(bench.COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    settings = first_token.TINY | dict(hidden_size=48, intermediate_size=32, num_hidden_layers=2, head_dim=16)
+    return first_token.random_llama(settings, "cpu", torch.float32)
+
+
+def test_rows_of_captured_tensors(fast, monkeypatch, tiny):
+    monkeypatch.setitem(bench.CONFIGS, "default", CONFIG)
+    ids = torch.randint(1024, (1, 200))
+    rows = bench.captured_case(tiny, ids, [0, 1], "cpu", impls=["torch"])
+    expected = [("captured attention", "sdpa_cpu"), ("captured attention", "stem_torch")]
+    assert [(row["operation"], row["provider"]) for row in rows] == [*expected, ("captured operator", "stem_torch")]
+    for row in rows:
+        assert row["error"] == "" and row["tokens"] == 200 and row["head_dim"] == 16
+        assert row["speedup_vs_sdpa_cpu"] == 1.0 and set(row) <= set(bench.COLUMNS)
+
+
+def test_rows_of_time_to_first_token(monkeypatch, tiny):
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    monkeypatch.setattr(first_token, "CALLS", 1)
+    dense, sparse = bench.first_token_case(tiny, 100, "cpu")
+    assert (dense["provider"], sparse["provider"]) == ("sdpa_cpu", "stem") and dense["error"] == sparse["error"] == ""
+    assert dense["density"] == 1.0 and sparse["density"] == pytest.approx(0.5, abs=0.05)
+    assert sparse["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / sparse["latency_ms"])
+    assert (dense["operation"], dense["tokens"], dense["q_heads"]) == ("ttft", 100, 3)
+    assert set(dense) | set(sparse) <= set(bench.COLUMNS)
+    assert not hasattr(tiny.model.layers[0].self_attn, "stem_layer")
+
+
+def test_the_first_token_is_that_of_the_whole_model(tiny):
+    ids = torch.randint(1024, (1, 50))
+    torch.testing.assert_close(first_token.first_token(tiny, ids), tiny(ids).logits[:, -1])
+
+
+def test_a_model_that_fails_costs_one_row(monkeypatch, tiny):
+    monkeypatch.setattr(first_token, "first_token", lambda model, ids: torch.full((1, 8), torch.nan))
+    (row,) = first_token.compare(tiny, 64, {}, CONFIG)
+    assert row["error"].startswith("FloatingPointError: the logits") and "latency_ms" not in row
+
+
 def test_measure_repeats_on_the_cpu():
     calls = []
     times = bench.measure(lambda: calls.append(time.sleep(0.01)), "cpu")
@@ -212,10 +280,12 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     monkeypatch.setitem(bench.SHAPES, "cpu", SMALL)
     monkeypatch.setitem(bench.LENGTHS, ("cpu", "smoke"), [64, 100])
+    monkeypatch.setattr(bench, "beyond_the_operator", lambda *args, **options: [("training", beyond)])
+    beyond = [dict(operation="forward+backward", provider="stem_torch", tokens=128, latency_ms=1.0)]
     bench.main(["--quick", "--device", "cpu"])
     rows = records.read_rows("speed")
     rows = rows[rows["profile"] == "smoke"]
-    assert {64, 100} <= set(rows["tokens"].dropna())
+    assert {64, 100, 128} <= set(rows["tokens"].dropna())
     assert "stem_torch" in capsys.readouterr().out.splitlines()[-1]
     bench.main(["--lengths", "64", "--device", "cpu"])
     assert len(list(tmp_path.rglob("*.csv"))) == 1

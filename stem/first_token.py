@@ -1,0 +1,111 @@
+"""Time to first token: the prefill of a whole model with random weights, dense and with Stem, and its peak memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stem.config import StemConfig
+
+LLAMA_8B = dict(  # meta-llama/Llama-3.1-8B, without its weights and its rescaled rotary frequencies
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_position_embeddings=2**17,
+)
+TINY = dict(  # the same on a CPU, for a tutorial's patience
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=64,
+    vocab_size=1024,
+    max_position_embeddings=2**17,
+)
+LENGTHS = {  # tokens of each profile
+    ("cuda", "full"): [2**14, 2**15, 2**16, 2**17],
+    ("cuda", "smoke"): [2**14],
+    ("cpu", "full"): [2**11, 2**12, 2**13],
+    ("cpu", "smoke"): [2**11, 2**12],
+}
+WARM_UP_TOKENS = 2**15  # at most; loads kernels and picks plans
+CALLS, SECONDS = 3, 4.0  # calls of one length stop at either
+
+
+def random_llama(settings: dict[str, int], device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A Llama of transformers with random normal weights, made on the device; nothing is downloaded."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(**settings, tie_word_embeddings=False)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def first_token(model: nn.Module, ids: Tensor) -> Tensor:
+    """Prefill with a key-value cache, and the logits of the last position only, as generation begins: [1, V]."""
+    return model(ids, use_cache=True, logits_to_keep=1).logits[:, 0]
+
+
+def compare(
+    model: nn.Module, tokens: int, backends: dict[str, SDPBackend], config: StemConfig, seed: int = 0
+) -> list[dict[str, Any]]:
+    """One row for each dense back end and one for Stem, provider "stem".
+
+    Args:
+        model: From `random_llama`; left without Stem.
+        tokens: Length of the prompt, random token ids.
+        backends: Dense back ends of SDPA by name.
+        config: Of every layer.
+        seed: Of the token ids.
+    Returns:
+        provider, density, latency_ms with p20 and p80, peak_memory_mib (weights and cache included; CUDA only), error.
+    """
+    from stem import hf
+
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    ids = ids.to(model.device)
+    rows = [_timed(name, model, ids, partial(sdpa_kernel, backend)) for name, backend in backends.items()]
+    return [*rows, _timed("stem", model, ids, partial(hf.stem_prefill, model, config))]
+
+
+@torch.inference_mode()
+def _timed(
+    provider: str, model: nn.Module, ids: Tensor, attention: Callable[[], AbstractContextManager]
+) -> dict[str, Any]:
+    """A row; within `attention()` the model uses one kind of attention; for Stem it yields a Report."""
+    row, on_cuda = dict(provider=provider, density=1.0, error=""), ids.is_cuda
+    try:
+        with attention() as report:
+            if not first_token(model, ids[:, :WARM_UP_TOKENS]).isfinite().all():
+                raise FloatingPointError("the logits of the last position are not finite")
+            if on_cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            times = []
+            while len(times) < CALLS and sum(times) < SECONDS:
+                start = time.perf_counter()
+                first_token(model, ids).max().item()  # waits for the result
+                times.append(time.perf_counter() - start)
+            p20, median, p80 = (1e3 * torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8]))).tolist()
+            row |= dict(latency_ms=median, latency_ms_p20=p20, latency_ms_p80=p80)
+            if on_cuda:
+                row["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            if provider == "stem":
+                row["density"] = report.density()
+    except Exception as error:  # recorded, so that one provider's failure costs one row
+        row["error"] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    return row
