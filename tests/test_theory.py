@@ -1,0 +1,41 @@
+"""Recall by density, and the order of the ways to spend a budget."""
+
+import pytest
+import torch
+
+import stem
+from stem import metrics, patterns, theory
+
+CONFIG = stem.StemConfig(block_size=16, score_stride=4, sink_blocks=1, local_blocks=1)
+
+
+def test_recall_by_density():
+    q, k, v = 2 * torch.randn(1, 4, 320, 16), torch.randn(1, 2, 320, 16), torch.randn(1, 2, 320, 16)
+    peaks = CONFIG.replace(reduction="softmax", allocation="uniform")
+    rows = theory.recall_by_density(q, k, v, {"oracle": "oracle_mass", "cells": peaks}, (0.2, 0.5), CONFIG)
+    assert rows.method.tolist() == ["oracle", "oracle", "cells", "cells"] and rows.density.tolist() == [0.2, 0.5] * 2
+    kept = patterns.select("stem", q, k, v, peaks.replace(density=0.5))
+    assert rows.recall[3] == pytest.approx(float(metrics.attention_recall(q, k, kept).mean()))
+    kept = patterns.select("oracle_mass", q, k, v, CONFIG.replace(density=0.2))
+    assert rows.recall[0] == pytest.approx(float(metrics.attention_recall(q, k, kept).mean()))
+
+
+def test_lost_by_allocation_on_two_heads():
+    """Head 0 needs one block a row, head 1 spreads: a shared budget gives head 1 what head 0 does not need."""
+    settled = torch.eye(4)
+    spread = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]
+    rows = theory.lost_by_allocation(torch.stack([settled, spread])[None], [0.7]).set_index("allocation")
+    per_row = stem.block_budget(4, stem.StemConfig(density=0.7, allocation="uniform")).tolist()  # 7 of 10 pairs
+    assert per_row == [1, 2, 2, 2]
+    assert rows.lost["a budget per row"] == pytest.approx((0 + 0 + 0 + 1 / 3 + 2 / 4) / 8)
+    assert rows.lost["a threshold per head"] == pytest.approx(3 / 4 / 8)
+    assert rows.lost["one threshold"] == pytest.approx(0, abs=1e-6)
+    assert (rows.lowest["one threshold"], rows.highest["one threshold"]) == (0.4, 1.0)
+
+
+def test_more_freedom_never_loses_more():
+    q, k = 3 * torch.randn(1, 4, 320, 16), torch.randn(1, 2, 320, 16)
+    mass = torch.stack([metrics.block_attention_mass(x * q, k, 16)[0] for x in (0.2, 1.0)])
+    lost = theory.lost_by_allocation(mass, [0.1, 0.3, 0.6]).pivot(index="density", columns="allocation", values="lost")
+    assert (lost["one threshold"] < lost["a threshold per head"]).all()
+    assert (lost["a threshold per head"] < lost["a budget per row"]).all()
