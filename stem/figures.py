@@ -33,8 +33,11 @@ LABELS = {
     "stem_torch": "Stem, torch",
     "stem_triton": "Stem, Triton",
     "stem_hopper": "Stem, Hopper",
+    "stem": "Stem",
 }
+PARTS = ("scores", "selection", "attention", "operator")  # operations that one prompt's forward pass consists of
 COLOURS = dict(zip(("stem_triton", "flex", "stem_torch", "stem_hopper"), PALETTE, strict=False))
+COLOURS["stem"] = COLOURS["stem_hopper"]
 COLOURS |= dict(zip(("sdpa_cudnn", "sdpa_flash", "sdpa_cpu"), DENSE_GREYS, strict=False))
 STYLE = {
     "axes.titlelocation": "left",
@@ -274,6 +277,57 @@ def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
     return figure
 
 
+@styled()
+def crossover(rows: pd.DataFrame) -> Figure:
+    """Speed-up of the whole operator over the fastest dense back end of each length, one line per config."""
+    names = [name for name in pd.DataFrame(rows)["config"].dropna().unique() if name != "dense"]
+    figure, ax = new()
+    wins = {}
+    for name, colour in zip(names, PALETTE, strict=False):
+        shown, _ = timed(rows, name)
+        dense = shown[shown.config == "dense"].groupby("tokens").latency_ms.min()
+        operator = shown[shown.operation == "operator"].groupby("tokens").latency_ms.min()
+        ratio = (dense / operator).dropna()
+        if ratio.empty:
+            continue
+        ax.plot(ratio.index, ratio, "o-", color=colour, markersize=4, label=f"{name} budget")
+        ahead = (ratio > 1)[::-1].cummin()[::-1]  # True where it and all longer ones win
+        wins[name] = tokens_label(ahead.idxmax()) if ahead.any() else "no length"
+    ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    ax.set_title("Stem beats every dense back end from " + ", ".join(f"{n} ({name})" for name, n in wins.items()))
+    ax.set(ylabel="speed-up over the fastest dense [times]", ylim=(0, None))
+    ax.legend()
+    tokens_axis(ax, sorted({int(n) for line in ax.get_lines()[:-1] for n in line.get_xdata()}))
+    return figure
+
+
+@styled()
+def bars(rows: pd.DataFrame, operation: str, config: str, ylabel: str = "time [ms]") -> Figure:
+    """Times of one operation by length: the dense back ends, FlexAttention and Stem side by side.
+
+    Raises:
+        ValueError: If the rows hold no time of this operation.
+    """
+    shown = pd.DataFrame(rows)
+    shown = shown[(shown.operation == operation) & shown.config.isin(["dense", config])].dropna(subset="latency_ms")
+    if not shown.provider.str.startswith("stem").any():
+        raise ValueError(f"rows must hold times of operation={operation!r} and config={config!r}, got none of Stem")
+    times = shown.pivot_table(index="tokens", columns="provider", values="latency_ms", sort=False).sort_index()
+    dense = [name for name in times if name.startswith("sdpa")]
+    sparse = times[[name for name in times if name.startswith("stem")]].min(axis=1)
+    ratio = (times[dense].min(axis=1) / sparse).dropna()
+    figure, ax = new()
+    colours = [COLOURS[name] for name in times]
+    times.rename(columns=LABELS).plot.bar(ax=ax, color=colours, width=0.75, rot=0)
+    ax.set_xticklabels([tokens_label(int(n)) for n in times.index])
+    last = ratio.index[-1]
+    ax.set_title(f"{operation}: {ratio.loc[last]:.1f}× over the fastest dense at {tokens_label(int(last))} tokens")
+    ax.set(xlabel="tokens", ylabel=ylabel)
+    log_y(ax)
+    ax.legend()
+    return figure
+
+
 def timed(rows: pd.DataFrame, config: str | None = None) -> tuple[pd.DataFrame, str]:
     """The rows that hold a time, of the dense baselines and one config (default: the first), and that config's name.
 
@@ -284,7 +338,7 @@ def timed(rows: pd.DataFrame, config: str | None = None) -> tuple[pd.DataFrame, 
     for column in ("machine", "profile"):
         if column in rows and rows[column].nunique() > 1:
             raise ValueError(f"rows must be of one {column}, got {sorted(rows[column].unique())}")
-    rows = rows[rows["operation"] != "ceiling"].dropna(subset="latency_ms")
+    rows = rows[rows["operation"].isin(PARTS)].dropna(subset="latency_ms")
     names = [name for name in rows["config"].unique() if name != "dense"]
     if not names or (config is not None and config not in names):
         raise ValueError(f"rows must hold times of config={config or 'any'!r}, got {names}")

@@ -42,6 +42,7 @@ def speed() -> str:
 
 
 def _speed_of(device: str, rows: pd.DataFrame) -> str:
+    rows = rows[rows.operation.isin(["attention", "operator"])]
     dense = rows[rows.config == "dense"].pivot_table(index="tokens", columns="provider", values="latency_ms")
     stem = rows[(rows.operation == "operator") & rows.latency_ms.notna()].sort_values(
         ["tokens", "config", "latency_ms"]

@@ -55,6 +55,35 @@ def test_speed_names_the_fastest_baseline_and_the_ratio():
     assert len(left.collections) == 3  # one p20-p80 band a line
 
 
+def beyond():
+    """Rows of operations that are no part of one forward pass."""
+    times = {"sdpa_cudnn": 9.0, "sdpa_flash": 12.0, "flex": 4.0, "stem_triton": 3.0}
+    for operation in ("forward+backward", "ttft", "captured operator"):
+        for provider, ms in times.items():
+            config = "dense" if provider.startswith("sdpa") else "default"
+            yield dict(operation=operation, provider=provider, config=config, tokens=4096, latency_ms=ms)
+
+
+def test_rows_of_other_operations_change_no_figure_of_the_operator():
+    more = pd.concat([made_up_rows(), pd.DataFrame(beyond()).assign(machine="toy", device="Toy GPU", profile="full")])
+    assert title(figures.speed(more).axes[1]) == title(figures.speed(made_up_rows()).axes[1])
+    assert len(figures.timed(more)[0]) == len(figures.timed(made_up_rows())[0])
+
+
+@pytest.mark.parametrize("operation", ["forward+backward", "ttft", "captured operator"])
+def test_bars_compare_with_the_fastest_dense(operation):
+    (ax,) = figures.bars(pd.DataFrame(beyond()), operation, "default").axes
+    assert title(ax) == f"{operation}: 3.0× over the fastest dense at 4K tokens"
+    assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "Stem, Triton"
+    with pytest.raises(ValueError, match="operation='decode'"):
+        figures.bars(pd.DataFrame(beyond()), "decode", "default")
+
+
+def test_crossover_names_the_shortest_length_that_wins():
+    (ax,) = figures.crossover(made_up_rows()).axes
+    assert title(ax) == "Stem beats every dense back end from 2K (released)"
+
+
 def test_dense_is_grey_and_nothing_else_is():
     left, _ = figures.speed(made_up_rows()).axes
     for line in left.get_lines():
