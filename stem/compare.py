@@ -15,7 +15,9 @@ group of rows holds the control, a short window, which must fail: where it does 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 
 import stem
 from stem import documents, hf, patterns, pretrained, records, ruler
@@ -36,11 +39,15 @@ from stem.metrics import block_attention_mass
 from stem.scores import block_scores
 from stem.selection import select_blocks
 
-TASKS = ("niah_single_2", "niah_multikey_1", "niah_multiquery", "ruler_vt")
+TASKS = ("niah_single_2", "niah_multikey_1", "ruler_vt")
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # one natural order of the answers
 NUMBERS_PER_BATCH = {"cuda": 75_000_000, "cpu": 5_000_000}  # hidden states of one layer
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
+BLIND = (
+    "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
+    "tri_shape", "random",
+)  # fmt: skip  # patterns that depend on the shapes alone
 
 
 class Prompts(NamedTuple):
@@ -131,10 +138,27 @@ def methods(
                     attention = calibrate(density, peaks.replace(density=None, allocation="position_decay"))
                 elif name == "stem softmax":
                     attention = peaks
+                elif name == "stem":
+                    attention = config
                 else:
-                    attention = config if name == "stem" else partial(patterns.select, name, config=config)
+                    attention = _selector(name, config)
                 found.append(Method(name, attention, block_size, density))
     return found
+
+
+def _selector(name: str, config: StemConfig) -> hf.Selector:
+    """A pattern's selection; one that does not look at the tensors is made once for all layers of these shapes."""
+    if name not in BLIND:
+        return partial(patterns.select, name, config=config)
+    made: dict = {}
+
+    def select(q: Tensor, k: Tensor, v: Tensor):
+        key = (q.shape, k.shape, q.device)
+        if key not in made:
+            made[key] = patterns.select(name, q, k, v, config)
+        return made[key]
+
+    return select
 
 
 def presets() -> list[Method]:
@@ -194,11 +218,12 @@ def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int |
     count = int(prompts.answer_tokens[0])
     if (prompts.answer_tokens != count).any():
         raise ValueError(f"answers of {prompts.task} must have one length, got {prompts.answer_tokens.tolist()} tokens")
-    texts = []
+    texts, compiled = [], _swap_compiled(model, [None] * len(model.get_decoder().layers))  # decoding has other shapes
     for (ids,) in _batches(model, tokens_per_batch, prompts.ids[:, :-count]):
-        options = dict(do_sample=False, max_new_tokens=count + 8, pad_token_id=tokenizer.eos_token_id)
+        options = dict(do_sample=False, max_new_tokens=count + 4, pad_token_id=tokenizer.eos_token_id)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         texts += tokenizer.batch_decode(out[:, ids.shape[1] :])
+    _swap_compiled(model, compiled)
     hits = [np.mean([answer in text for answer in of]) for text, of in zip(texts, prompts.answers, strict=True)]
     return torch.tensor(hits, dtype=torch.float32)
 
@@ -213,52 +238,51 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; `PLANS` holds the profiles, and "large" for a full run of a model of billions of parameters."""
+    """What to measure, most important first; `PLANS` holds the profiles, and "large" for a full run of a large model.
+
+    At `asked_at` every method answers the tasks; elsewhere all read documents, and at the first length the methods of
+    `curves` answer as well. Names of methods are those that `methods` takes.
+    """
 
     lengths: tuple[int, ...]
     """Tokens of every sample."""
 
-    tasks: tuple[str, ...] = TASKS
-    samples: int = 100
-    """Of each task."""
+    samples: tuple[int, ...]
+    """Of each task, for each length."""
 
-    windows: int = 6
+    tasks: tuple[str, ...] = TASKS
+    windows: int = 2
     """Documents of each kind."""
 
     names: tuple[str, ...] = ()
-    """Methods, as `methods` takes them; empty means `all_names()`."""
+    """Methods, in the order of their importance; empty means `all_names()`."""
 
     densities: tuple[float, ...] = (0.1, 0.16, 0.25, 0.5)
     block_sizes: tuple[int, ...] = (64, 128)
-    asked_everywhere: tuple[str, ...] = ("stem", "stem softmax", "stem adaptive", "xattention", "a_shape")
-    """Methods that answer tasks at every density and block size; the others do at `asked_at`, and read documents."""
-
     asked_at: tuple[float, int] = (0.25, 64)
-    """(density, block size) at which every method answers tasks."""
+    """(density, block size)."""
 
+    curves: tuple[str, ...] = ("stem", "stem softmax", "stem adaptive", "xattention")
     presets: bool = False
     """Whether to measure `presets()` as well."""
 
-    generating: tuple[str, ...] = ("stem",)
-    """Methods that also generate at `asked_at`, beside dense attention and the control."""
+    generating: tuple[str, ...] = ("dense", "window", "stem")
+    """Methods that also generate, for the first task."""
 
-    def answers(self, method: Method) -> bool:
-        """Whether a method answers tasks here, teacher-forced."""
-        return method.asked is None or method.name in self.asked_everywhere or self._headline(method)
-
-    def generates(self, method: Method) -> bool:
-        """Whether it generates as well."""
-        known = method.name in self.generating and self._headline(method)
-        return known or method.name == "dense" or (method.name, method.block_size) == ("window", self.asked_at[1])
-
-    def _headline(self, method: Method) -> bool:
-        return (method.asked, method.block_size) == self.asked_at
+    def jobs(self, method: Method, length: int) -> list[tuple[int, str]]:
+        """What a method does at a length: (priority, "loss" | "answers" | "generated"), 0 first."""
+        headline = method.asked is None or (method.asked, method.block_size) == self.asked_at
+        if headline:
+            generates = method.name in self.generating and method.block_size in (None, self.asked_at[1])
+            return [(0, "answers"), (0, "loss")] + [(3, "generated")] * generates
+        answers = method.name in self.curves and length == self.lengths[0]
+        return [(1, "loss")] + [(2, "answers")] * answers
 
 
 PLANS = {
-    "smoke": Plan((1024,), TASKS[:2], 2, 1, ("stem", "xattention"), (0.5,), (32,), asked_at=(0.5, 32)),
-    "full": Plan((4096, 8192)),
-    "large": Plan((4096, 8192), samples=20, windows=2, densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128)),
+    "smoke": Plan((1024,), (2,), TASKS[:1], 1, ("stem", "xattention"), (0.5,), (32,), (0.5, 32)),
+    "full": Plan((4096, 8192), (100, 50)),
+    "large": Plan((4096, 8192), (20, 20), densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128)),
 }
 
 
@@ -382,11 +406,11 @@ def needle_block(prompts: Prompts, sample: int, block_size: int) -> int:
 
 def calibrator(model, tokenizer, length: int):
     """What `methods` takes as `calibrate`: thresholds are solved on two windows that no comparison reads."""
-    tokens = [tokenizer(text, verbose=False).input_ids for text in calibration_texts()]
-    prompts = [torch.tensor(of[:length]) for of in tokens]
+    tokens = [tokenizer(text[: 8 * length], verbose=False).input_ids for text in calibration_texts()]
+    prompts = torch.tensor([of[:length] for of in tokens])
 
     def solve(density: float, config: StemConfig) -> StemConfig:
-        return stem.calibrate(model, prompts, density, config, tolerance=0.01).config
+        return stem.calibrate(model, [prompts], density, config, tolerance=0.01).config
 
     return solve
 
@@ -413,7 +437,9 @@ def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[
         yield tuple(part.to(device) for part in parts)
 
 
-def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print, save=None) -> list[dict]:
+def run(
+    plan: Plan, model, tokenizer, name: str, seed: int = 0, *, limit_s: float = math.inf, show=print, save=None
+) -> list[dict]:
     """All rows of a plan.
 
     Args:
@@ -421,25 +447,64 @@ def run(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print, save
         model, tokenizer: From `stem.pretrained.load`.
         name: Of the model, for the rows.
         seed: Of the RULER samples and the bootstrap.
-        show: Called with a progress line after each length.
-        save: Called with all rows so far after each length.
+        limit_s: Leave out what has not begun after so many seconds; how much that was is shown.
+        show: Called with progress lines.
+        save: Called with all rows so far, now and then.
     """
     comparison, started = Comparison(model, tokenizer, name, seed), time.monotonic()
-    for length in plan.lengths:
-        prompts = [exact_prompts(task, tokenizer, length, plan.samples, seed) for task in plan.tasks]
-        kinds = document_windows(tokenizer, length, plan.windows)
+    prompts, kinds, jobs = {}, {}, []
+    for length, samples in zip(plan.lengths, plan.samples, strict=True):
+        prompts[length] = [exact_prompts(task, tokenizer, length, samples, seed) for task in plan.tasks]
+        kinds[length] = document_windows(tokenizer, length, plan.windows)
         calibrate = calibrator(model, tokenizer, length)
         found = methods(plan.names or all_names(), plan.densities, plan.block_sizes, calibrate)
         for method in [Method("dense"), *found, *(presets() if plan.presets else ())]:
-            comparison.loss(method, kinds)
-            for of in prompts if plan.answers(method) else ():
+            jobs += [(priority, length, method, what) for priority, what in plan.jobs(method, length)]
+    jobs.sort(key=lambda job: job[0])
+    show(f"{len(jobs)} measurements, prepared in {time.monotonic() - started:.0f} s")
+    for number, (_, length, method, what) in enumerate(jobs):
+        if time.monotonic() - started > limit_s:
+            show(f"{len(jobs) - number} measurements left out after {limit_s} s")
+            break
+        if what == "loss":
+            comparison.loss(method, kinds[length])
+        elif what == "generated":
+            comparison.generated(method, prompts[length][0])
+        else:
+            for of in prompts[length]:
                 comparison.answers(method, of)
-            for of in prompts if plan.generates(method) else ():
-                comparison.generated(method, of)
-        show(f"{length} tokens: {len(comparison.rows)} rows, {time.monotonic() - started:.0f} s")
-        if save:
-            save(comparison.rows)
+        if number % 25 == 24:
+            show(f"{number + 1} of {len(jobs)}, {time.monotonic() - started:.0f} s: {method.name}, {what}, {length}")
+            if save:
+                save(comparison.rows)
+    if save:
+        save(comparison.rows)
     return comparison.rows
+
+
+@contextlib.contextmanager
+def fused(model) -> Iterator[None]:
+    """Compile each layer around its attention for a while: fewer and larger kernels, the same numbers up to rounding.
+
+    The attention itself stays outside of the graphs, so that another method does not mean another compilation.
+    """
+    AttentionInterface.register(hf.NAME, torch.compiler.disable(hf.stem_attention_forward))
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(hf.NAME, hf.stem_attention_forward)
+        _swap_compiled(model, [None] * len(model.get_decoder().layers))
+
+
+def _swap_compiled(model, calls: Sequence) -> list:
+    """Give the layers these compiled calls (what Module.compile sets; None is eager), and return those they had."""
+    layers = model.get_decoder().layers
+    before = [layer._compiled_call_impl for layer in layers]
+    for layer, call in zip(layers, calls, strict=True):
+        layer._compiled_call_impl = call
+    return before
 
 
 def main() -> None:
@@ -448,11 +513,16 @@ def main() -> None:
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing more begins")
+    parser.add_argument("--eager", action="store_true", help="do not compile the model's layers on a GPU")
     arguments = parser.parse_args()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model, tokenizer = pretrained.load(arguments.model, dtype=dtype)
     save = partial(records.write_rows, "evaluation", profile=arguments.profile)
-    run(PLANS[arguments.profile], model, tokenizer, Path(model.name_or_path).name, arguments.seed, save=save)
+    options = dict(limit_s=arguments.limit, show=partial(print, flush=True), save=save)
+    with contextlib.nullcontext() if arguments.eager or not torch.cuda.is_available() else fused(model):
+        name = Path(model.name_or_path).name
+        run(PLANS[arguments.profile], model, tokenizer, name, arguments.seed, **options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,19 +36,22 @@ from stem import compare, documents, pretrained, records
 
 SMOKE = dict(stages=((512, 2, 1), (1024, 2, 1)), warmup=1, text_tokens=256)
 PLANS = {
-    "smoke": compare.Plan(
-        (1024,), ("niah_single_2",), 1, 1, ("stem",), (0.5,), (32,), asked_at=(0.5, 32), generating=()
-    ),
+    "smoke": compare.Plan((1024,), (1,), compare.TASKS[:1], 1, ("stem",), (0.5,), (32,), (0.5, 32), generating=()),
     "full": compare.Plan(
-        (16384, 32768),
-        samples=32,
-        windows=2,
-        names=("stem", "stem softmax", "stem adaptive", "xattention", "flexprefill", "vertical_slash", "a_shape"),
-        densities=(0.1, 0.25),
+        (16384, 32768, 8192),
+        (24, 16, 24),
+        tasks=("niah_multikey_1", "niah_multiquery"),
+        windows=1,
+        names=(
+            "stem", "stem adaptive", "xattention", "stem softmax", "flexprefill", "vertical_slash", "a_shape",
+            "flashprefill",
+        ),
+        densities=(0.25, 0.1),
         block_sizes=(64,),
         presets=True,
+        generating=(),
     ),
-}
+}  # fmt: skip
 FAST_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]  # fmt: skip
@@ -64,16 +68,16 @@ class ExtendConfig:
     model: str = "smollm2"
     """A name for stem.pretrained.load."""
 
-    rope_theta: float = 2e6
+    rope_theta: float = 1e6
     """New base of the rotary embedding; SmolLM2 has 1e5 for 8K."""
 
-    stages: tuple[tuple[int, int, int], ...] = ((8192, 60, 4), (16384, 140, 2), (32768, 220, 1))
+    stages: tuple[tuple[int, int, int], ...] = ((8192, 30, 4), (16384, 60, 2), (32768, 90, 1))
     """(sequence length [tokens], steps, sequences in a step), in order; the last length is the new context."""
 
     lr: float = 4e-4
     """Peak learning rate of AdamW."""
 
-    warmup: int = 20
+    warmup: int = 10
     """Steps of linear warm-up; cosine to a tenth of the peak afterwards."""
 
     text_tokens: int = 4096
@@ -368,26 +372,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which training stops")
     parser.add_argument("--evaluate-only", action="store_true", help="compare with the model that is there already")
+    parser.add_argument("--evaluation-limit", type=float, default=math.inf, help="seconds of comparison")
+    parser.add_argument("--eager", action="store_true", help="do not compile the model's layers on a GPU")
     arguments = parser.parse_args()
-    full = arguments.profile == "full"
+    full, cuda = arguments.profile == "full", torch.cuda.is_available()
     config = ExtendConfig(seed=arguments.seed) if full else ExtendConfig(**SMOKE, seed=arguments.seed)
-    out = arguments.out or pretrained.cache_folder() / f"smollm2-{config.length // 1024}k{'' if full else '-smoke'}"
+    out = Path(
+        arguments.out or pretrained.cache_folder() / f"smollm2-{config.length // 1024}k{'' if full else '-smoke'}"
+    )
     show, rows = partial(print, flush=True), []
     if not arguments.evaluate_only:
         text = None if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
         model, tokenizer, log = extend(config, text, limit_s=arguments.limit, show=show)
         show("saved", save(model, tokenizer, out))
         rows = curve_rows(config, log)
-    model, tokenizer = pretrained.load(str(out), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    compare.run(
-        PLANS[arguments.profile],
-        model,
-        tokenizer,
-        Path(out).name,
-        arguments.seed,
-        show,
-        save=lambda found: records.write_rows("extension", rows + found, arguments.profile),
-    )
+    plan = PLANS[arguments.profile]
+    only_dense = replace(plan, names=("dense",), block_sizes=(), presets=False)
+    for name, of in ((config.model, only_dense), (str(out), plan)):
+        model, tokenizer = pretrained.load(name, dtype=torch.bfloat16 if cuda else torch.float32)
+        with compare.fused(model) if cuda and not arguments.eager else nullcontext():
+            options = dict(limit_s=arguments.evaluation_limit, show=show)
+            rows = rows + compare.run(of, model, tokenizer, Path(name).name, arguments.seed, **options)
+        show("wrote", records.write_rows("extension", rows, arguments.profile))
 
 
 if __name__ == "__main__":

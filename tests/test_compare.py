@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import stem
 from stem import compare, documents, pretrained, ruler
@@ -128,24 +128,54 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
     assert budget.tolist()[:4] == [1, 2, 3, 3] and budget[-1] == 3
 
 
-def test_a_plan_asks_everybody_once_and_few_everywhere():
-    plan = compare.Plan((1024,), asked_everywhere=("stem",))
-    everywhere, once = compare.Method("stem", SPARSE, 128, 0.1), compare.Method("random", SPARSE, 128, 0.1)
-    assert plan.answers(everywhere) and not plan.answers(once)
-    assert plan.answers(compare.Method("random", SPARSE, 64, 0.25)) and plan.answers(compare.Method("dense"))
-    assert plan.generates(compare.Method("dense")) and not plan.generates(everywhere)
-    assert plan.generates(compare.Method("window", SPARSE, 64))
-    assert not plan.generates(compare.Method("window", SPARSE, 128))
+def test_a_plan_does_the_headline_first_and_the_curves_later():
+    plan = compare.Plan((1024, 2048), (1, 1), curves=("stem",))
+    elsewhere = compare.Method("stem", SPARSE, 128, 0.1)
+    assert plan.jobs(elsewhere, 1024) == [(1, "loss"), (2, "answers")] and plan.jobs(elsewhere, 2048) == [(1, "loss")]
+    assert plan.jobs(compare.Method("random", SPARSE, 128, 0.1), 1024) == [(1, "loss")]
+    headline = [(0, "answers"), (0, "loss")]
+    assert plan.jobs(compare.Method("random", SPARSE, 64, 0.25), 2048) == headline
+    assert plan.jobs(compare.Method("stem", SPARSE, 64, 0.25), 2048) == [*headline, (3, "generated")]
+    assert plan.jobs(compare.Method("dense"), 1024)[-1] == plan.jobs(compare.Method("window", SPARSE, 64), 1024)[-1]
+    assert plan.jobs(compare.Method("window", SPARSE, 128), 1024) == headline
 
 
-def test_a_small_plan_runs(rows, tokenizer, model, monkeypatch):
+def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkeypatch):
     monkeypatch.setattr(documents, "KINDS", {"prose": lambda: documents.prose()[:9000]})
     monkeypatch.setattr(compare.document_windows, "__defaults__", (("prose",),))
-    plan = compare.Plan((256,), ("niah_multikey_2",), 1, 1, ("stem", "random"), (0.5,), (32,), asked_at=(0.5, 32))
-    found = compare.run(plan, model, tokenizer, "tiny", show=lambda line: None)
+    plan = compare.Plan((256,), (1,), ("niah_multikey_2",), 1, ("stem", "random"), (0.5,), (32,), (0.5, 32))
+    told, saved = [], []
+    found = compare.run(plan, model, tokenizer, "tiny", show=told.append, save=saved.append)
     measures = {(row["method"], row["measure"]) for row in found}
     assert {("window", "generated"), ("stem", "answer"), ("random", "loss"), ("dense", "right")} <= measures
-    assert ("random", "generated") not in measures
+    assert ("random", "generated") not in measures and saved[-1] == found
+    assert compare.run(plan, model, tokenizer, "tiny", show=told.append, limit_s=-1) == []
+    assert told[-1] == "11 measurements left out after -1 s"
+
+
+@pytest.mark.parametrize("name", compare.BLIND)
+def test_blind_patterns_do_not_look_at_the_tensors(name):
+    q, k = torch.randn(2, 3, 160, 16), torch.randn(2, 1, 160, 16)
+    first, second = (stem.patterns.select(name, q * x, k * x, k, SPARSE).to_mask() for x in (1, -2))
+    assert torch.equal(first, second)
+    (method,) = (of for of in compare.methods([name], (0.4,), (16,)) if of.name == name)
+    assert method.attention(q, k, k) is method.attention(q + 1, k, k)
+    assert torch.equal(
+        method.attention(q, k, k).to_mask(),
+        stem.patterns.select(name, q, k, k, SPARSE.replace(local_blocks=2)).to_mask(),
+    )
+
+
+def test_fused_layers_are_compiled_for_a_while_and_generation_is_not(rows, tokenizer, model):
+    prompts = compare.exact_prompts("niah_multikey_2", tokenizer, 64, 1)
+    layers, registered = model.model.layers, AttentionInterface()[stem.hf.NAME]
+    with compare.fused(model):
+        assert all(layer._compiled_call_impl for layer in layers)
+        assert AttentionInterface()[stem.hf.NAME] is not registered
+        compare.generated_scores(model, tokenizer, prompts)  # would take a minute of compilation otherwise
+        assert all(layer._compiled_call_impl for layer in layers)
+    assert not any(layer._compiled_call_impl for layer in layers)
+    assert AttentionInterface()[stem.hf.NAME] is registered
 
 
 def test_the_last_row_shows_what_was_seen_scored_and_kept(rows, tokenizer, model):

@@ -133,10 +133,10 @@ def test_bad_recipes_are_named(change, message):
 
 def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(compare, "run", lambda *arguments, save: save([dict(model=arguments[3], seed=arguments[4])]))
+    monkeypatch.setattr(compare, "run", lambda plan, model, tok, name, seed, **_: [dict(model=name, asked=plan.names)])
     monkeypatch.setattr(extend, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
     monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), "--seed", "7"])
     extend.main()
     rows = records.read_rows("extension")
-    rows = rows[rows.seed == 7]
-    assert set(rows.measure.dropna()) == set(extend.LOSSES) and "long" in set(rows.model)
+    assert set(rows.measure.dropna()) == set(extend.LOSSES) and set(rows.seed.dropna()) == {7}
+    assert dict(rows[["model", "asked"]].dropna().to_numpy()) == {"model": "('dense',)", "long": "('stem',)"}
