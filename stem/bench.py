@@ -465,8 +465,10 @@ def beyond_the_operator(
     del model
     settings = first_token.LLAMA_8B if device == "cuda" else first_token.TINY
     model = first_token.random_llama(settings, device, dtype, seed)
+    configs = tuple(CONFIGS) if profile == "full" else ("default",)
     for tokens in first_token.LENGTHS[device, profile]:
-        yield f"time to first token, {tokens:,} tokens", first_token_case(model, tokens, device, seed)
+        rows = first_token_case(model, tokens, device, configs=configs, seed=seed)
+        yield f"time to first token, {tokens:,} tokens", rows
 
 
 def prompt(tokenizer, tokens: int) -> Tensor:
@@ -477,7 +479,9 @@ def prompt(tokenizer, tokens: int) -> Tensor:
     return torch.tensor(tokenizer(text).input_ids[:tokens])[None]
 
 
-def first_token_case(model: torch.nn.Module, tokens: int, device: str, seed: int = 0) -> list[dict[str, Any]]:
+def first_token_case(
+    model: torch.nn.Module, tokens: int, device: str, *, configs: Iterable[str], seed: int = 0
+) -> list[dict[str, Any]]:
     """Rows of operation "ttft", time to first token, of one length: the dense back ends, and Stem with each config."""
     from stem import first_token
 
@@ -485,8 +489,8 @@ def first_token_case(model: torch.nn.Module, tokens: int, device: str, seed: int
     heads = settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim
     common = dict(operation="ttft") | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=FIRST_TOKEN_TIMING)
     rows = []
-    for name, config in CONFIGS.items():
-        backends = {} if rows else DENSE[device]
+    for name in configs:
+        config, backends = CONFIGS[name], {} if rows else DENSE[device]
         for row in first_token.compare(model, tokens, backends, config, seed):
             own = dict(config=name, block_size=config.block_size) if row["provider"] == "stem" else dict(config="dense")
             rows.append(common | own | row)

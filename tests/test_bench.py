@@ -243,7 +243,7 @@ def test_rows_of_captured_tensors(fast, monkeypatch, tiny):
 def test_rows_of_time_to_first_token(monkeypatch, tiny):
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     monkeypatch.setattr(first_token, "CALLS", 1)
-    dense, sparse = bench.first_token_case(tiny, 100, "cpu")
+    dense, sparse = bench.first_token_case(tiny, 100, "cpu", configs=["small"])
     assert (dense["provider"], sparse["provider"]) == ("sdpa_cpu", "stem") and dense["error"] == sparse["error"] == ""
     assert dense["density"] == 1.0 and sparse["density"] == pytest.approx(0.5, abs=0.05)
     assert sparse["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / sparse["latency_ms"])
