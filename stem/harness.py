@@ -68,6 +68,8 @@ class StemLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         """One sequence at a time: lm-eval pads on the right and passes no mask, which would change Stem's budget."""
+        if all(method is None or getattr(method, "density", None) == 1 for method in self._methods):
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
         try:
             return super()._loglikelihood_tokens(requests, disable_tqdm)
@@ -80,8 +82,11 @@ class StemLM(HFLM):
             return super()._detect_batch_size(requests, pos)
 
 
-def method_from_options(options: Mapping[str, object]) -> StemConfig | hf.Selector:
-    """What `stem.hf.enable` takes, from StemConfig fields, "preset", "pattern" and its parameters of a command line."""
+def method_from_options(options: Mapping[str, object]) -> StemConfig | hf.Selector | None:
+    """What `stem.hf.enable` takes, from StemConfig fields, "preset", "pattern" and its parameters of a command line.
+
+    The pattern "dense" is None, the model's own attention.
+    """
     pattern = options.get("pattern", "stem")
     if pattern not in patterns.names():
         raise ValueError(f"pattern must be one of {', '.join(patterns.names())}, got {pattern!r}")
@@ -91,7 +96,9 @@ def method_from_options(options: Mapping[str, object]) -> StemConfig | hf.Select
         raise TypeError(f"{foreign[0]} is no parameter of pattern={pattern!r} but of {', '.join(owners)}")
     native = {name: options[name] for name in accepted if name in options}
     config = _config({name: value for name, value in options.items() if name not in native})
-    return config if pattern == "stem" else partial(patterns.select, pattern, config=config, **native)
+    if pattern in ("stem", "dense"):
+        return config if pattern == "stem" else None
+    return partial(patterns.select, pattern, config=config, **native)
 
 
 def per_layer(
