@@ -34,6 +34,11 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
 
 @contextlib.contextmanager
 def join_processes(device: str = "") -> Iterator[Processes]:

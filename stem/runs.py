@@ -1,9 +1,11 @@
 """What a training run leaves on disk: its checkpoint and its log."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -75,6 +77,24 @@ def load_checkpoint(path: Path, settings: Mapping, model: nn.Module, optimizer: 
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return step
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it: two runs that write to one folder would tear its log and its checkpoint.
+
+    The lock dies with its process, however that ends. A killed torchrun can leave its processes behind, still training.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out={folder}: another process trains there; wait for it or end it") from None
+        yield
 
 
 class Log:

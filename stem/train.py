@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from stem.distributed import Processes, choose_device, gradient_sync, join_processes, share, whole
 from stem.model import LanguageModel
-from stem.runs import Log, check_settings, load_checkpoint, save_checkpoint, training_state
+from stem.runs import Log, check_settings, load_checkpoint, only_writer, save_checkpoint, training_state
 from stem.tasks import IGNORED, Batch, make_batch
 from stem.train_config import TrainConfig, parse_config
 
@@ -95,13 +94,20 @@ def train(
     Returns:
         The trained model, in eval mode, on this process's device.
     Raises:
-        ValueError: For settings that do not fit together or with the checkpoint in `config.out`.
+        ValueError: For settings that do not fit together or with the checkpoint in `config.out`, and if another
+            process trains there.
         FloatingPointError: If the loss stops being finite; the last checkpoint is from before.
     """
     check_run(config)
     names = config.tasks.split(",")
-    with deterministic(config.deterministic), join_processes(config.device) as processes:
+    with (
+        deterministic(config.deterministic),
+        join_processes(config.device) as processes,
+        contextlib.ExitStack() as held,
+    ):
         checkpoint = checkpoint_path(config)
+        held.enter_context(only_writer(checkpoint.parent) if processes.is_main else contextlib.nullcontext())
+        processes.wait()  # from here on nobody else writes the checkpoint that is read below
         torch.manual_seed(config.seed)
         model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
         shared = share(model, config.parallel, processes)
@@ -109,7 +115,6 @@ def train(
         done = load_checkpoint(checkpoint, config.settings(), model, optimizer) if checkpoint.exists() else 0
         log = None
         if processes.is_main:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
             log = Log(checkpoint.with_name("log.csv"), done, log_columns(names))
         steps = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=not (progress and log))
         for step in steps:
@@ -126,8 +131,7 @@ def train(
                 on_step(step + 1, model)
         if log:
             log.file.close()
-        if processes.world > 1:
-            dist.barrier()
+        processes.wait()
     return model.eval()
 
 

@@ -320,6 +320,21 @@ def test_a_run_that_cannot_start_ends_with_one_line(tmp_path, monkeypatch):
             main()
 
 
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    """A killed torchrun can leave its processes behind; a second start must not tear their log."""
+    script = "import sys, pathlib, stem.runs\nwith stem.runs.only_writer(pathlib.Path(sys.argv[1])): input()"
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, env=environment())
+    while not (tmp_path / "lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    with pytest.raises(ValueError, match="another process trains there"):
+        train(small(tmp_path))
+    assert not (tmp_path / "log.csv").exists()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    train(small(tmp_path))  # the lock died with its process
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_gpu_is_named_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="process 0 of this machine needs a GPU, 0 found"):
