@@ -4,7 +4,9 @@
 `document_loss_rows` give one row per sample and method, all methods on the same samples, for notebooks.
 """
 
+import argparse
 import contextlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from stem import documents, hf, patterns, pretrained, ruler
 from stem.config import StemConfig
 from stem.harness import resolved  # this import also registers the model name
+from stem.local_data import local_data
 
 MEASURES = ("generated", "teacher_forced")
 
@@ -247,12 +250,18 @@ def paired_differences(
 
 
 def main() -> None:
-    """lm-eval's command line, in which the model `stem` exists and the name smollm2 means the embedded model."""
+    """lm-eval's command line, in which the model `stem` exists and the name smollm2 means the embedded model.
+
+    One option more: `--data_dir`, a folder with files that tasks would download, see `stem.local_data`.
+    """
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging, simple_parse_args_string
 
     setup_logging()
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--data_dir")
+    own, sys.argv[1:] = ours.parse_known_args()
     command_line = HarnessCLI()
     arguments = command_line.parse_args()
     if arguments.command == "run":
@@ -263,7 +272,8 @@ def main() -> None:
             given = simple_parse_args_string(given) if isinstance(given, str) else given
             names = {key: resolved(given[key]) for key in ("pretrained", "tokenizer") if key in given}
             setattr(arguments, option, {**given, **names})
-    command_line.execute(arguments)
+    with local_data(own.data_dir):
+        command_line.execute(arguments)
 
 
 def _loaded(model: str | tuple) -> tuple:
