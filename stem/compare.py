@@ -33,7 +33,7 @@ from transformers import AttentionInterface
 
 import stem
 from stem import documents, hf, patterns, pretrained, records, ruler
-from stem.budget import block_budget
+from stem.budget import block_budget, causal_pairs
 from stem.config import PRESETS, StemConfig
 from stem.metrics import block_attention_mass
 from stem.scores import block_scores
@@ -122,7 +122,8 @@ def methods(
             "stem adaptive" (the same, one threshold for all rows, heads and layers).
         densities, block_sizes: What to ask for; forced blocks are few (one sink, two local), so that low densities
             leave something to choose.
-        calibrate: (density, config) -> StemConfig for "stem adaptive"; None leaves that method out.
+        calibrate: (density, config) -> StemConfig for "stem adaptive", or None where the forced blocks alone cost
+            more; without it that method is left out.
     """
     found = []
     for block_size in block_sizes:
@@ -142,6 +143,8 @@ def methods(
                     attention = config
                 else:
                     attention = _selector(name, config)
+                if attention is None:
+                    continue
                 found.append(Method(name, attention, block_size, density))
     return found
 
@@ -409,7 +412,11 @@ def calibrator(model, tokenizer, length: int):
     tokens = [tokenizer(text[: 8 * length], verbose=False).input_ids for text in calibration_texts()]
     prompts = torch.tensor([of[:length] for of in tokens])
 
-    def solve(density: float, config: StemConfig) -> StemConfig:
+    def solve(density: float, config: StemConfig) -> StemConfig | None:
+        forced = config.replace(k_start=config.sink_blocks + config.local_blocks, decay=1.0)
+        blocks = -(-length // config.block_size)
+        if int(block_budget(blocks, forced).sum()) / causal_pairs(blocks) > density:
+            return None
         return stem.calibrate(model, [prompts], density, config, tolerance=0.01).config
 
     return solve

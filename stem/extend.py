@@ -71,7 +71,7 @@ class ExtendConfig:
     rope_theta: float = 1e6
     """New base of the rotary embedding; SmolLM2 has 1e5 for 8K."""
 
-    stages: tuple[tuple[int, int, int], ...] = ((8192, 30, 4), (16384, 60, 2), (32768, 90, 1))
+    stages: tuple[tuple[int, int, int], ...] = ((8192, 25, 4), (16384, 50, 2), (32768, 85, 1))
     """(sequence length [tokens], steps, sequences in a step), in order; the last length is the new context."""
 
     lr: float = 4e-4
@@ -387,7 +387,8 @@ def main() -> None:
         show("saved", save(model, tokenizer, out))
         rows = curve_rows(config, log)
     plan = PLANS[arguments.profile]
-    only_dense = replace(plan, names=("dense",), block_sizes=(), presets=False)
+    few = tuple(min(8, samples) for samples in plan.samples)
+    only_dense = replace(plan, samples=few, names=("dense",), block_sizes=(), presets=False)
     for name, of in ((config.model, only_dense), (str(out), plan)):
         model, tokenizer = pretrained.load(name, dtype=torch.bfloat16 if cuda else torch.float32)
         with compare.fused(model) if cuda and not arguments.eager else nullcontext():

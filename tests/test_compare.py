@@ -116,10 +116,12 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
 
     def calibrate(density, config):
         asked.append(density)
+        if (density, config.block_size) == (0.1, 128):
+            return None
         return config.replace(allocation="adaptive", threshold=0.1)
 
     found = compare.methods(compare.all_names(), (0.1, 0.5), (64, 128), calibrate)
-    assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1))
+    assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1)) - 1
     controls = [method for method in found if method.name == "window"]
     assert [method.block_size for method in controls] == [64, 128] and asked == [0.1, 0.5] * 2
     (adaptive, *_) = [method.attention for method in found if method.name == "stem adaptive"]
@@ -151,6 +153,15 @@ def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkey
     assert ("random", "generated") not in measures and saved[-1] == found
     assert compare.run(plan, model, tokenizer, "tiny", show=told.append, limit_s=-1) == []
     assert told[-1] == "11 measurements left out after -1 s"
+
+
+def test_thresholds_are_solved_unless_the_forced_blocks_cost_more(tokenizer, model, monkeypatch):
+    monkeypatch.setattr(compare, "calibration_texts", lambda: [documents.prose()[:4000], documents.prose()[9000:13000]])
+    solve = compare.calibrator(model, tokenizer, 256)
+    config = SPARSE.replace(density=None, reduction="softmax", score_stride=4)
+    assert solve(0.1, config) is None
+    solved = solve(0.5, config)
+    assert solved.allocation == "adaptive" and 0 < solved.threshold < 1
 
 
 @pytest.mark.parametrize("name", compare.BLIND)
