@@ -192,13 +192,13 @@ def run_part(plan: Plan, part: str, folder: Path) -> Path:
     return path
 
 
-def run(profile: str, folder: str | Path, only: Sequence[str] = ()) -> Path:
+def run(profile: str, folder: str | Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> Path:
     """The whole experiment in processes of its own, resumed where it was stopped; writes its rows.
 
     Args:
         profile: A key of PLANS.
         folder: Where parts are kept, under a name made from the plan.
-        only: Arms to run; empty runs all.
+        only, seeds: Arms and seeds to run and to write; empty takes all arms, the plan's seeds.
     Returns:
         The CSV in results/training/.
     Raises:
@@ -206,10 +206,10 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = ()) -> Path:
     """
     plan = PLANS[profile]
     folder = part_folder(plan, folder)
-    wanted = parts(plan, only)
+    wanted = parts(dataclasses.replace(plan, seeds=tuple(seeds) or plan.seeds), only)
     _in_processes(profile, folder, wanted[:1], 1)  # speed is measured alone on the machine
     _in_processes(profile, folder, wanted[1:], plan.workers)
-    path = collect(profile, folder)
+    path = collect(profile, folder, wanted)
     if missing := [part for part in wanted if not (folder / f"{part}.csv").exists()]:
         raise RuntimeError(f"parts failed: {', '.join(missing)}; the same command again goes on from the others")
     if profile == "full":  # kept beside the rows they were drawn from, as these are
@@ -217,10 +217,8 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = ()) -> Path:
     return path
 
 
-def collect(profile: str, folder: Path) -> Path:
-    """Write the rows of the parts that are finished to results/training/; returns the CSV."""
-    plan = PLANS[profile]
-    names = parts(plan)
+def collect(profile: str, folder: Path, names: Sequence[str]) -> Path:
+    """Write the rows of those of the named parts that are finished to results/training/; returns the CSV."""
     done = [folder / f"{part}.csv" for part in names if (folder / f"{part}.csv").exists()]
     if not done:
         raise RuntimeError(f"no part of {folder} was finished")
@@ -230,8 +228,9 @@ def collect(profile: str, folder: Path) -> Path:
 
 
 def part_folder(plan: Plan, folder: str | Path) -> Path:
-    """`folder`/<digest of the plan>, made: another plan never reads this plan's parts."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(plan), sort_keys=True).encode()).hexdigest()[:8]
+    """`folder`/<digest of the plan>, made: a plan that differs in more than arms and seeds has other parts."""
+    settings = {name: value for name, value in dataclasses.asdict(plan).items() if name not in ("arms", "seeds")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     path = Path(folder) / digest
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -268,12 +267,13 @@ def main() -> None:
     parser.add_argument("--profile", choices=PLANS, default="smoke")
     parser.add_argument("--folder", default="runs/training", help="where finished parts are kept")
     parser.add_argument("--only", nargs="*", default=[], help="arms to run, or adapt_dense, adapt_stem")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[], help="seeds to run in place of the plan's")
     parser.add_argument("--part", help="run this part alone, kept in --folder itself")
     options = parser.parse_args()
     if options.part:
         run_part(PLANS[options.profile], options.part, Path(options.folder))
     else:
-        run(options.profile, options.folder, options.only)
+        run(options.profile, options.folder, options.only, options.seeds)
 
 
 if __name__ == "__main__":

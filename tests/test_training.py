@@ -65,6 +65,8 @@ def test_finished_parts_are_kept_and_missing_ones_are_run_again(tmp_path, monkey
     assert ran == [("stem", 1)] and (again.trained == "again").sum() == 1
     kept = again[again.trained != "again"].reset_index(drop=True)
     assert kept.value.equals(first[(first.trained != "stem") | (first.seed != 1)].value.reset_index(drop=True))
+    with_seed = pd.read_csv(training.run("smoke", tmp_path, only=["stem"], seeds=[7]))
+    assert ran[1:] == [("stem", 7)] and (with_seed.trained == "again").sum() == 1
     other = dataclasses.replace(PLAN, num_rows=2)
     assert training.part_folder(other, tmp_path) != training.part_folder(PLAN, tmp_path)
 
