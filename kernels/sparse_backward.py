@@ -17,6 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 STATISTICS_ROWS = 64  # rows of a program that computes row statistics, fewer if blocks are smaller
 TMA_BYTES = 16  # alignment of addresses and strides
+MAX_SPLITS = 8  # fp32 copies of dK and dV that a small problem may take
 
 
 @triton.jit
@@ -365,6 +366,8 @@ def dkv_kernel(
     num_keys,
     num_q_blocks,
     num_kv_blocks,
+    num_splits,
+    stride_os,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -376,15 +379,20 @@ def dkv_kernel(
 ):
     """One program computes BLOCK_N rows of dK and dV of one key block, summed over the query heads of its group.
 
+    With num_splits > 1, over one part of each of their lists; the parts are stride_os apart and remain to be added.
+
     q, dout: descriptors of [1, 1, BLOCK_M, BLOCK_D] tiles, or pointers; lse_log2, delta: descriptors of [1, BLOCK_M]
     rows, or pointers; k, v: pointers; q_indices and list_starts: see transpose_lists. dK and dV have the same strides.
-    Grid: nk * BLOCK_SIZE / BLOCK_N * B * Hkv, the first key blocks, which the most queries list, first. BLOCK_M and
-    BLOCK_N divide BLOCK_SIZE.
+    Grid: nk * BLOCK_SIZE / BLOCK_N * num_splits * B * Hkv, the first key blocks, which the most queries list, first.
+    BLOCK_M and BLOCK_N divide BLOCK_SIZE.
     """
     tiles_per_q_block: tl.constexpr = BLOCK_SIZE // BLOCK_M
     tiles_per_kv_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    tile = tl.program_id(0) // batch_kv_heads
+    tile = tl.program_id(0) // (batch_kv_heads * num_splits)
+    split = tl.program_id(0) // batch_kv_heads % num_splits
     kv_block, tile_in_block = tile // tiles_per_kv_block, tile % tiles_per_kv_block
+    dk_ptr += split.to(tl.int64) * stride_os
+    dv_ptr += split.to(tl.int64) * stride_os
     batch_kv_head = (tl.program_id(0) % batch_kv_heads).to(tl.int64)
     batch, kv_head = batch_kv_head // num_kv_heads, batch_kv_head % num_kv_heads
     heads_per_kv_head = num_q_heads // num_kv_heads
@@ -410,7 +418,9 @@ def dkv_kernel(
         batch_head = batch * num_q_heads + head
         list_start = tl.load(list_starts_ptr + batch_head * num_kv_blocks + kv_block)
         num_blocks = (tl.load(list_starts_ptr + batch_head * num_kv_blocks + kv_block + 1) - list_start).to(tl.int32)
-        head_indices_ptr = q_indices_ptr + list_start
+        first_entry, last_entry = num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits
+        head_indices_ptr = q_indices_ptr + list_start + first_entry
+        num_blocks = last_entry - first_entry
         diagonal_row = kv_block - offset // BLOCK_SIZE
         first_row = tl.load(head_indices_ptr, mask=num_blocks > 0, other=-1)
         has_diagonal = ((num_blocks > 0) & (first_row == diagonal_row)).to(tl.int32)
@@ -487,6 +497,18 @@ def _tiles(block_m: int, block_n: int, block_size: int, head_dim: int, stages: i
     block_m, block_n = min(block_size, block_m), min(block_size, block_n)
     num_warps = 8 if max(block_m, block_n) > 64 or head_dim > 128 else 4  # four for each 64 rows of the output
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=stages)
+
+
+def num_splits(k: torch.Tensor, max_blocks: int) -> int:
+    """Parts that each key block's lists are cut into, so that one that every row lists does not outlast the rest.
+
+    Such a key block meets all query blocks of its group, but a multiprocessor meets B * Hkv * (list length) /
+    (multiprocessors) times as many; twice the inverse of that is cut for, at most MAX_SPLITS.
+    """
+    if not k.is_cuda:
+        return 1
+    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
+    return min(MAX_SPLITS, -(-2 * processors // (k.shape[0] * k.shape[1] * max_blocks)))
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -611,10 +633,14 @@ def key_value_gradients(
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     num_q_blocks, num_kv_blocks = kv_indices.shape[2], -(-num_keys // block_size)
     q_indices, list_starts = transpose_lists(kv_indices, kv_num_blocks, num_kv_blocks)
-    dk, dv = torch.empty_like(k), torch.empty_like(k)
+    splits = num_splits(k, kv_indices.shape[3])
+    if splits == 1:
+        dk, dv = torch.empty_like(k), torch.empty_like(k)
+    else:
+        dk, dv = k.new_empty(2, splits, *k.shape, dtype=torch.float32)
     _, tiles = tile_sizes(head_dim, block_size, q.dtype, descriptors)
     block_d = triton.next_power_of_2(head_dim)
-    dkv_kernel[(num_kv_blocks * (block_size // tiles["BLOCK_N"]) * batch * num_kv_heads,)](
+    dkv_kernel[(num_kv_blocks * (block_size // tiles["BLOCK_N"]) * splits * batch * num_kv_heads,)](
         tiles_of(q, tiles["BLOCK_M"], block_d, descriptors),
         k,
         v,
@@ -625,7 +651,8 @@ def key_value_gradients(
         rows_of(delta, tiles["BLOCK_M"], descriptors),
         q_indices,
         list_starts,
-        *[stride for x in (q, k, v, dout, dk) for stride in x.stride()[:3]],
+        *[stride for x in (q, k, v, dout) for stride in x.stride()[:3]],
+        *dk.stride()[-4:-1],
         num_q_heads,
         num_kv_heads,
         batch * num_kv_heads,
@@ -633,6 +660,8 @@ def key_value_gradients(
         num_keys,
         num_q_blocks,
         num_kv_blocks,
+        splits,
+        dk.stride(0) if splits > 1 else 0,
         float(scale),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
@@ -641,6 +670,8 @@ def key_value_gradients(
         DESCRIPTORS=descriptors,
         **tiles,
     )
+    if splits > 1:
+        dk, dv = (torch.empty_like(k).copy_(parts.sum(0)) for parts in (dk, dv))
     return dk, dv
 
 

@@ -180,6 +180,12 @@ def test_the_gradient_of_the_log_sum_exp_counts():
     assert torch.equal(with_lse[2], zero[2])  # the values do not enter it
 
 
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_key_blocks_computed_in_parts(check, splits, monkeypatch):
+    monkeypatch.setattr(kernels, "num_splits", lambda k, max_blocks: splits)
+    check(make_case(4, 2, 140, 170, 16, 32, torch.float16))
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, -0.3])
 def test_scale(check, scale):
     check(make_case(1, 1, 90, 90, 32, 32, scale=scale))
