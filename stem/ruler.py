@@ -39,6 +39,7 @@ ONE_ANSWER = (
     "niah_multikey_2",
     "niah_multikey_3",
 )
+TOKENIZER_SAMPLE = "One of the special magic numbers for goofy-hat is: 7057337. The sky is blue.\n\nVAR AZWOQ = 46987\n"
 SHORTEST = 512  # below this the templates and the answer do not fit [tokens]
 
 
@@ -90,10 +91,11 @@ def build_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0
 def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> list[dict]:
     """`build_samples` through a file in `$STEM_CACHE/ruler` (default ~/.cache/stem/ruler); arguments as there.
 
-    The file is named after the tokenizer, task, length and seed. One that holds enough samples is read, also where
-    lm-eval is not installed; otherwise it is written anew.
+    The file is named after task, length, seed and what the tokenizer does. One that holds enough samples is read, also
+    where lm-eval is not installed; otherwise it is written anew.
     """
-    name = f"{Path(tokenizer.name_or_path).name}-{task}-{length}-{seed}.json.xz"
+    tokens = documents.fingerprint(str(tokenizer(TOKENIZER_SAMPLE).input_ids))
+    name = f"{task}-{length}-{seed}-{tokens}.json.xz"
     path = pretrained.cache_folder() / "ruler" / name
     if path.is_file():
         rows = json.loads(lzma.decompress(path.read_bytes()))

@@ -211,3 +211,19 @@ def test_every_kind_of_document_is_long_and_its_windows_do_not_overlap(kind):
     assert [len(of) for of in found] == [90] * 11 and found[1][0] == 90
     with pytest.raises(ValueError, match="count=12 windows of length=90 need 1080 tokens, got 1000"):
         documents.windows(range(1000), 90, 12)
+
+
+def test_stored_samples_are_built_once_and_again_only_for_more(tokenizer, tmp_path, monkeypatch):
+    built = []
+
+    def build(task, tokenizer, length, samples, seed):
+        built.append(samples)
+        return [{"input": f"{task} {length} {seed} {i}"} for i in range(samples)]
+
+    monkeypatch.setenv("STEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(ruler, "build_samples", build)
+    three = ruler.stored_samples("ruler_vt", tokenizer, 512, 3, 1)
+    assert ruler.stored_samples("ruler_vt", tokenizer, 512, 2, 1) == three[:2] and built == [3]
+    assert len(ruler.stored_samples("ruler_vt", tokenizer, 512, 5, 1)) == 5 and built == [3, 5]
+    ruler.stored_samples("ruler_vt", tokenizer, 512, 5, 2)
+    assert built == [3, 5, 5] and len(list((tmp_path / "ruler").iterdir())) == 2
