@@ -279,6 +279,53 @@ def load_sums(sums_ptr, blocks, exists, depth, PARTS: tl.constexpr, DEPTH: tl.co
 
 
 @triton.jit
+def score_tile(
+    q_sums_ptr,
+    k_sums_ptr,
+    value_bonus_ptr,
+    batch_kv_head,
+    flat_rows,
+    kv_blocks,
+    last_visible_block,
+    heads_per_kv_head,
+    num_q_blocks,
+    num_kv_blocks,
+    first_q_block,
+    scale,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    DEPTH_TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of some query blocks of one KV head, [M, N], -inf in the future.
+
+    flat_rows [M] are query blocks of all heads that share the KV head, the heads of one query block side by side, so
+    that a tile of key sums serves them all. A tile whose first key block is past last_visible_block is not computed.
+    """
+    rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
+    is_row, is_block = rows < num_q_blocks, kv_blocks < num_kv_blocks
+    q_matrix_rows = members * num_q_blocks + rows
+    q_sums_ptr += batch_kv_head * heads_per_kv_head * num_q_blocks * (PARTS * DEPTH)
+    k_sums_ptr += batch_kv_head * num_kv_blocks * (PARTS * DEPTH)
+    scores = tl.zeros([flat_rows.shape[0], kv_blocks.shape[0]], tl.float32)
+    depth_end = tl.where(tl.min(kv_blocks, axis=0) <= last_visible_block, DEPTH, 0)
+    for depth_start in range(0, depth_end, DEPTH_TILE):
+        depth = depth_start + tl.arange(0, DEPTH_TILE)
+        q_high = load_sums(q_sums_ptr, q_matrix_rows, is_row, depth, PARTS, DEPTH, DTYPE)  # [M, DEPTH_TILE]
+        k_high = load_sums(k_sums_ptr, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)  # [N, DEPTH_TILE]
+        scores = tl.dot(q_high, k_high.T, scores, input_precision=PRECISION)
+        if PARTS == 2:
+            k_low = load_sums(k_sums_ptr + DEPTH, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)
+            q_low = load_sums(q_sums_ptr + DEPTH, q_matrix_rows, is_row, depth, PARTS, DEPTH, DTYPE)
+            scores = tl.dot(q_high, k_low.T, scores, input_precision=PRECISION)
+            scores = tl.dot(q_low, k_high.T, scores, input_precision=PRECISION)
+    value_bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + kv_blocks, mask=is_block, other=0.0)
+    scores = scores * scale + value_bonus[None, :]
+    return tl.where(kv_blocks[None, :] <= first_q_block + rows[:, None], scores, float("-inf"))
+
+
+@triton.jit
 def score_blocks_kernel(
     q_sums_ptr,
     k_sums_ptr,
@@ -297,42 +344,21 @@ def score_blocks_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program computes a TILE_M x TILE_N tile of the scores of one KV head.
-
-    The rows of the tile are query blocks of all heads that share the KV head, the heads of one query block side by
-    side, so that a tile of key sums serves them all. Grid: (key tiles, query tiles, B * Hkv).
-    """
+    """One program computes a tile of the scores of one KV head. Grid: (key tiles, query tiles, B * Hkv)."""
     batch_kv_head = tl.program_id(2).to(tl.int64)
-    flat_rows = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
-    rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
-    is_row = rows < num_q_blocks
+    first_flat_row = tl.program_id(1) * TILE_M
+    flat_rows = first_flat_row + tl.arange(0, TILE_M)
     kv_blocks = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    is_block = kv_blocks < num_kv_blocks
-    q_blocks = first_q_block + rows  # on the key grid
-    q_matrix_rows = members * num_q_blocks + rows
-    q_sums_ptr += batch_kv_head * heads_per_kv_head * num_q_blocks * (PARTS * DEPTH)
-    k_sums_ptr += batch_kv_head * num_kv_blocks * (PARTS * DEPTH)
-
-    scores = tl.zeros([TILE_M, TILE_N], tl.float32)
-    last_row = (tl.program_id(1) * TILE_M + TILE_M - 1) // heads_per_kv_head
-    if tl.program_id(0) * TILE_N <= first_q_block + last_row:  # tiles wholly in the future are only filled
-        for depth_start in range(0, DEPTH, DEPTH_TILE):
-            depth = depth_start + tl.arange(0, DEPTH_TILE)
-            q_high = load_sums(q_sums_ptr, q_matrix_rows, is_row, depth, PARTS, DEPTH, DTYPE)  # [TILE_M, DEPTH_TILE]
-            k_high = load_sums(k_sums_ptr, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)  # [TILE_N, DEPTH_TILE]
-            scores = tl.dot(q_high, k_high.T, scores, input_precision=PRECISION)
-            if PARTS == 2:
-                k_low = load_sums(k_sums_ptr + DEPTH, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)
-                q_low = load_sums(q_sums_ptr + DEPTH, q_matrix_rows, is_row, depth, PARTS, DEPTH, DTYPE)
-                scores = tl.dot(q_high, k_low.T, scores, input_precision=PRECISION)
-                scores = tl.dot(q_low, k_high.T, scores, input_precision=PRECISION)
-
-    value_bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + kv_blocks, mask=is_block, other=0.0)
-    scores = scores * scale + value_bonus[None, :]
-    scores = tl.where(kv_blocks[None, :] <= q_blocks[:, None], scores, float("-inf"))
+    last_visible_block = first_q_block + (first_flat_row + TILE_M - 1) // heads_per_kv_head
+    scores = score_tile(
+        q_sums_ptr, k_sums_ptr, value_bonus_ptr, batch_kv_head, flat_rows, kv_blocks, last_visible_block,
+        heads_per_kv_head, num_q_blocks, num_kv_blocks, first_q_block, scale,
+        DEPTH, PARTS, DEPTH_TILE, DTYPE, PRECISION,
+    )  # fmt: skip
+    rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
     scores_ptr += batch_kv_head * heads_per_kv_head * num_q_blocks * num_kv_blocks
-    offsets = q_matrix_rows[:, None].to(tl.int64) * num_kv_blocks + kv_blocks[None, :]
-    tl.store(scores_ptr + offsets, scores, mask=is_row[:, None] & is_block[None, :])
+    offsets = (members * num_q_blocks + rows)[:, None].to(tl.int64) * num_kv_blocks + kv_blocks[None, :]
+    tl.store(scores_ptr + offsets, scores, mask=(rows < num_q_blocks)[:, None] & (kv_blocks < num_kv_blocks)[None, :])
 
 
 def num_parts(dtype: torch.dtype) -> int:
@@ -493,6 +519,11 @@ def value_norms(v: torch.Tensor, block_size: int, group_size: int) -> torch.Tens
     return norms
 
 
+def operand_dtype(parts: int) -> tl.dtype:
+    """The type in which sums are multiplied; fp32 under Triton's interpreter, which has no bf16 products."""
+    return tl.float32 if parts == 1 or triton.knobs.runtime.interpret else tl.bfloat16
+
+
 def score_tiles(parts: int, num_rows: int) -> dict[str, int]:
     """Tile of the score GEMM and its warps and pipeline stages (our choice, for sm_90)."""
     if parts == 1:
@@ -542,7 +573,7 @@ def score_blocks(
             float(scale),
             DEPTH=q_sums.shape[-1],
             PARTS=parts,
-            DTYPE=tl.float32 if parts == 1 or triton.knobs.runtime.interpret else tl.bfloat16,
+            DTYPE=operand_dtype(parts),
             PRECISION=PRECISION,
             **tiles,
         )

@@ -11,7 +11,7 @@ import triton.language as tl
 SIGN_BIT = tl.constexpr(0x80000000)
 LARGEST_KEY = tl.constexpr(0xFFFFFFFF)
 FUTURE_KEY = tl.constexpr(0)  # below the key of -inf
-KEYS_PER_WARP = 256
+KEYS_PER_WARP = 1024
 
 
 @triton.jit
@@ -39,25 +39,68 @@ def forced_keys(distance, kv_blocks, sink_blocks, local_blocks):
 
 
 @triton.jit
-def kth_largest_key(keys, count):
-    """The largest threshold that at least `count` keys reach, found from the top bit down."""
-    threshold = tl.zeros([], tl.uint32)
+def kth_largest_key(keys, counts):
+    """The largest threshold of each row of keys [R, N] that at least counts [R] keys reach, from the top bit down."""
+    thresholds = tl.zeros([keys.shape[0]], tl.uint32)
     bit = tl.full([], SIGN_BIT, tl.uint32)
     for _ in range(32):
-        candidate = threshold | bit
-        reached = tl.sum((keys >= candidate).to(tl.int32))
-        threshold = tl.where(reached >= count, candidate, threshold)
+        candidates = thresholds | bit
+        reached = tl.sum((keys >= candidates[:, None]).to(tl.int32), axis=1)
+        thresholds = tl.where(reached >= counts, candidates, thresholds)
         bit = bit >> 1
-    return threshold
+    return thresholds
 
 
 @triton.jit
-def keep_largest(keys, count):
-    """Mask of the `count` largest keys; equal keys are kept in the order of their index."""
-    threshold = kth_largest_key(keys, count)
-    above, tied = keys > threshold, keys == threshold
-    tied_rank = tl.cumsum(tied.to(tl.int32)) - 1
-    return above | (tied & (tied_rank < count - tl.sum(above.to(tl.int32))))
+def keep_largest(keys, counts):
+    """Mask of the counts [R] largest keys of each row [R, N]; equal keys are kept in the order of their index."""
+    thresholds = kth_largest_key(keys, counts)[:, None]
+    above, tied = keys > thresholds, keys == thresholds
+    tied_rank = tl.cumsum(tied.to(tl.int32), axis=1) - 1
+    return above | (tied & (tied_rank < (counts - tl.sum(above.to(tl.int32), axis=1))[:, None]))
+
+
+@triton.jit
+def select_rows(
+    scores,
+    q_blocks,
+    kv_blocks,
+    is_row,
+    list_rows,
+    rows_in_head,
+    budget_ptr,
+    kv_indices_ptr,
+    kv_num_blocks_ptr,
+    sink_blocks,
+    local_blocks,
+    max_blocks,
+    ON_TOP: tl.constexpr,
+):
+    """Select the blocks of whole rows of scores [R, N] and write their lists, zeros after the count.
+
+    q_blocks, list_rows, rows_in_head, is_row [R]: where a row stands on the key grid, among all lists and in the
+    budget, and whether it exists.
+    """
+    distance = q_blocks[:, None] - kv_blocks[None, :]  # [R, N]
+    causal = distance >= 0
+    columns = tl.broadcast_to(kv_blocks[None, :], distance.shape)
+    keys = order_preserving_keys(scores)
+    forced = is_forced(distance, columns, sink_blocks, local_blocks)
+    if not ON_TOP:
+        keys = tl.where(forced, forced_keys(distance, columns, sink_blocks, local_blocks), keys)
+    keys = tl.where(causal, keys, FUTURE_KEY)
+    counts = tl.minimum(tl.load(budget_ptr + rows_in_head, mask=is_row, other=1), q_blocks + 1)
+    selected = keep_largest(keys, counts)
+    if ON_TOP:
+        selected = selected | forced
+
+    slots = tl.cumsum(selected.to(tl.int32), axis=1) - 1
+    num_selected = tl.minimum(tl.sum(selected.to(tl.int32), axis=1), max_blocks)  # [R]
+    list_pointers = kv_indices_ptr + list_rows.to(tl.int64)[:, None] * max_blocks
+    tl.store(list_pointers + slots, columns, mask=selected & (slots < max_blocks) & is_row[:, None])
+    unused = (columns >= num_selected[:, None]) & (columns < max_blocks) & is_row[:, None]
+    tl.store(list_pointers + columns, tl.zeros_like(columns), mask=unused)
+    tl.store(kv_num_blocks_ptr + list_rows, num_selected, mask=is_row)
 
 
 @triton.jit
@@ -80,31 +123,18 @@ def select_topk_kernel(
 
     The scores may be some of the rows of the lists, from first_list_row on; the last list row ends the key grid.
     """
-    list_row = first_list_row + tl.program_id(0)
+    row = tl.arange(0, 1)
+    row_in_head = first_list_row + tl.program_id(0) + row  # [1]
     batch_head = tl.program_id(1).to(tl.int64)
-    q_block = num_kv_blocks - num_list_rows + list_row
+    q_block = num_kv_blocks - num_list_rows + row_in_head
     kv_blocks = tl.arange(0, ROW_SIZE)
-    distance = q_block - kv_blocks
-    causal = distance >= 0
-
     scores_ptr += (batch_head * num_score_rows + tl.program_id(0)) * num_kv_blocks
-    scores = tl.load(scores_ptr + kv_blocks, mask=causal, other=float("-inf"))
-    keys = order_preserving_keys(scores)
-    forced = is_forced(distance, kv_blocks, sink_blocks, local_blocks)
-    if not ON_TOP:
-        keys = tl.where(forced, forced_keys(distance, kv_blocks, sink_blocks, local_blocks), keys)
-    keys = tl.where(causal, keys, FUTURE_KEY)
-    count = tl.minimum(tl.load(budget_ptr + list_row), q_block + 1)
-    selected = keep_largest(keys, count)
-    if ON_TOP:
-        selected = selected | forced
-
-    slots = tl.cumsum(selected.to(tl.int32)) - 1
-    num_selected = tl.minimum(tl.sum(selected.to(tl.int32)), max_blocks)
-    kv_indices_ptr += (batch_head * num_list_rows + list_row) * max_blocks
-    tl.store(kv_indices_ptr + slots, kv_blocks, mask=selected & (slots < max_blocks))
-    tl.store(kv_indices_ptr + kv_blocks, 0, mask=(kv_blocks >= num_selected) & (kv_blocks < max_blocks))
-    tl.store(kv_num_blocks_ptr + batch_head * num_list_rows + list_row, num_selected)
+    visible = kv_blocks[None, :] <= q_block[:, None]
+    scores = tl.load(scores_ptr + row[:, None] + kv_blocks[None, :], mask=visible, other=float("-inf"))
+    select_rows(
+        scores, q_block, kv_blocks, row == 0, batch_head * num_list_rows + row_in_head, row_in_head,
+        budget_ptr, kv_indices_ptr, kv_num_blocks_ptr, sink_blocks, local_blocks, max_blocks, ON_TOP,
+    )  # fmt: skip
 
 
 def empty_lists(

@@ -12,7 +12,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 TMA_BYTES = 16  # alignment of addresses and strides
 TUNING_TOKENS, TUNING_HEADS, TUNING_BLOCKS = 4096, 16, 8  # the problem on which tile sizes are compared
@@ -70,11 +69,14 @@ def load_keys(
 
 
 @triton.jit
-def online_softmax_update(logits_log2, v_tile, accumulator, running_max, running_sum):
-    """Fold one tile of base-2 logits [M, N] and its values [N, D] into the running softmax."""
-    new_max = tl.maximum(running_max, tl.max(logits_log2, axis=1))  # [M]
-    weights = tl.exp2(logits_log2 - new_max[:, None])  # [M, N]
-    rescale = tl.exp2(running_max - new_max)
+def online_softmax_update(logits, v_tile, accumulator, running_max, running_sum, scale_log2=1.0):
+    """Fold one tile of logits [M, N] and its values [N, D] into the running softmax; scale_log2 > 0 makes them base 2.
+
+    The maximum is that of the logits before scaling, so that scale and difference are one multiply-add per weight.
+    """
+    new_max = tl.maximum(running_max, tl.max(logits, axis=1))  # [M]
+    weights = tl.exp2(logits * scale_log2 - (new_max * scale_log2)[:, None])  # [M, N]
+    rescale = tl.exp2((running_max - new_max) * scale_log2)
     running_sum = running_sum * rescale + tl.sum(weights, axis=1)
     accumulator = accumulator * rescale[:, None]
     accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee")  # [M, D]
@@ -111,11 +113,11 @@ def attend_tile(
     v_tile = load_keys(
         v_source, batch, kv_head, first_key, num_keys, stride_vn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL, TMA
     )
-    logits_log2 = tl.dot(q_tile, k_tile.T, input_precision="ieee") * scale_log2  # [M, BLOCK_N]
+    logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [M, BLOCK_N]
     if DIAGONAL:
         key_positions = first_key + tl.arange(0, BLOCK_N)
-        logits_log2 = tl.where(key_positions[None, :] <= q_positions[:, None], logits_log2, float("-inf"))
-    return online_softmax_update(logits_log2, v_tile, accumulator, running_max, running_sum)
+        logits = tl.where(key_positions[None, :] <= q_positions[:, None], logits, float("-inf"))
+    return online_softmax_update(logits, v_tile, accumulator, running_max, running_sum, scale_log2)
 
 
 @triton.jit
@@ -208,7 +210,7 @@ def sparse_forward_kernel(
 
     running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf
     out_tile = accumulator / running_sum[:, None]
-    lse = running_max * LN_2 + tl.log(running_sum)
+    lse = running_max * scale + tl.log(running_sum)
     exists = (queries >= 0) & (queries < num_queries)
     dims = tl.arange(0, BLOCK_D)
     out_pointers = out_ptr + first_query.to(tl.int64) * stride_on
@@ -228,12 +230,17 @@ def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[di
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
         block_m, block_n = (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 128 else (16, 16)
         return (dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1),)
-    block_m = min(block_size, 128)
-    num_warps = min(8, block_m // 16 * max(1, head_dim // 128))
-    keys_and_stages = [(64, 2)] if head_dim > 128 else [(128, 2), (64, 3), (64, 2)]
-    keys_and_stages = dict.fromkeys((min(block_size, keys), stages) for keys, stages in keys_and_stages)
+    if head_dim <= 64:
+        shapes = [(64, 128, 4, 2), (128, 64, 8, 3)]
+    elif head_dim <= 128:
+        shapes = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3)]
+    else:
+        shapes = [(128, 64, 8, 2)]
+    cut = [(min(block_size, rows), min(block_size, keys), warps, stages) for rows, keys, warps, stages in shapes]
+    per_warp = 16 if head_dim <= 128 else 8  # rows
     return tuple(
-        dict(BLOCK_M=block_m, BLOCK_N=keys, num_warps=num_warps, num_stages=stages) for keys, stages in keys_and_stages
+        dict(BLOCK_M=rows, BLOCK_N=keys, num_warps=min(warps, rows // per_warp), num_stages=stages)
+        for rows, keys, warps, stages in dict.fromkeys(cut)
     )
 
 
@@ -336,6 +343,8 @@ def launch(
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     num_q_blocks, max_blocks = kv_indices.shape[2:]
+    if scale < 0:  # the kernel takes row maxima before it scales
+        q, scale = -q, -scale
     tma = can_describe(k) and can_describe(v) if tma is None else tma
     tile = [1, 1, tiles["BLOCK_N"], head_dim]
     out = torch.empty_like(q)
@@ -360,7 +369,7 @@ def launch(
             num_keys,
             num_q_blocks,
             max_blocks,
-            float(scale),
+            max(float(scale), torch.finfo(torch.float32).tiny),
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_SIZE=block_size,

@@ -128,6 +128,7 @@ def _select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, i
 def _select_by_kernels(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:
     from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
     from stem.kernels.block_select import empty_lists, select_topk
+    from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
 
     check_finite(q=q, k=k, v=v)
     (batch, heads, q_len), kv_len, size = q.shape[:3], k.shape[2], config.block_size
@@ -142,6 +143,9 @@ def _select_by_kernels(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scal
     step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * num_kv_blocks)))
     value = config.value_norm, config.value_weight
     q_sums, k_sums, value_bonus = score_inputs(q, k, v, size, config.score_stride, *value, num_q_blocks=step)
+    if num_kv_blocks <= MAX_KV_BLOCKS and step == num_q_blocks:
+        score_select(q_sums, k_sums, value_bonus, scale, budget, *forced, lists)
+        return BlockSelection(*lists, size, num_kv_blocks, q_len, kv_len)
     for row in range(0, num_q_blocks, step):
         if row:
             start, stop = ((first_q_block + x) * size - offset for x in (row, row + step))

@@ -70,7 +70,7 @@ def sparse_forward_cases(head_dim, block_size, dtype):
 def cases():
     """(name, arguments of compile_for_sm90) over kernels and the extremes of their shapes."""
     import triton.language as tl
-    from stem.kernels import block_scores, block_select
+    from stem.kernels import block_scores, block_select, score_select
 
     shapes = {
         torch.bfloat16: [(16, 16), (40, 32), (64, 128), (128, 64), (128, 128), (256, 128)],
@@ -101,6 +101,9 @@ def cases():
             product = tiles | dict(DEPTH=2048, PARTS=parts, DTYPE=operands, PRECISION="tf32x3")
             name = f"score_blocks {dtype} {num_rows}"
             yield name, (block_scores.score_blocks_kernel, input_type, product, *options, sums_type)
+        short = dict(ON_TOP=True, DEPTH=2048, PARTS=parts, ROWS=score_select.ROWS, ROW_SIZE=128, PRECISION="tf32x3")
+        short |= dict(DEPTH_TILE=128 if parts == 2 else 64, DTYPE=operands)
+        yield f"score_select {dtype}", (score_select.score_select_kernel, input_type, short, 4, 2, sums_type)
     standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=block_scores.NORM_TILE // 16)
     yield "standardize", (block_scores.standardize_kernel, "fp32", standard)
     for on_top in (False, True):
