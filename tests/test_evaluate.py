@@ -1,5 +1,6 @@
 """lm-eval with Stem as a model, RULER samples, rows on equal samples, and long-document loss."""
 
+import functools
 import json
 import os
 import random
@@ -107,6 +108,82 @@ def test_padded_batches_answer_what_single_requests_answer(tiny):
     generation = {"until": [], "max_gen_toks": 6, "do_sample": False}
     prompts = _requests("generate_until", [(text, dict(generation)) for text in texts])
     assert four.generate_until(prompts, disable_tqdm=True) == one.generate_until(prompts, disable_tqdm=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_tasks(tmp_path_factory):
+    """Folder and names of three small tasks on three local texts, one for each kind of request."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"text": text, "answer": " the end"} for text in _texts(3)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
+    generation = "generation_kwargs: {max_gen_toks: 4, do_sample: false, until: []}\n"
+    kinds = {
+        "loglikelihood": ("{{text}}", "metric_list: [{metric: perplexity}, {metric: acc}]"),
+        "loglikelihood_rolling": ("", "metric_list: [{metric: byte_perplexity}]"),
+        "generate_until": ("{{text}}", generation + "metric_list: [{metric: exact_match}]"),
+    }
+    for kind, (prompt, rest) in kinds.items():
+        target = "{{answer}}" if prompt else "{{text}}"
+        fields = f"task: tiny_{kind}\noutput_type: {kind}\ndoc_to_text: '{prompt}'\ndoc_to_target: '{target}'\n"
+        (folder / f"{kind}.yaml").write_text(data + fields + rest)
+    return folder, [f"tiny_{kind}" for kind in kinds]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, tiny_tasks, tmp_path_factory):
+    """A function from a model class and its options to (results, responses by task, the model)."""
+    from lm_eval.tasks import TaskManager
+
+    folder, names = tiny_tasks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        loaded = TaskManager(include_path=str(folder), include_defaults=False).load(names)
+
+    @functools.cache
+    def evaluate_once(model_class, **options):
+        lm = model_class(pretrained=tiny, device="cpu", max_length=120, **options)
+        out = lm_eval.evaluate(lm, loaded, bootstrap_iters=0)
+        return out["results"], {name: [sample["resps"] for sample in out["samples"][name]] for name in names}, lm
+
+    return evaluate_once
+
+
+@pytest.mark.parametrize("batch_size, options", [(1, {"density": 1.0, "block_size": 16}), (3, {"pattern": "dense"})])
+def test_dense_scores_are_those_of_lm_evals_own_class(evaluated, batch_size, options):
+    expected = evaluated(HFLM, batch_size=batch_size)[:2]
+    assert evaluated(harness.StemLM, batch_size=batch_size, **options)[:2] == expected
+
+
+def test_every_kind_of_request_is_sparse_in_any_batch_and_density_is_recorded(evaluated):
+    options = {"block_size": 16, "k_start": 2}
+    dense, sparse = evaluated(HFLM, batch_size=1)[1], evaluated(harness.StemLM, batch_size=1, **options)[1]
+    assert all(sparse[name] != dense[name] for name in dense)
+    results, responses, lm = evaluated(harness.StemLM, batch_size=3, **options)
+    assert responses == sparse
+    recorded = json.loads(json.dumps(lm.get_model_info()["stem"]))
+    assert recorded["k_start"] == recorded["config"]["k_start"] == 2 and recorded["config"]["sink_blocks"] == 4
+    assert 0.1 < recorded["density"] < 0.9
+    assert recorded["density_by_layer"] == [pytest.approx(recorded["density"])] * 2
+
+
+@pytest.mark.slow
+def test_processes_of_accelerate_share_the_requests(tiny, tiny_tasks, tmp_path):
+    folder, names = tiny_tasks
+    model = f"--model stem --device cpu --model_args pretrained={tiny},k_start=2,block_size=16,max_length=120"
+    command = f"-m stem.evaluate {model} --include_path {folder} --tasks {','.join(names)} --log_samples --output_path"
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    answers, densities = [], []
+    for processes, prefix in (1, ""), (2, f"{launch} --dynamo_backend no --main_process_port 0 "):
+        out = tmp_path / str(processes)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+        subprocess.run([sys.executable, *f"{prefix}{command} {out}".split()], check=True, env=environment)
+        samples = [json.loads(line) for path in out.rglob("samples_*.jsonl") for line in path.read_text().splitlines()]
+        answers.append(sorted((sample["prompt_hash"], sample["resps"]) for sample in samples))
+        (path,) = out.rglob("results_*.json")
+        densities.append(json.loads(path.read_text())["config"]["stem"]["density"])
+    assert answers[0] == answers[1] and len(answers[0]) == 9
+    assert densities[0] == pytest.approx(densities[1], rel=0.1)
 
 
 @pytest.mark.parametrize(
