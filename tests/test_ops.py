@@ -118,6 +118,19 @@ def test_a_module_compiles_into_one_graph_and_follows_its_config_and_length():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_of_transformers_compiles_into_one_graph():
+    from stem import first_token, hf
+
+    settings = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    model = first_token.random_llama(first_token.TINY | settings | dict(head_dim=16), DEVICE, torch.float32)
+    hf.enable(model, CONFIG)
+    ids = torch.randint(64, (1, 70), device=DEVICE)
+    graph = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert hf.density(model).density() == pytest.approx(0.5, abs=0.1)
+
+
 def test_a_graph_with_symbolic_lengths_serves_every_length():
     graph = torch.compile(stem.stem_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (50, 64, 97):
