@@ -143,10 +143,12 @@ def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]], time
     wanted = [f"{trained} → {inferred}" for trained, inferred in readings]
     asked = asked[(asked.seq_len == times * trained_on) & asked.reading.isin(wanted)]
     lines = spread(asked, ["reading", "start"])
+    fixed = {"dense → dense": "0.4", "dense → sliding_window": "black"}
+    colours = fixed | dict(zip([name for name in wanted if name not in fixed], figures.PALETTE, strict=False))
     figure, axis = figures.new(width=7.5)
     figures.lines(
         lines, "start", "value", "reading", axis, title="A window cannot answer from outside itself", xlabel="",
-        ylabel="right answers", band=("low", "high"), colours={"dense → sliding_window": "black"},
+        ylabel="right answers", band=("low", "high"), colours=colours,
     )  # fmt: skip
     figures.tokens_axis(axis, lines.start)
     axis.set(xlabel="distance to the record, from [tokens]", ylim=(0, 1.05))
