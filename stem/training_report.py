@@ -1,7 +1,7 @@
 """What the rows of stem.training say: means and spreads over seeds, verdicts, figures. Reads rows, runs nothing.
 
-A difference counts only if every seed shows it: `verdict` says "higher" or "lower" when all paired differences lie on
-one side of a tolerance, and "level" otherwise.
+A difference counts only if the seeds show it: `verdict` says "higher" or "lower" when the interval of the paired
+differences lies on one side of a tolerance, and "level" otherwise.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from stem import figures, records, tasks
 
+T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # number of seeds -> two-sided 95 % quantile of Student's t
 PANELS = {"loss_text": "text loss [nats]", "loss_recall": "recall loss [nats]", "grad_norm": "gradient norm"}
 
 
@@ -36,11 +37,19 @@ def seeds_of(
 
 
 def verdict(values: pd.Series, than: pd.Series, tolerance: float = 0.0) -> str:
-    """ "higher" or "lower" if the values of every seed are, by more than the tolerance; else "level"."""
+    """Whether values are "higher" or "lower" by more than the tolerance, "level" where the seeds do not tell.
+
+    The differences are paired by seed; with several seeds their 95 % interval (Student's t) has to lie beyond the
+    tolerance, so that another seed is not likely to turn the word around. One seed is named as such.
+    """
     difference = (values - than).dropna()
-    if len(difference) and (difference > tolerance).all():
-        return "higher"
-    return "lower" if len(difference) and (difference < -tolerance).all() else "level"
+    seeds = len(difference)
+    if seeds == 0:
+        return "level"
+    margin = T_95.get(seeds, 2.6) * difference.std() / seeds**0.5 if seeds > 1 else 0.0
+    low, high = difference.mean() - margin, difference.mean() + margin
+    word = "higher" if low > tolerance else "lower" if high < -tolerance else "level"
+    return word if seeds > 1 else f"{word} (one seed)"
 
 
 def span(values: pd.Series, digits: int = 3) -> str:
@@ -205,7 +214,7 @@ def of_machine(profile: str, machine: str = "") -> pd.DataFrame:
 def findings(rows: pd.DataFrame) -> list[str]:
     """Sentences (Markdown) that the rows support: each arm against dense, selections against each other, switching.
 
-    A comparison says "higher" or "lower" only where every seed does; otherwise "level".
+    A comparison says what `verdict` does, so "level" means that the seeds do not tell the two apart.
     """
     read = rows[rows.measure.isin(["loss", "correct"]) & rows.task.isin(["text", "recall"])]
     lengths = sorted(read.seq_len.unique())

@@ -30,15 +30,23 @@ def test_one_number_a_seed_weighted_by_counts():
 @pytest.mark.parametrize(
     ("values", "tolerance", "expected"),
     [
-        ([1.1, 1.2, 1.3], 0.0, "higher"),
-        ([1.1, 1.2, 1.3], 0.15, "level"),
-        ([0.9, 0.8, 0.7], 0.05, "lower"),
+        ([1.19, 1.2, 1.21], 0.0, "higher"),
+        ([1.19, 1.2, 1.21], 0.19, "level"),
+        ([0.81, 0.8, 0.79], 0.05, "lower"),
+        ([1.1, 1.2, 1.7], 0.0, "level"),  # all above, but another seed could lie below
         ([1.1, 0.9, 1.1], 0.0, "level"),
+        ([1.1, NAN, NAN], 0.0, "higher (one seed)"),
         ([NAN, NAN, NAN], 0.0, "level"),
     ],
 )
-def test_a_difference_counts_if_every_seed_shows_it(values, tolerance, expected):
+def test_a_difference_counts_if_the_seeds_show_it(values, tolerance, expected):
     assert report.verdict(pd.Series(values), pd.Series([1.0, 1.0, 1.0]), tolerance) == expected
+
+
+def test_the_interval_is_student_s():
+    """Differences of mean 0.1 and deviation 0.01: 95 % of three lie within 0.1 +- 4.303 * 0.01 / sqrt(3) = 0.0248."""
+    values, than = pd.Series([0.09, 0.1, 0.11]), pd.Series([0.0, 0.0, 0.0])
+    assert report.verdict(values, than, 0.075) == "higher" and report.verdict(values, than, 0.0753) == "level"
 
 
 def test_span():
