@@ -120,6 +120,15 @@ class Explorer:
         return float(F.cross_entropy(logits.float(), self.ids[0, 1:]))
 
 
+class _Picture(Figure):
+    """A figure that notebooks can show before pyplot has drawn anything."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def explore(
     model: nn.Module,
     ids: Tensor,
@@ -164,9 +173,9 @@ def live() -> bool:
 
 @figures.styled()
 def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 3) -> Figure:
-    """A picture of each choice; made without pyplot, so that a notebook shows it once."""
+    """A picture of each choice, for the value of a cell: pyplot does not know it, so that it is shown once."""
     lines = -(-len(choices) // columns)
-    figure = Figure(figsize=(3.3 * columns, 3.6 * lines), layout="constrained")
+    figure = _Picture(figsize=(3.3 * columns, 3.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat[len(choices) :]:
         ax.set_axis_off()
@@ -204,11 +213,9 @@ def panel(explorer: Explorer, start: Choice):
         for name in ("decay", "value_weight"):
             controls[name].disabled = choice.method != "stem"
         with figures.styled():
-            figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+            figure = _Picture(figsize=(5.5, 5.5), layout="constrained")
             found = explorer.draw(choice, figure.subplots())
-            file = io.BytesIO()
-            figure.savefig(file, format="png")
-        picture.value = file.getvalue()
+            picture.value = figure._repr_png_()
         text.value = (
             f"density {found.density:.3f}<br>recall of this head {found.recall:.3f}<br>error of this layer's output "
             f"{found.error:.3f}<br>loss with only this layer sparse {found.loss:+.4f} nats"
