@@ -34,7 +34,7 @@ from transformers import AttentionInterface
 import stem
 from stem import documents, hf, patterns, pretrained, records, ruler
 from stem.budget import block_budget, causal_pairs
-from stem.config import PRESETS, StemConfig
+from stem.config import StemConfig
 from stem.metrics import block_attention_mass
 from stem.scores import block_scores
 from stem.selection import select_blocks
@@ -44,6 +44,8 @@ FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_v
 NUMBERS_PER_BATCH = {"cuda": 75_000_000, "cpu": 5_000_000}  # hidden states of one layer
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
+SAVE_EVERY_S = 10
+SOURCES = ("paper", "angelslim", "hpc_ops")
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
     "tri_shape", "random",
@@ -166,14 +168,15 @@ def _selector(name: str, config: StemConfig) -> hf.Selector:
 
 def presets() -> list[Method]:
     """Stem with the schedules of its three sources, which set their own density."""
-    return [
-        Method(f"stem, {name}", config, config.block_size) for name in PRESETS for config in [StemConfig.preset(name)]
-    ]
+    configs = {name: StemConfig.preset(name) for name in SOURCES}
+    return [Method(f"stem, {name}", config, config.block_size) for name, config in configs.items()]
 
 
 def all_names() -> tuple[str, ...]:
-    """What `methods` takes: every pattern and the two variants of Stem."""
-    return (*patterns.names(), "stem softmax", "stem adaptive")
+    """What `methods` takes: Stem, its two variants, and every other pattern, the costly oracles last."""
+    others = [name for name in patterns.names() if name != "stem" and not name.startswith("oracle")]
+    oracles = [name for name in patterns.names() if name.startswith("oracle")]
+    return ("stem", "stem adaptive", "stem softmax", *sorted(others, key=lambda name: name in BLIND), *oracles)
 
 
 def window_control(block_size: int = 64) -> StemConfig:
@@ -266,6 +269,9 @@ class Plan:
     """(density, block size)."""
 
     curves: tuple[str, ...] = ("stem", "stem softmax", "stem adaptive", "xattention")
+    costly: tuple[str, ...] = ("oracle_mass", "oracle_output")
+    """Methods that compute all of attention, and answer at the first length only."""
+
     presets: bool = False
     """Whether to measure `presets()` as well."""
 
@@ -274,17 +280,18 @@ class Plan:
 
     def jobs(self, method: Method, length: int) -> list[tuple[int, str]]:
         """What a method does at a length: (priority, "loss" | "answers" | "generated"), 0 first."""
-        headline = method.asked is None or (method.asked, method.block_size) == self.asked_at
-        if headline:
+        first = length == self.lengths[0]
+        if method.asked is None or (method.asked, method.block_size) == self.asked_at:
             generates = method.name in self.generating and method.block_size in (None, self.asked_at[1])
-            return [(0, "answers"), (0, "loss")] + [(3, "generated")] * generates
-        answers = method.name in self.curves and length == self.lengths[0]
-        return [(1, "loss")] + [(2, "answers")] * answers
+            answers = first or method.name not in self.costly
+            return [(0, "answers")] * answers + [(1, "loss")] + [(1, "generated")] * generates
+        curve = method.name in self.curves and first
+        return [(3, "loss")] + [(2 if method.block_size == self.asked_at[1] else 4, "answers")] * curve
 
 
 PLANS = {
     "smoke": Plan((1024,), (2,), TASKS[:1], 1, ("stem", "xattention"), (0.5,), (32,), (0.5, 32)),
-    "full": Plan((4096, 8192), (100, 50)),
+    "full": Plan((4096, 8192), (100, 24)),
     "large": Plan((4096, 8192), (20, 20), densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128)),
 }
 
@@ -458,7 +465,7 @@ def run(
         show: Called with progress lines.
         save: Called with all rows so far, now and then.
     """
-    comparison, started = Comparison(model, tokenizer, name, seed), time.monotonic()
+    comparison, started, saved = Comparison(model, tokenizer, name, seed), time.monotonic(), time.monotonic()
     prompts, kinds, jobs = {}, {}, []
     for length, samples in zip(plan.lengths, plan.samples, strict=True):
         prompts[length] = [exact_prompts(task, tokenizer, length, samples, seed) for task in plan.tasks]
@@ -480,8 +487,9 @@ def run(
         else:
             for of in prompts[length]:
                 comparison.answers(method, of)
-        if number % 25 == 24:
-            show(f"{number + 1} of {len(jobs)}, {time.monotonic() - started:.0f} s: {method.name}, {what}, {length}")
+        if time.monotonic() - saved > SAVE_EVERY_S:
+            saved = time.monotonic()
+            show(f"{number + 1} of {len(jobs)}, {saved - started:.0f} s: {method.name}, {what}, {length}")
             if save:
                 save(comparison.rows)
     if save:

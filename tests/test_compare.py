@@ -132,14 +132,17 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
 
 def test_a_plan_does_the_headline_first_and_the_curves_later():
     plan = compare.Plan((1024, 2048), (1, 1), curves=("stem",))
-    elsewhere = compare.Method("stem", SPARSE, 128, 0.1)
-    assert plan.jobs(elsewhere, 1024) == [(1, "loss"), (2, "answers")] and plan.jobs(elsewhere, 2048) == [(1, "loss")]
-    assert plan.jobs(compare.Method("random", SPARSE, 128, 0.1), 1024) == [(1, "loss")]
-    headline = [(0, "answers"), (0, "loss")]
+    elsewhere, other = compare.Method("stem", SPARSE, 64, 0.1), compare.Method("random", SPARSE, 64, 0.1)
+    assert plan.jobs(elsewhere, 1024) == [(3, "loss"), (2, "answers")] and plan.jobs(elsewhere, 2048) == [(3, "loss")]
+    assert plan.jobs(compare.Method("stem", SPARSE, 128, 0.1), 1024)[1] == (4, "answers")
+    assert plan.jobs(other, 1024) == [(3, "loss")]
+    headline = [(0, "answers"), (1, "loss")]
     assert plan.jobs(compare.Method("random", SPARSE, 64, 0.25), 2048) == headline
-    assert plan.jobs(compare.Method("stem", SPARSE, 64, 0.25), 2048) == [*headline, (3, "generated")]
+    assert plan.jobs(compare.Method("stem", SPARSE, 64, 0.25), 2048) == [*headline, (1, "generated")]
     assert plan.jobs(compare.Method("dense"), 1024)[-1] == plan.jobs(compare.Method("window", SPARSE, 64), 1024)[-1]
     assert plan.jobs(compare.Method("window", SPARSE, 128), 1024) == headline
+    assert plan.jobs(compare.Method("oracle_mass", SPARSE, 64, 0.25), 1024) == headline
+    assert plan.jobs(compare.Method("oracle_mass", SPARSE, 64, 0.25), 2048) == [(1, "loss")]
 
 
 def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkeypatch):

@@ -133,7 +133,12 @@ def test_bad_recipes_are_named(change, message):
 
 def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(compare, "run", lambda plan, model, tok, name, seed, **_: [dict(model=name, asked=plan.names)])
+
+    def run(plan, model, tokenizer, name, seed, *, limit_s, show, save):
+        save([dict(model=name, asked=plan.names)])
+        return [dict(model=name, asked=plan.names)]
+
+    monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(extend, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
     monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), "--seed", "7"])
     extend.main()
