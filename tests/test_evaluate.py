@@ -179,7 +179,7 @@ def test_processes_of_accelerate_share_the_requests(tiny, tiny_tasks, tmp_path):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
         subprocess.run([sys.executable, *f"{prefix}{command} {out}".split()], check=True, env=environment)
         samples = [json.loads(line) for path in out.rglob("samples_*.jsonl") for line in path.read_text().splitlines()]
-        answers.append(sorted((sample["prompt_hash"], sample["resps"]) for sample in samples))
+        answers.append(sorted(json.dumps([sample["prompt_hash"], sample["resps"]]) for sample in samples))
         (path,) = out.rglob("results_*.json")
         densities.append(json.loads(path.read_text())["config"]["stem"]["density"])
     assert answers[0] == answers[1] and len(answers[0]) == 9
