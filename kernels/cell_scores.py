@@ -1,11 +1,15 @@
 """Share of each key block in its query block's attention, estimated on cells: softmax first, block sums after it.
 
-A cell is a run of consecutive tokens inside a block. Cell means are made once, one product per pair of cells stands for
-all its tokens, and because the softmax comes before the sum over a block, one cell with a peak is enough to be seen.
+A cell is a run of consecutive tokens inside a block. One product per pair of cells stands for all its tokens, and
+because the softmax comes before the sum over a block, one cell with a peak is enough to be seen.
 
-    mean_cells        x [B, H, N, D] -> one row per cell: means of its stride groups, side by side
+    cell_features     x [B, H, N, D] -> one row per cell: its mean, or with a peak the factors of mean and bound
     pair_cells        logits of cell pairs, reduced at once to a log-sum-exp per query cell and key block
     average_shares    softmax over the key blocks, mean over the query cells of a block, logarithm
+
+A pair's logit lies `peak` of the way from the mean, q.k of the cell means, to the bound, the sum over dimensions of the
+larger of q_d * max k_d and q_d * min k_d. Both are linear in the positive and in the negative part of q, so the blend
+is one dot product, 2 D wide: max(q, 0) with mean + peak * (max - mean), and min(q, 0) with mean + peak * (min - mean).
 """
 
 import torch
@@ -16,18 +20,20 @@ from .sparse_forward import operand_dtype
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(1e-37)  # stands for a share of 0, whose logarithm would be -inf
 
-DEPTH_TILE = 128  # columns of cell means that one product reads
+DEPTH_TILE = 128  # columns of cell features that one product reads
 ROW_TILE = 128  # query cells of one program
 COLUMN_TILE = 128  # key cells of one program
-MEAN_TILE = 32  # cells of one program of mean_cells
+FEATURE_TILE = 32  # cells of one program of cell_features
+SMALLEST_DOT = 16  # columns of the smallest product
 BUFFER_BYTES = 128 * 2**20  # of the log-sum-exps of one chunk of query blocks
 
 
 @triton.jit
-def mean_cells_kernel(
+def cell_features_kernel(
     x_ptr,
-    means_ptr,
+    features_ptr,
     stride_xb,
     stride_xh,
     stride_xn,
@@ -36,17 +42,19 @@ def mean_cells_kernel(
     num_tokens,
     num_cells,
     front,
+    peak,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CELL: tl.constexpr,
     STRIDE: tl.constexpr,
-    REVERSE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PEAK: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """One program averages one stride group of CELLS cells of one head. Grid: (cell tiles, STRIDE, B * H).
+    """One program reads one stride group of CELLS cells of one head. Grid: (cell tiles, STRIDE, B * H).
 
     Row 0 of x stands `front` rows into cell 0. Group sums are divided by the rows of the whole cell, so that the
-    product of two rows, times STRIDE, is the mean logit of the sampled pairs.
+    product of two rows, times STRIDE, is the mean logit of the sampled pairs. With PEAK, STRIDE is 1.
     """
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     group, batch_head = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -56,31 +64,50 @@ def mean_cells_kernel(
 
     first_row = cells.to(tl.int64) * CELL - front
     sums = tl.zeros([CELLS, BLOCK_D], tl.float32)
+    largest = tl.full([CELLS, BLOCK_D], float("-inf"), tl.float32)
+    smallest = tl.full([CELLS, BLOCK_D], float("inf"), tl.float32)
     for sample in range(CELL // STRIDE):
         rows = first_row + sample * STRIDE + group
         exists = ((rows >= 0) & (rows < num_tokens))[:, None] & (dims < HEAD_DIM)[None, :]
         tile = tl.load(x_ptr + rows[:, None] * stride_xn + dims[None, :] * stride_xd, mask=exists, other=0.0)
-        sums += tile.to(tl.float32)  # [CELLS, BLOCK_D]
+        tile = tile.to(tl.float32)  # [CELLS, BLOCK_D]
+        sums += tile
+        if PEAK and not QUERIES:
+            largest = tl.maximum(largest, tl.where(exists, tile, float("-inf")))
+            smallest = tl.minimum(smallest, tl.where(exists, tile, float("inf")))
     rows_in_cell = tl.minimum(first_row + CELL, num_tokens) - tl.maximum(first_row, 0)
     means = sums / tl.maximum(rows_in_cell, 1).to(tl.float32)[:, None]
 
-    slot = STRIDE - 1 - group if REVERSE else group
-    means_ptr += batch_head * num_cells * STRIDE * HEAD_DIM + slot * HEAD_DIM
+    WIDTH: tl.constexpr = HEAD_DIM * (2 if PEAK else STRIDE)
+    features_ptr += batch_head * num_cells * WIDTH
+    offsets = cells.to(tl.int64)[:, None] * WIDTH + dims[None, :]
     exists = (cells < num_cells)[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(means_ptr + cells.to(tl.int64)[:, None] * STRIDE * HEAD_DIM + dims[None, :], means, mask=exists)
+    if not PEAK:
+        slot = STRIDE - 1 - group if QUERIES else group  # equal slots of queries and keys pair along the antidiagonal
+        tl.store(features_ptr + slot * HEAD_DIM + offsets, means, mask=exists)
+    elif QUERIES:
+        tl.store(features_ptr + offsets, tl.maximum(means, 0.0), mask=exists)
+        tl.store(features_ptr + HEAD_DIM + offsets, tl.minimum(means, 0.0), mask=exists)
+    else:
+        empty = (rows_in_cell <= 0)[:, None]
+        largest, smallest = tl.where(empty, 0.0, largest), tl.where(empty, 0.0, smallest)
+        tl.store(features_ptr + offsets, means + peak * (largest - means), mask=exists)
+        tl.store(features_ptr + HEAD_DIM + offsets, means + peak * (smallest - means), mask=exists)
 
 
 @triton.jit
-def load_means(means_ptr, cells, num_cells, depth, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows `cells` and columns `depth` of a head's cell means, zero outside."""
+def load_features(features_ptr, cells, num_cells, depth, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows `cells` and columns `depth` of a head's cell features, zero outside."""
     exists = (cells < num_cells)[:, None] & (depth < DEPTH)[None, :]
-    return tl.load(means_ptr + cells.to(tl.int64)[:, None] * DEPTH + depth[None, :], mask=exists, other=0.0).to(DTYPE)
+    return tl.load(features_ptr + cells.to(tl.int64)[:, None] * DEPTH + depth[None, :], mask=exists, other=0.0).to(
+        DTYPE
+    )
 
 
 @triton.jit
 def pair_cells_kernel(
-    q_means_ptr,
-    k_means_ptr,
+    q_features_ptr,
+    k_features_ptr,
     lse_ptr,
     num_q_heads,
     heads_per_kv_head,
@@ -93,11 +120,11 @@ def pair_cells_kernel(
     kv_len,
     scale,
     DEPTH: tl.constexpr,
-    Q_CELL: tl.constexpr,
-    K_CELL: tl.constexpr,
+    CELL: tl.constexpr,
     CELLS_PER_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr,
     DEPTH_TILE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -109,32 +136,39 @@ def pair_cells_kernel(
     batch_head = tl.program_id(2).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     num_kv_heads = num_q_heads // heads_per_kv_head
-    q_means_ptr += batch_head * num_q_cells * DEPTH
-    k_means_ptr += (batch * num_kv_heads + head // heads_per_kv_head) * num_k_cells * DEPTH
+    q_features_ptr += batch_head * num_q_cells * DEPTH
+    k_features_ptr += (batch * num_kv_heads + head // heads_per_kv_head) * num_k_cells * DEPTH
 
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     # a query cell sees a key cell that starts no later than its own last token
-    last_positions = tl.minimum(first_position + (first_cell + rows + 1) * Q_CELL, kv_len) - 1
-    tile_end = first_position + (first_cell + tl.program_id(1) * ROWS + ROWS) * Q_CELL
-    if tl.program_id(0) * COLUMNS * K_CELL < tile_end:  # else wholly in the future, and never read
+    last_positions = tl.minimum(first_position + (first_cell + rows + 1) * CELL, kv_len) - 1
+    tile_end = first_position + (first_cell + tl.program_id(1) * ROWS + ROWS) * CELL
+    if tl.program_id(0) * COLUMNS * CELL < tile_end:  # else wholly in the future, and never read
         logits = tl.zeros([ROWS, COLUMNS], tl.float32)
         for depth_start in range(0, DEPTH, DEPTH_TILE):
             depth = depth_start + tl.arange(0, DEPTH_TILE)
-            q_tile = load_means(q_means_ptr, first_cell + rows, num_q_cells, depth, DEPTH, DTYPE)
-            k_tile = load_means(k_means_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
+            q_tile = load_features(q_features_ptr, first_cell + rows, num_q_cells, depth, DEPTH, DTYPE)
+            k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
             logits = tl.dot(q_tile, k_tile.T, logits, input_precision="ieee")
-        visible = columns[None, :] * K_CELL <= last_positions[:, None]
+        visible = columns[None, :] * CELL <= last_positions[:, None]
         logits = tl.where(visible, logits * (scale * LOG2_E), float("-inf"))
 
+        # weights relative to the largest logit of the row in this tile; a product with the 0-1 matrix of which cell is
+        # in which block adds them up, far cheaper than sums along a part of an axis
+        largest = tl.max(logits, axis=1)  # [ROWS]
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        weights = tl.exp2(logits - largest[:, None])
+        WEIGHTS: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.bfloat16
+        cell_block = tl.arange(0, COLUMNS) // CELLS_PER_BLOCK
+        member = (cell_block[:, None] == tl.arange(0, SUMS)[None, :]).to(WEIGHTS)  # [COLUMNS, SUMS]
+        sums = tl.dot(weights.to(WEIGHTS), member, input_precision="ieee")  # [ROWS, SUMS]
+        lse = largest[:, None] + tl.log2(tl.maximum(sums, TINY))
         BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
-        logits = tl.reshape(logits, [ROWS, BLOCKS, CELLS_PER_BLOCK])
-        largest = tl.max(logits, axis=2)  # [ROWS, BLOCKS]
-        floor = tl.where(largest == float("-inf"), 0.0, largest)  # a block that is not seen stays at -inf
-        lse = floor + tl.log2(tl.sum(tl.exp2(logits - floor[:, :, None]), axis=2))
-        blocks = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        block_in_tile = tl.arange(0, SUMS)
+        blocks = tl.program_id(0) * BLOCKS + block_in_tile
         lse_ptr += batch_head * chunk_cells * num_kv_blocks
-        exists = (rows < chunk_cells)[:, None] & (blocks < num_kv_blocks)[None, :]
+        exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
         tl.store(lse_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], lse, mask=exists)
 
 
@@ -152,7 +186,7 @@ def average_shares_kernel(
     first_position,
     q_start,
     kv_len,
-    Q_CELL: tl.constexpr,
+    CELL: tl.constexpr,
     CELLS_PER_BLOCK: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
@@ -172,51 +206,57 @@ def average_shares_kernel(
     shares = tl.zeros([ROW_SIZE], tl.float32)
     num_counted = 0
     for cell in range(CELLS_PER_BLOCK):
-        first_token = first_position + (row * CELLS_PER_BLOCK + cell) * Q_CELL
-        if (first_token + Q_CELL > q_start) & (first_token < kv_len):
+        first_token = first_position + (row * CELLS_PER_BLOCK + cell) * CELL
+        if (first_token + CELL > q_start) & (first_token < kv_len):
             lse = tl.load(lse_ptr + cell * num_kv_blocks + blocks, mask=causal, other=float("-inf")) + bonus
             weights = tl.exp2(lse - tl.max(lse, axis=0))
             shares += weights / tl.sum(weights, axis=0)
             num_counted += 1
-    scores = tl.where(causal, tl.log2(shares / num_counted) * LN_2, float("-inf"))
+    scores = tl.where(causal, tl.log2(tl.maximum(shares / num_counted, TINY)) * LN_2, float("-inf"))
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
 
-def mean_cells(x: torch.Tensor, cell: int, stride: int, num_cells: int, *, front: int, reverse: bool) -> torch.Tensor:
-    """Cell means of queries or keys, as the factors of mean logits of cell pairs.
+def cell_features(
+    x: torch.Tensor, cell: int, stride: int, num_cells: int, peak: float, *, front: int = 0, queries: bool = False
+) -> torch.Tensor:
+    """Rows whose products, times `stride`, are the logits of cell pairs.
 
     Args:
-        x: [B, H, N, D], any strides.
+        x: [B, H, N, D] queries or keys, any strides.
         cell: Tokens per cell; `stride` divides it.
         stride: Groups of a cell; group g averages rows g, g + stride, ... 1 averages all rows.
-        num_cells: Cells from the one that holds row 0 minus `front`, existing or not.
-        front: Rows of cell 0 (and of cells after it) that lie before row 0 of x.
-        reverse: Store group g at slot stride - 1 - g (for queries: slots then pair along the antidiagonal).
+        num_cells: Cells, existing or not.
+        peak: Place of the logit between mean (0) and bound (1); above 0, stride is 1.
+        front: Cell rows that lie before row 0 of x.
+        queries: Whether x holds queries: groups in reverse order, positive and negative parts for a peak.
     Returns:
-        [B, H, num_cells, stride * D], like x (fp32 under Triton's interpreter); group sums over the rows of the cell.
+        [B, H, num_cells, stride * D] ([B, H, num_cells, 2 * D] if peak > 0) like x, fp32 under Triton's interpreter.
     """
     batch, num_heads, num_tokens, head_dim = x.shape
     dtype = torch.float32 if triton.knobs.runtime.interpret else x.dtype
-    means = torch.empty(batch, num_heads, num_cells, stride * head_dim, dtype=dtype, device=x.device)
+    width = head_dim * (2 if peak else stride)
+    features = torch.empty(batch, num_heads, num_cells, width, dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
-        mean_cells_kernel[(triton.cdiv(num_cells, MEAN_TILE), stride, batch * num_heads)](
+        cell_features_kernel[(triton.cdiv(num_cells, FEATURE_TILE), stride, batch * num_heads)](
             x,
-            means,
+            features,
             *x.stride(),
             num_heads,
             num_tokens,
             num_cells,
             front,
+            float(peak),
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             CELL=cell,
             STRIDE=stride,
-            REVERSE=reverse,
-            CELLS=MEAN_TILE,
+            QUERIES=queries,
+            PEAK=peak > 0,
+            CELLS=FEATURE_TILE,
             num_warps=4,
         )
-    return means
+    return features
 
 
 def cell_scores(
@@ -225,9 +265,9 @@ def cell_scores(
     value_bonus: torch.Tensor,
     *,
     block_size: int,
-    q_cells: int,
-    k_cells: int,
+    cells: int,
     stride: int,
+    peak: float,
     scale: float,
 ) -> torch.Tensor:
     """Log of each key block's estimated share of its query block's attention.
@@ -237,9 +277,10 @@ def cell_scores(
         k: [B, Hkv, Nkv, D].
         value_bonus: fp32 [B, Hkv, nk], added to the logits of a key block's cells.
         block_size: Tokens per block.
-        q_cells, k_cells: Cells of a query block and of a key block, powers of two.
+        cells: Cells of a block, a power of two.
         stride: Stride of the antidiagonal samples in a cell pair; 1 takes the plain means.
-        scale: Softmax scale.
+        peak: Place of a pair's logit between mean (0) and bound (1); above 0, stride is 1.
+        scale: Softmax scale, >= 0 if peak > 0.
     Returns:
         fp32 [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
@@ -249,42 +290,42 @@ def cell_scores(
     num_kv_blocks = triton.cdiv(kv_len, block_size)
     num_q_blocks = num_kv_blocks - q_start // block_size
     first_position = (num_kv_blocks - num_q_blocks) * block_size
-    q_cell, k_cell, depth = block_size // q_cells, block_size // k_cells, stride * head_dim
-    num_q_cells, num_k_cells = num_q_blocks * q_cells, num_kv_blocks * k_cells
-    q_means = mean_cells(q, q_cell, stride, num_q_cells, front=q_start - first_position, reverse=True)
-    k_means = mean_cells(k, k_cell, stride, num_k_cells, front=0, reverse=False)
+    cell = block_size // cells
+    num_q_cells, num_k_cells = num_q_blocks * cells, num_kv_blocks * cells
+    q_features = cell_features(q, cell, stride, num_q_cells, peak, front=q_start - first_position, queries=True)
+    k_features = cell_features(k, cell, stride, num_k_cells, peak)
+    depth = q_features.shape[-1]
     scores = torch.empty(batch, num_q_heads, num_q_blocks, num_kv_blocks, dtype=torch.float32, device=q.device)
     heads = batch * num_q_heads
-    columns = max(COLUMN_TILE, k_cells)
-    chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // (4 * heads * q_cells * num_kv_blocks)))
-    lse = torch.empty(heads, chunk_rows * q_cells, num_kv_blocks, dtype=torch.float32, device=q.device)
+    columns = max(COLUMN_TILE, cells)
+    chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // (4 * heads * cells * num_kv_blocks)))
+    lse = torch.empty(heads, chunk_rows * cells, num_kv_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         for first_row in range(0, num_q_blocks, chunk_rows):
             rows = min(chunk_rows, num_q_blocks - first_row)
             seen_blocks = num_kv_blocks - num_q_blocks + first_row + rows
-            grid = (triton.cdiv(seen_blocks * k_cells, columns), triton.cdiv(rows * q_cells, ROW_TILE), heads)
-            pair_cells_kernel[grid](
-                q_means,
-                k_means,
+            pair_cells_kernel[(triton.cdiv(seen_blocks * cells, columns), triton.cdiv(rows * cells, ROW_TILE), heads)](
+                q_features,
+                k_features,
                 lse,
                 num_q_heads,
                 num_q_heads // num_kv_heads,
                 num_q_cells,
                 num_k_cells,
                 num_kv_blocks,
-                first_row * q_cells,
-                chunk_rows * q_cells,
+                first_row * cells,
+                chunk_rows * cells,
                 first_position,
                 kv_len,
                 float(scale * stride),
                 DEPTH=depth,
-                Q_CELL=q_cell,
-                K_CELL=k_cell,
-                CELLS_PER_BLOCK=k_cells,
+                CELL=cell,
+                CELLS_PER_BLOCK=cells,
                 ROWS=ROW_TILE,
                 COLUMNS=columns,
+                SUMS=max(SMALLEST_DOT, columns // cells),
                 DEPTH_TILE=min(DEPTH_TILE, triton.next_power_of_2(depth)),
-                DTYPE=operand_dtype(q_means.dtype),
+                DTYPE=operand_dtype(q_features.dtype),
                 num_warps=8,
                 num_stages=2,
             )
@@ -297,12 +338,12 @@ def cell_scores(
                 num_q_blocks,
                 num_kv_blocks,
                 first_row,
-                chunk_rows * q_cells,
+                chunk_rows * cells,
                 first_position,
                 q_start,
                 kv_len,
-                Q_CELL=q_cell,
-                CELLS_PER_BLOCK=q_cells,
+                CELL=cell,
+                CELLS_PER_BLOCK=cells,
                 ROW_SIZE=triton.next_power_of_2(num_kv_blocks),
                 num_warps=min(16, max(1, triton.next_power_of_2(num_kv_blocks) // 256)),
             )

@@ -13,44 +13,47 @@ CHUNK_LOGITS = 1 << 24  # logits of one chunk of query blocks, so that memory st
 def cell_scores(
     q: Tensor, k: Tensor, bonus: Tensor, config: StemConfig, scale: float, *, impl: str = "torch"
 ) -> Tensor:
-    """Log of the share (our choice; XAttention, arXiv 2503.16428, with cells of `score_stride` tokens).
+    """Log of the share, from logits of cell pairs (our choice; softmax before the sum: XAttention, arXiv 2503.16428).
 
-    A cell pair gets the mean logit of its antidiagonal samples, which with `score_stride=1` is the product of the cell
-    means; softmax over all key cells that a query cell sees; sum over a key block's cells; mean over a query block's
-    cells. Peaks survive the block sum because the softmax comes first.
+    A pair's logit lies between two readings of its cells: the mean over its antidiagonal samples, which hides a peak
+    among them, and the bound that no key of the cell exceeds for the mean query, the sum over dimensions of the larger
+    of q_d * max k_d and q_d * min k_d (Quest, arXiv 2406.10774), which exaggerates it. Softmax over all key cells that
+    a query cell sees; sum over a key block's cells; mean over a query block's cells.
 
     Args:
         q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), the last Nq positions.
         k: [B, Hkv, Nkv, D].
         bonus: [B, Hkv, nk], added to the logits of a key block's cells.
-        config: block_size, score_cells and score_stride are used.
-        scale: Softmax scale.
+        config: block_size, score_cells, score_stride and score_peak are used.
+        scale: Softmax scale, >= 0 if score_peak > 0.
         impl: "torch" or "triton".
     Returns:
         fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
-    size, cells, stride = config.block_size, config.score_cells, config.score_stride
+    size, cells, stride, peak = config.block_size, config.score_cells, config.score_stride, config.score_peak
+    if scale < 0:  # the larger of two products is the smaller one of their negatives
+        q, scale = -q, -scale
     if impl == "triton":
         from stem.kernels import cell_scores
 
-        cell_counts = dict(q_cells=cells, k_cells=cells)
-        return cell_scores.cell_scores(q, k, bonus, block_size=size, stride=stride, scale=scale, **cell_counts)
+        return cell_scores.cell_scores(q, k, bonus, block_size=size, cells=cells, stride=stride, peak=peak, scale=scale)
     kv_len, cell = k.shape[2], size // cells
     q_start, nk = kv_len - q.shape[2], -(-kv_len // size)
     first = q_start // size  # key block at which the query blocks begin
-    q_means = cell_means(q, cell, stride, q_start - first * size, (nk - first) * cells, reverse=True) * (scale * stride)
-    k_means = cell_means(k, cell, stride, 0, nk * cells)
+    front = q_start - first * size
+    q_cells = query_features(q, cell, stride, front, (nk - first) * cells, peak) * (scale * stride)
+    k_cells = key_features(k, cell, stride, nk * cells, peak)
     starts = torch.arange(nk * cells, device=k.device) * cell
     ends = (starts[first * cells :] + cell).clamp_max(kv_len)  # of the query cells
     counts = (ends > q_start) & (ends > starts[first * cells :])  # cells that hold a query
     bonus = bonus.repeat_interleave(cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, key cells]
 
-    scores = q_means.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
+    scores = q_cells.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
     step = max(1, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * cells**2 * nk))
     for row in range(0, nk - first, step):
         rows, last = slice(row * cells, (row + step) * cells), min(row + step, nk - first) + first
         seen = slice(0, last * cells)
-        logits = q_means[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_means[:, :, None, seen].mT + bonus[..., seen]
+        logits = q_cells[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_cells[:, :, None, seen].mT + bonus[..., seen]
         logits = logits.flatten(1, 2).masked_fill_(starts[seen] >= ends[rows, None], -torch.inf)
         shares = logits.softmax(-1).unflatten(-1, (-1, cells)).sum(-1)  # [B, Hq, query cells, blocks]
         counted = counts[rows].unflatten(0, (-1, cells)).to(shares.dtype)
@@ -58,6 +61,30 @@ def cell_scores(
         scores[:, :, row : row + step, :last] = shares.log()
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
     return scores.masked_fill_(future, -torch.inf)
+
+
+def query_features(q: Tensor, cell: int, stride: int, front: int, num_cells: int, peak: float) -> Tensor:
+    """One factor of the logits: cell means, or with a peak their positive and their negative parts side by side.
+
+    Returns:
+        [B, Hq, num_cells, stride * D], twice as wide if peak > 0; arguments as in `cell_means`.
+    """
+    means = cell_means(q, cell, stride, front, num_cells, reverse=True)
+    return torch.cat([means.clamp_min(0), means.clamp_max(0)], -1) if peak else means
+
+
+def key_features(k: Tensor, cell: int, stride: int, num_cells: int, peak: float) -> Tensor:
+    """The other factor: cell means, or with a peak what lies `peak` of the way from them to the largest and smallest.
+
+    Returns:
+        [B, Hkv, num_cells, stride * D], twice as wide if peak > 0 (then stride is 1).
+    """
+    means = cell_means(k, cell, stride, 0, num_cells)
+    if not peak:
+        return means
+    missing = num_cells * cell - k.shape[2]  # repeats of the last row change no maximum
+    rows = torch.cat([k, k[:, :, -1:].expand(-1, -1, missing, -1)], 2).unflatten(2, (num_cells, cell)).to(means.dtype)
+    return torch.cat([means.lerp(rows.amax(3), peak), means.lerp(rows.amin(3), peak)], -1)
 
 
 def cell_means(x: Tensor, cell: int, stride: int, front: int, num_cells: int, *, reverse: bool = False) -> Tensor:

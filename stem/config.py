@@ -36,6 +36,17 @@ PRESETS = {
         value_weight=0.3,
         forced="on_top",
     ),
+    "adaptive": dict(
+        score_stride=1,
+        reduction="softmax",
+        score_cells=8,
+        score_peak=0.25,
+        allocation="adaptive",
+        threshold=0.005,
+        value_weight=0.0,
+        sink_blocks=1,
+        local_blocks=2,
+    ),
 }
 
 
@@ -97,6 +108,10 @@ class StemConfig:
     score_cells: int = 4
     """With reduction="softmax": cells per block side; block_size / score_cells is a multiple of score_stride."""
 
+    score_peak: float = 0.0
+    """With reduction="softmax": place of a cell pair's logit between its mean (0) and its bound (1), in [0, 1]; above
+    0, score_stride is 1. Our choice."""
+
     allocation: Allocation = "position_decay"
     """Shape of the budget over rows: Eq. 3, constant ("uniform"), or a threshold on each block's share ("adaptive")."""
 
@@ -130,12 +145,20 @@ class StemConfig:
                     f"score_cells * score_stride must divide block_size={self.block_size}, "
                     f"got score_cells={self.score_cells}, score_stride={self.score_stride}"
                 )
+        _number("score_peak", self.score_peak, 0.0, 1.0)
+        if self.score_peak and (self.reduction != "softmax" or self.score_stride != 1):
+            raise ValueError(
+                "score_peak > 0 needs reduction='softmax' and score_stride=1, got "
+                f"score_peak={self.score_peak!r}, reduction={self.reduction!r}, score_stride={self.score_stride}"
+            )
 
     @classmethod
     def preset(cls, name: str, **overrides) -> StemConfig:
-        """The settings of a source: "paper" (v1), "angelslim" or "hpc_ops"; keyword arguments replace fields.
+        """The settings of a source, "paper" (v1), "angelslim" or "hpc_ops", or this repository's extension, "adaptive".
 
-        Giving `density` or `k_start` replaces the preset's schedule and its floor.
+        Keyword arguments replace fields. Giving `density` or `k_start` replaces the preset's schedule and its floor;
+        that of "adaptive", one threshold for all rows, heads and layers, becomes a constant budget (`stem.calibrate`
+        finds the threshold for a density instead).
 
         Raises:
             ValueError: If the name is unknown.
@@ -147,7 +170,9 @@ class StemConfig:
             raise TypeError(f"unknown StemConfig field {sorted(unknown)}; fields: {[f.name for f in fields(cls)]}")
         settings = dict(PRESETS[name])
         if overrides.get("density") is not None or overrides.get("k_start") is not None:
-            settings.update(k_start_regimes=None, min_blocks=0)
+            settings.update(k_start_regimes=None, min_blocks=0, threshold=None)
+            if name == "adaptive":
+                settings["allocation"] = "uniform"
         return cls(**{**settings, **overrides})
 
     def replace(self, **changes) -> StemConfig:

@@ -75,11 +75,11 @@ def preset_scores(name, q, k, v, block):
     return hide_future(routing + repeat_heads(term, q.shape[1])[:, :, None])
 
 
-def softmax_scores(q, k, v, block, stride, cells, value_weight):
+def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0):
     """Log of each block's share of its row: softmax over sub-block cells, then mean over the query block's cells.
 
-    Cell by cell, from the definition: the logit of a cell pair is the mean of q.k over its antidiagonal samples, missing
-    rows as zeros, corrected for the rows that exist; cells without a query do not count.
+    Cell by cell, from the definition: the logit of a cell pair is the mean of q.k over its antidiagonal samples,
+    missing rows as zeros, then corrected for the rows that exist; cells without a query do not count.
     """
     size, scale = block // cells, 1 / math.sqrt(q.shape[3])
     kv_len, q_start, nk = k.shape[2], k.shape[2] - q.shape[2], math.ceil(k.shape[2] / block)
@@ -101,6 +101,11 @@ def softmax_scores(q, k, v, block, stride, cells, value_weight):
                 sampled = torch.tensor([[(a - start + b - key_start + 1) % stride == 0 for b in keys] for a in queries])
                 cell = products[:, :, queries[0] - q_start : queries[-1] + 1 - q_start, keys[0] : keys[-1] + 1]
                 logit = (cell * sampled).sum((-2, -1)) * scale * stride / (len(queries) * len(keys))
+                if peak:
+                    query = q[:, :, queries[0] - q_start : queries[-1] + 1 - q_start].double().mean(2)
+                    inside = k[:, :, keys[0] : keys[-1] + 1].double()
+                    bound = torch.maximum(query * inside.amax(2), query * inside.amin(2)).sum(-1) * scale
+                    logit = (1 - peak) * logit + peak * bound
                 weights[..., key_start // block] += (logit + value_weight * term[..., key_start // block]).exp()
             shares += weights / weights.sum(-1, keepdim=True)
         scores[:, :, i - first] = (shares / counted).log()

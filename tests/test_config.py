@@ -54,6 +54,15 @@ def test_overrides_replace_fields_and_a_budget_replaces_the_schedule(name):
     assert stem.block_budget(64, StemConfig.preset(name, k_start=3, decay=1.0)).max() == 3
 
 
+def test_the_adaptive_preset_has_a_threshold_or_the_budget_that_is_asked_for():
+    config = StemConfig.preset("adaptive", threshold=0.02, block_size=64)
+    assert (config.allocation, config.threshold, config.block_size) == ("adaptive", 0.02, 64)
+    assert (config.reduction, config.score_cells, config.score_peak, config.value_weight) == ("softmax", 8, 0.25, 0)
+    config = StemConfig.preset("adaptive", density=0.5)
+    assert (config.allocation, config.threshold, config.score_peak) == ("uniform", None, 0.25)
+    assert stem.block_budget(64, config).sum() / (32 * 65) == pytest.approx(0.5, abs=0.01)
+
+
 def test_config_is_frozen_and_replace_validates():
     config = StemConfig(density=0.5)
     with pytest.raises(FrozenInstanceError):
@@ -108,6 +117,9 @@ def test_regimes_may_be_lists():
         (dict(reduction="max"), ValueError, "reduction.*'mean', 'softmax'.*'max'"),
         (dict(reduction="softmax", score_cells=16), ValueError, "score_cells.*128.*16"),
         (dict(reduction="softmax", score_cells=0), ValueError, "score_cells.*>= 1.*0"),
+        (dict(reduction="softmax", score_stride=1, score_peak=1.5), ValueError, r"score_peak.*\[0, 1\].*1.5"),
+        (dict(reduction="softmax", score_peak=0.5), ValueError, "score_peak.*score_stride=1.*score_stride=16"),
+        (dict(score_stride=1, score_peak=0.5), ValueError, "score_peak.*'softmax'.*reduction='mean'"),
         (dict(allocation="even"), ValueError, "allocation.*'position_decay', 'uniform', 'adaptive'.*'even'"),
         (dict(allocation="adaptive"), ValueError, "adaptive.*threshold.*None"),
         (dict(threshold=0.1), ValueError, "adaptive.*threshold.*'position_decay'.*0.1"),
@@ -122,7 +134,7 @@ def test_bad_settings_name_the_field_its_value_and_what_is_accepted(arguments, e
 
 
 def test_unknown_presets_and_fields():
-    with pytest.raises(ValueError, match="preset.*'paper', 'angelslim', 'hpc_ops'.*'peper'"):
+    with pytest.raises(ValueError, match="preset.*'paper', 'angelslim', 'hpc_ops', 'adaptive'.*'peper'"):
         StemConfig.preset("peper")
     with pytest.raises(TypeError, match="densty.*density"):
         StemConfig.preset("paper", densty=0.5)
@@ -152,6 +164,7 @@ KNOBS = [  # (changed field, shared settings beside BASE, one value, another val
     ("routing_scale", {}, "mean", "raw"),
     ("reduction", {}, "mean", "softmax"),
     ("score_cells", dict(reduction="softmax"), 1, 4),
+    ("score_peak", dict(reduction="softmax", score_stride=1), 0.0, 0.5),
     ("allocation", {}, "position_decay", "uniform"),
     ("threshold", dict(k_start=None, allocation="adaptive"), 0.02, 0.2),
 ]

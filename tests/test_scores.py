@@ -93,9 +93,9 @@ def test_head_dims(head_dim, impl):
     torch.testing.assert_close(scores.double(), oracle, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cells, stride", [(2, 8), (4, 4), (8, 1)])
+@pytest.mark.parametrize("cells, stride, peak", [(2, 8, 0.0), (8, 1, 0.0), (4, 1, 0.25), (8, 1, 1.0)])
 @pytest.mark.parametrize("shape", ["ragged-9/3", "chunk-unaligned"])
-def test_softmax_over_cells(shape, cells, stride):
+def test_softmax_over_cells(shape, cells, stride, peak):
     *sizes, block = SHAPES[shape]
     q, k, v = draw(*sizes)
     config = StemConfig(block_size=block, reduction="softmax", score_cells=cells, score_stride=stride, value_weight=0.3)
