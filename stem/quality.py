@@ -1,0 +1,132 @@
+"""Selection quality: the loss that each method's blocks cost on documents, every layer sparse, beside its density.
+
+`python -m stem.quality --profile full` writes results/selection_quality/. Methods get the same densities, and the
+settings and forced blocks of the published method; "adaptive" is this repository's selection (StemConfig.preset
+"adaptive"), whose one threshold is solved on texts that no row reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from stem import compare, documents, hf, patterns, pretrained, records
+from stem.calibration import calibrate
+from stem.config import StemConfig
+
+PUBLISHED = "stem"  # the method of the paper: mean score, value term, Token Position-Decay
+ADAPTIVE = "adaptive"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure; `PLANS` holds the profiles."""
+
+    names: tuple[str, ...]
+    """Patterns, and "adaptive"."""
+
+    tokens: int
+    """Of each document window."""
+
+    windows: int
+    """Of each kind of document."""
+
+    densities: tuple[float, ...]
+    block_sizes: tuple[int, ...]
+    kinds: tuple[str, ...] = tuple(documents.KINDS)
+
+    adaptive_densities: tuple[float, ...] = ()
+    """Densities of "adaptive" beside the common ones: half of what the published method gets."""
+
+
+PLANS = {
+    "smoke": Plan((PUBLISHED, "xattention", ADAPTIVE), 1024, 1, (0.31,), (32,), ("python source", "prose")),
+    "full": Plan(
+        tuple(name for name in patterns.names() if name != "dense") + (ADAPTIVE,),
+        8192,
+        2,
+        (0.1, 0.16, 0.25, 0.31, 0.5),
+        (32, 64, 128),
+        adaptive_densities=(0.08, 0.155),
+    ),
+}
+
+
+@torch.no_grad()
+def rows(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> Iterator[dict]:
+    """A row per method, density, block size and kind of document.
+
+    Args:
+        plan: What to measure.
+        model, tokenizer: From `stem.pretrained.load`.
+        name: Of the model, for the rows.
+        seed: Written into the rows; nothing here is drawn at random but the pattern "random", which has its own.
+        show: Called with a progress line after each block size.
+    Returns:
+        Dicts with method, block_size, asked (density), density (realised), text (kind of document), windows, tokens,
+        loss and dense_loss (mean over all positions), gap, gap_late (of the last three quarters) [nats per token].
+    """
+    started = time.monotonic()
+    windows = compare.document_windows(tokenizer, plan.tokens, plan.windows, plan.kinds)
+    ids = torch.cat(list(windows.values()))
+    with hf.stem_prefill(model, StemConfig(density=1.0)):  # through the same kernels as the sparse passes
+        dense = compare.document_losses(model, ids)
+    prompts = calibration_prompts(tokenizer, plan.tokens)
+    for block_size in plan.block_sizes:
+        for method in plan.names:
+            densities = plan.densities + (plan.adaptive_densities if method == ADAPTIVE else ())
+            for asked in densities:
+                try:
+                    attention = selector(method, asked, block_size, model, prompts)
+                except ValueError as error:  # the forced blocks alone cost more at this length
+                    show(f"{method} at density {asked}, blocks of {block_size}: {error}")
+                    continue
+                with hf.stem_prefill(model, attention) as report:
+                    losses = compare.document_losses(model, ids)
+                about = dict(method=method, block_size=block_size, asked=asked, density=round(report.density(), 4))
+                threshold = getattr(attention, "threshold", None)
+                for index, kind in enumerate(windows):
+                    of = slice(index * plan.windows, (index + 1) * plan.windows)
+                    gap = losses[of] - dense[of]
+                    late = gap[:, plan.tokens // 4 :]
+                    numbers = dict(loss=losses[of], dense_loss=dense[of], gap=gap, gap_late=late)
+                    numbers = {key: round(value.mean().item(), 5) for key, value in numbers.items()}
+                    where = dict(text=kind, windows=plan.windows, tokens=plan.tokens)
+                    yield {**about, **where, **numbers, "threshold": threshold, "model": name, "seed": seed}
+        show(f"blocks of {block_size}: {time.monotonic() - started:.0f} s")
+
+
+def selector(method: str, density: float, block_size: int, model, prompts) -> StemConfig | hf.Selector:
+    """What `stem.hf.enable` takes for a method at a density; "adaptive" is calibrated on the prompts."""
+    if method == ADAPTIVE:
+        return calibrate(model, prompts, density, StemConfig.preset(ADAPTIVE, block_size=block_size)).config
+    config = StemConfig.preset("paper", block_size=block_size, density=density)
+    return config if method == PUBLISHED else partial(patterns.select, method, config=config)
+
+
+def calibration_prompts(tokenizer, tokens: int, count: int = 2) -> list[torch.Tensor]:
+    """Windows int64 [count, tokens] of each text that no row reads."""
+    texts = [tokenizer(text, verbose=False).input_ids for text in compare.calibration_texts()]
+    return [torch.tensor(documents.windows(of, tokens, count)) for of in texts]
+
+
+def main() -> None:
+    """Measure and write results/selection_quality/."""
+    parser = argparse.ArgumentParser(prog="python -m stem.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
+    parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
+    options = parser.parse_args()
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model, tokenizer = pretrained.load(options.model, dtype=dtype)
+    found = list(rows(PLANS[options.profile], model, tokenizer, Path(model.name_or_path).name))
+    print("wrote", records.write_rows("selection_quality", found, options.profile))
+
+
+if __name__ == "__main__":
+    main()
