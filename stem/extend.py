@@ -386,7 +386,7 @@ def main() -> None:
     plan = PLANS[arguments.profile]
     few = tuple(min(4, samples) for samples in plan.samples)
     only_dense = replace(plan, samples=few, names=("dense",), block_sizes=(), presets=False)
-    for name, of in ((str(out), plan), (config.model, only_dense)):
+    for name, of in ((config.model, only_dense), (str(out), plan)):
         model, tokenizer = pretrained.load(name, dtype=torch.bfloat16 if cuda else torch.float32)
         before = list(rows)
 
