@@ -98,7 +98,7 @@ def score_select(
             DEPTH_TILE=128 if parts == 2 else 64,
             DTYPE=operand_dtype(parts),
             PRECISION=PRECISION,
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
         )
     return lists

@@ -22,6 +22,7 @@ from stem.validation import check_config, check_finite, check_impl, check_qkv, c
 
 IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 CHUNK_SCORES = 1 << 26  # block scores held at a time by the Triton path: 256 MiB
+DENSE_TOKENS = 4096  # with every block kept, impl="hopper" is faster than torch's dense kernels beyond (NVIDIA H200)
 
 
 def stem_attention(
@@ -42,7 +43,8 @@ def stem_attention(
         k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0, Nq <= Nkv, same dtype and device as q.
         config: Default StemConfig(), a quarter of the causal block pairs.
         scale: Softmax scale, default D**-0.5.
-        impl: See block_sparse_attention.
+        impl: See block_sparse_attention. With None, a dense kernel of torch attends where the budget keeps every block
+            of every row and it is the faster one; where a block may be dropped, it never does.
         return_selection, return_lse: Also return the BlockSelection / the log-sum-exp, in this order.
     Returns:
         [B, Hq, Nq, D] like q, or a tuple. Gradients flow through the attention, not through the selection.
@@ -59,13 +61,7 @@ def stem_attention(
         selection = ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)])
         attended = _attend(q, k, v, selection, scale, impl)
     elif impl is None and keeps_every_block(num_kv_blocks, num_q_blocks, config):
-        check_finite(q=q, k=k, v=v)
-        attended, selection = fused_attention(q, k, v, scale, return_lse), None
-        if attended is None or return_selection:
-            sizes = *q.shape[:3], k.shape[2], config.block_size
-            selection = BlockSelection.every_block(*sizes, q.device)
-        if attended is None:
-            attended = _RUN[_choose(None, q, k, v, config.block_size)](q, k, v, selection, scale)
+        attended, selection = _attend_everything(q, k, v, config, scale, return_selection, return_lse)
     else:
         impl = _choose(impl, q, k, v, config.block_size)
         selection = _select(q, k, v, config, scale, _STAGE_IMPL[impl])
@@ -115,11 +111,25 @@ def _attend(
     return _RUN[_choose(impl, q, k, v, selection.block_size)](q, k, v, selection, scale)
 
 
+def _attend_everything(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, return_selection: bool, return_lse: bool
+) -> tuple[tuple[Tensor, Tensor | None], BlockSelection | None]:
+    """stem_attention where every block is kept: nothing is scored, and a dense kernel attends where it is faster."""
+    check_finite(q=q, k=k, v=v)
+    impl = _choose(None, q, k, v, config.block_size)
+    lists_are_faster = impl == "hopper" and k.shape[2] > DENSE_TOKENS and not _needs_operator(q, k, v)
+    attended = None if lists_are_faster else fused_attention(q, k, v, scale, return_lse)
+    if attended is not None and not return_selection:
+        return attended, None
+    selection = BlockSelection.every_block(*q.shape[:3], k.shape[2], config.block_size, q.device)
+    return _RUN[impl](q, k, v, selection, scale) if attended is None else attended, selection
+
+
 def _select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
     """Scores, budget and selection of stem_attention, by Triton some rows at a time; no host synchronisation."""
     impl = check_impl(impl, ("torch", "triton"), q)
     if impl == "triton" and config.reduction == "mean" and config.allocation != "adaptive":
-        return _select_by_kernels(q.detach(), k.detach(), v.detach(), config, scale)
+        return _select_by_kernels(q, k, v, config, scale)
     budget = block_budget(-(-k.shape[2] // config.block_size), config)
     scores = block_scores(q, k, v, config, scale=scale, impl=impl)
     return select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=impl)

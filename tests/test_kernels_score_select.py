@@ -1,0 +1,49 @@
+"""Scores and selection in one kernel are those of the two kernels."""
+
+import pytest
+import torch
+from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
+from stem.kernels.block_select import empty_lists, select_topk
+from stem.kernels.score_select import score_select
+
+import stem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("on_top", [False, True], ids=["inside", "on_top"])
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "num_queries", "num_keys"),
+    [(1, 1, 5, 5), (6, 2, 130, 130), (4, 1, 77, 300)],
+)
+def test_it_selects_what_two_kernels_select(num_q_heads, num_kv_heads, num_queries, num_keys, on_top, dtype):
+    q = torch.randn(1, num_q_heads, num_queries, 16, device=DEVICE).to(dtype)
+    k, v = torch.randn(2, 1, num_kv_heads, num_keys, 16, device=DEVICE).to(dtype)
+    num_kv_blocks = -(-num_keys // 16)
+    num_q_blocks = num_kv_blocks - (num_keys - num_queries) // 16
+    budget = torch.randint(1, num_kv_blocks + 1, (num_q_blocks,), dtype=torch.int32, device=DEVICE)
+    width = min(num_kv_blocks, int(budget.max()) + (4 if on_top else 0))
+    inputs = score_inputs(q, k, v, 16, 8, "log", 0.2)
+    expected = select_topk(score_blocks(*inputs, 0.01), budget, 1, 3, on_top, width)
+    lists = empty_lists(1, num_q_heads, num_q_blocks, width, q.device)
+    found = score_select(*inputs, 0.01, budget, 1, 3, on_top, lists)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("value_norm", ["log", "zscore", "zscore_padded"])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(90, 90), (20, 77)])
+def test_score_inputs_are_the_sums_and_the_value_term(num_queries, num_keys, value_norm):
+    q, k, v = (
+        torch.randn(2, heads, n, 24, device=DEVICE) for heads, n in ((4, num_queries), (2, num_keys), (2, num_keys))
+    )
+    config = stem.StemConfig(block_size=16, score_stride=4, value_norm=value_norm)
+    q_sums, k_sums, value_bonus = score_inputs(q, k, v, 16, 4, value_norm, 0.3)
+    assert torch.equal(q_sums, block_sums(q, 16, 4, reverse=True, offset=num_keys - num_queries))
+    assert torch.equal(k_sums, block_sums(k, 16, 4, reverse=False))
+    expected = 0.3 * stem.scores.value_term(v.cpu().double(), config)
+    torch.testing.assert_close(value_bonus.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    some, *_ = score_inputs(q, k, v, 16, 4, value_norm, 0.3, num_q_blocks=2)
+    assert torch.equal(some, q_sums[:, :, :2])
