@@ -37,6 +37,11 @@ class ModelSize:
     rope_base: float = 10_000.0
 
     def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: whole numbers from 1")
+        if not self.rope_base > 1:
+            raise ValueError(f"rope_base={self.rope_base!r}; accepted: numbers above 1")
         if self.width % self.heads or self.head_dim % 2:
             raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
         if self.heads % self.kv_heads:

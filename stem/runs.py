@@ -98,10 +98,17 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 class Log:
-    """log.csv with one row a step, flushed at once; a resumed run drops the rows after its checkpoint."""
+    """log.csv with one row a step, flushed at once; a resumed run drops the rows after its checkpoint.
+
+    Raises:
+        ValueError: If rows from before the checkpoint are missing, so that the curve would have a hole.
+    """
 
     def __init__(self, path: Path, steps_done: int, columns: Sequence[str]):
-        kept = path.read_text().splitlines(keepends=True)[: steps_done + 1] if steps_done else []
+        found = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = found[: steps_done + 1] if steps_done else []
+        if steps_done and len(kept) < steps_done + 1:
+            raise ValueError(f"{path} lacks rows of the {steps_done} steps of the checkpoint beside it; remove both")
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)

@@ -11,7 +11,7 @@ from stem.attention import IMPLS
 from stem.config import StemConfig
 from stem.distributed import PARALLEL
 from stem.model import ModelSize
-from stem.tasks import TASKS
+from stem.tasks import TASKS, VOCAB_SIZE
 
 LEAST = {
     "steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 32, "start_len": 0, "grow_steps": 0, "warmup": 0,
@@ -86,15 +86,21 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {', '.join(map(repr, choices))}")
         if unknown := [name for name in self.tasks.split(",") if name not in TASKS]:
             raise ValueError(f"tasks={self.tasks!r}: unknown {unknown}; accepted: names out of {', '.join(TASKS)}")
-        if self.start_len and self.start_len << self.doublings != self.seq_len:
-            raise ValueError(f"start_len={self.start_len}; accepted: 0 or seq_len={self.seq_len} halved some times")
+        if self.start_len and (self.start_len < 32 or self.start_len << self.doublings != self.seq_len):
+            raise ValueError(
+                f"start_len={self.start_len}; accepted: 0, or seq_len={self.seq_len} halved some times, from 32"
+            )
+        if self.size.vocab_size < VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size={self.size.vocab_size}; accepted: {VOCAB_SIZE}, the ids of the tasks, or more"
+            )
         if bool(self.start_len) != bool(self.grow_steps):
             raise ValueError(f"start_len={self.start_len} and grow_steps={self.grow_steps} go together")
 
     @property
     def doublings(self) -> int:
         """How often rows double in length."""
-        return (self.seq_len // self.start_len).bit_length() - 1 if self.start_len else 0
+        return max(0, (self.seq_len // self.start_len).bit_length() - 1) if self.start_len else 0
 
     def settings(self) -> dict:
         """What a resumed run must share: every field but those that change no loss beyond rounding."""
@@ -113,7 +119,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
             if isinstance(field.default, bool):
                 group.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default)
             elif field.name not in nested:
-                group.add_argument(option, type=_literal, default=field.default, help=f"default {field.default!r}")
+                kind_of_value = str if isinstance(field.default, str) else _literal
+                group.add_argument(option, type=kind_of_value, default=field.default, help=f"default {field.default!r}")
     values = vars(parser.parse_args(arguments))
     try:
         for name, kind in nested.items():

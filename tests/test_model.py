@@ -99,7 +99,14 @@ def test_impl_is_passed_on():
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"width": 65}, "width=65"), ({"kv_heads": 3}, "heads=4"), ({"width": 36}, "width=36")],
+    [
+        ({"width": 65}, "width=65"),
+        ({"kv_heads": 3}, "heads=4"),
+        ({"width": 36}, "width=36"),
+        ({"heads": 0}, "heads=0; accepted: whole numbers from 1"),
+        ({"layers": 1.5}, "layers=1.5"),
+        ({"rope_base": 0.5}, "rope_base=0.5; accepted: numbers above 1"),
+    ],
 )
 def test_bad_sizes_are_named(change, words):
     with pytest.raises(ValueError, match=words):

@@ -167,6 +167,17 @@ def test_resuming_is_exact(tmp_path, stop):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_a_log_with_a_hole_is_refused(tmp_path):
+    train(small(tmp_path))
+    log = tmp_path / "log.csv"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-2]))
+    with pytest.raises(ValueError, match="lacks rows of the 6 steps"):
+        train(small(tmp_path))
+    log.unlink()
+    with pytest.raises(ValueError, match="lacks rows of the 6 steps"):
+        train(small(tmp_path))
+
+
 @pytest.mark.parametrize("damage", ["torn row", "rows after the checkpoint"])
 def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut(tmp_path, damage):
     whole, stopped = small(tmp_path / "whole"), small(tmp_path / "stopped")
@@ -263,7 +274,7 @@ def test_without_torchrun_a_process_is_alone():
 def test_command_line_reaches_every_part_of_the_config(tmp_path):
     config = small(tmp_path, attention="stem")
     assert parse_config(options(config)) == config
-    assert parse_config(["--bf16", "--lr", "1e-3"]) == TrainConfig(bf16=True, lr=1e-3)
+    assert parse_config(["--bf16", "--lr", "1e-3", "--out", "7"]) == TrainConfig(bf16=True, lr=1e-3, out="7")
 
 
 @pytest.mark.parametrize(
@@ -284,7 +295,10 @@ def test_command_line_reaches_every_part_of_the_config(tmp_path):
         ({"parallel": "tensor"}, "parallel='tensor'; accepted: 'ddp', 'fsdp'"),
         ({"tasks": "text,typo"}, r"unknown \['typo'\]; accepted: names out of text, recall"),
         ({"device": "tpu"}, "device='tpu'; accepted: '', 'cpu', 'cuda'"),
-        ({"start_len": 48, "grow_steps": 2}, "start_len=48; accepted: 0 or seq_len=64 halved"),
+        ({"start_len": 48, "grow_steps": 2}, "start_len=48; accepted: 0, or seq_len=64 halved"),
+        ({"start_len": 128, "grow_steps": 2}, "start_len=128"),
+        ({"start_len": 16, "grow_steps": 2}, "start_len=16; accepted: .* from 32"),
+        ({"size": dataclasses.replace(SIZE, vocab_size=100)}, "vocab_size=100; accepted: 256"),
         ({"start_len": 32}, "start_len=32 and grow_steps=0 go together"),
     ],
 )
