@@ -76,44 +76,49 @@ def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str
 
 
 def evaluation() -> str:
-    """For each machine, mean answer log-likelihood, generated score and document loss by method."""
-    rows = _full("evaluation")
+    """For each machine and model: what answers and documents lose against dense attention, by method."""
+    rows = pd.concat([_full("evaluation"), _full("extension")])
     if rows.empty:
         return _nothing("06_long_context_eval")
+    rows = rows[rows.measure.isin(("answer", "loss", "generated"))]
     parts = []
-    for device, part in _by_device(rows):
-        model = ", ".join(sorted(part["model"].dropna().unique()))
-        parts.append(f"Model {model}, run on {device}; the short window is the control that must fail.")
-        parts += [table for table in map(lambda make, rows=part: make(rows), (_logp, _generated, _loss)) if table]
-    return "\n\n".join(parts)
+    for (device, model), part in rows.groupby(["device", "model"], sort=True):
+        if set(part.method) == {"dense"}:
+            continue
+        answers = part[part.measure == "answer"]
+        asked, size = answers[answers.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()
+        told = f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
+        told += "teacher-forced in one sparse forward. The short window is the control that must fail."
+        at = part[(part.asked.isna() | (part.asked == asked)) & (part.block_size.isna() | (part.block_size == size))]
+        of = {measure: at[at.measure == measure] for measure in ("answer", "generated", "loss")}
+        halves = of["loss"][(of["loss"].task != "all") & (of["loss"].length == of["loss"].length.max())]
+        title = "Log-likelihood of the right answer, minus dense [nats], 95 % interval of the difference:"
+        parts += [told, _differences(title, of["answer"], "{:.1f}")]
+        title = "Generated answers that are right (dense decoding, which cannot see a broken prefill), minus dense:"
+        parts += [_differences(title, of["generated"], "{:+.0%}")]
+        parts += [_differences("Loss on the later half of documents, minus dense [nats per token]:", halves, "{:+.3f}")]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _logp(rows: pd.DataFrame) -> str:
-    title = "Log-likelihood of the right answer [nats], teacher-forced in one sparse forward, mean over samples:"
-    return _by_method(title, _where(rows, "measure", "teacher_forced"), ["task", "length"], "logp", "{:.2f}")
-
-
-def _generated(rows: pd.DataFrame) -> str:
-    title = "Generated answers that are right (dense decoding, which cannot see a broken prefill):"
-    return _by_method(title, _where(rows, "measure", "generated"), ["task", "length"], "score", "{:.0%}")
-
-
-def _loss(rows: pd.DataFrame) -> str:
-    losses = rows[rows.loss.notna()] if "loss" in rows else rows.iloc[:0]
-    return _by_method("Next-token loss on long documents [nats per token]:", losses, "document", "loss", "{:.3f}")
-
-
-def _by_method(title: str, rows: pd.DataFrame, columns: str | list[str], value: str, form: str) -> str:
-    """One line for each method, one column for each group, and the mean density that was computed."""
+def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
+    """One line for each method, best first, one column for each task and length, and the density that was computed."""
     if rows.empty:
         return ""
-    groups = list(rows.groupby(columns).groups)
-    lines = []
-    for method, of in rows.groupby("method", sort=False):
-        means = of.groupby(columns)[value].mean()
-        lines.append([method, f"{of.density.mean():.1%}", *(form.format(means.get(g, float("nan"))) for g in groups)])
-    names = [f"{g[0]}, {_tokens(g[1])}" if isinstance(g, tuple) else g for g in groups]
-    return f"{title}\n\n{_markdown(['method', 'density', *names], lines)}"
+    rows = rows.assign(column=[f"{task}, {_tokens(n)}" for task, n in zip(rows.task, rows.length, strict=True)])
+    columns = list(dict.fromkeys(rows.sort_values(["length"], kind="stable").column))
+    dense = rows[rows.method == "dense"].set_index("column").value
+    number = form.replace("+", "")
+    lines = [["dense itself", "100.0%", *(number.format(dense[column]) for column in columns)]]
+    others = rows[rows.method != "dense"]
+    loss = -1 if "loss" in set(rows.measure) else 1
+    for method in (loss * others.groupby("method").difference.mean()).sort_values(ascending=False).index:
+        of = others[others.method == method].set_index("column")
+        texts = {
+            column: f"{form.format(row.difference)} [{form.format(row.low)}, {form.format(row.high)}]"
+            for column, row in of.iterrows()
+        }
+        lines.append([method, f"{of.density.mean():.1%}", *(texts.get(column, MISSING) for column in columns)])
+    return f"{title}\n\n{_markdown(['method', 'density', *columns], lines)}"
 
 
 def training() -> str:

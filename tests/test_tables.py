@@ -36,16 +36,24 @@ def speed_rows() -> list[dict]:
 
 
 def evaluation_rows() -> list[dict]:
-    common = dict(model="smollm2", seed=0)
-    answers = [
-        dict(common, method=method, task="niah_single_1", length=1024, sample=sample, measure=measure, density=density)
-        | {"score": 1.0, "logp": logp - sample}
-        for method, density, logp in [("dense", 1.0, -1.0), ("window", 0.1, -9.0)]
-        for measure in ("generated", "teacher_forced")
-        for sample in (0, 1)
-    ]
-    losses = [dict(common, method="dense", document="tarfile", start=s, loss=2.0, density=1.0) for s in (0, 1024)]
-    return answers + losses
+    about = dict(model="smollm2", seed=0, length=4096, count=100, block_size=64.0)
+    rows = []
+    for method, asked, density, nats in [
+        ("dense", None, 1.0, 0.0),
+        ("window", None, 0.1, -18.0),
+        ("stem", 0.25, 0.25, -2),
+    ]:
+        who = about | dict(method=method, asked=asked, density=density, block_size=None if method == "dense" else 64.0)
+        for measure, task, scale in [
+            ("answer", "ruler_vt", 1),
+            ("loss", "prose", -0.01),
+            ("generated", "ruler_vt", 0.0),
+        ]:
+            ends = dict(difference=nats * scale, low=(nats - 1) * scale, high=(nats + 1) * scale)
+            rows.append(dict(who, measure=measure, task=task, value=0.5 + nats * scale, dense=0.5, **ends))
+        rows.append(dict(who, measure="loss", task="all", value=9.0, dense=9.0, difference=0.0, low=0.0, high=0.0))
+    elsewhere = dict(rows[-4], asked=0.5, difference=-0.125, low=-1, high=1)
+    return [*rows, elsewhere]
 
 
 def test_without_rows_each_section_says_how_to_get_them():
@@ -76,10 +84,23 @@ def test_speed():
 def test_evaluation():
     records.write_rows("evaluation", evaluation_rows(), profile="full")
     text = tables.evaluation()
-    assert "| method | density | niah_single_1, 1K |" in text
-    assert "| dense | 100.0% | -1.50 |" in text and "| window | 10.0% | -9.50 |" in text
-    assert "| window | 10.0% | 100% |" in text
-    assert "| dense | 100.0% | 2.000 |" in text
+    assert "**smollm2** on Made-up GPU, blocks of 64 tokens, asked for 25% of the block pairs" in text
+    assert "| method | density | ruler_vt, 4K |" in text and "| dense itself | 100.0% | 0.5 |" in text
+    stem, window = "| stem | 25.0% | -2.0 [-3.0, -1.0] |", "| window | 10.0% | -18.0 [-19.0, -17.0] |"
+    assert text.index(stem) < text.index(window)  # best first
+    assert "| window | 10.0% | +0% [+0%, +0%] |" in text.replace("-0%", "+0%")
+    stem, window = "| stem | 25.0% | +0.020 [+0.030, +0.010] |", "| window | 10.0% | +0.180 [+0.190, +0.170] |"
+    assert text.index(stem) < text.index(window)
+    assert "9.0" not in text.replace("19.0", "") and "0.125" not in text
+
+
+def test_a_model_with_dense_rows_only_has_no_table_and_missing_cells_are_dashes():
+    rows = [dict(row, model="other") for row in evaluation_rows()[:1]]
+    longer = [dict(row, length=8192) for row in evaluation_rows() if row["method"] != "stem"]
+    records.write_rows("evaluation", evaluation_rows(), profile="full")
+    records.write_rows("extension", rows + longer, profile="full")
+    text = tables.evaluation()
+    assert "other" not in text and "| stem | 25.0% | -2.0 [-3.0, -1.0] | – |" in text
 
 
 def test_training():
