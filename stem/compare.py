@@ -120,8 +120,8 @@ def methods(
     """All combinations, and for each block size the control.
 
     Args:
-        names: Of `stem.patterns`, and beside these "stem softmax" (row softmax before the block sum, uniform rows) and
-            "stem adaptive" (the same, one threshold for all rows, heads and layers).
+        names: Of `stem.patterns`, and beside these "stem adaptive" (the preset: its score keeps peaks, one threshold
+            holds for all rows, heads and layers) and "stem softmax" (that score with equal rows).
         densities, block_sizes: What to ask for; forced blocks are few (one sink, two local), so that low densities
             leave something to choose.
         calibrate: (density, config) -> StemConfig for "stem adaptive", or None where the forced blocks alone cost
@@ -132,15 +132,14 @@ def methods(
         found.append(Method("window", window_control(block_size), block_size))
         for density in densities:
             config = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
-            stride = min(config.score_stride, block_size // config.score_cells)
-            peaks = config.replace(reduction="softmax", allocation="uniform", value_weight=0.0, score_stride=stride)
+            adaptive = StemConfig.preset("adaptive", block_size=block_size)
             for name in names:
                 if name == "dense" or (name == "stem adaptive" and calibrate is None):
                     continue
                 elif name == "stem adaptive":
-                    attention = calibrate(density, peaks.replace(density=None, allocation="position_decay"))
+                    attention = calibrate(density, adaptive)
                 elif name == "stem softmax":
-                    attention = peaks
+                    attention = adaptive.replace(allocation="uniform", threshold=None, density=density)
                 elif name == "stem":
                     attention = config
                 else:
@@ -420,7 +419,7 @@ def calibrator(model, tokenizer, length: int):
     prompts = torch.tensor([of[:length] for of in tokens])
 
     def solve(density: float, config: StemConfig) -> StemConfig | None:
-        forced = config.replace(k_start=config.sink_blocks + config.local_blocks, decay=1.0)
+        forced = window_control(config.block_size)
         blocks = -(-length // config.block_size)
         if int(block_budget(blocks, forced).sum()) / causal_pairs(blocks) > density:
             return None

@@ -118,7 +118,7 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
         asked.append(density)
         if (density, config.block_size) == (0.1, 128):
             return None
-        return config.replace(allocation="adaptive", threshold=0.1)
+        return config.replace(threshold=0.1)
 
     found = compare.methods(compare.all_names(), (0.1, 0.5), (64, 128), calibrate)
     assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1)) - 1
@@ -161,7 +161,7 @@ def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkey
 def test_thresholds_are_solved_unless_the_forced_blocks_cost_more(tokenizer, model, monkeypatch):
     monkeypatch.setattr(compare, "calibration_texts", lambda: [documents.prose()[:4000], documents.prose()[9000:13000]])
     solve = compare.calibrator(model, tokenizer, 256)
-    config = SPARSE.replace(density=None, reduction="softmax", score_stride=4)
+    config = stem.StemConfig.preset("adaptive", block_size=16)
     assert solve(0.1, config) is None
     solved = solve(0.5, config)
     assert solved.allocation == "adaptive" and 0 < solved.threshold < 1
