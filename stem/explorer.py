@@ -25,7 +25,7 @@ from stem.config import BlockSize, StemConfig
 from stem.reference import dense_attention
 from stem.selection import BlockSelection
 
-SHOWN = ("stem", "uniform_topk", "xattention", "oracle_mass", "vertical_slash", "a_shape")
+SHOWN = ("stem", "xattention", "vertical_slash", "oracle_mass")
 RESOLUTION = 64  # rows of an attention map, at most twice as many
 
 
@@ -110,7 +110,7 @@ class Explorer:
         kv_head = choice.head // (q.shape[1] // k.shape[1])
         one_head = q[:, choice.head : choice.head + 1], k[:, kv_head : kv_head + 1]
         mass = metrics.block_attention_mass(*one_head, cell)[0, 0]
-        title = f"{choice.method}: recall {found.recall:.2f}, loss {found.loss:+.4f}"
+        title = f"{choice.method}\nrecall {found.recall:.2f}, loss {found.loss:+.4f}"
         figures.attention_map(mass, self.selection(choice), ax, head=choice.head, title=title)
         return found
 
@@ -172,10 +172,10 @@ def live() -> bool:
 
 
 @figures.styled()
-def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 3) -> Figure:
+def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 4) -> Figure:
     """A picture of each choice, for the value of a cell: pyplot does not know it, so that it is shown once."""
     lines = -(-len(choices) // columns)
-    figure = _Picture(figsize=(3.3 * columns, 3.6 * lines), layout="constrained")
+    figure = _Picture(figsize=(2.7 * columns, 3.1 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat[len(choices) :]:
         ax.set_axis_off()

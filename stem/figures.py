@@ -159,12 +159,12 @@ def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 
 def selections(chosen: Mapping[str, BlockSelection], *, head: int = 0, columns: int = 6) -> Figure:
     """One picture of `selection` per method, by name, in a grid; the titles say how much of the pairs is kept."""
     lines = -(-len(chosen) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1.9 * columns, 2.3 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(1.7 * columns, 2.1 * lines), squeeze=False)
     for ax in axes.flat[len(chosen) :]:
         ax.set_axis_off()
     for ax, (name, kept) in zip(axes.flat, chosen.items(), strict=False):
         selection(kept, ax, head=head, title=f"{name}\n{kept.density():.2f}")
-        ax.title.set_fontsize("small")
+        ax.title.set_fontsize(7.5)
         ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
     return figure
 

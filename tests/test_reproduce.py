@@ -1,5 +1,7 @@
 """scripts/reproduce.py on toy notebooks: success, skip, failure, resume, limit, Ctrl-C, bad arguments."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "reproduce.py"
 
@@ -140,3 +143,13 @@ def test_interrupt_leaves_nothing_half_written(root):
 def test_bad_arguments_are_named(root, arguments, message):
     result = reproduce(root, *arguments)
     assert result.returncode and message in result.stderr
+
+
+def test_pictures_are_stored_with_few_colours(root):
+    noise = "numpy.random.randint(0, 256, (64, 64, 3), dtype='uint8')"
+    write_toy(root, 1, f"import numpy\nfrom PIL import Image\nImage.fromarray({noise})")
+    assert reproduce(root, "--only", "1").returncode == 0
+    copy = nbformat.read(root / "results" / "notebooks" / "smoke" / "01_toy.ipynb", 4)
+    picture = copy.cells[2].outputs[0].data["image/png"]
+    image = Image.open(io.BytesIO(base64.b64decode(picture)))
+    assert image.size == (64, 64) and len(image.getcolors()) <= 64
