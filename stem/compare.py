@@ -52,6 +52,9 @@ BLIND = (
 )  # fmt: skip  # patterns that depend on the shapes alone
 
 
+_KIND_TOKENS: dict[tuple[str, str], list[int]] = {}  # what `document_windows` has tokenized
+
+
 class Prompts(NamedTuple):
     """Samples of one task, each exactly as long as it says."""
 
@@ -109,7 +112,10 @@ def document_windows(tokenizer, length: int, count: int, kinds: Sequence[str] = 
     """Kind of document -> int64 [count, length], windows spread over all of its text."""
     found = {}
     for kind in kinds:
-        tokens = tokenizer(documents.KINDS[kind](), verbose=False).input_ids
+        behaviour = documents.fingerprint(str(tokenizer(ruler.TOKENIZER_SAMPLE).input_ids))
+        tokens = _KIND_TOKENS.get((kind, behaviour))
+        if tokens is None:
+            tokens = _KIND_TOKENS[kind, behaviour] = tokenizer(documents.KINDS[kind](), verbose=False).input_ids
         found[kind] = torch.tensor(documents.windows(tokens, length, count))
     return found
 
@@ -466,16 +472,19 @@ def run(
     """
     comparison, started, saved = Comparison(model, tokenizer, name, seed), time.monotonic(), time.monotonic()
     prompts, kinds, jobs = {}, {}, []
+    order = ["dense", "window", *(plan.names or all_names())]
     for length, samples in zip(plan.lengths, plan.samples, strict=True):
         prompts[length] = [exact_prompts(task, tokenizer, length, samples, seed) for task in plan.tasks]
         kinds[length] = document_windows(tokenizer, length, plan.windows)
         calibrate = calibrator(model, tokenizer, length)
         found = methods(plan.names or all_names(), plan.densities, plan.block_sizes, calibrate)
-        for method in [Method("dense"), *found, *(presets() if plan.presets else ())]:
-            jobs += [(priority, length, method, what) for priority, what in plan.jobs(method, length)]
-    jobs.sort(key=lambda job: job[0])
+        known = [Method("dense"), *found, *(presets() if plan.presets else ())]
+        known.sort(key=lambda method: order.index(method.name) if method.name in order else len(order))
+        for place, method in enumerate(known):
+            jobs += [(priority, place, length, method, what) for priority, what in plan.jobs(method, length)]
+    jobs.sort(key=lambda job: job[:2])
     show(f"{len(jobs)} measurements, prepared in {time.monotonic() - started:.0f} s")
-    for number, (_, length, method, what) in enumerate(jobs):
+    for number, (_, _, length, method, what) in enumerate(jobs):
         if time.monotonic() - started > limit_s:
             show(f"{len(jobs) - number} measurements left out after {limit_s} s")
             break

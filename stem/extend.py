@@ -39,10 +39,10 @@ PLANS = {
     "smoke": compare.Plan((1024,), (1,), compare.TASKS[:1], 1, ("stem",), (0.5,), (32,), (0.5, 32), generating=()),
     "full": compare.Plan(
         (16384, 32768),
-        (16, 8),
+        (8, 6),
         tasks=("niah_multikey_1", "niah_multiquery"),
         windows=1,
-        names=("stem", "stem adaptive", "xattention", "stem softmax", "a_shape", "vertical_slash", "flexprefill"),
+        names=("stem", "stem adaptive", "xattention", "a_shape", "stem softmax", "vertical_slash", "flexprefill"),
         densities=(0.25, 0.1),
         block_sizes=(64,),
         presets=True,
@@ -68,7 +68,7 @@ class ExtendConfig:
     rope_theta: float = 6e5
     """New base of the rotary embedding; SmolLM2 has 1e5 for 8K. The smaller it is, the less there is to relearn."""
 
-    stages: tuple[tuple[int, int, int], ...] = ((8192, 16, 4), (16384, 24, 2), (32768, 40, 1))
+    stages: tuple[tuple[int, int, int], ...] = ((8192, 12, 4), (16384, 20, 2), (32768, 30, 1))
     """(sequence length [tokens], steps, sequences in a step), in order; the last length is the new context."""
 
     lr: float = 4e-4

@@ -147,6 +147,7 @@ def test_a_plan_does_the_headline_first_and_the_curves_later():
 
 def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkeypatch):
     monkeypatch.setattr(documents, "KINDS", {"prose": lambda: documents.prose()[:9000]})
+    monkeypatch.setattr(compare, "_KIND_TOKENS", {})
     monkeypatch.setattr(compare.document_windows, "__defaults__", (("prose",),))
     plan = compare.Plan((256,), (1,), ("niah_multikey_2",), 1, ("stem", "random"), (0.5,), (32,), (0.5, 32))
     told, saved = [], []
