@@ -106,7 +106,9 @@ def test_figures_hold_every_arm(adaptation, tmp_path, monkeypatch):
     assert report.save_figures(rows) == ["curves.svg", "position.svg", "distance.svg", "adaptation.svg"]
     text = report.draw_curves(rows).axes[0].get_legend().get_texts()
     assert [label.get_text() for label in text] == ["dense", "stem"]
-    gap = report.draw_adaptation(rows).axes[0].lines[1]
+    axis = report.draw_adaptation(rows).axes[0]
+    assert axis.get_title(loc="left") == "Tuning with Stem removes 60 % of its cost"
+    gap = axis.lines[1]
     assert gap.get_label() == "tuned dense" and gap.get_ydata().tolist() == pytest.approx([0.1, 0.1])
 
 
