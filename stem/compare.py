@@ -472,14 +472,15 @@ def run(
     """
     comparison, started, saved = Comparison(model, tokenizer, name, seed), time.monotonic(), time.monotonic()
     prompts, kinds, jobs = {}, {}, []
-    order = ["dense", "window", *(plan.names or all_names())]
+    names = plan.names or all_names()
+    order = ["dense", "window", *names[:3], *(method.name for method in presets()), *names[3:]]
     for length, samples in zip(plan.lengths, plan.samples, strict=True):
         prompts[length] = [exact_prompts(task, tokenizer, length, samples, seed) for task in plan.tasks]
         kinds[length] = document_windows(tokenizer, length, plan.windows)
         calibrate = calibrator(model, tokenizer, length)
-        found = methods(plan.names or all_names(), plan.densities, plan.block_sizes, calibrate)
+        found = methods(names, plan.densities, plan.block_sizes, calibrate)
         known = [Method("dense"), *found, *(presets() if plan.presets else ())]
-        known.sort(key=lambda method: order.index(method.name) if method.name in order else len(order))
+        known.sort(key=lambda method: order.index(method.name))
         for place, method in enumerate(known):
             jobs += [(priority, place, length, method, what) for priority, what in plan.jobs(method, length)]
     jobs.sort(key=lambda job: job[:2])
