@@ -106,35 +106,36 @@ def check(assert_close_to_oracle):
     return run
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 80, 96, 128, 256], ids=lambda d: f"D{d}")
 def test_head_dimensions(check, head_dim, dtype):
-    check(make_case(2, 1, 70, 70, head_dim, 32 if head_dim < 256 else 64, dtype))
+    check(make_case(2, 1, 50, 50, head_dim, 32 if head_dim < 256 else 64, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128], ids=lambda size: f"block{size}")
 def test_block_sizes(check, block_size, dtype):
-    check(make_case(1, 1, 140, 140, 64, block_size, dtype, keep=0.3))
+    tokens = 2 * block_size + 10
+    check(make_case(1, 1, tokens, tokens, 64, block_size, dtype))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63, 129, 700], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("num_tokens", [1, 63, 129, 400], ids=lambda n: f"N{n}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_odd_lengths(check, num_tokens, dtype):
     check(make_case(2, 1, num_tokens, num_tokens, 32, 128, dtype))
 
 
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 300), (70, 333), (64, 256), (200, 201), (7, 100)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 300), (70, 333), (64, 128), (7, 100)])
 def test_chunks_of_queries(check, num_queries, num_keys):
     check(make_case(2, 1, num_queries, num_keys, 32, 64))
 
 
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(9, 3), (4, 2), (1, 1), (3, 1)])
 def test_grouped_heads_and_batches(check, num_q_heads, num_kv_heads):
-    check(make_case(num_q_heads, num_kv_heads, 80, 80, 16, 32, batch=2))
+    check(make_case(num_q_heads, num_kv_heads, 40, 40, 16, 32, batch=2 if num_q_heads < 9 else 1))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_shapes(check, seed):
     generator = torch.Generator().manual_seed(seed)
 
@@ -180,10 +181,10 @@ def test_the_gradient_of_the_log_sum_exp_counts():
     assert torch.equal(with_lse[2], zero[2])  # the values do not enter it
 
 
-@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("splits", [2, 7])
 def test_key_blocks_computed_in_parts(check, splits, monkeypatch):
     monkeypatch.setattr(kernels, "num_splits", lambda k, max_blocks: splits)
-    check(make_case(4, 2, 140, 170, 16, 32, torch.float16))
+    check(make_case(2, 1, 80, 140, 16, 32, torch.float16))
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, -0.3])
@@ -230,7 +231,7 @@ def test_strides(check, change):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_runs_agree_bit_for_bit(dtype):
-    case = make_case(4, 2, 100, 110, 32, 32, dtype)
+    case = make_case(4, 2, 70, 80, 32, 32, dtype)
     first, second = kernel_gradients(case), kernel_gradients(case)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
