@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stem import ops
 from stem.budget import block_budget, device_budget, keeps_every_block
 from stem.config import StemConfig
 from stem.dense import fused_attention
@@ -58,6 +57,8 @@ def stem_attention(
     num_kv_blocks = -(-k.shape[2] // config.block_size)
     num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // config.block_size
     if torch.compiler.is_compiling():
+        from stem import ops  # imports torch's compiler
+
         selection = ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)])
         attended = _attend(q, k, v, selection, scale, impl)
     elif impl is None and keeps_every_block(num_kv_blocks, num_q_blocks, config):
@@ -107,6 +108,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() and impl in (None, "torch", "triton", "hopper"):
+        from stem import ops
+
         return ops.attend(q, k, v, selection, scale, impl)  # it chooses when it runs
     return _RUN[_choose(impl, q, k, v, selection.block_size)](q, k, v, selection, scale)
 
@@ -172,6 +175,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     if _needs_operator(q, k, v):
+        from stem import ops
+
         return ops.attend(q, k, v, selection, scale, "triton")
     from stem.kernels.sparse_forward import sparse_forward
 
@@ -180,6 +185,8 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: f
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     if _needs_operator(q, k, v):
+        from stem import ops
+
         return ops.attend(q, k, v, selection, scale, "hopper")
     from stem.kernels.hopper_forward import sparse_forward
 
