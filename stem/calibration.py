@@ -12,7 +12,8 @@ from torch import Tensor
 from stem.config import StemConfig
 
 SMALLEST = 1e-9  # threshold below which hardly any share of a row falls
-ROUNDS = 30  # most thresholds tried; each halves the interval
+ROUNDS = 30  # most thresholds tried
+MARGIN = 0.1  # least share of the interval that a round takes away at either end
 
 
 class Calibration(NamedTuple):
@@ -35,7 +36,7 @@ def calibrate(
 ) -> Calibration:
     """Solve the threshold of `allocation="adaptive"` on a model (no paper source: our choice).
 
-    Bisection on the logarithm of the threshold; each round runs the prompts with sparse attention, so that the realised
+    False position on the logarithm of the threshold; each round runs the prompts with sparse attention, so that the realised
     density includes what sparse layers do to the layers above them.
 
     Args:
@@ -64,14 +65,16 @@ def calibrate(
             f"density must be at least that of the sink and local blocks, {forced.density:.3f} on these prompts, "
             f"got {density}; ask for more, or for fewer forced blocks"
         )
-    low, high, best = math.log(SMALLEST), 0.0, forced
+    low, high, best = (math.log(SMALLEST), 1.0), (0.0, forced.density), forced  # (log threshold, density)
+    guess = -math.log(max(prompt.shape[1] for prompt in prompts) / base.block_size)  # an even share of the last row
     for _ in range(ROUNDS):
         if abs(best.density - density) <= tolerance:
             return best
-        middle = (low + high) / 2
-        found = realised(math.exp(middle))
-        low, high = (low, middle) if found.density < density else (middle, high)
+        found = realised(math.exp(guess))
+        low, high = (low, (guess, found.density)) if found.density < density else ((guess, found.density), high)
         best = min(best, found, key=lambda calibration: abs(calibration.density - density))
+        share = (low[1] - density) / (low[1] - high[1])  # where a line between the two would meet the density
+        guess = low[0] + min(max(share, MARGIN), 1 - MARGIN) * (high[0] - low[0])
     raise ValueError(
         f"density={density} was not reached within tolerance={tolerance}; the nearest threshold, "
         f"{best.config.threshold:.3g}, gives {best.density:.4f}: use longer prompts, smaller blocks, more tolerance"

@@ -77,7 +77,7 @@ def rows(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> 
     ids = torch.cat(list(windows.values()))
     with hf.stem_prefill(model, StemConfig(density=1.0)):  # through the same kernels as the sparse passes
         dense = compare.document_losses(model, ids)
-    prompts = calibration_prompts(tokenizer, plan.tokens)
+    prompts = calibration_prompts(tokenizer, plan.tokens, plan.windows)
     for block_size in plan.block_sizes:
         for method in plan.names:
             densities = plan.densities + (plan.adaptive_densities if method == ADAPTIVE else ())
@@ -110,7 +110,7 @@ def selector(method: str, density: float, block_size: int, model, prompts) -> St
     return config if method == PUBLISHED else partial(patterns.select, method, config=config)
 
 
-def calibration_prompts(tokenizer, tokens: int, count: int = 2) -> list[torch.Tensor]:
+def calibration_prompts(tokenizer, tokens: int, count: int) -> list[torch.Tensor]:
     """Windows int64 [count, tokens] of each text that no row reads."""
     texts = [tokenizer(text, verbose=False).input_ids for text in compare.calibration_texts()]
     return [torch.tensor(documents.windows(of, tokens, count)) for of in texts]

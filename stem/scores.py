@@ -39,7 +39,10 @@ def block_scores(
     q, k, v = q.detach(), k.detach(), v.detach()
     scale = check_scale(scale, q.shape[-1])
     if config.reduction == "softmax":
-        bonus = config.value_weight * value_term(v, config, impl=impl)
+        if config.value_weight:
+            bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
+        else:
+            bonus = v.new_zeros(*v.shape[:2], -(-v.shape[2] // config.block_size), dtype=_accumulator(v.dtype))
         return cell_scores(q, k, bonus, config, scale, impl=impl)
     scale = routing_scale(q.shape[-1], config, scale)
     if impl == "triton":
