@@ -36,8 +36,8 @@ def calibrate(
 ) -> Calibration:
     """Solve the threshold of `allocation="adaptive"` on a model (no paper source: our choice).
 
-    False position on the logarithm of the threshold; each round runs the prompts with sparse attention, so that the realised
-    density includes what sparse layers do to the layers above them.
+    False position on the logarithm of the threshold; each round runs the prompts with sparse attention, so that the
+    realised density includes what sparse layers do to the layers above them.
 
     Args:
         model: As in stem.hf.enable.
