@@ -19,7 +19,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from stem import documents, evaluate, harness, paper, pretrained, ruler  # noqa: E402
+from stem import documents, evaluate, harness, hf, paper, pretrained, ruler  # noqa: E402
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
@@ -93,7 +93,8 @@ def test_every_model_argument_reaches_the_attention(tiny):
     ]
     changes += [{"preset": "angelslim", "k_start": 2, "score_stride": 4, "value_weight": 3.0}]
     changes += [{"k_start": 4, "pattern": "sliding_window"}, {"pattern": "sliding_window", "window_blocks": 6}]
-    changes += [{"k_start": 2, "layers": {1: {"k_start": 3}}}]
+    changes += [{"k_start": 2, "layers": {1: {"k_start": 3}}}, {"k_start": 4, "reduction": "softmax", "score_cells": 1}]
+    changes += [{"allocation": "adaptive", "threshold": 0.02}]
     scores = [_likelihoods(harness.StemLM(**(options | change)), pairs)[0] for change in changes]
     assert len({round(score, 3) for score in scores}) == len(changes), scores
 
@@ -165,6 +166,18 @@ def test_every_kind_of_request_is_sparse_in_any_batch_and_density_is_recorded(ev
     assert recorded["k_start"] == recorded["config"]["k_start"] == 2 and recorded["config"]["sink_blocks"] == 4
     assert 0.1 < recorded["density"] < 0.9
     assert recorded["density_by_layer"] == [pytest.approx(recorded["density"])] * 2
+
+
+def test_looking_for_a_batch_size_does_not_count(tiny):
+    lm = harness.StemLM(
+        tiny, device="cpu", k_start=1, block_size=16, batch_size="auto", max_batch_size=2, max_length=64
+    )
+    requests = _requests("loglikelihood_rolling", [(_texts(1)[0],)])
+    (found,) = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    density = hf.density(lm.model).density()
+    one = harness.StemLM(tiny, device="cpu", k_start=1, block_size=16, max_length=64)
+    assert one.loglikelihood_rolling(requests, disable_tqdm=True) == [found]
+    assert hf.density(one.model).density() == density
 
 
 @pytest.mark.slow

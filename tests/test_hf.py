@@ -85,7 +85,8 @@ def logits(model, ids, **kwargs):
 def masked_forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The same attention through a token mask, in fp64: what a sparse layer is compared with."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    token_mask = attention_mask
+    token_mask, value_dim = attention_mask, value.shape[3]
+    value = nn.functional.pad(value, (0, query.shape[3] - value_dim))
     if getattr(module, "sliding_window", None) is None:
         scores = stem.block_scores(query, key, value, SPARSE, scale=scale)
         budget = stem.block_budget(scores.shape[-1], SPARSE)
@@ -95,7 +96,7 @@ def masked_forward(module, query, key, value, attention_mask, scaling=None, **kw
         token_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     token_mask = token_mask.expand(query.shape[0], query.shape[1], -1, -1)
     out = stem.reference.masked_attention(query.double(), key.double(), value.double(), token_mask, scale)
-    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+    return out[..., :value_dim].to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("masked_for_tests", masked_forward)
@@ -128,6 +129,12 @@ def test_values_narrower_than_keys_and_hybrid_models():
         hf.enable(model, DENSE)
         torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-4)
         assert [row["layer"] for row in hf.density(model)] == layers
+        hf.enable(model, SPARSE)
+        sparse = logits(model, ids)
+        hf.disable(model)
+        model.set_attn_implementation("masked_for_tests")
+        torch.testing.assert_close(sparse, logits(model, ids), atol=2e-5, rtol=1e-4)
+        assert (sparse - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3"])
