@@ -12,11 +12,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("on_top", [False, True], ids=["inside", "on_top"])
+@pytest.mark.parametrize(("on_top", "dtype"), [(False, torch.float32), (True, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize(
     ("num_q_heads", "num_kv_heads", "num_queries", "num_keys"),
-    [(1, 1, 5, 5), (6, 2, 130, 130), (4, 1, 77, 300)],
+    [(1, 1, 5, 5), (4, 2, 40, 40), (3, 1, 40, 150)],
 )
 def test_it_selects_what_two_kernels_select(num_q_heads, num_kv_heads, num_queries, num_keys, on_top, dtype):
     q = torch.randn(1, num_q_heads, num_queries, 16, device=DEVICE).to(dtype)
@@ -34,7 +33,7 @@ def test_it_selects_what_two_kernels_select(num_q_heads, num_kv_heads, num_queri
 
 
 @pytest.mark.parametrize("value_norm", ["log", "zscore", "zscore_padded"])
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(90, 90), (20, 77)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(20, 20), (20, 45)])
 def test_score_inputs_are_the_sums_and_the_value_term(num_queries, num_keys, value_norm):
     q, k, v = (
         torch.randn(2, heads, n, 24, device=DEVICE) for heads, n in ((4, num_queries), (2, num_keys), (2, num_keys))
@@ -45,5 +44,5 @@ def test_score_inputs_are_the_sums_and_the_value_term(num_queries, num_keys, val
     assert torch.equal(k_sums, block_sums(k, 16, 4, reverse=False))
     expected = 0.3 * stem.scores.value_term(v.cpu().double(), config)
     torch.testing.assert_close(value_bonus.cpu().double(), expected, rtol=1e-5, atol=1e-5)
-    some, *_ = score_inputs(q, k, v, 16, 4, value_norm, 0.3, num_q_blocks=2)
-    assert torch.equal(some, q_sums[:, :, :2])
+    some, *_ = score_inputs(q, k, v, 16, 4, value_norm, 0.3, num_q_blocks=1)
+    assert torch.equal(some, q_sums[:, :, :1])
