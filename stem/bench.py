@@ -36,8 +36,8 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "full"): [1024 * 2**n for n in range(6)],
     ("cpu", "smoke"): [1024 * 2**n for n in range(4)],
 }
-FLEX_TOKENS = (2**13, 2**15, 2**17)  # each length costs one more compilation
-TRAINING_TOKENS = {"cuda": (2**13, 2**15, 2**17), "cpu": (2**11,)}  # forward and backward
+FLEX_TOKENS = (2**17,)  # each length costs one more compilation
+TRAINING_TOKENS = {"cuda": (2**15, 2**13, 2**17), "cpu": (2**11,)}  # forward and backward, the first with FlexAttention
 TRAINING_CONFIG = "default"
 CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
 CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
@@ -131,6 +131,9 @@ class Problem:
 
     def operate(self, impl: str | None = None) -> Tensor:
         return stem.stem_attention(*self.qkv, self.config, impl=impl or self.impl)
+
+    def operate_by_default(self) -> Tensor:
+        return stem.stem_attention(*self.qkv, self.config)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -226,8 +229,11 @@ def training_candidates(device: str, impls: Sequence[str], dense: Iterable[str],
     return candidates
 
 
-def stem_candidates(impl: str) -> list[Candidate]:
-    """The parts of Stem and the whole operator in one implementation; "hopper" shares Triton's scores and selection."""
+def stem_candidates(impl: str | None) -> list[Candidate]:
+    """The parts of Stem and the whole operator in one implementation; "hopper" shares Triton's scores and selection.
+
+    None is the operator as `impl=None` computes it, provider "stem".
+    """
 
     def check_lists(selection: stem.BlockSelection, problem: Problem) -> float:
         return gate.check_selection(selection, problem.scores, problem.budget, problem.config, problem.rows)
@@ -246,6 +252,8 @@ def stem_candidates(impl: str) -> list[Candidate]:
         ),
         "operator": lambda p: (partial(p.operate, impl), lambda out: check_operator(out, p)),
     }
+    if impl is None:
+        return [Candidate("operator", "stem", lambda p: (p.operate_by_default, lambda out: check_operator(out, p)))]
     if impl == "hopper":
         del parts["scores"], parts["selection"]
     return [Candidate(operation, f"stem_{impl}", prepare) for operation, prepare in parts.items()]
@@ -282,7 +290,7 @@ def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, A
 def measure(call: Callable[[], Any], device: str) -> dict[str, float]:
     """Median, p20 and p80 of a call that has run before [ms], and its peak memory, result included [MiB].
 
-    CUDA: triton's do_bench, or three single calls when one takes over a second. CPU: three calls or half a second,
+    CUDA: triton's do_bench, or two single calls when one takes over a second. CPU: three calls or half a second,
     whichever is more; memory is not measured there (NaN).
     """
     peak_mib = float("nan")
@@ -294,9 +302,11 @@ def measure(call: Callable[[], Any], device: str) -> dict[str, float]:
     if device == "cuda" and once < 1_000:
         from triton.testing import do_bench
 
-        times = do_bench(call, warmup=25, rep=max(300, int(5 * once)), return_mode="all")
+        times = do_bench(call, warmup=10, rep=max(100, int(5 * once)), return_mode="all")
+    elif device == "cuda":
+        times = [once, _one_call(call, device)]
     else:
-        times, enough = [], time.perf_counter() + (0.5 if device == "cpu" else 0.0)
+        times, enough = [], time.perf_counter() + 0.5
         while len(times) < 3 or time.perf_counter() < enough:
             times.append(_one_call(call, device))
     p20, median, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
@@ -341,7 +351,13 @@ def case(
         for config_name in configs:
             problem = None  # free the last one's memory first
             problem = Problem(shape, CONFIGS[config_name], device, impls[0], seed)
-            candidates = [candidate for impl in impls for candidate in stem_candidates(impl)]
+            measured = [*impls, None] if device == "cuda" else impls
+            candidates = [candidate for impl in measured for candidate in stem_candidates(impl)]
+            if config_name != configs[0]:  # once is enough for an implementation that is not the fastest
+                slower = [f"stem_{impl}" for impl in impls[:-1]]
+                candidates = [
+                    c for c in candidates if c.operation in ("scores", "selection") or c.provider not in slower
+                ]
             if flex and config_name == configs[0]:
                 candidates.append(flex_candidate())
             rows += [run(candidate, problem, config_name) for candidate in candidates]
@@ -447,28 +463,39 @@ def sweep(
 def beyond_the_operator(
     device: str, profile: str, *, impls: Sequence[str] | None = None, seed: int = 0
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Rows of training, of a real model's q, k and v, and of time to first token; yields (what they are, rows)."""
+    """Rows of training, of time to first token, and of a real model's q, k and v; yields (what they are, rows).
+
+    What matters most comes first, so that a run that is cut short has it.
+    """
     from stem import first_token, pretrained
 
     impls = default_impls(device) if impls is None else impls
-    longest = max(LENGTHS[device, profile])
-    for tokens in (n for n in TRAINING_TOKENS[device] if n <= longest):
-        shape = replace(SHAPES[device], tokens=tokens)
-        flex = device == "cuda" and tokens == 2**15
-        yield f"forward+backward, {tokens:,} tokens", training_case(shape, device, impls=impls, flex=flex, seed=seed)
+
+    def train(lengths: Iterable[int], flex: bool = False):
+        for tokens in lengths:
+            shape = replace(SHAPES[device], tokens=tokens)
+            yield (
+                f"forward+backward, {tokens:,} tokens",
+                training_case(shape, device, impls=impls, flex=flex, seed=seed),
+            )
+
+    def read(lengths: Iterable[int]):
+        for tokens in lengths:
+            rows = first_token_case(model, tokens, device, configs=configs, seed=seed)
+            yield f"time to first token, {tokens:,} tokens", rows
 
     dtype = getattr(torch, SHAPES[device].dtype)
-    model, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
-    ids = prompt(tokenizer, CAPTURED_TOKENS[device]).to(device)
-    yield "captured from SmolLM2", captured_case(model, ids, CAPTURED_LAYERS[device], device, impls=impls, seed=seed)
-
-    del model
+    yield from train(TRAINING_TOKENS[device][:1], flex=device == "cuda")
     settings = first_token.LLAMA_8B if device == "cuda" else first_token.TINY
     model = first_token.random_llama(settings, device, dtype, seed)
-    configs = tuple(CONFIGS) if profile == "full" else ("default",)
-    for tokens in first_token.LENGTHS[device, profile]:
-        rows = first_token_case(model, tokens, device, configs=configs, seed=seed)
-        yield f"time to first token, {tokens:,} tokens", rows
+    configs = ("released",) if device == "cuda" else ("default",)
+    lengths = first_token.LENGTHS[device, profile]
+    yield from read(lengths[:2])
+    small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
+    ids = prompt(tokenizer, CAPTURED_TOKENS[device]).to(device)
+    yield "captured from SmolLM2", captured_case(small, ids, CAPTURED_LAYERS[device], device, impls=impls, seed=seed)
+    yield from train(TRAINING_TOKENS[device][1:] if profile == "full" else ())
+    yield from read(lengths[2:])
 
 
 def prompt(tokenizer, tokens: int) -> Tensor:
@@ -556,17 +583,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     profile = "smoke" if options.quick else options.profile
     rows, start = [], time.perf_counter()
-    for tokens, found in sweep(
-        options.lengths or LENGTHS[device, profile], device, impls=options.impls, seed=options.seed
-    ):
+    for what, found in _everything(options, device, profile):
         rows += found
-        print(f"{time.perf_counter() - start:6.1f} s  {tokens:>8,} tokens  {len(found)} rows", flush=True)
-    if not options.lengths:
-        for what, found in beyond_the_operator(device, profile, impls=options.impls, seed=options.seed):
-            rows += found
-            print(f"{time.perf_counter() - start:6.1f} s  {what}  {len(found)} rows", flush=True)
-        print("wrote", records.write_rows("speed", pd.DataFrame(rows, columns=list(COLUMNS)), profile))
+        print(f"{time.perf_counter() - start:6.1f} s  {what}  {len(found)} rows", flush=True)
+        if not options.lengths:  # after each part, so that a run that is cut short leaves what it measured
+            path = records.write_rows("speed", pd.DataFrame(rows, columns=list(COLUMNS)), profile)
     print(table(rows))
+    print("not written" if options.lengths else f"wrote {path}")
+
+
+def _everything(options: argparse.Namespace, device: str, profile: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What is measured and its rows: the operator by length, what is beyond it, the operator at extreme lengths."""
+    lengths = options.lengths or LENGTHS[device, profile]
+    common = dict(impls=options.impls, seed=options.seed)
+    ordinary = [n for n in lengths if n < ONE_CONFIG_TOKENS or options.lengths]
+    for tokens, found in sweep(ordinary, device, **common):
+        yield f"{tokens:>8,} tokens", found
+    if not options.lengths:
+        yield from beyond_the_operator(device, profile, **common)
+    for tokens in sorted(set(lengths) - set(ordinary)):
+        impls = default_impls(device) if options.impls is None else options.impls
+        shape = replace(SHAPES[device], tokens=tokens)
+        yield (
+            f"{tokens:>8,} tokens",
+            case(shape, device, configs=tuple(CONFIGS)[:1], impls=impls, dense=(), seed=options.seed),
+        )
 
 
 if __name__ == "__main__":
