@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint speed training tables notebooks lab lab-test clean
+.PHONY: help env reproduce test lint speed training evaluation quality extend tables notebooks lab lab-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,6 +40,9 @@ training: $(INSTALLED) ## train the small models and write results/training/; re
 
 evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/evaluation/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.compare --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+
+quality: $(INSTALLED) ## compare every selection by the loss it costs and write results/selection_quality/  [PROFILE=smoke|full]
+	$(BIN)/python -m stem.quality --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/extension/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))

@@ -17,8 +17,12 @@ from pathlib import Path
 import torch
 
 from stem import compare, documents, hf, patterns, pretrained, records
+from stem.attention import stem_attention
+from stem.budget import block_budget
 from stem.calibration import calibrate
 from stem.config import StemConfig
+from stem.scores import block_scores
+from stem.selection import select_blocks
 
 PUBLISHED = "stem"  # the method of the paper: mean score, value term, Token Position-Decay
 ADAPTIVE = "adaptive"
@@ -50,9 +54,9 @@ PLANS = {
     "full": Plan(
         tuple(name for name in patterns.names() if name != "dense") + (ADAPTIVE,),
         8192,
-        2,
+        1,
         (0.1, 0.16, 0.25, 0.31, 0.5),
-        (32, 64, 128),
+        (128, 64, 32),
         adaptive_densities=(0.08, 0.155),
     ),
 }
@@ -116,15 +120,59 @@ def calibration_prompts(tokenizer, tokens: int, count: int) -> list[torch.Tensor
     return [torch.tensor(documents.windows(of, tokens, count)) for of in texts]
 
 
+@torch.no_grad()
+def cost_rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, seed: int = 0) -> list[dict]:
+    """What the adaptive selection costs on a GPU, at the attention shape of Llama-3.1-8B and random normal inputs.
+
+    Returns:
+        A row per length: tokens, density, threshold (the share that `density` of the blocks exceed), selection_ms
+        (scores and selection), operator_ms (all of stem_attention), share of the one in the other, peak_memory_mib of
+        the selection.
+    """
+    from triton.testing import do_bench
+
+    found = []
+    for tokens in lengths:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        q, k, v = (
+            torch.randn(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
+            for heads in (32, 8, 8)
+        )
+        config = StemConfig.preset(ADAPTIVE)
+        budget = block_budget(tokens // config.block_size, config)
+        last = block_scores(q, k, v, config)[0, :, -1].exp().float()
+        config = config.replace(threshold=last.quantile(1 - density).item())
+
+        def select(q=q, k=k, v=v, config=config, budget=budget):
+            return select_blocks(block_scores(q, k, v, config), budget, config)
+
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        realised = select().density()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        selection = do_bench(select, rep=200, return_mode="median")
+        operator = do_bench(partial(stem_attention, q, k, v, config), rep=400, return_mode="median")
+        times = dict(selection_ms=selection, operator_ms=operator, share=selection / operator)
+        about = dict(tokens=tokens, density=realised, threshold=config.threshold)
+        found.append(about | times | dict(peak_memory_mib=peak, seed=seed))
+    return found
+
+
 def main() -> None:
-    """Measure and write results/selection_quality/."""
+    """Measure and write results/selection_quality/ and, on a GPU, results/selection_cost/."""
     parser = argparse.ArgumentParser(prog="python -m stem.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
     options = parser.parse_args()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model, tokenizer = pretrained.load(options.model, dtype=dtype)
-    found = list(rows(PLANS[options.profile], model, tokenizer, Path(model.name_or_path).name))
+    if torch.cuda.is_available():
+        print("wrote", records.write_rows("selection_cost", cost_rows(), options.profile))
+    found = []
+    for row in rows(PLANS[options.profile], model, tokenizer, Path(model.name_or_path).name):
+        found.append(row)
+        if len(found) % 100 == 0:  # a run that is cut short leaves what it measured
+            records.write_rows("selection_quality", found, options.profile)
     print("wrote", records.write_rows("selection_quality", found, options.profile))
 
 

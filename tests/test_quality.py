@@ -1,0 +1,48 @@
+"""Selection quality: every method reads the same windows at the density that was asked for."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from stem import StemConfig, compare, pretrained, quality
+
+KINDS = ("prose", "licences")
+PLAN = quality.Plan(("stem", "sliding_window", "adaptive"), 320, 2, (0.5,), (16,), KINDS, adaptive_densities=(0.4,))
+
+
+@pytest.fixture(scope="module")
+def found():
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, initializer_range=0.3, **sizes)
+    return list(quality.rows(PLAN, LlamaForCausalLM(config).eval(), tokenizer, "tiny", show=lambda line: None))
+
+
+def test_rows_are_those_of_the_plan(found):
+    asked = [("stem", 0.5), ("sliding_window", 0.5), ("adaptive", 0.5), ("adaptive", 0.4)]
+    assert [(row["method"], row["asked"], row["text"]) for row in found] == [
+        (*x, kind) for x in asked for kind in KINDS
+    ]
+    assert all(row["gap"] == pytest.approx(row["loss"] - row["dense_loss"], abs=2e-5) for row in found)
+    assert len({row["dense_loss"] for row in found}) == len(KINDS)
+
+
+def test_densities_are_those_asked_for(found):
+    for row in found:
+        # "adaptive" gets its threshold from other texts
+        assert row["density"] == pytest.approx(row["asked"], abs=0.1 if row["method"] == "adaptive" else 0.02)
+        assert (row["threshold"] is not None) == (row["method"] == "adaptive")
+
+
+def test_calibration_reads_other_texts_than_the_rows():
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
+    prompts = quality.calibration_prompts(tokenizer, 256, 2)
+    windows = compare.document_windows(tokenizer, 256, 2, KINDS)
+    read = {tuple(ids.tolist()) for ids in torch.cat(list(windows.values()))}
+    assert [prompt.shape for prompt in prompts] == [(2, 256), (2, 256)]
+    assert not read & {tuple(ids.tolist()) for ids in torch.cat(prompts)}
+
+
+def test_the_published_method_is_the_paper_preset():
+    assert quality.selector("stem", 0.3, 64, None, None) == StemConfig.preset("paper", density=0.3, block_size=64)
