@@ -502,8 +502,9 @@ def _tiles(block_m: int, block_n: int, block_size: int, head_dim: int, stages: i
 def num_splits(k: torch.Tensor, max_blocks: int) -> int:
     """Parts that each key block's lists are cut into, so that one that every row lists does not outlast the rest.
 
-    Such a key block meets all query blocks of its group, but a multiprocessor meets B * Hkv * (list length) /
-    (multiprocessors) times as many; twice the inverse of that is cut for, at most MAX_SPLITS.
+    A program of such a key block reads nq blocks of queries for each query head, while all programs of a
+    multiprocessor read nq * (list length) * B * Hkv / processors of them together. We cut until the former is half of
+    the latter, into at most MAX_SPLITS parts.
     """
     if not k.is_cuda:
         return 1
