@@ -79,3 +79,31 @@ def _largest(x: Tensor, count: int) -> Tensor:
     """The `count` largest entries of each row of [rows, M], as a mask."""
     mask = torch.zeros_like(x, dtype=torch.bool)
     return mask.scatter_(1, x.topk(count, dim=1).indices, True)
+
+
+class Claims:
+    """The paper's claims as notebook 01 checks them: called once for each, then shown as one table."""
+
+    def __init__(self, on: str) -> None:
+        """on: the model and text of claims that name no other."""
+        self._on, self._rows = on, []
+
+    def __call__(self, claim: str, paper: str, ours: str, verdict: str, on: str | None = None) -> None:
+        """Add a claim with the paper's value, ours, a plain verdict, and what ours was measured on."""
+        self._rows.append(dict(claim=claim, paper=paper, ours=ours, verdict=verdict, on=on or self._on))
+
+    def table(self) -> pd.DataFrame:
+        """A row per claim, columns claim, paper, ours, verdict, on."""
+        return pd.DataFrame(self._rows)
+
+
+def effect(losses: pd.DataFrame, method: str, before: str) -> str:
+    """What a method does to the loss against another on the same text, in words, beyond two standard errors or not.
+
+    losses: rows of stem.evaluate.document_loss_rows.
+    """
+    loss = losses.pivot(index=["document", "start"], columns="method", values="loss")
+    change = loss[method] - loss[before]
+    mean, noise = change.mean(), 2 * change.sem()
+    word = "helps" if mean < -noise else "hurts" if mean > noise else "makes no clear difference"
+    return f"{word} ({mean:+.3f} ± {noise:.3f} nats)"

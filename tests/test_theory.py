@@ -1,5 +1,6 @@
 """Recall by density, and the order of the ways to spend a budget."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -39,3 +40,22 @@ def test_more_freedom_never_loses_more():
     lost = theory.lost_by_allocation(mass, [0.1, 0.3, 0.6]).pivot(index="density", columns="allocation", values="lost")
     assert (lost["one threshold"] < lost["a threshold per head"]).all()
     assert (lost["a threshold per head"] < lost["a budget per row"]).all()
+
+
+def test_claims_are_a_table():
+    claim = theory.Claims("toy")
+    claim("Eq. 1", "1", "2", "not reproduced")
+    claim("Eq. 2", "1", "1", "reproduced", "paper")
+    assert claim.table().on.tolist() == ["toy", "paper"]
+    assert claim.table().verdict.tolist() == ["not reproduced", "reproduced"]
+
+
+def test_effect_needs_two_standard_errors():
+    starts = range(4)
+    losses = {"old": [1.0, 2.0, 3.0, 4.0], "better": [0.8, 1.7, 2.8, 3.7], "noisy": [0.5, 2.4, 2.6, 4.4]}
+    rows = pd.DataFrame(
+        [dict(document="a", start=s, method=name, loss=loss[s]) for name, loss in losses.items() for s in starts]
+    )
+    assert theory.effect(rows, "better", "old") == "helps (-0.250 ± 0.058 nats)"
+    assert theory.effect(rows, "old", "better").startswith("hurts (+0.250")
+    assert theory.effect(rows, "noisy", "old").startswith("makes no clear difference")
