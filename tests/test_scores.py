@@ -48,7 +48,10 @@ def test_presets_in_float64(preset, shape):
 @pytest.mark.parametrize("shape", ["one-block", "chunk-aligned", "block-128"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_in_low_precision(preset, shape, dtype, impl):
-    """The inputs are rounded, everything after them is fp32: the error is fp32's, whatever the inputs."""
+    """The inputs are rounded, and everything after them is fp32, whatever the inputs: so is the error.
+
+    Only impl="triton" keeps the sums of 16-bit inputs to 16 bits, 15 in the interpreter, which cuts bf16 off.
+    """
     *sizes, block = SHAPES[shape]
     q, k, v = (x.to(dtype) for x in draw(*sizes))
     scores = block_scores(q, k, v, StemConfig.preset(preset, block_size=block), impl=impl)
@@ -56,7 +59,9 @@ def test_presets_in_low_precision(preset, shape, dtype, impl):
     oracle = oracles.preset_scores(preset, q, k, v, block)
     causal = oracle.isfinite()
     assert torch.equal(scores.isneginf(), ~causal)
-    torch.testing.assert_close(scores[causal].double(), oracle[causal], rtol=1e-5, atol=1e-5 * oracle[causal].std())
+    tolerance = 1e-4 if impl == "triton" and dtype != torch.float32 else 1e-5
+    scores, oracle = scores[causal].double(), oracle[causal]
+    torch.testing.assert_close(scores, oracle, rtol=1e-5, atol=tolerance * oracle.std())
 
 
 @pytest.mark.parametrize("stride", [1, 2, 8, 16, 64])
