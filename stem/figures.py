@@ -163,8 +163,7 @@ def selections(chosen: Mapping[str, BlockSelection], *, head: int = 0, columns: 
     for ax in axes.flat[len(chosen) :]:
         ax.set_axis_off()
     for ax, (name, kept) in zip(axes.flat, chosen.items(), strict=False):
-        selection(kept, ax, head=head, title=f"{name}\n{kept.density():.2f}")
-        ax.title.set_fontsize(7.5)
+        selection(kept, ax, head=head).set_title(f"{name}\n{kept.density():.2f}", fontsize=7)
         ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
     return figure
 
