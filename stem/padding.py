@@ -71,7 +71,7 @@ def _token_mask_spans(mask: Tensor, batch_size: int) -> list[list[tuple[int, int
     if causal and mask.is_floating_point():
         causal = not ((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()
         mask = mask == 0
-    spans = [_packed_spans(row) for row in mask[:, 0].cpu()] if causal else [None]
+    spans = [_packed_spans(row) for row in mask[:, 0]] if causal else [None]
     if None in spans:
         raise ValueError(
             f"attention_mask: stem attention takes causal attention with padding at the ends of each row, or with "
@@ -83,7 +83,7 @@ def _token_mask_spans(mask: Tensor, batch_size: int) -> list[list[tuple[int, int
 
 def _packed_spans(mask: Tensor) -> list[tuple[int, int, int]] | None:
     """Spans of packed sequences in a bool mask [Nq, Nk], True = attend; None if it says anything else."""
-    query, key = torch.arange(mask.shape[0]), torch.arange(mask.shape[1])
+    query, key = (torch.arange(size, device=mask.device) for size in mask.shape)
     bits = mask.to(torch.uint8)
     attends, first, last = mask.any(-1), bits.argmax(-1), mask.shape[1] - 1 - bits.flip(-1).argmax(-1)
     offset = int((last - query)[attends][0]) if attends.any() else 0
