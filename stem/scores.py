@@ -86,9 +86,13 @@ def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offs
 
 
 def pad_to_grid(x: Tensor, size: int, offset: int = 0) -> Tensor:
-    """Zero rows in front and behind so that x [B, H, N, D], starting at `offset`, covers whole blocks of `size`."""
+    """Zero rows in front and behind so that x [B, H, N, D], starting at `offset`, covers whole blocks of `size`.
+
+    x itself where none is missing.
+    """
     front = offset % size
-    return torch.nn.functional.pad(x, (0, 0, front, -(front + x.shape[2]) % size))
+    behind = -(front + x.shape[2]) % size
+    return torch.nn.functional.pad(x, (0, 0, front, behind)) if front or behind else x
 
 
 def value_term(v: Tensor, config: StemConfig, *, impl: str = "torch") -> Tensor:
