@@ -193,16 +193,16 @@ def panel(explorer: Explorer, start: Choice):
     """Sliders and menus beside one picture that follows them, an ipywidgets box."""
     import ipywidgets
 
-    slider = partial(ipywidgets.FloatSlider, continuous_update=False, step=0.05)
-    whole = partial(ipywidgets.IntSlider, continuous_update=False, min=0)
+    wide = {"description_width": "6em"}
+    slider = partial(ipywidgets.FloatSlider, continuous_update=False, step=0.05, style=wide)
+    whole = partial(ipywidgets.IntSlider, continuous_update=False, min=0, style=wide)
+    menu = partial(ipywidgets.Dropdown, style=wide)
     controls = {
         "layer": whole(description="layer", value=start.layer, max=explorer.layers - 1),
         "head": whole(description="head", value=start.head, max=explorer.heads - 1),
-        "method": ipywidgets.Dropdown(description="method", value=start.method, options=patterns.names()),
+        "method": menu(description="method", value=start.method, options=patterns.names()),
         "density": slider(description="density", value=start.density, min=0.05, max=1.0),
-        "block_size": ipywidgets.Dropdown(
-            description="block size", value=start.block_size, options=get_args(BlockSize)
-        ),
+        "block_size": menu(description="block size", value=start.block_size, options=get_args(BlockSize)),
         "decay": slider(description="decay", value=start.decay, min=0.05, max=1.0),
         "value_weight": slider(description="value weight", value=start.value_weight, min=0.0, max=2.0),
     }

@@ -182,7 +182,7 @@ def attention_map(mass: Tensor, kept: BlockSelection, ax: Axes, *, head: int = 0
     shares = np.log10(mass.cpu().numpy().clip(10.0**-FAINTEST))
     for colours, shown in (("Greys", ~inside), ("Blues", inside)):
         colours = plt.get_cmap(colours, 2 * FAINTEST)
-        part = np.ma.masked_where(~shown, shares)
+        part = np.ma.masked_where(~shown | (mass.cpu().numpy() == 0), shares)  # the future has no share at all
         ax.imshow(part, cmap=colours, vmin=-FAINTEST, vmax=0, extent=(0, last, last, first), interpolation="nearest")
     ax.grid(False)
     ax.set(xlabel="key [token]", ylabel="query [token]", title=title or f"{kept.density():.0%} of the pairs kept")
