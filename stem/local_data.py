@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from unittest import mock
 
 ESSAYS, LONGBENCH, LONGBENCH2 = "baber/paul_graham_essays", "Xnhyacinth/LongBench", "recursal/longbench-v2"
@@ -54,11 +55,10 @@ def local_data(folder: str | Path | None) -> Iterator[None]:
         FileNotFoundError: While tasks load, if a file is missing and cannot be downloaded; it names the file.
     """
     import datasets
-    import requests
 
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"data_dir must be a folder, got {str(folder)!r}")
-    download, get = datasets.load_dataset, requests.get
+    download, get = datasets.load_dataset, resolve_name("requests.get")  # the latter comes with lm-eval
 
     def load_dataset(path, name=None, *args, split=None, **options):
         file = _file(folder, _place(path, name))
@@ -77,7 +77,7 @@ def local_data(folder: str | Path | None) -> Iterator[None]:
         content = json.loads(file.read_text(encoding="utf-8"))
         return mock.Mock(json=lambda: content, raise_for_status=lambda: None)
 
-    with mock.patch.object(datasets, "load_dataset", load_dataset), mock.patch.object(requests, "get", fetch):
+    with mock.patch.object(datasets, "load_dataset", load_dataset), mock.patch("requests.get", fetch):
         yield
 
 
