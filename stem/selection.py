@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from stem.config import StemConfig
-from stem.scores import mask_future
 from stem.validation import check_config, check_impl
 
 
@@ -178,7 +177,8 @@ def select_blocks(
     forced = priority < 0
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if config.allocation == "adaptive":
-        kept = (mask_future(scores).softmax(-1) > config.threshold) | forced
+        future = torch.ones_like(forced).triu(nk - nq + 1)
+        kept = (scores.masked_fill(future, -torch.inf).softmax(-1) > config.threshold) | forced
     else:
         rank = _rank(-scores)
         if not on_top:
