@@ -289,6 +289,10 @@ def _attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         refusal = "its config says is_causal=False"
     elif any(config.output_attentions for config in configs.values()):
         refusal = "its config says output_attentions=True, and attention weights are never materialised"
+    elif any(getattr(config, "attn_logit_softcapping", None) for config in configs.values()):
+        refusal = "it soft-caps its attention scores (attn_logit_softcapping), which Stem does not implement"
+    elif any(getattr(module, "sinks", None) is not None for module in found):
+        refusal = "its attention has sinks in the softmax, which Stem does not implement"
     elif len({module.layer_idx for module in found}) < len(found):
         refusal = "it has several attention modules with the same layer_idx"
     if refusal:

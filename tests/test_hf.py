@@ -533,12 +533,14 @@ def test_attention_weights_sinks_dropout_and_custom_masks_are_refused():
 
 def test_sinks_of_gpt_oss_and_soft_caps_of_gemma2_are_refused():
     experts = dict(num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3, head_dim=16)
-    for family, overrides, match in (("GptOss", experts, "s_aux"), ("Gemma2", dict(head_dim=16), "softcap")):
-        config = getattr(transformers, f"{family}Config")(**{**SIZES, **overrides})
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-        hf.enable(model, SPARSE)
-        with pytest.raises(ValueError, match=match):
-            model(tokens(40))
+    for family, overrides, match in (("GptOss", experts, "sinks"), ("Gemma2", dict(head_dim=16), "softcapping")):
+        model = build(family, **overrides)
+        with pytest.raises(ValueError, match=f"{family}ForCausalLM cannot use Stem attention: .*{match}"):
+            hf.enable(model, SPARSE)
+    model = build("Gemma2", head_dim=16, attn_logit_softcapping=None)
+    expected = logits(model, tokens())
+    hf.enable(model, DENSE)
+    torch.testing.assert_close(logits(model, tokens()), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_models_without_causal_attention_of_the_interface_are_refused():
