@@ -101,7 +101,7 @@ def cases():
             product = tiles | dict(DEPTH=2048, PARTS=parts, DTYPE=operands, PRECISION="tf32x3")
             name = f"score_blocks {dtype} {num_rows}"
             yield name, (block_scores.score_blocks_kernel, input_type, product, *options, sums_type)
-        short = dict(ON_TOP=True, DEPTH=2048, PARTS=parts, ROWS=score_select.ROWS, ROW_SIZE=128, PRECISION="tf32x3")
+        short = dict(ON_TOP=True, DEPTH=2048, PARTS=parts, ROWS=score_select.ROWS, ROW_SIZE=32, PRECISION="tf32x3")
         short |= dict(DEPTH_TILE=128 if parts == 2 else 64, DTYPE=operands)
         yield f"score_select {dtype}", (score_select.score_select_kernel, input_type, short, 8, 2, sums_type)
     standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=block_scores.NORM_TILE // 16)
