@@ -503,13 +503,13 @@ def num_splits(k: torch.Tensor, max_blocks: int) -> int:
     """Parts that each key block's lists are cut into, so that one that every row lists does not outlast the rest.
 
     A program of such a key block reads nq blocks of queries for each query head, while all programs of a
-    multiprocessor read nq * (list length) * B * Hkv / processors of them together. We cut until the former is half of
+    multiprocessor read nq * (list length) * B * Hkv / processors of them together. We cut until the former is at most
     the latter, into at most MAX_SPLITS parts.
     """
     if not k.is_cuda:
         return 1
     processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    return min(MAX_SPLITS, -(-2 * processors // (k.shape[0] * k.shape[1] * max_blocks)))
+    return min(MAX_SPLITS, -(-processors // (k.shape[0] * k.shape[1] * max_blocks)))
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -20,6 +20,7 @@ from stem.selection import BlockSelection, select_blocks
 from stem.validation import check_config, check_finite, check_impl, check_qkv, check_scale
 
 IMPLS = ("reference", "torch", "triton", "hopper", "flex")
+DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 CHUNK_SCORES = 1 << 26  # block scores held at a time by the Triton path: 256 MiB
 DENSE_TOKENS = 4096  # with every block kept, impl="hopper" is faster than torch's dense kernels beyond (NVIDIA H200)
 
@@ -50,7 +51,7 @@ def stem_attention(
     Raises:
         ValueError, TypeError: For bad shapes, dtypes, devices or names, and for non-finite input on the CPU.
     """
-    config = StemConfig() if config is None else config
+    config = DEFAULT if config is None else config
     check_qkv(q, k, v)
     check_config(config)
     scale = check_scale(scale, q.shape[-1])

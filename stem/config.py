@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import json
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Literal, get_args
@@ -151,6 +152,9 @@ class StemConfig:
                 "score_peak > 0 needs reduction='softmax' and score_stride=1, got "
                 f"score_peak={self.score_peak!r}, reduction={self.reduction!r}, score_stride={self.score_stride}"
             )
+
+        # stem.ops hands the config to operators as text, made here because torch.compile can read it but not make it
+        object.__setattr__(self, "as_json", json.dumps(asdict(self), default=lambda number: number.item()))
 
     @classmethod
     def preset(cls, name: str, **overrides) -> StemConfig:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import lru_cache
 
 import torch
@@ -25,7 +24,7 @@ from stem.selection import BlockSelection
 
 def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
     """Scores, budget and selection as one operator; the lists have room for every key block, their length is data."""
-    lists = select_op(q, k, v, _to_json(config), scale, impl or "")
+    lists = select_op(q, k, v, config.as_json, scale, impl or "")
     return BlockSelection(*lists, config.block_size, lists[0].shape[3], q.shape[2], k.shape[2])
 
 
@@ -168,11 +167,6 @@ def _laid_out_like(result: Tensor, x: Tensor) -> Tensor:
 
 def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@torch.compiler.assume_constant_result
-def _to_json(config: StemConfig) -> str:
-    return json.dumps(asdict(config), default=lambda number: number.item())  # NumPy's numbers
 
 
 @lru_cache(maxsize=256)

@@ -49,7 +49,7 @@ def test_operators_pass_the_checks_of_torch(impl):
         torch.library.opcheck(
             ops.attention_backward_op, (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl), test_utils=CHECKS
         )
-        torch.library.opcheck(ops.select_op, (q, k, v, ops._to_json(CONFIG), 0.25, impl))
+        torch.library.opcheck(ops.select_op, (q, k, v, CONFIG.as_json, 0.25, impl))
 
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -80,6 +80,11 @@ def test_compiled_attention_gives_what_eager_gives(impl):
     found = results(compiled(stem.stem_attention), qkv, config=CONFIG, impl=impl)
     for one, other in zip(found, eager, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_compiled_attention_with_the_default_config():
+    qkv = draw(200, 200)
+    torch.testing.assert_close(compiled(stem.stem_attention)(*qkv), stem.stem_attention(*qkv))
 
 
 @pytest.mark.parametrize("impl", [None, "triton", "reference"])
@@ -141,9 +146,9 @@ def test_a_graph_with_symbolic_lengths_serves_every_length():
 @pytest.mark.parametrize("preset", ["paper", "angelslim", "hpc_ops"])
 def test_configs_survive_their_way_through_an_operator(preset):
     config = StemConfig.preset(preset)
-    assert ops._from_json(ops._to_json(config)) == config
+    assert ops._from_json(config.as_json) == config
     for k_start in (1, 1.0):
-        decoded = ops._from_json(ops._to_json(StemConfig(k_start=k_start))).k_start
+        decoded = ops._from_json(StemConfig(k_start=k_start).as_json).k_start
         assert decoded == k_start and type(decoded) is type(k_start)
 
 
