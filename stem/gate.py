@@ -102,7 +102,7 @@ def check_gradients(
         q, k, v, rows, selection: As in check_output.
         dout: Gradient of the output, like q.
     Raises:
-        WrongResult: If a shape or dtype is not the input's, or a row is NaN or further off than GRADIENT_FACTOR * TOLERANCE.
+        WrongResult: If a shape or dtype is not the input's, or a row is NaN or off by GRADIENT_FACTOR * TOLERANCE.
     """
     for name, gradient, x in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
         if gradient.shape != x.shape or gradient.dtype != x.dtype:
