@@ -140,8 +140,9 @@ def cost_rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, 
         )
         config = StemConfig.preset(ADAPTIVE)
         budget = block_budget(tokens // config.block_size, config)
-        last = block_scores(q, k, v, config)[0, :, -1].exp().float()
-        config = config.replace(threshold=last.quantile(1 - density).item())
+        shares = block_scores(q, k, v, config)[0, ::8].exp()
+        shares = shares[shares > 0]  # of the causal blocks
+        config = config.replace(threshold=shares[:: len(shares) // 2**20 + 1].quantile(1 - density).item())
 
         def select(q=q, k=k, v=v, config=config, budget=budget):
             return select_blocks(block_scores(q, k, v, config), budget, config)

@@ -75,6 +75,105 @@ def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str
     return f" At {_tokens(best.tokens)} tokens and density {best.density:.1%} the whole operator is {told}."
 
 
+BEYOND = {
+    "forward+backward": "attention, forward and backward",
+    "ttft": "first token of an 8B-shaped Llama, random weights",
+    "captured attention": "attention on q, k, v of SmolLM2",
+    "captured operator": "operator on q, k, v of SmolLM2",
+}
+
+
+def beyond() -> str:
+    """For each machine: training, time to first token and a real model's tensors, against every dense back end."""
+    rows = _full("speed")
+    rows = rows[rows.operation.isin(list(BEYOND)) & rows.latency_ms.notna()] if len(rows) else rows
+    if rows.empty:
+        return _nothing("04_speed")
+    parts = []
+    for device, part in _by_device(rows):
+        names = [name for name in BASELINES if f"speedup_vs_{name}" in part and name in set(part.provider)]
+        lines = []
+        for (operation, tokens), of in part.groupby(["operation", "tokens"], sort=False):
+            own = of[of.config != "dense"].sort_values("latency_ms")
+            for row in own.to_dict("records"):
+                speedups = [row[f"speedup_vs_{name}"] for name in names]
+                ratios = [_number(speedup, "×") for speedup in speedups]
+                dense = [_number(speedup * row["latency_ms"]) for speedup in speedups]
+                about = [
+                    BEYOND[operation],
+                    _tokens(tokens),
+                    row["provider"].replace("_", ", "),
+                    f"{row['density']:.1%}",
+                ]
+                lines.append(
+                    [*about, *dense, _number(row["latency_ms"]), *ratios, _number(row["peak_memory_mib"] / 1024)]
+                )
+        header = ["what", "tokens", "sparse", "density", *(f"dense, {BASELINES[name]} [ms]" for name in names)]
+        header += ["sparse [ms]", *(f"speed-up over {BASELINES[name]}" for name in names), "peak memory [GiB]"]
+        parts.append(f"**{device}**\n\n{_markdown(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def quality() -> str:
+    """For each machine and block size that holds this repository's selection: the loss that each method costs."""
+    rows = _full("selection_quality")
+    if rows.empty:
+        return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
+    rows = rows[rows.groupby(["device", "block_size"]).method.transform(lambda of: "adaptive" in set(of))]
+    parts = []
+    for (device, size), part in rows.groupby(["device", "block_size"], sort=True):
+        tokens, texts = part.tokens.max(), sorted(part.text.unique())
+        asked = sorted(part[part.method == "stem"].asked.unique())
+        told = f"**{part.model.iloc[0]}** on {device}, every layer sparse, blocks of {size:.0f}, windows of "
+        told += f"{_tokens(tokens)} tokens of {len(texts)} kinds of text ({', '.join(texts)}): loss minus dense, mean "
+        told += (
+            "over all positions [nats per token], and the density that was computed where it is not the one asked for."
+        )
+        means = part.groupby(["method", "asked"])[["gap", "density"]].mean()
+        order = part[part.asked.isin(asked)].groupby("method").gap.mean().sort_values().index
+        lines = [[method, *(_gap_at(means, method, at) for at in asked)] for method in order]
+        header = ["method", *(f"asked for {at:.0%}" for at in asked)]
+        parts += [f"{told}{_quality_sentence(means)}{_cost_sentence(device)}", _markdown(header, lines)]
+    return "\n\n".join(parts)
+
+
+def _gap_at(means: pd.DataFrame, method: str, asked: float) -> str:
+    if (method, asked) not in means.index:
+        return MISSING
+    gap, density = means.loc[(method, asked)]
+    return f"{gap:+.4f}" + (f" ({density:.1%})" if abs(density - asked) > 0.005 else "")
+
+
+def _quality_sentence(means: pd.DataFrame) -> str:
+    """How much of the published method's gap the adaptive selection leaves, at the same density and at half of it."""
+    pairs = [(0.31, 0.31), (0.16, 0.16), (0.155, 0.31)]
+    if not all(("adaptive", own) in means.index and ("stem", other) in means.index for own, other in pairs):
+        return ""
+    same, sparser, half = (means.gap["adaptive", own] / means.gap["stem", other] for own, other in pairs)
+    return (
+        f" This repository's `adaptive` leaves {same:.0%} of the gap of Stem as published at a density of 31 %, "
+        f"{sparser:.0%} at 16 %, and {half:.0%} of its gap at 31 % with half the blocks."
+    )
+
+
+def _cost_sentence(device: str) -> str:
+    """What choosing the blocks costs at the longest length that was timed, beside Stem's own scores and selection."""
+    cost = _full("selection_cost")
+    cost = cost[cost.device == device] if len(cost) else cost
+    if cost.empty:
+        return ""
+    row = cost.sort_values("tokens").iloc[-1]
+    speed = _full("speed")
+    own = speed[(speed.device == device) & (speed.tokens == row.tokens) & (speed.config == "default")]
+    parts = own[own.operation.isin(("scores", "selection"))].latency_ms.sum()
+    attention = own[own.operation == "attention"].latency_ms.min()
+    return (
+        f" Choosing them takes {_number(row.selection_ms)} ms at {_tokens(row.tokens)} tokens of the shape above, "
+        f"where Stem's scores and selection take {_number(parts)} ms and attention over a quarter of the blocks "
+        f"{_number(attention)} ms."
+    )
+
+
 def evaluation() -> str:
     """For each machine and model: what answers and documents lose against dense attention, by method."""
     rows = pd.concat([_full("evaluation"), _full("extension")])
@@ -169,7 +268,14 @@ def correctness() -> str:
     return "\n\n".join(parts)
 
 
-SECTIONS = {"correctness": correctness, "speed": speed, "evaluation": evaluation, "training": training}
+SECTIONS = {
+    "correctness": correctness,
+    "speed": speed,
+    "beyond": beyond,
+    "quality": quality,
+    "evaluation": evaluation,
+    "training": training,
+}
 
 
 def _full(experiment: str) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -188,10 +189,20 @@ def test_readme_links_exist():
     assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
+def tiny_llama():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.3, **sizes)).eval()
+
+
 def test_readme_snippets():
     import torch
 
-    on_a_model, on_tensors = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    on_a_model, on_tensors, calibrated = snippets
     compile(on_a_model, "README.md", "exec")
     assert len(on_a_model.strip().splitlines()) <= 8
     import stem
@@ -200,6 +211,11 @@ def test_readme_snippets():
     names["v"] = torch.randn_like(names["k"])
     exec(on_tensors, names)
     assert names["out"].shape == names["q"].shape
+
+    tokens = SimpleNamespace(input_ids=torch.randint(64, (1, 2048)))
+    names |= {"model": tiny_llama(), "tokenizer": lambda text, return_tensors: tokens, "texts": ["one", "two"]}
+    exec(calibrated, names)
+    assert abs(names["density"] - 0.25) <= 0.005 and stem.hf.density(names["model"])
 
 
 def test_readme_holds_what_the_rows_say(monkeypatch):
