@@ -15,7 +15,7 @@ from stem.selection import BlockSelection
 
 # Largest relative L2 error of one sampled row: twice the rounding of the output, and room for float32 sums.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 1e-4}
-GRADIENT_FACTOR = 3  # times TOLERANCE for a gradient: weights, their gradient and the output are each rounded
+GRADIENT_FACTOR = 2  # times TOLERANCE for a gradient: weights, their gradient and the output are each rounded
 GUARD_ROWS = 64  # rows of NaN before and after each input
 GRADIENT_CHUNK = 1 << 25  # weights that the reference of a gradient holds at a time, 256 MiB in fp64
 

@@ -155,6 +155,7 @@ KNOBS = [  # (changed field, shared settings beside BASE, one value, another val
     ("decay", {}, 0.7, 0.5),
     ("decay_from", {}, "first_row", "k_start"),
     ("dense_last_blocks", {}, 0, 2),
+    ("dense_last_blocks", dict(k_start=None, allocation="adaptive", threshold=0.2), 0, 2),
     ("sink_blocks", {}, 1, 4),
     ("local_blocks", {}, 2, 5),
     ("forced", {}, "inside", "on_top"),

@@ -9,7 +9,7 @@ from stem import StemConfig, block_budget, select_blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def keep_above(scores, threshold, sink_blocks, local_blocks):
+def keep_above(scores, threshold, sink_blocks, local_blocks, dense_last_blocks):
     """Block mask from the definition, one row at a time."""
     nq, nk = scores.shape[-2:]
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
@@ -19,16 +19,18 @@ def keep_above(scores, threshold, sink_blocks, local_blocks):
         mask[..., row, : q_block + 1] = shares > threshold
         mask[..., row, q_block - min(q_block, max(local_blocks, 1) - 1) : q_block + 1] = True
         mask[..., row, : min(sink_blocks, q_block + 1)] = True
+        if row >= nq - dense_last_blocks:
+            mask[..., row, : q_block + 1] = True
     return mask
 
 
 @pytest.mark.parametrize("nq, nk", [(1, 1), (5, 5), (3, 9), (17, 40)])
-@pytest.mark.parametrize("threshold, sink_blocks, local_blocks", [(0.05, 1, 1), (0.2, 0, 0), (1.0, 2, 3), (1e-9, 0, 1)])
-def test_lists_are_those_of_the_definition(nq, nk, threshold, sink_blocks, local_blocks):
+@pytest.mark.parametrize("threshold, rules", [(0.05, (1, 1, 0)), (0.2, (0, 0, 2)), (1.0, (2, 3, 1)), (1e-9, (0, 1, 0))])
+def test_lists_are_those_of_the_definition(nq, nk, threshold, rules):
     scores = 3 * torch.randn(2, 3, nq, nk, device=DEVICE)
     scores[0, 0, 0, 0] = torch.nan
-    expected = keep_above(scores, threshold, sink_blocks, local_blocks)
-    kv_indices, kv_num_blocks = select_above(scores, threshold, sink_blocks, local_blocks)
+    expected = keep_above(scores, threshold, *rules)
+    kv_indices, kv_num_blocks = select_above(scores, threshold, *rules)
     assert torch.equal(kv_num_blocks.long(), expected.sum(-1))
     for index in torch.cartesian_prod(*map(torch.arange, (2, 3, nq))).tolist():
         count = int(kv_num_blocks[*index])
@@ -36,7 +38,8 @@ def test_lists_are_those_of_the_definition(nq, nk, threshold, sink_blocks, local
         assert not kv_indices[*index, count:].any()
 
 
-def test_both_implementations_of_select_blocks_agree():
+@pytest.mark.parametrize("dense_last_blocks", [0, 3])
+def test_both_implementations_of_select_blocks_agree(dense_last_blocks):
     scores = 2 * torch.randn(1, 4, 12, 12, device=DEVICE)
     config = StemConfig(
         block_size=16, score_stride=4, allocation="adaptive", threshold=0.08, sink_blocks=1, local_blocks=2
