@@ -99,40 +99,55 @@ def train(
         FloatingPointError: If the loss stops being finite; the last checkpoint is from before.
     """
     check_run(config)
-    names = config.tasks.split(",")
     with (
         deterministic(config.deterministic),
         join_processes(config.device) as processes,
-        contextlib.ExitStack() as held,
+        only_writer(checkpoint_path(config).parent) if processes.is_main else contextlib.nullcontext(),
     ):
-        checkpoint = checkpoint_path(config)
-        held.enter_context(only_writer(checkpoint.parent) if processes.is_main else contextlib.nullcontext())
-        processes.wait()  # from here on nobody else writes the checkpoint that is read below
-        torch.manual_seed(config.seed)
-        model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
-        shared = share(model, config.parallel, processes)
-        optimizer = make_optimizer(model, config)
-        done = load_checkpoint(checkpoint, config.settings(), model, optimizer) if checkpoint.exists() else 0
-        log = None
-        if processes.is_main:
-            log = Log(checkpoint.with_name("log.csv"), done, log_columns(names))
-        steps = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=not (progress and log))
-        for step in steps:
-            row = take_step(step, config, names, shared, optimizer, processes)
-            if log:
-                log.write(row)
-                steps.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                state = training_state(model, optimizer)
-                if log:
-                    log.sync()
-                    save_checkpoint(checkpoint, step + 1, config.settings(), state)
-            if on_step:
-                on_step(step + 1, model)
-        if log:
-            log.file.close()
+        processes.wait()  # from here on nobody else writes the checkpoint
+        model = run_steps(config, processes, progress=progress, on_step=on_step)
         processes.wait()
     return model.eval()
+
+
+def run_steps(
+    config: TrainConfig,
+    processes: Processes,
+    *,
+    progress: bool = False,
+    on_step: Callable[[int, LanguageModel], None] | None = None,
+) -> LanguageModel:
+    """The part of `train` that is done in the group of its processes.
+
+    The DistributedDataParallel lives in this call only, because it must not outlive the group: as the last owner of a
+    gloo group it would wait, holding the GIL, for a thread of gloo that needs the GIL to end.
+    """
+    names = config.tasks.split(",")
+    checkpoint = checkpoint_path(config)
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
+    shared = share(model, config.parallel, processes)
+    optimizer = make_optimizer(model, config)
+    done = load_checkpoint(checkpoint, config.settings(), model, optimizer) if checkpoint.exists() else 0
+    log = None
+    if processes.is_main:
+        log = Log(checkpoint.with_name("log.csv"), done, log_columns(names))
+    steps = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=not (progress and log))
+    for step in steps:
+        row = take_step(step, config, names, shared, optimizer, processes)
+        if log:
+            log.write(row)
+            steps.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            state = training_state(model, optimizer)
+            if log:
+                log.sync()
+                save_checkpoint(checkpoint, step + 1, config.settings(), state)
+        if on_step:
+            on_step(step + 1, model)
+    if log:
+        log.file.close()
+    return model
 
 
 @contextlib.contextmanager
