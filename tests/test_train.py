@@ -1,5 +1,6 @@
 """The training loop: one curve, whole, split, interrupted or distributed, and checkpoints that are whole or absent."""
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,29 @@ def test_two_processes_give_the_curve_of_one(tmp_path, attention, parallel):
     assert result.returncode == 0, result.stderr
     torch.testing.assert_close(curve(two.out), curve(one.out), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tensors(two.out), tensors(one.out), rtol=1e-3, atol=1e-5)
+
+
+def test_the_distributed_model_dies_before_its_group(tmp_path, monkeypatch):
+    """Else it may be the last owner of the group, and gloo's destructor then waits for itself."""
+    shared = []
+
+    class Share(torch.nn.Module):
+        def __init__(self, model, parallel, processes):
+            super().__init__()
+            self.forward = model.forward
+            self.blocks = model  # what gives it the parameters
+            shared.append(weakref.ref(self))
+
+    @contextlib.contextmanager
+    def join(device):
+        yield Processes(0, 1, torch.device("cpu"))
+        left.extend(ref() is not None for ref in shared)
+
+    left = []
+    monkeypatch.setattr("stem.train.share", Share)
+    monkeypatch.setattr("stem.train.join_processes", join)
+    train(small(tmp_path))
+    assert left == [False]
 
 
 KILLED_IN_WRITE = """
