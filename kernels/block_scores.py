@@ -9,6 +9,8 @@ then is three bf16 products (high * high, high * low, low * high), faster than a
 fp32 inputs stay fp32.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -369,8 +371,21 @@ def num_parts(dtype: torch.dtype) -> int:
 def empty_sums(batch: int, num_heads: int, num_blocks: int, depth: int, x: torch.Tensor) -> torch.Tensor:
     """Room for the group sums of inputs like `x`."""
     if num_parts(x.dtype) == 1:
-        return torch.empty(batch, num_heads, num_blocks, depth, dtype=torch.float32, device=x.device)
-    return torch.empty(batch, num_heads, num_blocks, 2, depth, dtype=torch.bfloat16, device=x.device)
+        return x.new_empty(batch, num_heads, num_blocks, depth)
+    return x.new_empty(batch, num_heads, num_blocks, 2, depth, dtype=torch.bfloat16)
+
+
+@cache
+def group_constants(head_dim: int, block_size: int, stride: int, dtype: torch.dtype) -> dict[str, int]:
+    """What is known when a kernel that adds groups is compiled; kept, since to work it out takes the host some us."""
+    return dict(
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=block_size,
+        STRIDE=stride,
+        GROUPS=min(stride, MAX_GROUPS_PER_TILE),
+        PARTS=num_parts(dtype),
+    )
 
 
 def score_inputs(
@@ -402,15 +417,15 @@ def score_inputs(
     offset = num_keys - num_queries
     if num_q_blocks is None:
         num_q_blocks = num_kv_blocks - offset // block_size
-    groups = min(stride, MAX_GROUPS_PER_TILE)
+    constants = group_constants(head_dim, block_size, stride, q.dtype)
     q_sums = empty_sums(batch, num_q_heads, num_q_blocks, stride * head_dim, q)
     k_sums = empty_sums(batch, num_kv_heads, num_kv_blocks, stride * head_dim, k)
-    value_bonus = torch.empty(batch, num_kv_heads, num_kv_blocks, dtype=torch.float32, device=q.device)
+    value_bonus = v.new_empty(batch, num_kv_heads, num_kv_blocks, dtype=torch.float32)
     log_term = value_norm == "log"
     groups_per_block = block_size // stride
     values = value_bonus if log_term else value_bonus.new_empty(*value_bonus.shape, groups_per_block)
     num_q_programs = batch * num_q_heads * num_q_blocks
-    grid = (num_q_programs + batch * num_kv_heads * num_kv_blocks, stride // groups)
+    grid = (num_q_programs + batch * num_kv_heads * num_kv_blocks, stride // constants["GROUPS"])
     with torch.cuda.device_of(q):
         score_inputs_kernel[grid](
             q,
@@ -431,14 +446,9 @@ def score_inputs(
             num_q_programs,
             offset,
             float(value_weight),
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            DIM_TILE=min(DIM_TILE, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size,
-            STRIDE=stride,
-            GROUPS=groups,
-            PARTS=num_parts(q.dtype),
+            DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
             LOG_TERM=log_term,
+            **constants,
         )
         if not log_term:
             padded = value_norm == "zscore_padded"
@@ -470,22 +480,17 @@ def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, 
     batch, num_heads, num_tokens, head_dim = x.shape
     num_blocks = -(-(offset + num_tokens) // block_size) - offset // block_size
     sums = empty_sums(batch, num_heads, num_blocks, stride * head_dim, x)
-    groups = min(stride, MAX_GROUPS_PER_TILE)
+    constants = group_constants(head_dim, block_size, stride, x.dtype)
     with torch.cuda.device_of(x):
-        block_sums_kernel[(num_blocks, stride // groups, batch * num_heads)](
+        block_sums_kernel[(num_blocks, stride // constants["GROUPS"], batch * num_heads)](
             x,
             sums,
             *x.stride(),
             num_heads,
             num_tokens,
             offset,
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_SIZE=block_size,
-            STRIDE=stride,
-            GROUPS=groups,
-            PARTS=num_parts(x.dtype),
             REVERSE=reverse,
+            **constants,
         )
     return sums
 

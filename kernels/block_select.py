@@ -4,6 +4,8 @@ Floats are mapped to unsigned keys that order like them; the key of the last kep
 the top, by counting how many keys reach a candidate. Blocks kept by rule take the keys above every float.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -137,6 +139,12 @@ def select_topk_kernel(
     )  # fmt: skip
 
 
+@cache
+def row_size(num_kv_blocks: int) -> int:
+    """Lanes of a row of scores: the next power of two, at least 16."""
+    return max(16, triton.next_power_of_2(num_kv_blocks))
+
+
 def empty_lists(
     batch: int, num_heads: int, num_rows: int, max_blocks: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +181,7 @@ def select_topk(
     num_list_rows = len(budget)
     if lists is None:
         lists = empty_lists(batch, num_heads, num_list_rows, max_blocks, scores.device)
-    row_size = triton.next_power_of_2(num_kv_blocks)
+    lanes = row_size(num_kv_blocks)
     with torch.cuda.device_of(scores):
         select_topk_kernel[(num_score_rows, batch * num_heads)](
             scores.contiguous(),
@@ -187,7 +195,7 @@ def select_topk(
             local_blocks,
             max_blocks,
             ON_TOP=on_top,
-            ROW_SIZE=row_size,
-            num_warps=min(32, max(1, row_size // KEYS_PER_WARP)),
+            ROW_SIZE=lanes,
+            num_warps=min(32, max(1, lanes // KEYS_PER_WARP)),
         )
     return lists

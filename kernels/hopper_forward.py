@@ -38,6 +38,7 @@ LAUNCH_REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
 TMA_BYTES = 16  # alignment of addresses and strides
 TMA_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
@@ -342,8 +343,11 @@ def supports(q: torch.Tensor, block_size: int) -> bool:
 
 def tma_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if TMA can read it: unit stride of D, address and other strides multiples of 16 bytes; else a copy."""
-    aligned = all(stride > 0 and stride * x.element_size() % TMA_BYTES == 0 for stride in x.stride()[:-1])
-    if aligned and x.stride(-1) == 1 and x.data_ptr() % TMA_BYTES == 0:
+    batch_stride, head_stride, row_stride, dim_stride = x.stride()
+    elements = TMA_BYTES // x.element_size()
+    aligned = not (batch_stride % elements or head_stride % elements or row_stride % elements)
+    positive = batch_stride > 0 and head_stride > 0 and row_stride > 0
+    if aligned and positive and dim_stride == 1 and x.data_ptr() % TMA_BYTES == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -370,7 +374,7 @@ def sparse_forward(
     num_kv_heads, num_keys = k.shape[1:3]
     num_q_blocks, max_blocks = kv_indices.shape[2:]
     out = torch.empty_like(q)
-    lse = torch.empty(batch, num_q_heads, num_queries, dtype=torch.float32, device=q.device)
+    lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
     num_tasks = num_q_blocks * batch * num_q_heads
     num_programs = min(num_tasks, num_multiprocessors(q.device))
     with torch.cuda.device_of(q):
@@ -391,7 +395,7 @@ def sparse_forward(
             num_q_blocks,
             max_blocks,
             num_tasks,
-            max(float(scale), torch.finfo(torch.float32).tiny),
+            max(float(scale), SMALLEST_SCALE),
             num_warps=CONSUMER_WARPS.value,
             maxnreg=LAUNCH_REGISTERS,
         )

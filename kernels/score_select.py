@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .block_scores import PRECISION, operand_dtype, score_tile
-from .block_select import select_rows
+from .block_select import row_size, select_rows
 
 MAX_KV_BLOCKS = 32  # of a row; at 64, on an NVIDIA H200, two kernels are faster
 ROWS = 32  # query blocks of one program, of all heads that share a KV head
@@ -76,7 +76,6 @@ def score_select(
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]
     parts = 2 if q_sums.dtype == torch.bfloat16 else 1
     heads_per_kv_head = num_q_heads // num_kv_heads
-    row_size = max(16, triton.next_power_of_2(num_kv_blocks))
     with torch.cuda.device_of(q_sums):
         score_select_kernel[(-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads)](
             q_sums,
@@ -95,7 +94,7 @@ def score_select(
             DEPTH=q_sums.shape[-1],
             PARTS=parts,
             ROWS=ROWS,
-            ROW_SIZE=row_size,
+            ROW_SIZE=row_size(num_kv_blocks),
             DEPTH_TILE=128 if parts == 2 else 64,
             DTYPE=operand_dtype(parts),
             PRECISION=PRECISION,

@@ -65,7 +65,7 @@ def stem_attention(
     elif impl is None and keeps_every_block(num_kv_blocks, num_q_blocks, config):
         attended, selection = _attend_everything(q, k, v, config, scale, return_selection, return_lse)
     else:
-        impl = _choose(impl, q, k, v, config.block_size)
+        impl = _choose(impl, q, config.block_size)
         selection = _select(q, k, v, config, scale, _STAGE_IMPL[impl])
         attended = _RUN[impl](q, k, v, selection, scale)
     out, lse = attended
@@ -112,7 +112,7 @@ def _attend(
         from stem import ops
 
         return ops.attend(q, k, v, selection, scale, impl)  # it chooses when it runs
-    return _RUN[_choose(impl, q, k, v, selection.block_size)](q, k, v, selection, scale)
+    return _RUN[_choose(impl, q, selection.block_size)](q, k, v, selection, scale)
 
 
 def _attend_everything(
@@ -120,13 +120,15 @@ def _attend_everything(
 ) -> tuple[tuple[Tensor, Tensor | None], BlockSelection | None]:
     """stem_attention where every block is kept: nothing is scored, and a dense kernel attends where it is faster."""
     check_finite(q=q, k=k, v=v)
-    impl = _choose(None, q, k, v, config.block_size)
-    lists_are_faster = impl == "hopper" and k.shape[2] > DENSE_TOKENS and not _needs_operator(q, k, v)
+    long = k.shape[2] > DENSE_TOKENS
+    lists_are_faster = long and _choose(None, q, config.block_size) == "hopper" and not _needs_operator(q, k, v)
     attended = None if lists_are_faster else fused_attention(q, k, v, scale, return_lse)
     if attended is not None and not return_selection:
         return attended, None
     selection = BlockSelection.every_block(*q.shape[:3], k.shape[2], config.block_size, q.device)
-    return _RUN[impl](q, k, v, selection, scale) if attended is None else attended, selection
+    if attended is None:
+        attended = _RUN[_choose(None, q, config.block_size)](q, k, v, selection, scale)
+    return attended, selection
 
 
 def _select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
@@ -254,7 +256,7 @@ _RUN = {"reference": _reference, "torch": gather_attention, "triton": _triton, "
 _STAGE_IMPL = {"reference": "torch", "torch": "torch", "triton": "triton", "hopper": "triton", "flex": None}
 
 
-def _choose(impl: str | None, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
+def _choose(impl: str | None, q: Tensor, block_size: int) -> str:
     """The implementation to run: for None the fastest that covers this problem; raises if an explicit one does not."""
     chosen = check_impl(impl, IMPLS, q)
     if impl == "hopper" or (impl is None and chosen == "triton"):

@@ -65,7 +65,7 @@ def attention_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    impl = _resolve(impl, q, k, v, block_size)
+    impl = _resolve(impl, q, block_size)
     if impl == "torch":
         out, lse = gather_attention(q, k, v, _selection(q, k, kv_indices, kv_num_blocks, block_size), scale)
     elif impl == "triton":
@@ -99,7 +99,7 @@ def attention_backward_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _resolve(impl, q, k, v, block_size) == "torch":
+    if _resolve(impl, q, block_size) == "torch":
         selection = _selection(q, k, kv_indices, kv_num_blocks, block_size)
         with ThreadPoolExecutor(1) as thread:  # an operator runs below autograd, a new thread does not
             gradients = thread.submit(_gather_gradients, q, k, v, selection, scale, dout, dlse).result()
@@ -142,10 +142,10 @@ def _gather_gradients(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection
     return torch.autograd.grad(gather_attention(*inputs, selection, scale), inputs, (dout, dlse))
 
 
-def _resolve(impl: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
+def _resolve(impl: str, q: Tensor, block_size: int) -> str:
     from stem.attention import _choose
 
-    return _choose(impl or None, q, k, v, block_size)
+    return _choose(impl or None, q, block_size)
 
 
 def _selection(q: Tensor, k: Tensor, kv_indices: Tensor, kv_num_blocks: Tensor, block_size: int) -> BlockSelection:

@@ -19,29 +19,33 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(x.shape)}")
+        shape = x.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(shape)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-        if 0 in x.shape:
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}")
+        if 0 in shape:
+            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(shape)}")
+    dtype, device = q.dtype, q.device
+    (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = q.shape, k.shape
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
-        if x.shape[3] != q.shape[3]:
-            raise ValueError(f"{name} must have q's head_dim {q.shape[3]}, got {x.shape[3]}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+        x_batch, _, _, x_head_dim = x.shape
+        if x_batch != batch:
+            raise ValueError(f"{name} must have q's batch size {batch}, got {x_batch}")
+        if x_head_dim != head_dim:
+            raise ValueError(f"{name} must have q's head_dim {head_dim}, got {x_head_dim}")
     if k.shape != v.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"q's heads must be a multiple of k's heads {k.shape[1]}, got {q.shape[1]}")
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"q must have at most k's {k.shape[2]} tokens, got {q.shape[2]}")
-    if q.shape[3] > 256:
-        raise ValueError(f"head_dim must be in {HEAD_DIMS}, got {q.shape[3]}")
+    if q_heads % kv_heads:
+        raise ValueError(f"q's heads must be a multiple of k's heads {kv_heads}, got {q_heads}")
+    if q_len > kv_len:
+        raise ValueError(f"q must have at most k's {kv_len} tokens, got {q_len}")
+    if head_dim > 256:
+        raise ValueError(f"head_dim must be in {HEAD_DIMS}, got {head_dim}")
 
 
 def check_config(config: StemConfig) -> None:
@@ -59,7 +63,7 @@ def check_finite(**tensors: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     for name, x in tensors.items():
-        if x.device.type == "cpu" and x.numel() and not torch.stack(x.aminmax()).isfinite().all():  # one pass, no copy
+        if x.is_cpu and x.numel() and not torch.stack(x.aminmax()).isfinite().all():  # one pass, no copy
             raise ValueError(f"{name} must be finite, got {int((~x.isfinite()).sum())} NaN or infinite values")
 
 
