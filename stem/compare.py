@@ -8,8 +8,10 @@ group of rows holds the control, a short window, which must fail: where it does 
     right         share of samples in which every token of that answer is the likeliest
     loss          next-token loss on a kind of document, over positions start..stop - 1 [nats per token]
     generated     share of right answers that a dense decoder gives after the sparse prefill (cannot see a broken one)
+    time          prefill of one prompt in a batch, measured alone [ms]; the interval is over repetitions
 
-`density` is what was computed, `asked` what was asked for, `ms` the time for each sample of a batch on this machine.
+`density` is what was computed, `asked` what was asked for, `ms` how long a sample took in this run, other processes or
+not. On a GPU the times are taken first, then the rest in three processes that share it (`--processes`).
 """
 
 from __future__ import annotations
@@ -32,18 +34,20 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import stem
-from stem import documents, hf, patterns, pretrained, records, ruler
+from stem import documents, hf, patterns, records, ruler
 from stem.budget import block_budget, causal_pairs
 from stem.config import StemConfig
 from stem.metrics import block_attention_mass
+from stem.plan import PLANS, Plan, deal
 from stem.scores import block_scores
 from stem.selection import select_blocks
 
-TASKS = ("niah_single_2", "niah_multikey_1", "ruler_vt")
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # one natural order of the answers
 NUMBERS_PER_BATCH = {"cuda": 75_000_000, "cpu": 5_000_000}  # hidden states of one layer
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
+PROCESSES = 3  # that share a GPU where there is one
+TIMED_TOKENS, REPETITIONS = {"cuda": 65_536, "cpu": 1_024}, 3  # of a batch whose prefill is timed
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
 BLIND = (
@@ -239,66 +243,23 @@ def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int |
     return torch.tensor(hits, dtype=torch.float32)
 
 
+@torch.no_grad()
+def prefill_times(model, ids: Tensor) -> Tensor:
+    """Sorted times of `REPETITIONS` prefills of int64 [n, N] after one that is not counted: fp32 [ms for a prompt]."""
+    ids, found = ids.to(next(model.parameters()).device), []
+    for _ in range(REPETITIONS + 1):
+        started = time.perf_counter()
+        model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -1].cpu()
+        found.append((time.perf_counter() - started) * 1e3 / len(ids))
+    return torch.tensor(sorted(found[1:]), dtype=torch.float32)
+
+
 def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of differences [n] that belong together in pairs."""
     values = differences.double().numpy()
     chosen = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure, most important first; `PLANS` holds the profiles, and "large" for a full run of a large model.
-
-    At `asked_at` every method answers the tasks; elsewhere all read documents, and at the first length the methods of
-    `curves` answer as well. Names of methods are those that `methods` takes.
-    """
-
-    lengths: tuple[int, ...]
-    """Tokens of every sample."""
-
-    samples: tuple[int, ...]
-    """Of each task, for each length."""
-
-    tasks: tuple[str, ...] = TASKS
-    windows: int = 2
-    """Documents of each kind."""
-
-    names: tuple[str, ...] = ()
-    """Methods, in the order of their importance; empty means `all_names()`."""
-
-    densities: tuple[float, ...] = (0.1, 0.16, 0.25, 0.5)
-    block_sizes: tuple[int, ...] = (64, 128)
-    asked_at: tuple[float, int] = (0.25, 64)
-    """(density, block size)."""
-
-    curves: tuple[str, ...] = ("stem", "stem softmax", "stem adaptive", "xattention")
-    costly: tuple[str, ...] = ("oracle_mass", "oracle_output")
-    """Methods that compute all of attention, and answer at the first length only."""
-
-    presets: bool = False
-    """Whether to measure `presets()` as well."""
-
-    generating: tuple[str, ...] = ("dense", "window", "stem")
-    """Methods that also generate, for the first task."""
-
-    def jobs(self, method: Method, length: int) -> list[tuple[int, str]]:
-        """What a method does at a length: (priority, "loss" | "answers" | "generated"), 0 first."""
-        first = length == self.lengths[0]
-        if method.asked is None or (method.asked, method.block_size) == self.asked_at:
-            generates = method.name in self.generating and method.block_size in (None, self.asked_at[1])
-            answers = first or method.name not in self.costly
-            return [(0, "answers")] * answers + [(1, "loss")] + [(1, "generated")] * generates
-        curve = method.name in self.curves and first
-        return [(3, "loss")] + [(2 if method.block_size == self.asked_at[1] else 4, "answers")] * curve
-
-
-PLANS = {
-    "smoke": Plan((1024,), (2,), TASKS[:1], 1, ("stem", "xattention"), (0.5,), (32,), (0.5, 32)),
-    "full": Plan((4096, 8192), (100, 24)),
-    "large": Plan((4096, 8192), (20, 20), densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128)),
-}
 
 
 class Comparison:
@@ -322,7 +283,7 @@ class Comparison:
             self._add(method, dict(measure=measure, **about), ours.result[place].float(), dense.result[place].float())
 
     def generated(self, method: Method, prompts: Prompts) -> None:
-        """Add a row of the measure "generated"; its time includes decoding."""
+        """Add a row of the measure "generated"; its `ms` includes decoding."""
         ours, dense = self._measure(
             method, prompts.ids, "generated", lambda: generated_scores(self.model, self.tokenizer, prompts)
         )
@@ -342,6 +303,13 @@ class Comparison:
             about = dict(measure="loss", task=kind, length=length, density=ours.density, ms=ours.ms)
             values = [of.result[rows, start:stop].mean(-1) for of in (ours, dense)]
             self._add(method, about | dict(start=start, stop=stop), *values)
+
+    def time(self, method: Method, prompts: Prompts) -> None:
+        """Add a row of the measure "time": median prefill of a batch, for each of its prompts [ms]."""
+        ids = prompts.ids[: max(1, TIMED_TOKENS[next(self.model.parameters()).device.type] // prompts.ids.shape[1])]
+        ours, dense = self._measure(method, ids, "time", lambda: prefill_times(self.model, ids))
+        about = dict(measure="time", task=prompts.task, length=ids.shape[1], density=ours.density, ms=ours.ms)
+        self._add(method, about, ours.result, dense.result)
 
     def _measure(self, method: Method, ids: Tensor, name: str, measure) -> tuple[_Measured, _Measured]:
         """What `measure` gives under the method and under dense attention; the latter from the first time."""
@@ -419,8 +387,11 @@ def needle_block(prompts: Prompts, sample: int, block_size: int) -> int:
     return int(starts[0]) // block_size
 
 
-def calibrator(model, tokenizer, length: int):
-    """What `methods` takes as `calibrate`: thresholds are solved on two windows that no comparison reads."""
+def calibrator(model, tokenizer, length: int, show=print):
+    """What `methods` takes as `calibrate`: thresholds are solved on two windows that no comparison reads.
+
+    Where no threshold fits, `show` is told so and the method is left out.
+    """
     tokens = [tokenizer(text[: 8 * length], verbose=False).input_ids for text in calibration_texts()]
     prompts = torch.tensor([of[:length] for of in tokens])
 
@@ -429,7 +400,11 @@ def calibrator(model, tokenizer, length: int):
         blocks = -(-length // config.block_size)
         if int(block_budget(blocks, forced).sum()) / causal_pairs(blocks) > density:
             return None
-        return stem.calibrate(model, [prompts], density, config, tolerance=0.01).config
+        try:
+            return stem.calibrate(model, [prompts], density, config, tolerance=0.01).config
+        except ValueError as error:
+            show(f"adaptive at density {density}, blocks of {config.block_size}, {length} tokens is left out: {error}")
+            return None
 
     return solve
 
@@ -457,7 +432,16 @@ def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[
 
 
 def run(
-    plan: Plan, model, tokenizer, name: str, seed: int = 0, *, limit_s: float = math.inf, show=print, save=None
+    plan: Plan,
+    model,
+    tokenizer,
+    name: str,
+    seed: int = 0,
+    *,
+    part: str | None = None,
+    limit_s: float = math.inf,
+    show=print,
+    save=None,
 ) -> list[dict]:
     """All rows of a plan.
 
@@ -466,43 +450,54 @@ def run(
         model, tokenizer: From `stem.pretrained.load`.
         name: Of the model, for the rows.
         seed: Of the RULER samples and the bootstrap.
+        part: A share of the measurements, see `stem.plan.deal`; None is all.
         limit_s: Leave out what has not begun after so many seconds; how much that was is shown.
         show: Called with progress lines.
         save: Called with all rows so far, now and then.
+    Raises:
+        ExceptionGroup: Of the measurements that failed, after all others.
     """
     comparison, started, saved = Comparison(model, tokenizer, name, seed), time.monotonic(), time.monotonic()
-    prompts, kinds, jobs = {}, {}, []
     names = plan.names or all_names()
+    found = {}
+    for length in plan.lengths:
+        calibrate = calibrator(model, tokenizer, length, show)
+        known = [Method("dense"), *methods(names, plan.densities, plan.block_sizes, calibrate)]
+        known += presets() if plan.presets else []
+        found |= {(length, method.name, method.block_size, method.asked): method for method in known}
     order = ["dense", "window", *names[:3], *(method.name for method in presets()), *names[3:]]
-    for length, samples in zip(plan.lengths, plan.samples, strict=True):
-        prompts[length] = [exact_prompts(task, tokenizer, length, samples, seed) for task in plan.tasks]
-        kinds[length] = document_windows(tokenizer, length, plan.windows)
-        calibrate = calibrator(model, tokenizer, length)
-        found = methods(names, plan.densities, plan.block_sizes, calibrate)
-        known = [Method("dense"), *found, *(presets() if plan.presets else ())]
-        known.sort(key=lambda method: order.index(method.name))
-        for place, method in enumerate(known):
-            jobs += [(priority, place, length, method, what) for priority, what in plan.jobs(method, length)]
-    jobs.sort(key=lambda job: job[:2])
+    asked = sorted(dict.fromkeys(key[1:] for key in found), key=lambda of: order.index(of[0]))
+    jobs = [job for of in asked for job in plan.jobs(*of) if (job.length, *of) in found]
+    jobs = deal(jobs, part)
+    samples = dict(zip(plan.lengths, plan.samples, strict=True))
+    prompts, kinds, errors = {}, {}, []
+    for task, length in dict.fromkeys((job.task, job.length) for job in jobs):
+        if task is None:
+            kinds[length] = document_windows(tokenizer, length, plan.windows)
+        else:
+            prompts[task, length] = exact_prompts(task, tokenizer, length, samples[length], seed)
     show(f"{len(jobs)} measurements, prepared in {time.monotonic() - started:.0f} s")
-    for number, (_, _, length, method, what) in enumerate(jobs):
+    for number, job in enumerate(jobs):
         if time.monotonic() - started > limit_s:
             show(f"{len(jobs) - number} measurements left out after {limit_s} s")
             break
-        if what == "loss":
-            comparison.loss(method, kinds[length])
-        elif what == "generated":
-            comparison.generated(method, prompts[length][0])
-        else:
-            for of in prompts[length]:
-                comparison.answers(method, of)
+        method = found[job.length, job.method, job.block_size, job.asked]
+        inputs = kinds[job.length] if job.task is None else prompts[job.task, job.length]
+        try:
+            getattr(comparison, job.what)(method, inputs)
+        except Exception as error:  # hours of other measurements need not be lost with one; raised at the end
+            error.add_note(f"measuring {job}")
+            errors.append(error)
+            show(f"{job.what} of {method.name} failed: {error}")
         if time.monotonic() - saved > SAVE_EVERY_S:
             saved = time.monotonic()
-            show(f"{number + 1} of {len(jobs)}, {saved - started:.0f} s: {method.name}, {what}, {length}")
-            if save:
+            show(f"{number + 1} of {len(jobs)}, {saved - started:.0f} s: {method.name}, {job.what}, {job.length}")
+            if save and comparison.rows:
                 save(comparison.rows)
-    if save:
+    if save and comparison.rows:
         save(comparison.rows)
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} of {len(jobs)} measurements of {name} failed", errors)
     return comparison.rows
 
 
@@ -533,20 +528,32 @@ def _swap_compiled(model, calls: Sequence) -> list:
 
 def main() -> None:
     """Measure and write results/evaluation/."""
+    from stem import parts
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing more begins")
-    parser.add_argument("--eager", action="store_true", help="do not compile the model's layers on a GPU")
+    add_options(parser)
     arguments = parser.parse_args()
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model, tokenizer = pretrained.load(arguments.model, dtype=dtype)
-    save = partial(records.write_rows, "evaluation", profile=arguments.profile)
-    options = dict(limit_s=arguments.limit, show=partial(print, flush=True), save=save)
-    with contextlib.nullcontext() if arguments.eager or not torch.cuda.is_available() else fused(model):
-        name = Path(model.name_or_path).name
-        run(PLANS[arguments.profile], model, tokenizer, name, arguments.seed, **options)
+    parts.measure(
+        PLANS[arguments.profile],
+        arguments.model,
+        arguments.seed,
+        processes=arguments.processes,
+        limit_s=arguments.limit,
+        eager=arguments.eager,
+        show=partial(print, flush=True),
+        save=partial(records.write_rows, "evaluation", profile=arguments.profile),
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a comparison at the command line."""
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing more begins")
+    shared = PROCESSES if torch.cuda.is_available() else 1
+    parser.add_argument("--processes", type=int, default=shared, help="that share a GPU; one takes the times before")
+    parser.add_argument("--eager", action="store_true", help="do not compile the model's layers on a GPU")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,21 +31,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stem import compare, documents, pretrained, records
+from stem import compare, documents, parts, pretrained, records
+from stem.plan import TASKS, Plan
 
 SMOKE = dict(stages=((512, 2, 1), (1024, 2, 1)), warmup=1, text_tokens=256)
 PLANS = {
-    "smoke": compare.Plan((1024,), (1,), compare.TASKS[:1], 1, ("stem",), (0.5,), (32,), (0.5, 32), generating=()),
-    "full": compare.Plan(
+    "smoke": Plan((1024,), (1,), TASKS[:1], 1, 1, ("stem",), (0.5,), (32,), (0.5, 32), generates=None),
+    "full": Plan(
         (16384, 32768),
-        (8, 6),
+        (50, 50),
         tasks=("niah_multikey_1", "niah_multiquery"),
-        windows=1,
-        names=("stem", "stem adaptive", "xattention", "a_shape", "stem softmax", "vertical_slash", "flexprefill"),
+        everywhere=2,
+        windows=2,
+        names=(
+            "stem", "stem adaptive", "stem softmax", "xattention", "flashprefill", "vertical_slash", "flexprefill",
+            "a_shape",
+        ),
         densities=(0.25, 0.1),
-        block_sizes=(64,),
+        block_sizes=(64, 128),
+        curves=("stem", "stem adaptive", "stem softmax", "xattention"),
         presets=True,
-        generating=(),
+        generates=None,
     ),
 }  # fmt: skip
 FAST_BACKENDS = [
@@ -367,12 +372,11 @@ def main() -> None:
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--out", help="folder of the model; default $STEM_CACHE/smollm2-32k, or -smoke")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which training stops")
+    parser.add_argument("--training-limit", type=float, default=math.inf, help="seconds after which training stops")
     parser.add_argument("--evaluate-only", action="store_true", help="compare with the model that is there already")
-    parser.add_argument("--evaluation-limit", type=float, default=math.inf, help="seconds of comparison")
-    parser.add_argument("--eager", action="store_true", help="do not compile the model's layers on a GPU")
+    compare.add_options(parser)
     arguments = parser.parse_args()
-    full, cuda = arguments.profile == "full", torch.cuda.is_available()
+    full = arguments.profile == "full"
     config = ExtendConfig(seed=arguments.seed) if full else ExtendConfig(**SMOKE, seed=arguments.seed)
     out = Path(
         arguments.out or pretrained.cache_folder() / f"smollm2-{config.length // 1024}k{'' if full else '-smoke'}"
@@ -380,22 +384,23 @@ def main() -> None:
     show, rows = partial(print, flush=True), []
     if not arguments.evaluate_only:
         text = None if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
-        model, tokenizer, log = extend(config, text, limit_s=arguments.limit, show=show)
+        model, tokenizer, log = extend(config, text, limit_s=arguments.training_limit, show=show)
         show("saved", save(model, tokenizer, out))
         rows = curve_rows(config, log)
+        del model
+        torch.cuda.empty_cache()
     plan = PLANS[arguments.profile]
     few = tuple(min(4, samples) for samples in plan.samples)
     only_dense = replace(plan, samples=few, names=("dense",), block_sizes=(), presets=False)
-    for name, of in ((config.model, only_dense), (str(out), plan)):
-        model, tokenizer = pretrained.load(name, dtype=torch.bfloat16 if cuda else torch.float32)
+    for name, of, processes in ((config.model, only_dense, 1), (str(out), plan, arguments.processes)):
         before = list(rows)
 
         def write(found: list[dict], before: list[dict] = before) -> None:
             show("wrote", records.write_rows("extension", before + found, arguments.profile))
 
-        with compare.fused(model) if cuda and not arguments.eager else nullcontext():
-            options = dict(limit_s=arguments.evaluation_limit, show=show, save=write)
-            rows += compare.run(of, model, tokenizer, Path(name).name, arguments.seed, **options)
+        eager = arguments.eager or of is only_dense  # a few samples are not worth the compilation
+        options = dict(processes=processes, limit_s=arguments.limit, eager=eager, show=show, save=write)
+        rows += parts.measure(of, name, arguments.seed, **options)
 
 
 if __name__ == "__main__":

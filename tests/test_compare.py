@@ -7,6 +7,7 @@ from transformers import AttentionInterface, AutoTokenizer, LlamaConfig, LlamaFo
 
 import stem
 from stem import compare, documents, pretrained, ruler
+from stem.plan import Plan
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
@@ -130,42 +131,56 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
     assert budget.tolist()[:4] == [1, 2, 3, 3] and budget[-1] == 3
 
 
-def test_a_plan_does_the_headline_first_and_the_curves_later():
-    plan = compare.Plan((1024, 2048), (1, 1), curves=("stem",))
-    elsewhere, other = compare.Method("stem", SPARSE, 64, 0.1), compare.Method("random", SPARSE, 64, 0.1)
-    assert plan.jobs(elsewhere, 1024) == [(3, "loss"), (2, "answers")] and plan.jobs(elsewhere, 2048) == [(3, "loss")]
-    assert plan.jobs(compare.Method("stem", SPARSE, 128, 0.1), 1024)[1] == (4, "answers")
-    assert plan.jobs(other, 1024) == [(3, "loss")]
-    headline = [(0, "answers"), (1, "loss")]
-    assert plan.jobs(compare.Method("random", SPARSE, 64, 0.25), 2048) == headline
-    assert plan.jobs(compare.Method("stem", SPARSE, 64, 0.25), 2048) == [*headline, (1, "generated")]
-    assert plan.jobs(compare.Method("dense"), 1024)[-1] == plan.jobs(compare.Method("window", SPARSE, 64), 1024)[-1]
-    assert plan.jobs(compare.Method("window", SPARSE, 128), 1024) == headline
-    assert plan.jobs(compare.Method("oracle_mass", SPARSE, 64, 0.25), 1024) == headline
-    assert plan.jobs(compare.Method("oracle_mass", SPARSE, 64, 0.25), 2048) == [(1, "loss")]
-
-
 def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkeypatch):
     monkeypatch.setattr(documents, "KINDS", {"prose": lambda: documents.prose()[:9000]})
     monkeypatch.setattr(compare, "_KIND_TOKENS", {})
     monkeypatch.setattr(compare.document_windows, "__defaults__", (("prose",),))
-    plan = compare.Plan((256,), (1,), ("niah_multikey_2",), 1, ("stem", "random"), (0.5,), (32,), (0.5, 32))
+    options = dict(windows=1, names=("stem", "random"), densities=(0.5,), block_sizes=(32,), asked_at=(0.5, 32))
+    plan = Plan((256,), (1,), ("niah_multikey_2",), generates="niah_multikey_2", **options)
     told, saved = [], []
     found = compare.run(plan, model, tokenizer, "tiny", show=told.append, save=saved.append)
     measures = {(row["method"], row["measure"]) for row in found}
-    assert {("window", "generated"), ("stem", "answer"), ("random", "loss"), ("dense", "right")} <= measures
-    assert ("random", "generated") not in measures and saved[-1] == found
+    every = {"answer", "right", "loss", "generated", "time"}
+    assert measures == {(method, of) for method in ("dense", "window", "stem", "random") for of in every}
+    assert saved[-1] == found and all(row["value"] > 0 for row in found if row["measure"] == "time")
     assert compare.run(plan, model, tokenizer, "tiny", show=told.append, limit_s=-1) == []
-    assert told[-1] == "11 measurements left out after -1 s"
+    assert told[-1] == "16 measurements left out after -1 s"
+    times = compare.run(plan, model, tokenizer, "tiny", part="0/2", show=told.append)
+    others = [
+        row for i in (1, 2) for row in compare.run(plan, model, tokenizer, "tiny", part=f"{i}/2", show=told.append)
+    ]
+    assert {row["measure"] for row in times} == {"time"} and len(times) + len(others) == len(found)
+    key = ("method", "measure", "task", "start", "value", "dense", "low", "high")
+    whole = {tuple(row.get(name) for name in key) for row in found if row["measure"] != "time"}
+    assert {tuple(row.get(name) for name in key) for row in others} == whole
+
+
+def test_a_measurement_that_fails_is_raised_after_the_others(rows, tokenizer, model, monkeypatch):
+    def fail(q, k, v):
+        raise RuntimeError("no blocks today")
+
+    bad = compare.Method("random", fail, 32, 0.5)
+    monkeypatch.setattr(compare, "methods", lambda *_: [bad, compare.Method("window", compare.window_control(32), 32)])
+    options = dict(names=("random",), densities=(0.5,), block_sizes=(32,), asked_at=(0.5, 32), generates=None)
+    monkeypatch.setattr(compare, "document_windows", lambda *_: {"prose": torch.randint(1000, (1, 64))})
+    saved = []
+    with pytest.raises(ExceptionGroup, match="3 of 9 measurements of tiny failed") as raised:
+        plan = Plan((256,), (1,), ("niah_multikey_2",), **options)
+        compare.run(plan, model, tokenizer, "tiny", show=lambda line: None, save=saved.append)
+    assert {row["method"] for row in saved[-1]} == {"dense", "window"}
+    assert "method='random'" in raised.value.exceptions[0].__notes__[0]
 
 
 def test_thresholds_are_solved_unless_the_forced_blocks_cost_more(tokenizer, model, monkeypatch):
     monkeypatch.setattr(compare, "calibration_texts", lambda: [documents.prose()[:4000], documents.prose()[9000:13000]])
-    solve = compare.calibrator(model, tokenizer, 256)
+    told = []
+    solve = compare.calibrator(model, tokenizer, 256, told.append)
     config = stem.StemConfig.preset("adaptive", block_size=16)
     assert solve(0.1, config) is None
     solved = solve(0.5, config)
-    assert solved.allocation == "adaptive" and 0 < solved.threshold < 1
+    assert solved.allocation == "adaptive" and 0 < solved.threshold < 1 and told == []
+    monkeypatch.setattr(stem, "calibrate", lambda *_, **__: stem.calibration.calibrate(model, [], 0.5))
+    assert solve(0.5, config) is None and "is left out: prompts must hold" in told[0]
 
 
 @pytest.mark.parametrize("name", compare.BLIND)

@@ -1,12 +1,13 @@
 """Context extension: what a training sequence holds, that training lowers the loss, and that the result loads."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stem import compare, documents, extend, pretrained, records
+from stem import documents, extend, parts, pretrained, records
 
 TEXT = "\n".join(documents.stdlib_documents(("argparse", "typing")).values())
 
@@ -134,14 +135,19 @@ def test_bad_recipes_are_named(change, message):
 def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
 
-    def run(plan, model, tokenizer, name, seed, *, limit_s, show, save):
-        save([dict(model=name, asked=plan.names)])
-        return [dict(model=name, asked=plan.names)]
+    def measure(plan, model, seed, *, processes, limit_s, eager, show, save):
+        about = (plan.names, processes, limit_s, eager)
+        save([dict(model=Path(model).name, asked=about)])
+        return [dict(model=Path(model).name, asked=about)]
 
-    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(parts, "measure", measure)
     monkeypatch.setattr(extend, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
-    monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), "--seed", "7"])
+    options = ["--seed", "7", "--limit", "9", "--processes", "2"]
+    monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), *options])
     extend.main()
     rows = records.read_rows("extension").query("profile == 'smoke'")
     assert set(rows.measure.dropna()) == set(extend.LOSSES) and set(rows.seed.dropna()) == {7}
-    assert dict(rows[["model", "asked"]].dropna().to_numpy()) == {"model": "('dense',)", "long": "('stem',)"}
+    assert dict(rows[["model", "asked"]].dropna().to_numpy()) == {
+        Path(tiny).name: "(('dense',), 1, 9.0, True)",
+        "long": "(('stem',), 2, 9.0, False)",
+    }

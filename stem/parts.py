@@ -1,0 +1,104 @@
+"""A comparison in several processes that share one GPU: one waits for the host while another computes."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from stem import compare, pretrained
+from stem.plan import Plan
+
+POLL_S = 1.0
+SAVE_EVERY_S = 10.0
+
+
+def measure(
+    plan: Plan,
+    model: str,
+    seed: int = 0,
+    *,
+    processes: int = 1,
+    limit_s: float = math.inf,
+    eager: bool = False,
+    show: Callable = print,
+    save: Callable | None = None,
+) -> list[dict]:
+    """All rows of a plan.
+
+    Args:
+        plan: What to measure.
+        model: A name for stem.pretrained.load.
+        seed: Of the RULER samples and the bootstrap.
+        processes: 1 measures here. More measure in as many new processes, after one alone has taken the times.
+        limit_s: What has not begun after so many seconds is left out.
+        eager: Do not compile the model's layers on a GPU.
+        show: Called with progress lines.
+        save: Called with all rows so far, now and then.
+    Raises:
+        ValueError: If processes is below 1.
+        RuntimeError: If a part failed, after all others have ended and what there is was saved.
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if processes == 1:
+        return _part(plan, model, seed, None, limit_s, eager, show, save)
+    started, rows, failed = time.monotonic(), [], []
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with tempfile.TemporaryDirectory() as folder:
+        for numbers in ([0], range(1, processes + 1)):
+            left = limit_s - (time.monotonic() - started)
+            running = {}
+            for number in numbers:
+                about = (plan, model, seed, f"{number}/{processes}", left, eager, str(Path(folder) / f"{number}.json"))
+                running[number] = context.Process(target=_write_part, args=about)
+                running[number].start()
+            saved = time.monotonic()
+            while any(process.is_alive() for process in running.values()):
+                time.sleep(POLL_S)
+                if save and time.monotonic() - saved > SAVE_EVERY_S and (rows := _collect(folder)):
+                    save(rows)
+                    saved = time.monotonic()
+            failed += [number for number, process in running.items() if process.exitcode]
+        rows = _collect(folder)
+    if save and rows:
+        save(rows)
+    if failed:
+        raise RuntimeError(f"parts {failed} of {processes} failed, see above; {len(rows)} rows of the others were kept")
+    return rows
+
+
+def _part(plan, model, seed, part, limit_s, eager, show, save) -> list[dict]:
+    cuda = torch.cuda.is_available()
+    started = time.monotonic()
+    network, tokenizer = pretrained.load(model, dtype=torch.bfloat16 if cuda else torch.float32)
+    with nullcontext() if eager or not cuda else compare.fused(network):
+        name = Path(network.name_or_path).name
+        options = dict(part=part, limit_s=limit_s - (time.monotonic() - started), show=show, save=save)
+        return compare.run(plan, network, tokenizer, name, seed, **options)
+
+
+def _write_part(plan, model, seed, part, limit_s, eager, path) -> None:
+    """One process: `_part`, its rows written to a JSON file as they come."""
+
+    def save(rows: list[dict]) -> None:
+        partial = Path(f"{path}.partial")
+        partial.write_text(json.dumps(rows))
+        os.replace(partial, path)
+
+    _part(plan, model, seed, part, limit_s, eager, partial(print, f"[{part}]", flush=True), save)
+
+
+def _collect(folder: str) -> list[dict]:
+    """The rows that all parts have written so far, in the order of the parts."""
+    files = sorted(Path(folder).glob("*.json"), key=lambda path: int(path.stem))
+    return [row for path in files for row in json.loads(path.read_text())]
