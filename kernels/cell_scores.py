@@ -22,10 +22,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1e-37)  # stands for a share of 0, whose logarithm would be -inf
 
-DEPTH_TILE = 128  # columns of cell features that one product reads
+WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
+DEPTH_BYTES = 256  # of the part of a wider row that one product reads
 ROW_TILE = 128  # query cells of one program
-COLUMN_TILE = 128  # key cells of one program
+COLUMN_TILE = 128  # key cells of one product
 FEATURE_TILE = 32  # cells of one program of cell_features
+STAGES = 2  # key tiles in flight, where one product reads whole features
+WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
 BUFFER_BYTES = 128 * 2**20  # of the log-sum-exps of one chunk of query blocks
 
@@ -105,6 +108,23 @@ def load_features(features_ptr, cells, num_cells, depth, DEPTH: tl.constexpr, DT
 
 
 @triton.jit
+def sum_weights(logits, CELLS_PER_BLOCK: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr):
+    """Base-2 log-sum-exp of logits [ROWS, COLUMNS] over each block's CELLS_PER_BLOCK columns: [ROWS, SUMS].
+
+    Weights are relative to the row's largest logit; a product with the 0-1 matrix of which cell is in which block adds
+    them up, far cheaper than sums along a part of an axis.
+    """
+    WEIGHTS: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.bfloat16
+    largest = tl.max(logits, axis=1)  # [ROWS]
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    weights = tl.exp2(logits - largest[:, None]).to(WEIGHTS)
+    cell_block = tl.arange(0, logits.shape[1]) // CELLS_PER_BLOCK
+    member = (cell_block[:, None] == tl.arange(0, SUMS)[None, :]).to(WEIGHTS)  # [COLUMNS, SUMS]
+    sums = tl.dot(weights, member, input_precision="ieee")
+    return largest[:, None] + tl.log2(tl.maximum(sums, TINY))
+
+
+@triton.jit
 def pair_cells_kernel(
     q_features_ptr,
     k_features_ptr,
@@ -120,54 +140,55 @@ def pair_cells_kernel(
     kv_len,
     scale,
     DEPTH: tl.constexpr,
-    CELL: tl.constexpr,
+    Q_CELL: tl.constexpr,
+    K_CELL: tl.constexpr,
     CELLS_PER_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SUMS: tl.constexpr,
     DEPTH_TILE: tl.constexpr,
     DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program pairs ROWS query cells with COLUMNS key cells of one head. Grid: (column tiles, row tiles, B * Hq).
+    """One program pairs ROWS query cells of one head with all key cells that they see. Grid: (B * Hq, row tiles).
 
     Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
-    lse_ptr: [B * Hq, chunk_cells, nk], base-2 log-sum-exp over the key cells of a block that the query cell sees.
+    The longest rows come first. lse_ptr: [B * Hq, chunk_cells, nk], base-2 log-sum-exp over the key cells of a block
+    that the query cell sees; of later blocks it is not written.
     """
-    batch_head = tl.program_id(2).to(tl.int64)
+    batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     num_kv_heads = num_q_heads // heads_per_kv_head
     q_features_ptr += batch_head * num_q_cells * DEPTH
     k_features_ptr += (batch * num_kv_heads + head // heads_per_kv_head) * num_k_cells * DEPTH
+    lse_ptr += batch_head * chunk_cells * num_kv_blocks
 
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
     # a query cell sees a key cell that starts no later than its own last token
-    last_positions = tl.minimum(first_position + (first_cell + rows + 1) * CELL, kv_len) - 1
-    tile_end = first_position + (first_cell + tl.program_id(1) * ROWS + ROWS) * CELL
-    if tl.program_id(0) * COLUMNS * CELL < tile_end:  # else wholly in the future, and never read
-        logits = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for depth_start in range(0, DEPTH, DEPTH_TILE):
-            depth = depth_start + tl.arange(0, DEPTH_TILE)
-            q_tile = load_features(q_features_ptr, first_cell + rows, num_q_cells, depth, DEPTH, DTYPE)
-            k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
-            logits = tl.dot(q_tile, k_tile.T, logits, input_precision="ieee")
-        visible = columns[None, :] * CELL <= last_positions[:, None]
-        logits = tl.where(visible, logits * (scale * LOG2_E), float("-inf"))
+    first_token = first_position + (first_cell + first_row) * Q_CELL
+    last_positions = tl.minimum(first_token + (tl.arange(0, ROWS) + 1) * Q_CELL, kv_len) - 1
+    end = tl.minimum(first_token + ROWS * Q_CELL, kv_len)
+    all_see = (tl.minimum(first_token + Q_CELL, kv_len) - 1) // K_CELL + 1  # key cells that every row sees
+    depth = tl.arange(0, DEPTH_TILE)
+    block_in_tile = tl.arange(0, SUMS)
+    BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
 
-        # weights relative to the largest logit of the row in this tile; a product with the 0-1 matrix of which cell is
-        # in which block adds them up, far cheaper than sums along a part of an axis
-        largest = tl.max(logits, axis=1)  # [ROWS]
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = tl.exp2(logits - largest[:, None])
-        WEIGHTS: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.bfloat16
-        cell_block = tl.arange(0, COLUMNS) // CELLS_PER_BLOCK
-        member = (cell_block[:, None] == tl.arange(0, SUMS)[None, :]).to(WEIGHTS)  # [COLUMNS, SUMS]
-        sums = tl.dot(weights.to(WEIGHTS), member, input_precision="ieee")  # [ROWS, SUMS]
-        lse = largest[:, None] + tl.log2(tl.maximum(sums, TINY))
-        BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
-        block_in_tile = tl.arange(0, SUMS)
-        blocks = tl.program_id(0) * BLOCKS + block_in_tile
-        lse_ptr += batch_head * chunk_cells * num_kv_blocks
+    q_tile = load_features(q_features_ptr, first_cell + rows, num_q_cells, depth, DEPTH, DTYPE)
+    for first_column in tl.range(0, tl.cdiv(end, K_CELL), COLUMNS, num_stages=STAGES):
+        columns = first_column + tl.arange(0, COLUMNS)
+        k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
+        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        for later in range(DEPTH_TILE, DEPTH, DEPTH_TILE):  # features too wide for one product
+            q_later = load_features(q_features_ptr, first_cell + rows, num_q_cells, later + depth, DEPTH, DTYPE)
+            k_later = load_features(k_features_ptr, columns, num_k_cells, later + depth, DEPTH, DTYPE)
+            logits = tl.dot(q_later, k_later.T, logits, input_precision="ieee")
+        logits *= scale * LOG2_E
+        if first_column + COLUMNS > all_see:
+            visible = columns[None, :] * K_CELL <= last_positions[:, None]
+            logits = tl.where(visible, logits, float("-inf"))
+        lse = sum_weights(logits, CELLS_PER_BLOCK, SUMS, DTYPE)
+        blocks = first_column // CELLS_PER_BLOCK + block_in_tile
         exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
         tl.store(lse_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], lse, mask=exists)
 
@@ -187,7 +208,7 @@ def average_shares_kernel(
     q_start,
     kv_len,
     CELL: tl.constexpr,
-    CELLS_PER_BLOCK: tl.constexpr,
+    CELLS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
     """One program finishes one query block of one head; the row lives in registers. Grid: (rows of the chunk, B * Hq).
@@ -202,11 +223,11 @@ def average_shares_kernel(
     causal = blocks <= num_kv_blocks - num_q_blocks + row
 
     bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + blocks, mask=causal, other=0.0) * LOG2_E
-    lse_ptr += (batch_head * chunk_cells + chunk_row * CELLS_PER_BLOCK) * num_kv_blocks
+    lse_ptr += (batch_head * chunk_cells + chunk_row * CELLS) * num_kv_blocks
     shares = tl.zeros([ROW_SIZE], tl.float32)
     num_counted = 0
-    for cell in range(CELLS_PER_BLOCK):
-        first_token = first_position + (row * CELLS_PER_BLOCK + cell) * CELL
+    for cell in range(CELLS):
+        first_token = first_position + (row * CELLS + cell) * CELL
         if (first_token + CELL > q_start) & (first_token < kv_len):
             lse = tl.load(lse_ptr + cell * num_kv_blocks + blocks, mask=causal, other=float("-inf")) + bonus
             weights = tl.exp2(lse - tl.max(lse, axis=0))
@@ -265,7 +286,8 @@ def cell_scores(
     value_bonus: torch.Tensor,
     *,
     block_size: int,
-    cells: int,
+    query_cells: int,
+    key_cells: int,
     stride: int,
     peak: float,
     scale: float,
@@ -277,7 +299,7 @@ def cell_scores(
         k: [B, Hkv, Nkv, D].
         value_bonus: fp32 [B, Hkv, nk], added to the logits of a key block's cells.
         block_size: Tokens per block.
-        cells: Cells of a block, a power of two.
+        query_cells, key_cells: Cells of a query block and of a key block, powers of two.
         stride: Stride of the antidiagonal samples in a cell pair; 1 takes the plain means.
         peak: Place of a pair's logit between mean (0) and bound (1); above 0, stride is 1.
         scale: Softmax scale, >= 0 if peak > 0.
@@ -290,21 +312,24 @@ def cell_scores(
     num_kv_blocks = triton.cdiv(kv_len, block_size)
     num_q_blocks = num_kv_blocks - q_start // block_size
     first_position = (num_kv_blocks - num_q_blocks) * block_size
-    cell = block_size // cells
-    num_q_cells, num_k_cells = num_q_blocks * cells, num_kv_blocks * cells
-    q_features = cell_features(q, cell, stride, num_q_cells, peak, front=q_start - first_position, queries=True)
-    k_features = cell_features(k, cell, stride, num_k_cells, peak)
+    q_cell, k_cell = block_size // query_cells, block_size // key_cells  # tokens
+    num_q_cells, num_k_cells = num_q_blocks * query_cells, num_kv_blocks * key_cells
+    q_features = cell_features(q, q_cell, stride, num_q_cells, peak, front=q_start - first_position, queries=True)
+    k_features = cell_features(k, k_cell, stride, num_k_cells, peak)
     depth = q_features.shape[-1]
+    operand = operand_dtype(q_features.dtype)
+    depth_tile, item_bytes = triton.next_power_of_2(depth), operand.primitive_bitwidth // 8
+    if depth_tile * item_bytes > WHOLE_DEPTH_BYTES:
+        depth_tile = DEPTH_BYTES // item_bytes
     scores = torch.empty(batch, num_q_heads, num_q_blocks, num_kv_blocks, dtype=torch.float32, device=q.device)
     heads = batch * num_q_heads
-    columns = max(COLUMN_TILE, cells)
-    chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // (4 * heads * cells * num_kv_blocks)))
-    lse = torch.empty(heads, chunk_rows * cells, num_kv_blocks, dtype=torch.float32, device=q.device)
+    columns = max(COLUMN_TILE, key_cells)
+    chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // (4 * heads * query_cells * num_kv_blocks)))
+    lse = torch.empty(heads, chunk_rows * query_cells, num_kv_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         for first_row in range(0, num_q_blocks, chunk_rows):
             rows = min(chunk_rows, num_q_blocks - first_row)
-            seen_blocks = num_kv_blocks - num_q_blocks + first_row + rows
-            pair_cells_kernel[(triton.cdiv(seen_blocks * cells, columns), triton.cdiv(rows * cells, ROW_TILE), heads)](
+            pair_cells_kernel[(heads, triton.cdiv(rows * query_cells, ROW_TILE))](
                 q_features,
                 k_features,
                 lse,
@@ -313,20 +338,22 @@ def cell_scores(
                 num_q_cells,
                 num_k_cells,
                 num_kv_blocks,
-                first_row * cells,
-                chunk_rows * cells,
+                first_row * query_cells,
+                chunk_rows * query_cells,
                 first_position,
                 kv_len,
                 float(scale * stride),
                 DEPTH=depth,
-                CELL=cell,
-                CELLS_PER_BLOCK=cells,
+                Q_CELL=q_cell,
+                K_CELL=k_cell,
+                CELLS_PER_BLOCK=key_cells,
                 ROWS=ROW_TILE,
                 COLUMNS=columns,
-                SUMS=max(SMALLEST_DOT, columns // cells),
-                DEPTH_TILE=min(DEPTH_TILE, triton.next_power_of_2(depth)),
-                DTYPE=operand_dtype(q_features.dtype),
-                num_warps=8,
+                SUMS=max(SMALLEST_DOT, columns // key_cells),
+                DEPTH_TILE=depth_tile,
+                DTYPE=operand,
+                STAGES=STAGES if depth <= depth_tile else 1,
+                num_warps=WARPS,
                 num_stages=2,
             )
             average_shares_kernel[(rows, heads)](
@@ -338,12 +365,12 @@ def cell_scores(
                 num_q_blocks,
                 num_kv_blocks,
                 first_row,
-                chunk_rows * cells,
+                chunk_rows * query_cells,
                 first_position,
                 q_start,
                 kv_len,
-                CELL=cell,
-                CELLS_PER_BLOCK=cells,
+                CELL=q_cell,
+                CELLS=query_cells,
                 ROW_SIZE=triton.next_power_of_2(num_kv_blocks),
                 num_warps=min(16, max(1, triton.next_power_of_2(num_kv_blocks) // 256)),
             )

@@ -19,6 +19,7 @@ def select_above_kernel(
     num_kv_blocks,
     sink_blocks,
     local_blocks,
+    dense_first_blocks,
     dense_last_blocks,
     threshold,
     ROW_SIZE: tl.constexpr,
@@ -37,7 +38,8 @@ def select_above_kernel(
     weights = tl.exp2((scores - tl.where(largest == float("-inf"), 0.0, largest)) * LOG2_E)
     selected = (weights > threshold * tl.sum(weights, axis=0)) & causal
     selected = selected | is_forced(distance, kv_blocks, sink_blocks, local_blocks)
-    selected = selected | (causal & (row >= num_q_blocks - dense_last_blocks))
+    dense = (q_block < dense_first_blocks) | (row >= num_q_blocks - dense_last_blocks)
+    selected = selected | (causal & dense)
 
     slots = tl.cumsum(selected.to(tl.int32)) - 1
     kv_indices_ptr += batch_head_row * num_kv_blocks
@@ -48,7 +50,12 @@ def select_above_kernel(
 
 
 def select_above(
-    scores: torch.Tensor, threshold: float, sink_blocks: int, local_blocks: int, dense_last_blocks: int
+    scores: torch.Tensor,
+    threshold: float,
+    sink_blocks: int,
+    local_blocks: int,
+    dense_first_blocks: int,
+    dense_last_blocks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending lists of the blocks that hold more than `threshold` of the softmax of their row of scores.
 
@@ -56,6 +63,7 @@ def select_above(
         scores: fp32 [B, Hq, nq, nk]; row r is query block nk - nq + r; NaN counts as -inf.
         threshold: Share in (0, 1].
         sink_blocks, local_blocks: Blocks kept by rule at the start and at the end of a row; the diagonal always is.
+        dense_first_blocks: Query blocks from the start of the prompt that keep everything.
         dense_last_blocks: Rows at the end that keep everything.
     Returns:
         kv_indices int32 [B, Hq, nq, nk], 0 past the count; kv_num_blocks int32 [B, Hq, nq].
@@ -73,6 +81,7 @@ def select_above(
             num_kv_blocks,
             sink_blocks,
             local_blocks,
+            dense_first_blocks,
             dense_last_blocks,
             threshold,
             ROW_SIZE=row_size,

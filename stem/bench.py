@@ -24,6 +24,16 @@ from stem import gate, metrics, records
 
 # "released" is the schedule that the method's public code ships with; "default" is StemConfig().
 CONFIGS = {"released": stem.StemConfig.preset("angelslim"), "default": stem.StemConfig()}
+# Of these only attention and the whole operator are timed, on CUDA and at these lengths. "three_regime" is the released
+# schedule with its sink and local blocks inside the budget instead of on top; the presets show where sparse wins.
+SHORT = tuple(1024 * 2**n for n in range(5))
+BRIEFLY = {
+    "three_regime": (stem.StemConfig.preset("angelslim", forced="inside"), (2**14, 2**15, 2**16, 2**17)),
+    "paper": (stem.StemConfig.preset("paper"), SHORT),
+    "hpc_ops": (stem.StemConfig.preset("hpc_ops"), SHORT),
+    "adaptive": (stem.StemConfig.preset("adaptive"), SHORT),
+}
+PRESETS = ("paper", "released", "hpc_ops", "adaptive")  # as they are named in the rows
 DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},
     "cpu": {"sdpa_cpu": SDPBackend.FLASH_ATTENTION},
@@ -37,7 +47,7 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "smoke"): [1024 * 2**n for n in range(4)],
 }
 FLEX_TOKENS = (2**17,)  # each length costs one more compilation
-TRAINING_TOKENS = {"cuda": (2**15, 2**13, 2**17), "cpu": (2**11,)}  # forward and backward, the first with FlexAttention
+TRAINING_TOKENS = {"cuda": (2**15, 2**13), "cpu": (2**11,)}  # forward and backward, the first with FlexAttention
 TRAINING_CONFIG = "default"
 CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
 CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
@@ -330,6 +340,7 @@ def case(
     impls: Sequence[str] = ("torch",),
     dense: Iterable[str] | None = None,
     flex: bool = False,
+    briefly: Iterable[str] = (),
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of one shape: the dense baselines, then each config in each implementation, all with their speed-ups.
@@ -341,6 +352,7 @@ def case(
         impls: Implementations of stem_attention; the first one computes the lists for all, FlexAttention included.
         dense: Which back ends of DENSE to measure, default all of the device.
         flex: Whether to measure FlexAttention with the lists of the first config.
+        briefly: Names in BRIEFLY: only attention by the last of `impls`, and the operator as impl=None computes it.
         seed: Of the random normal inputs.
     """
     configs = tuple(CONFIGS) if configs is None else configs
@@ -361,6 +373,11 @@ def case(
             if flex and config_name == configs[0]:
                 candidates.append(flex_candidate())
             rows += [run(candidate, problem, config_name) for candidate in candidates]
+        for config_name in briefly:
+            problem = None
+            problem = Problem(shape, BRIEFLY[config_name][0], device, impls[0], seed)
+            attention = [c for c in stem_candidates(impls[-1]) if c.operation == "attention"]
+            rows += [run(candidate, problem, config_name) for candidate in attention + stem_candidates(None)]
     return with_speedups(rows, seed)
 
 
@@ -432,9 +449,11 @@ def sweep(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Rows over lengths, shortest first, after those of the machine's ceilings; yields (tokens, rows).
 
-    `impls`, `shape` and `configs` default to default_impls and SHAPES of the device, and all of CONFIGS. A dense back
-    end whose next call is predicted, from its last one, to exceed LONGEST_CALL_MS is skipped, and says so.
+    `impls`, `shape` and `configs` default to default_impls and SHAPES of the device, and all of CONFIGS, on CUDA those
+    of BRIEFLY too. A dense back end whose next call is predicted, from its last one, to exceed LONGEST_CALL_MS is
+    skipped, and says so.
     """
+    briefly = BRIEFLY if device == "cuda" and configs is None else {}
     shape = SHAPES[device] if shape is None else shape
     impls = default_impls(device) if impls is None else impls
     configs = tuple(CONFIGS) if configs is None else configs
@@ -450,6 +469,7 @@ def sweep(
             impls=impls,
             dense=affordable,
             flex=device == "cuda" and tokens in FLEX_TOKENS,
+            briefly=[name for name, (_, measured) in briefly.items() if tokens in measured],
             seed=seed,
         )
         last |= {r["provider"]: (tokens, r["latency_ms"]) for r in rows if r["config"] == "dense" and "latency_ms" in r}
@@ -490,12 +510,12 @@ def beyond_the_operator(
     model = first_token.random_llama(settings, device, dtype, seed)
     configs = ("released",) if device == "cuda" else ("default",)
     lengths = first_token.LENGTHS[device, profile]
-    yield from read(lengths[:2])
+    yield from read(lengths)
+    del model
     small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
     ids = prompt(tokenizer, CAPTURED_TOKENS[device]).to(device)
     yield "captured from SmolLM2", captured_case(small, ids, CAPTURED_LAYERS[device], device, impls=impls, seed=seed)
     yield from train(TRAINING_TOKENS[device][1:] if profile == "full" else ())
-    yield from read(lengths[2:])
 
 
 def prompt(tokenizer, tokens: int) -> Tensor:
@@ -556,6 +576,15 @@ def wins_from(rows: Iterable[dict[str, Any]] | pd.DataFrame, config: str, margin
     speedups = speedups.groupby(level=0).max()  # the fastest implementation at each length
     wins = (speedups > margin)[::-1].cummin()[::-1]  # True where it and all longer ones win
     return int(wins.idxmax()) if wins.any() else None
+
+
+def over_dense(rows: Iterable[dict[str, Any]] | pd.DataFrame, configs: Sequence[str] = PRESETS) -> pd.DataFrame:
+    """Speed-up of the operator as impl=None computes it over the fastest dense back end: tokens down, configs across."""
+    frame = pd.DataFrame(rows).dropna(subset="latency_ms")
+    dense = frame[(frame["operation"] == "attention") & (frame["config"] == "dense")].groupby("tokens").latency_ms.min()
+    operator = frame[(frame["operation"] == "operator") & (frame["provider"] == "stem")]
+    times = operator.pivot_table(index="tokens", columns="config", values="latency_ms")
+    return times.rdiv(dense, axis=0).reindex(columns=[name for name in configs if name in times]).dropna(how="all")
 
 
 def table(rows: Iterable[dict[str, Any]] | pd.DataFrame) -> str:

@@ -69,7 +69,7 @@ def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
 @lru_cache(maxsize=256)
 def _keeps_every_block(n: int, nq: int, config: StemConfig, k_start_in_blocks: bool) -> bool:
     if config.allocation == "adaptive":
-        return False
+        return n <= config.dense_first_blocks
     budget = _budget(n, config, k_start_in_blocks)[-nq:]
     return all(kept > row for row, kept in enumerate(budget, n - nq))
 
@@ -118,6 +118,7 @@ def _rows(n: int, k_start: float, config: StemConfig) -> np.ndarray:
         budget = np.full(n, float(first))
         budget[first:] = np.floor(np.linspace(k_start, decay * k_start, n - first))
     budget = np.clip(budget, 1, row).astype(np.int64)
+    budget[: config.dense_first_blocks] = row[: config.dense_first_blocks]
     if config.dense_last_blocks:
         budget[-config.dense_last_blocks :] = row[-config.dense_last_blocks :]
     return budget

@@ -24,40 +24,43 @@ def cell_scores(
         q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), the last Nq positions.
         k: [B, Hkv, Nkv, D].
         bonus: [B, Hkv, nk], added to the logits of a key block's cells.
-        config: block_size, score_cells, score_stride and score_peak are used.
+        config: block_size, score_cells, score_query_cells, score_stride and score_peak are used.
         scale: Softmax scale, >= 0 if score_peak > 0.
         impl: "torch" or "triton".
     Returns:
         fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
-    size, cells, stride, peak = config.block_size, config.score_cells, config.score_stride, config.score_peak
+    size, stride, peak = config.block_size, config.score_stride, config.score_peak
+    key_cells, query_cells = config.score_cells, config.score_query_cells or config.score_cells
     if scale < 0:  # the larger of two products is the smaller one of their negatives
         q, scale = -q, -scale
     if impl == "triton":
         from stem.kernels import cell_scores
 
-        return cell_scores.cell_scores(q, k, bonus, block_size=size, cells=cells, stride=stride, peak=peak, scale=scale)
-    kv_len, cell = k.shape[2], size // cells
+        cells = dict(query_cells=query_cells, key_cells=key_cells, stride=stride, peak=peak)
+        return cell_scores.cell_scores(q, k, bonus, block_size=size, **cells, scale=scale)
+    kv_len, q_cell, k_cell = k.shape[2], size // query_cells, size // key_cells
     q_start, nk = kv_len - q.shape[2], -(-kv_len // size)
     first = q_start // size  # key block at which the query blocks begin
     front = q_start - first * size
-    q_cells = query_features(q, cell, stride, front, (nk - first) * cells, peak) * (scale * stride)
-    k_cells = key_features(k, cell, stride, nk * cells, peak)
-    starts = torch.arange(nk * cells, device=k.device) * cell
-    ends = (starts[first * cells :] + cell).clamp_max(kv_len)  # of the query cells
-    counts = (ends > q_start) & (ends > starts[first * cells :])  # cells that hold a query
-    bonus = bonus.repeat_interleave(cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, key cells]
+    q_rows = query_features(q, q_cell, stride, front, (nk - first) * query_cells, peak) * (scale * stride)
+    k_rows = key_features(k, k_cell, stride, nk * key_cells, peak)
+    starts = torch.arange(nk * key_cells, device=k.device) * k_cell
+    begins = torch.arange(first * query_cells, nk * query_cells, device=q.device) * q_cell
+    ends = (begins + q_cell).clamp_max(kv_len)  # of the query cells
+    counts = (ends > q_start) & (ends > begins)  # cells that hold a query
+    bonus = bonus.repeat_interleave(key_cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, key cells]
 
-    scores = q_cells.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
-    step = max(1, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * cells**2 * nk))
+    scores = q_rows.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
+    step = max(1, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * query_cells * key_cells * nk))
     for row in range(0, nk - first, step):
-        rows, last = slice(row * cells, (row + step) * cells), min(row + step, nk - first) + first
-        seen = slice(0, last * cells)
-        logits = q_cells[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_cells[:, :, None, seen].mT + bonus[..., seen]
+        rows, last = slice(row * query_cells, (row + step) * query_cells), min(row + step, nk - first) + first
+        seen = slice(0, last * key_cells)
+        logits = q_rows[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_rows[:, :, None, seen].mT + bonus[..., seen]
         logits = logits.flatten(1, 2).masked_fill_(starts[seen] >= ends[rows, None], -torch.inf)
-        shares = logits.softmax(-1).unflatten(-1, (-1, cells)).sum(-1)  # [B, Hq, query cells, blocks]
-        counted = counts[rows].unflatten(0, (-1, cells)).to(shares.dtype)
-        shares = (shares.unflatten(2, (-1, cells)) * counted[..., None]).sum(3) / counted.sum(1)[:, None]
+        shares = logits.softmax(-1).unflatten(-1, (-1, key_cells)).sum(-1)  # [B, Hq, query cells, blocks]
+        counted = counts[rows].unflatten(0, (-1, query_cells)).to(shares.dtype)
+        shares = (shares.unflatten(2, (-1, query_cells)) * counted[..., None]).sum(3) / counted.sum(1)[:, None]
         scores[:, :, row : row + step, :last] = shares.log()
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
     return scores.masked_fill_(future, -torch.inf)

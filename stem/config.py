@@ -82,6 +82,10 @@ class StemConfig:
     decay_from: DecayFrom = "first_row"
     """Row in which the decay starts: the first (Eq. 3) or row k_start (AngelSlim, hpc-ops)."""
 
+    dense_first_blocks: int = 0
+    """Query blocks at the start of the prompt that keep everything, the extreme of Token Position-Decay [blocks]. Our
+    choice."""
+
     dense_last_blocks: int = 0
     """Query blocks at the end of the prompt that keep everything [blocks]. Our choice."""
 
@@ -107,7 +111,10 @@ class StemConfig:
     """Samples to block score: plain mean (the paper), or softmax over the row's cells before the block sum."""
 
     score_cells: int = 4
-    """With reduction="softmax": cells per block side; block_size / score_cells is a multiple of score_stride."""
+    """With reduction="softmax": cells per key block; block_size / score_cells is a multiple of score_stride."""
+
+    score_query_cells: int | None = None
+    """With reduction="softmax": cells per query block, as many as `score_cells` if None. Our choice."""
 
     score_peak: float = 0.0
     """With reduction="softmax": place of a cell pair's logit between its mean (0) and its bound (1), in [0, 1]; above
@@ -127,7 +134,7 @@ class StemConfig:
             raise ValueError(
                 f"score_stride must divide block_size={self.block_size}, got score_stride={self.score_stride}"
             )
-        for name in ("min_blocks", "dense_last_blocks", "sink_blocks", "local_blocks"):
+        for name in ("min_blocks", "dense_first_blocks", "dense_last_blocks", "sink_blocks", "local_blocks"):
             _integer(name, getattr(self, name), 0)
         self._check_budget()
         _number("decay", self.decay, 0.0, 1.0, open_below=True)
@@ -140,12 +147,9 @@ class StemConfig:
         _choice("allocation", self.allocation, get_args(Allocation))
         self._check_adaptive()
         if self.reduction == "softmax":
-            _integer("score_cells", self.score_cells, 1)
-            if self.block_size % (self.score_cells * self.score_stride):
-                raise ValueError(
-                    f"score_cells * score_stride must divide block_size={self.block_size}, "
-                    f"got score_cells={self.score_cells}, score_stride={self.score_stride}"
-                )
+            self._check_cells("score_cells")
+            if self.score_query_cells is not None:
+                self._check_cells("score_query_cells")
         _number("score_peak", self.score_peak, 0.0, 1.0)
         if self.score_peak and (self.reduction != "softmax" or self.score_stride != 1):
             raise ValueError(
@@ -182,6 +186,15 @@ class StemConfig:
     def replace(self, **changes) -> StemConfig:
         """A copy with some fields changed; validated like a new one."""
         return replace(self, **changes)
+
+    def _check_cells(self, name: str) -> None:
+        cells = getattr(self, name)
+        _integer(name, cells, 1)
+        if self.block_size % (cells * self.score_stride):
+            raise ValueError(
+                f"{name} * score_stride must divide block_size={self.block_size}, "
+                f"got {name}={cells}, score_stride={self.score_stride}"
+            )
 
     def _check_budget(self) -> None:
         given = [name for name in ("density", "k_start", "k_start_regimes") if getattr(self, name) is not None]

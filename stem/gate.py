@@ -16,6 +16,7 @@ from stem.selection import BlockSelection
 # Largest relative L2 error of one sampled row: twice the rounding of the output, and room for float32 sums.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 GRADIENT_FACTOR = 2  # times TOLERANCE for a gradient: weights, their gradient and the output are each rounded
+SHARE_ROUNDING = 1.001  # a share this close to the threshold may fall on either side
 GUARD_ROWS = 64  # rows of NaN before and after each input
 GRADIENT_CHUNK = 1 << 25  # weights that the reference of a gradient holds at a time, 256 MiB in fp64
 
@@ -189,15 +190,17 @@ def check_selection(
 ) -> float:
     """0.0 when the lists of the sampled rows keep the best-scoring blocks within the budget, forced ones aside.
 
+    With a threshold instead of a budget, a row that drops blocks drops those whose share of the row is at most that.
+
     Raises:
-        WrongResult: If a list is not ascending up to its diagonal block, misses the budget, or keeps a block that
-            scores less than one it drops.
+        WrongResult: If a list is not ascending up to its diagonal block, misses the budget or the threshold, or keeps
+            a block that scores less than one it drops.
     """
     indices, counts = selection.kv_indices.flatten(0, 1), selection.kv_num_blocks.flatten(0, 1)
     for i in sorted(set((rows // config.block_size).tolist())):
         sink, first_local = min(config.sink_blocks, i + 1), max(0, i + 1 - max(1, config.local_blocks))
-        low = int(budget[i])
-        high = low + (sink + i + 1 - first_local if config.forced == "on_top" else 0)
+        low = int(budget[i]) if config.threshold is None else 1
+        high = int(budget[i]) + (sink + i + 1 - first_local if config.forced == "on_top" else 0)
         free = set(range(sink, first_local))  # blocks that only their score can keep
         row_scores = scores[:, :, i].flatten(0, 1).cpu()
         for head, (entries, count) in enumerate(zip(indices[:, i].tolist(), counts[:, i].tolist(), strict=True)):
@@ -210,6 +213,14 @@ def check_selection(
             chosen, dropped = sorted(free & set(kept)), sorted(free - set(kept))
             if chosen and dropped and row_scores[head, chosen].min() < row_scores[head, dropped].max():
                 raise WrongResult(f"{where} drops a block that scores more than one it keeps")
+            if config.threshold is not None and dropped:
+                shares = row_scores[head].double().softmax(-1)
+                largest, smallest = shares[dropped].max(), shares[chosen].min() if chosen else 1.0
+                if not largest / SHARE_ROUNDING <= config.threshold <= smallest * SHARE_ROUNDING:
+                    raise WrongResult(
+                        f"{where} has threshold {config.threshold:g}, drops a share of {largest:.3g} and keeps one of "
+                        f"{smallest:.3g}"
+                    )
     return 0.0
 
 

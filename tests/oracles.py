@@ -78,10 +78,12 @@ def preset_scores(name, q, k, v, block):
 def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0):
     """Log of each block's share of its row: softmax over sub-block cells, then mean over the query block's cells.
 
+    `cells`: of a query block and of a key block.
+
     Cell by cell, from the definition: the logit of a cell pair is the mean of q.k over its antidiagonal samples,
     missing rows as zeros, then corrected for the rows that exist; cells without a query do not count.
     """
-    size, scale = block // cells, 1 / math.sqrt(q.shape[3])
+    (size, key_size), scale = (block // of for of in cells), 1 / math.sqrt(q.shape[3])
     kv_len, q_start, nk = k.shape[2], k.shape[2] - q.shape[2], math.ceil(k.shape[2] / block)
     first = q_start // block
     k = repeat_heads(k, q.shape[1])
@@ -96,8 +98,8 @@ def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0):
                 continue
             counted += 1
             weights = torch.zeros(*q.shape[:2], nk, dtype=torch.float64)
-            for key_start in range(0, queries[-1] + 1, size):
-                keys = range(key_start, min(key_start + size, kv_len))
+            for key_start in range(0, queries[-1] + 1, key_size):
+                keys = range(key_start, min(key_start + key_size, kv_len))
                 sampled = torch.tensor([[(a - start + b - key_start + 1) % stride == 0 for b in keys] for a in queries])
                 cell = products[:, :, queries[0] - q_start : queries[-1] + 1 - q_start, keys[0] : keys[-1] + 1]
                 logit = (cell * sampled).sum((-2, -1)) * scale * stride / (len(queries) * len(keys))

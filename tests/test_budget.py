@@ -93,7 +93,7 @@ def test_realised_density_is_the_requested_one(n, decay):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(decay_from="k_start"), dict(allocation="uniform"), dict(dense_last_blocks=3)],
+    [dict(decay_from="k_start"), dict(allocation="uniform"), dict(dense_last_blocks=3), dict(dense_first_blocks=3)],
     ids=lambda settings: next(iter(settings)),
 )
 def test_realised_density_with_other_shapes(settings):
@@ -149,6 +149,19 @@ def test_the_budget_is_on_the_cpu_whatever_the_default_device():
 def test_dense_last_blocks_keep_everything():
     budget = stem.block_budget(50, StemConfig(k_start=4, dense_last_blocks=3))
     assert budget[-3:].tolist() == [48, 49, 50] and budget[-4] < 5
+
+
+def test_dense_first_blocks_keep_everything():
+    budget = stem.block_budget(50, StemConfig(k_start=4, dense_first_blocks=9))
+    assert budget[:9].tolist() == list(range(1, 10))
+    assert budget[9:].tolist() == stem.block_budget(50, StemConfig(k_start=4))[9:].tolist()
+
+
+@pytest.mark.parametrize("density", [0.3, 0.5])
+def test_dense_first_blocks_are_inside_a_density(density):
+    budget = stem.block_budget(50, StemConfig(density=density, dense_first_blocks=20))
+    assert budget[:20].tolist() == list(range(1, 21))
+    assert int(budget.sum()) == round(density * 50 * 51 / 2)
 
 
 def test_adaptive_budgets_are_the_bound():

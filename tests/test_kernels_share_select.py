@@ -9,7 +9,7 @@ from stem import StemConfig, block_budget, select_blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def keep_above(scores, threshold, sink_blocks, local_blocks, dense_last_blocks):
+def keep_above(scores, threshold, sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks):
     """Block mask from the definition, one row at a time."""
     nq, nk = scores.shape[-2:]
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
@@ -19,13 +19,16 @@ def keep_above(scores, threshold, sink_blocks, local_blocks, dense_last_blocks):
         mask[..., row, : q_block + 1] = shares > threshold
         mask[..., row, q_block - min(q_block, max(local_blocks, 1) - 1) : q_block + 1] = True
         mask[..., row, : min(sink_blocks, q_block + 1)] = True
-        if row >= nq - dense_last_blocks:
+        if q_block < dense_first_blocks or row >= nq - dense_last_blocks:
             mask[..., row, : q_block + 1] = True
     return mask
 
 
+RULES = [(0.05, (1, 1, 0, 0)), (0.2, (0, 0, 0, 2)), (1.0, (2, 3, 8, 1)), (1e-9, (0, 1, 0, 0))]
+
+
 @pytest.mark.parametrize("nq, nk", [(1, 1), (5, 5), (3, 9), (17, 40)])
-@pytest.mark.parametrize("threshold, rules", [(0.05, (1, 1, 0)), (0.2, (0, 0, 2)), (1.0, (2, 3, 1)), (1e-9, (0, 1, 0))])
+@pytest.mark.parametrize("threshold, rules", RULES)
 def test_lists_are_those_of_the_definition(nq, nk, threshold, rules):
     scores = 3 * torch.randn(2, 3, nq, nk, device=DEVICE)
     scores[0, 0, 0, 0] = torch.nan
@@ -38,12 +41,13 @@ def test_lists_are_those_of_the_definition(nq, nk, threshold, rules):
         assert not kv_indices[*index, count:].any()
 
 
-@pytest.mark.parametrize("dense_last_blocks", [0, 3])
-def test_both_implementations_of_select_blocks_agree(dense_last_blocks):
+@pytest.mark.parametrize("dense", [(0, 0), (0, 3), (5, 0)])
+def test_both_implementations_of_select_blocks_agree(dense):
     scores = 2 * torch.randn(1, 4, 12, 12, device=DEVICE)
     config = StemConfig(
         block_size=16, score_stride=4, allocation="adaptive", threshold=0.08, sink_blocks=1, local_blocks=2
     )
+    config = config.replace(dense_first_blocks=dense[0], dense_last_blocks=dense[1])
     budget = block_budget(12, config)
     torch_mask, triton_mask = (
         select_blocks(scores, budget, config, impl=impl).to_mask() for impl in ("torch", "triton")

@@ -132,7 +132,7 @@ def native_oracle(name, q, k, v, native):
         scores = oracles.hide_future(oracles.antidiagonal_sums(q, k, BLOCK, 4))
         return oracles.selection_mask(scores, counts, 2, 2)
     if name == "xattention":
-        shares, forced = oracles.softmax_scores(q, k, v, BLOCK, 4, BLOCK // 4, 0.0).exp(), lambda i: {0, i}
+        shares, forced = oracles.softmax_scores(q, k, v, BLOCK, 4, (BLOCK // 4,) * 2, 0.0).exp(), lambda i: {0, i}
     else:
         mass = oracles.probabilities(q, k)
         if name == "oracle_output":
@@ -227,7 +227,7 @@ def equal_cost_oracle(name, q, k, v):
     if name == "uniform_topk":
         return oracles.selection_mask(oracles.hide_future(routing), even, 2, 2)
     if name == "xattention":
-        return oracles.selection_mask(oracles.softmax_scores(q, k, v, BLOCK, 4, BLOCK // 4, 0.0), even, 1, 1)
+        return oracles.selection_mask(oracles.softmax_scores(q, k, v, BLOCK, 4, (BLOCK // 4,) * 2, 0.0), even, 1, 1)
     mass = oracles.probabilities(q, k)
     if name == "oracle_output":
         mass = mass * oracles.repeat_heads(v, q.shape[1]).norm(dim=-1)[:, :, None]

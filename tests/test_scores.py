@@ -98,13 +98,17 @@ def test_head_dims(head_dim, impl):
     torch.testing.assert_close(scores.double(), oracle, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cells, stride, peak", [(2, 8, 0.0), (8, 1, 0.0), (4, 1, 0.25), (8, 1, 1.0)])
+@pytest.mark.parametrize(
+    "cells, stride, peak",
+    [((2, 2), 8, 0.0), ((8, 8), 1, 0.0), ((4, 2), 4, 0.0), ((4, 4), 1, 0.25), ((8, 8), 1, 1.0), ((16, 2), 1, 0.5)],
+)
 @pytest.mark.parametrize("shape", ["ragged-9/3", "chunk-unaligned"])
 def test_softmax_over_cells(shape, cells, stride, peak):
     *sizes, block = SHAPES[shape]
     q, k, v = draw(*sizes)
-    config = StemConfig(block_size=block, reduction="softmax", score_cells=cells, score_stride=stride, value_weight=0.3)
-    oracle = oracles.softmax_scores(4 * q, k, v, block, stride, cells, 0.3)
+    scoring = dict(score_query_cells=cells[0], score_cells=cells[1], score_stride=stride, score_peak=peak)
+    config = StemConfig(block_size=block, reduction="softmax", value_weight=0.3, **scoring)
+    oracle = oracles.softmax_scores(4 * q, k, v, block, stride, cells, 0.3, peak)
     torch.testing.assert_close(block_scores(4 * q, k, v, config), oracle, rtol=1e-9, atol=1e-9)
     kernel = block_scores(*(x.float() for x in (4 * q, k, v)), config, impl="triton")
     torch.testing.assert_close(kernel.double(), oracle, rtol=1e-4, atol=1e-4)
