@@ -511,7 +511,6 @@ def beyond_the_operator(
     configs = ("released",) if device == "cuda" else ("default",)
     lengths = first_token.LENGTHS[device, profile]
     yield from read(lengths)
-    del model
     small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
     ids = prompt(tokenizer, CAPTURED_TOKENS[device]).to(device)
     yield "captured from SmolLM2", captured_case(small, ids, CAPTURED_LAYERS[device], device, impls=impls, seed=seed)
@@ -579,7 +578,7 @@ def wins_from(rows: Iterable[dict[str, Any]] | pd.DataFrame, config: str, margin
 
 
 def over_dense(rows: Iterable[dict[str, Any]] | pd.DataFrame, configs: Sequence[str] = PRESETS) -> pd.DataFrame:
-    """Speed-up of the operator as impl=None computes it over the fastest dense back end: tokens down, configs across."""
+    """Speed-up of the operator (impl=None) over the fastest dense back end: tokens down, configs across."""
     frame = pd.DataFrame(rows).dropna(subset="latency_ms")
     dense = frame[(frame["operation"] == "attention") & (frame["config"] == "dense")].groupby("tokens").latency_ms.min()
     operator = frame[(frame["operation"] == "operator") & (frame["provider"] == "stem")]

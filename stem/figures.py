@@ -5,7 +5,7 @@ Functions take rows (a DataFrame, one machine's) and return a matplotlib Figure;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -277,9 +277,10 @@ def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
 
 
 @styled()
-def crossover(rows: pd.DataFrame) -> Figure:
+def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figure:
     """Speed-up of the whole operator over the fastest dense back end of each length, one line per config."""
     names = [name for name in pd.DataFrame(rows)["config"].dropna().unique() if name != "dense"]
+    names = [name for name in names if configs is None or name in configs]
     figure, ax = new()
     wins = {}
     for name, colour in zip(names, PALETTE, strict=False):
@@ -297,6 +298,25 @@ def crossover(rows: pd.DataFrame) -> Figure:
     ax.set(ylabel="speed-up over the fastest dense [times]", ylim=(0, None))
     ax.legend()
     tokens_axis(ax, sorted({int(n) for line in ax.get_lines()[:-1] for n in line.get_xdata()}))
+    return figure
+
+
+@styled()
+def never_slower(ratios: pd.DataFrame, margin: float = 0.03) -> Figure:
+    """Speed-ups from `bench.over_dense` over tokens, one line per config, and the loss that is accepted."""
+    figure, ax = new()
+    for name, colour in zip(ratios, PALETTE, strict=False):
+        measured = ratios[name].dropna()
+        ax.plot(measured.index, measured, "o-", color=colour, markersize=4, label=name)
+    ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    ax.axhspan(1 - margin, 1.0, color="0.9", label=f"at most {margin:.0%} slower")
+    tokens, name = ratios.stack().idxmin()
+    slowest = f"{ratios[name][tokens]:.2f}× the fastest dense, {name} at {tokens_label(int(tokens))} tokens"
+    ax.set_title(f"Slowest: {slowest}")
+    ax.set(ylabel="speed-up over the fastest dense [times]")
+    log_y(ax)
+    ax.legend()
+    tokens_axis(ax, ratios.index)
     return figure
 
 

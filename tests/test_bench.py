@@ -114,6 +114,17 @@ def test_wrong_selections_are_refused(problem):
             gate.check_selection(wrong, problem.scores, problem.budget, problem.config, problem.rows)
 
 
+def test_a_selection_by_another_threshold_is_refused():
+    config = stem.StemConfig.preset("adaptive", block_size=16, score_cells=4, threshold=0.055)
+    problem = bench.Problem(SMALL, config, "cpu", "torch")
+    arguments = problem.scores, problem.budget, config, problem.rows
+    assert problem.selection.density() < 0.95 and gate.check_selection(problem.selection, *arguments) == 0
+    for threshold in (0.05, 0.06):
+        other = stem.select_blocks(problem.scores, problem.budget, config.replace(threshold=threshold), q_len=300)
+        with pytest.raises(gate.WrongResult, match="threshold 0.055"):
+            gate.check_selection(other, *arguments)
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     def forbidden(call, device):
         raise RuntimeError("timed before it was checked")
@@ -156,6 +167,22 @@ def test_rows_of_a_case(fast, monkeypatch):
     assert operator["speedup_vs_sdpa_flash"] is None and rows[1]["speedup_vs_sdpa_cpu"] is None
     assert operator["tflops"] == pytest.approx(operator["flop"] / 2e-3 / 1e12)
     assert 0.4 < operator["flop"] / dense["flop"] < 0.6
+
+
+def test_configs_that_are_timed_briefly(fast, monkeypatch):
+    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    monkeypatch.setattr(bench, "BRIEFLY", {"brief": (stem.StemConfig.preset("adaptive", block_size=16), (300,))})
+    rows = bench.case(SMALL, "cpu", impls=["torch"], dense=["sdpa_cpu"], briefly=["brief"])
+    found = [(row["operation"], row["provider"], row["error"]) for row in rows if row["config"] == "brief"]
+    assert found == [("attention", "stem_torch", ""), ("operator", "stem", "")]
+    assert bench.over_dense(rows, ["brief", "absent"]).to_dict() == {"brief": {300: 1.0}}
+
+
+def test_over_dense_divides_by_the_fastest_baseline():
+    times = [("attention", "sdpa_cudnn", "dense", 2.0), ("attention", "sdpa_flash", "dense", 4.0)]
+    times += [("operator", "stem", "paper", 1.0), ("operator", "stem_triton", "paper", 8.0)]
+    rows = [dict(operation=o, provider=p, config=c, latency_ms=ms, tokens=1024) for o, p, c, ms in times]
+    assert bench.over_dense(rows).to_dict() == {"paper": {1024: 2.0}}
 
 
 def test_interpreted_kernels_pass_the_gate(fast, monkeypatch):

@@ -82,6 +82,14 @@ def test_bars_compare_with_the_fastest_dense(operation):
 def test_crossover_names_the_shortest_length_that_wins():
     (ax,) = figures.crossover(made_up_rows()).axes
     assert title(ax) == "Stem beats every dense back end from 2K (released)"
+    assert not figures.crossover(made_up_rows(), ["default"]).axes[0].get_legend().get_texts()
+
+
+def test_never_slower_names_the_slowest():
+    ratios = pd.DataFrame(dict(paper=[0.99, 1.5], adaptive=[1.2, float("nan")]), index=pd.Index([1024, 2048]))
+    (ax,) = figures.never_slower(ratios).axes
+    assert title(ax) == "Slowest: 0.99× the fastest dense, paper at 1K tokens"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["paper", "adaptive", "at most 3% slower"]
 
 
 def test_dense_is_grey_and_nothing_else_is():
