@@ -9,11 +9,16 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from stem import records
+from stem import bench, records
 from stem.training_report import adaptation_findings
 
 BASELINES = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2", "sdpa_cpu": "SDPA"}
-CONFIGS = {"released": "released schedule", "default": "density 0.25"}
+CONFIGS = {
+    "released": "released schedule",
+    "default": "density 0.25",
+    "three_regime": "released schedule, forced blocks inside",
+}
+PRESETS = dict(zip(bench.PRESETS, ("paper", "angelslim", "hpc_ops", "adaptive"), strict=True))
 MISSING = "–"
 
 
@@ -44,9 +49,8 @@ def speed() -> str:
 def _speed_of(device: str, rows: pd.DataFrame) -> str:
     rows = rows[rows.operation.isin(["attention", "operator"])]
     dense = rows[rows.config == "dense"].pivot_table(index="tokens", columns="provider", values="latency_ms")
-    stem = rows[(rows.operation == "operator") & rows.latency_ms.notna()].sort_values(
-        ["tokens", "config", "latency_ms"]
-    )
+    stem = rows[(rows.operation == "operator") & rows.config.isin(CONFIGS) & rows.latency_ms.notna()]
+    stem = stem.sort_values(["tokens", "config", "latency_ms"])
     stem = stem.drop_duplicates(["tokens", "config"])  # the fastest implementation
     names = [name for name in BASELINES if name in dense]
     header = ["tokens", "config", "density", *(f"dense, {BASELINES[name]} [ms]" for name in names), "Stem [ms]"]
@@ -62,7 +66,23 @@ def _speed_of(device: str, rows: pd.DataFrame) -> str:
     heads = f"{shape['q_heads']:.0f} query and {shape['kv_heads']:.0f} key-value heads of {shape['head_dim']:.0f}"
     told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape['batch']:.0f}, random normal inputs; medians; "
     told += "scoring and selection are part of Stem's time."
-    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{_markdown(header, lines)}"
+    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{_markdown(header, lines)}{_presets(rows)}"
+
+
+def _presets(rows: pd.DataFrame) -> str:
+    """The operator under every preset over the fastest dense back end, where all of them were measured."""
+    ratios = bench.over_dense(rows)
+    if set(ratios) != set(PRESETS):
+        return ""
+    ratios = ratios.dropna()
+    told = "The operator under every preset, speed-up over the fastest dense back end; it is "
+    slowest = ratios.min().min()
+    told += "slower nowhere:" if slowest >= 1 else f"at most {1 / slowest - 1:.1%} slower:"
+    lines = [
+        [_tokens(tokens), *(_number(x, "×") for x in line)]
+        for tokens, line in zip(ratios.index, ratios.values, strict=True)
+    ]
+    return f"\n\n{told}\n\n{_markdown(['tokens', *(PRESETS[name] for name in ratios)], lines)}"
 
 
 def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str]) -> str:

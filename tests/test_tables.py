@@ -81,6 +81,20 @@ def test_speed():
     assert rows[2].startswith("| 1M") and rows[2].endswith("| – | – | 1900 | – | – |")
 
 
+def test_every_preset_over_the_fastest_dense():
+    times = dict(paper=0.8, released=1.0, hpc_ops=0.5, adaptive=1.02)
+    like = dict(speed_rows()[1], provider="stem")
+    presets = [dict(like, config=name, latency_ms=ms) for name, ms in times.items()]
+    records.write_rows("speed", speed_rows() + presets, profile="full")
+    text = tables.speed()
+    assert text.endswith(
+        "| tokens | paper | angelslim | hpc_ops | adaptive |\n| --- | ---: | ---: | ---: | ---: |\n"
+        "| 1K | 1.25× | 1× | 2× | 0.98× |"
+    )
+    assert "it is at most 2.0% slower:" in text
+    assert "hpc_ops" not in text.split("The operator under every preset")[0]
+
+
 def test_evaluation():
     records.write_rows("evaluation", evaluation_rows(), profile="full")
     text = tables.evaluation()
