@@ -381,7 +381,7 @@ def main() -> None:
     out = Path(
         arguments.out or pretrained.cache_folder() / f"smollm2-{config.length // 1024}k{'' if full else '-smoke'}"
     )
-    show, rows = partial(print, flush=True), []
+    show, rows, started = partial(print, flush=True), [], time.monotonic()
     if not arguments.evaluate_only:
         text = None if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
         model, tokenizer, log = extend(config, text, limit_s=arguments.training_limit, show=show)
@@ -399,7 +399,8 @@ def main() -> None:
             show("wrote", records.write_rows("extension", before + found, arguments.profile))
 
         eager = arguments.eager or of is only_dense  # a few samples are not worth the compilation
-        options = dict(processes=processes, limit_s=arguments.limit, eager=eager, show=show, save=write)
+        left = arguments.limit - (time.monotonic() - started)
+        options = dict(processes=processes, limit_s=left, eager=eager, show=show, save=write)
         rows += parts.measure(of, name, arguments.seed, **options)
 
 
