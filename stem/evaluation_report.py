@@ -16,6 +16,7 @@ from stem import figures, records
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
 WORSE = {"answer": "high", "right": "high", "generated": "high", "loss": "low"}  # the end of the interval nearer to 0
 UNITS = {"density": "computed share of the causal block pairs", "ms": "prefill of one prompt [ms]"}
+MODELS = {"smollm2-0.1.2": "8K model", "smollm2": "8K model", "smollm2-32k": "extended model"}  # names in rows -> here
 NATS = "log p(answer), minus dense [nats]"
 
 
@@ -32,9 +33,8 @@ def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
         found = records.read_rows(experiment)
         parts.append(found[(found.device == of) & (found.profile == "full")])
     found = pd.concat([part for part in parts if len(part)], ignore_index=True)
-    names = {"smollm2-0.1.2": "8K model", "smollm2": "8K model", "smollm2-32k": "extended model"}
     lengths = found.length.div(1024).map("{:.0f}K".format)
-    return found.assign(model=found.model.replace(names), cell=found.task + ", " + lengths)
+    return found.assign(model=found.model.replace(MODELS), cell=found.task + ", " + lengths)
 
 
 def verdict(nats: float) -> str:
@@ -81,6 +81,13 @@ def differences(rows: pd.DataFrame, measure: str, asked: float, block_size: int,
     return table.sort_values("mean", ascending=measure == "loss")
 
 
+def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
+    """Shares of right answers by cell and method: "generated", and "right", in one sparse forward, on equal samples."""
+    chosen = rows[rows.measure.isin(["generated", "right"]) & rows.block_size.isin([float("nan"), block_size])]
+    table = chosen.pivot_table(index=["cell", "method"], columns="measure", values="value", sort=False)
+    return table.reindex(columns=["generated", "right"]).dropna()
+
+
 def points(rows: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
     """Methods by method, block_size, asked and length: density, nats lost, ms of a prompt's prefill, alone.
 
@@ -88,8 +95,8 @@ def points(rows: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
         rows: Of one model.
         task: Whose answers count; None is the one that was asked of most methods.
     Returns:
-        ms is of the measure "time" where that was taken (alone is True), else of the answers' own run, in which other
-        processes may have used the GPU.
+        ms is of the measure "time" where that was taken (alone is True); where it was taken of none, of the answers'
+        own run, in which other processes may have used the GPU.
     """
     answers = rows[rows.measure == "answer"]
     task = answers.groupby("task", sort=False).size().idxmax() if task is None else task
@@ -98,9 +105,8 @@ def points(rows: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
     found = found.agg(density=("density", "mean"), nats=("difference", "mean"), busy=("ms", "min"), n=("count", "min"))
     times = rows[rows.measure == "time"].groupby(keys, dropna=False).value.min().rename("ms")
     found = found.reset_index().merge(times.reset_index(), on=keys, how="left")
-    found["alone"] = found.ms.notna()
-    found["ms"] = found.ms.fillna(found.pop("busy"))
-    return found.assign(task=task)
+    busy, alone = found.pop("busy"), found.ms.notna()
+    return found.assign(ms=found.ms if alone.any() else busy, alone=alone, task=task)
 
 
 def best(points: pd.DataFrame, count: int = 6, also: Sequence[str] = ("stem", "window")) -> list[str]:
@@ -114,11 +120,10 @@ def best(points: pd.DataFrame, count: int = 6, also: Sequence[str] = ("stem", "w
 
 def against(points: pd.DataFrame, x: str, methods: Sequence[str]) -> Figure:
     """What answers lose against "density" or "ms": one panel a length, one colour a method, one line a block size."""
-    lengths = sorted(points.length.unique())
-    figure, axes = figures.new(len(lengths), width=5.2, height=4.0)
-    shown = points[points.method.isin(methods) & points[x].notna()].assign(
-        blocks=points.block_size.fillna(0).astype(int)
-    )
+    shown = points[points.method.isin(methods) & points[x].notna()]
+    shown = shown.assign(blocks=shown.block_size.fillna(0).astype(int))
+    lengths = sorted(shown.length.unique())
+    figure, _ = figures.new(len(lengths), width=5.2, height=4.0)
     for place, (ax, length) in enumerate(zip(figure.axes, lengths, strict=True)):
         options = dict(x=x, y="nats", hue="method", hue_order=methods, style="blocks", markers=True, palette="husl")
         sns.lineplot(shown[shown.length == length], ax=ax, legend=place + 1 == len(lengths), errorbar=None, **options)

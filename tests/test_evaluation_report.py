@@ -67,17 +67,27 @@ def test_differences_are_best_first_and_hold_what_was_asked(rows):
     assert losses.loc["stem", "prose"] == pytest.approx(0.06) and list(losses.columns) == ["density", "mean", "prose"]
 
 
+def test_generated_answers_stand_beside_those_in_one_forward(rows):
+    table = report.generated(rows, 64)
+    assert list(table.index) == [(cell, method) for cell in ("a, 4K", "a, 8K") for method in ("window", "stem")]
+    assert table.loc[("a, 4K", "window")].to_dict() == dict(generated=-21.0, right=-21.0)
+    assert report.generated(rows, 128).empty
+
+
 def test_points_take_the_task_of_most_methods_and_the_times_taken_alone(rows):
     points = report.points(rows[rows.model == "8K model"])
     assert set(points.task) == {"a"} and len(points) == 2 * (len(METHODS) + 2)
     stem = points[(points.method == "stem") & (points.length == 4096)].set_index("asked")
-    assert stem.ms.to_dict() == {0.25: 10.0, 0.5: 9.0} and stem.alone.to_dict() == {0.25: True, 0.5: False}
+    assert stem.ms.dropna().to_dict() == {0.25: 10.0} and stem.alone.to_dict() == {0.25: True, 0.5: False}
+    untimed = report.points(rows[(rows.model == "8K model") & (rows.measure != "time")])
+    assert set(untimed.ms) == {9.0} and not untimed.alone.any()
     assert set(report.points(rows, "b").asked.dropna()) == {0.25}
     assert report.best(points, 1) == ["xattention", "stem", "window"]
     assert report.best(points, 2) == ["xattention", "stem", "window"]
-    near = report.near_and_fast(points)
-    assert set(near.method) == {"xattention"} and near.speedup.iloc[0] == pytest.approx(20 / 9)
-    assert report.describe(near) == "xattention at 4K (2.22×), xattention at 8K (2.22×)"
+    near = report.near_and_fast(points.assign(ms=points.ms.fillna(8.0)))
+    assert set(near.method) == {"xattention"} and near.speedup.iloc[0] == pytest.approx(20 / 8)
+    assert report.describe(near) == "xattention at 4K (2.50×), xattention at 8K (2.50×)"
+    assert report.near_and_fast(points).empty  # not timed
     assert report.describe(near[:0]) == "none"
 
 
