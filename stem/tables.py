@@ -199,7 +199,7 @@ def evaluation() -> str:
     rows = pd.concat([_full("evaluation"), _full("extension")])
     if rows.empty:
         return _nothing("06_long_context_eval")
-    rows = rows[rows.measure.isin(("answer", "loss", "generated"))]
+    rows = rows[rows.measure.isin(("answer", "loss", "generated", "time"))]
     parts = []
     for (device, model), part in rows.groupby(["device", "model"], sort=True):
         if set(part.method) == {"dense"}:
@@ -208,7 +208,8 @@ def evaluation() -> str:
         asked, size = answers[answers.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()
         told = f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
         told += "teacher-forced in one sparse forward. The short window is the control that must fail."
-        at = part[(part.asked.isna() | (part.asked == asked)) & (part.block_size.isna() | (part.block_size == size))]
+        sized = part.block_size.isna() | (part.block_size == size) | part.method.str.startswith("stem, ")  # presets
+        at = part[(part.asked.isna() | (part.asked == asked)) & sized]
         of = {measure: at[at.measure == measure] for measure in ("answer", "generated", "loss")}
         halves = of["loss"][(of["loss"].task != "all") & (of["loss"].length == of["loss"].length.max())]
         title = "Log-likelihood of the right answer, minus dense [nats], 95 % interval of the difference:"
@@ -216,7 +217,45 @@ def evaluation() -> str:
         title = "Generated answers that are right (dense decoding, which cannot see a broken prefill), minus dense:"
         parts += [_differences(title, of["generated"], "{:+.0%}")]
         parts += [_differences("Loss on the later half of documents, minus dense [nats per token]:", halves, "{:+.3f}")]
+        parts += [_by_density(answers), _times(at[at.measure == "time"])]
     return "\n\n".join(part for part in parts if part)
+
+
+def _by_density(answers: pd.DataFrame) -> str:
+    """What one task's answers lose at the longest prompts, one column for each density and block size asked for."""
+    answers = answers[answers.asked.notna()]
+    cells = answers.groupby("task", sort=False).apply(lambda of: len(of[["asked", "block_size"]].drop_duplicates()))
+    if cells.max() < 2:
+        return ""
+    of = answers[answers.task == cells.idxmax()]
+    of = of[of.length == of.length.max()]
+    table = of.pivot_table(index="method", columns=["block_size", "asked"], values="difference")
+    table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
+    names = [f"{size:.0f}, {asked:.0%}" for size, asked in table.columns]
+    lines = [[row.Index, *(MISSING if pd.isna(x) else f"{x:.1f}" for x in row[1:])] for row in table.itertuples()]
+    title = (
+        f"{of.task.iloc[0]} at {_tokens(of.length.iloc[0])} by block size and density asked for, minus dense [nats]:"
+    )
+    return f"{title}\n\n{_markdown(['method', *names], lines)}"
+
+
+def _times(rows: pd.DataFrame) -> str:
+    """Prefill of the whole model, one column a length, fastest at the longest first."""
+    if rows.empty:
+        return ""
+    table = rows.pivot_table(index="method", columns="length", values="value", aggfunc="min")
+    table = table.sort_values(table.columns[-1])
+    dense = table.loc["dense"]
+    lines = []
+    for method in table.index:
+        ms = table.loc[method]
+        lines.append(
+            [method, *(MISSING if pd.isna(ms[n]) else f"{ms[n]:.3g} ({dense[n] / ms[n]:.2f}×)" for n in ms.index)]
+        )
+    title = (
+        "Prefill of a prompt in a batch by the whole model, nothing else of the run on the card [ms]; against dense:"
+    )
+    return f"{title}\n\n{_markdown(['method', *map(_tokens, table.columns)], lines)}"
 
 
 def _differences(title: str, rows: pd.DataFrame, form: str) -> str:

@@ -53,7 +53,8 @@ def evaluation_rows() -> list[dict]:
             rows.append(dict(who, measure=measure, task=task, value=0.5 + nats * scale, dense=0.5, **ends))
         rows.append(dict(who, measure="loss", task="all", value=9.0, dense=9.0, difference=0.0, low=0.0, high=0.0))
     elsewhere = dict(rows[-4], asked=0.5, difference=-0.125, low=-1, high=1)
-    return [*rows, elsewhere]
+    preset = dict(rows[-4], method="stem, paper", asked=None, block_size=128.0, density=0.5, difference=-4.0)
+    return [*rows, elsewhere, preset]
 
 
 def test_without_rows_each_section_says_how_to_get_them():
@@ -101,11 +102,23 @@ def test_evaluation():
     assert "**smollm2** on Made-up GPU, blocks of 64 tokens, asked for 25% of the block pairs" in text
     assert "| method | density | ruler_vt, 4K |" in text and "| dense itself | 100.0% | 0.5 |" in text
     stem, window = "| stem | 25.0% | -2.0 [-3.0, -1.0] |", "| window | 10.0% | -18.0 [-19.0, -17.0] |"
-    assert text.index(stem) < text.index(window)  # best first
+    assert text.index(stem) < text.index("| stem, paper | 50.0% | -4.0") < text.index(window)  # best first
     assert "| window | 10.0% | +0% [+0%, +0%] |" in text.replace("-0%", "+0%")
     stem, window = "| stem | 25.0% | +0.020 [+0.030, +0.010] |", "| window | 10.0% | +0.180 [+0.190, +0.170] |"
     assert text.index(stem) < text.index(window)
     assert "9.0" not in text.replace("19.0", "") and "0.125" not in text
+    assert "ruler_vt at 4K by block size and density asked for" in text
+    assert "| method | 64, 25% | 64, 50% |" in text and "| stem | -2.0 | -0.1 |" in text
+
+
+def test_evaluation_says_how_long_a_prefill_takes():
+    about = dict(model="smollm2", seed=0, count=3, measure="time", task="ruler_vt", difference=0, low=0, high=0)
+    found = [("dense", None, 4096, 20.0), ("dense", None, 8192, 60.0), ("stem", 0.25, 8192, 24.0)]
+    found = [dict(about, method=m, asked=of, block_size=of and 64, length=n, value=ms) for m, of, n, ms in found]
+    records.write_rows("evaluation", [*evaluation_rows(), *[dict(row, density=1.0) for row in found]], profile="full")
+    text = tables.evaluation()
+    assert "| method | 4K | 8K |" in text and "| dense | 20 (1.00×) | 60 (1.00×) |" in text
+    assert text.index("| stem | – | 24 (2.50×) |") < text.index("| dense | 20 (1.00×)")  # fastest first
 
 
 def test_a_model_with_dense_rows_only_has_no_table_and_missing_cells_are_dashes():
