@@ -25,7 +25,8 @@ TINY = tl.constexpr(1e-37)  # stands for a share of 0, whose logarithm would be 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
 DEPTH_BYTES = 256  # of the part of a wider row that one product reads
 ROW_TILE = 128  # query cells of one program
-COLUMN_TILE = 128  # key cells of one product
+COLUMN_TILE = 128  # most key cells of one product
+BLOCK_TILE = 32  # most key blocks of one product
 FEATURE_TILE = 32  # cells of one program of cell_features
 STAGES = 2  # key tiles in flight, where one product reads whole features
 WARPS = 8
@@ -323,7 +324,7 @@ def cell_scores(
         depth_tile = DEPTH_BYTES // item_bytes
     scores = torch.empty(batch, num_q_heads, num_q_blocks, num_kv_blocks, dtype=torch.float32, device=q.device)
     heads = batch * num_q_heads
-    columns = max(COLUMN_TILE, key_cells)
+    columns = max(key_cells, SMALLEST_DOT, min(COLUMN_TILE, BLOCK_TILE * key_cells))
     chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // (4 * heads * query_cells * num_kv_blocks)))
     lse = torch.empty(heads, chunk_rows * query_cells, num_kv_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
