@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -24,24 +26,12 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     if q.device.type == "cpu" and not needs_grad:
         return _flash_attention(q, k, v, selection, scale)
     size, offset = selection.block_size, k.shape[2] - q.shape[2]
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_blocks = pad_to_grid(q, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2) * scale  # [M, size, D]
-    k_blocks, v_blocks = (pad_to_grid(x, size).to(compute).unflatten(2, (-1, size)).flatten(0, 2) for x in (k, v))
-    lists, counts = selection.kv_indices.flatten(0, 2).long(), selection.kv_num_blocks.flatten().long()
-    diagonal, kv_start = _rows(selection, k.shape[1])
-
-    order = counts.argsort(stable=True)
-    widths = counts[order].tolist()
+    q_blocks, k_blocks, v_blocks = _blocks(q, size, offset) * scale, _blocks(k, size), _blocks(v, size)
+    order, widths = _sorted_rows(selection)
     first = widths.count(0)  # rows without blocks come first and give zeros
     chunks = [(q_blocks[order[:first]] * 0, q_blocks.new_full((first, size), -torch.inf))]
-    for chunk in _chunks(widths, first, size):
-        rows, width = order[chunk], widths[chunk.stop - 1]
-        slots = torch.arange(width, device=q.device) - (width - counts[rows])[:, None]  # right-aligned, < 0 = unused
-        columns = lists[rows].gather(1, slots.clamp_min(0))  # [R, W], the diagonal block last if it is kept
-        blocks = (columns + kv_start[rows, None]).flatten()
-        future = (columns[:, -1] == diagonal[rows])[:, None, None] & _above_diagonal(size, q.device)
-        unused = (slots < 0).repeat_interleave(size, 1)[:, None] if widths[chunk.start] < width else None
-        args = (q_blocks[rows], k_blocks, v_blocks, blocks, future, unused)
+    for rows, *kept in _chunked_lists(selection, k.shape[1], order, widths):
+        args = (q_blocks[rows], k_blocks, v_blocks, *kept)
         if needs_grad:
             chunks.append(checkpoint(_attend, *args, use_reentrant=False))
         else:
@@ -53,6 +43,31 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     return out[:, :, queries].to(q.dtype), lse[:, :, queries]
 
 
+def gather_gradients(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, dout: Tensor, dlse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gather_attention's out and lse, by formula and chunk by chunk: dq, dk and dv like q, k and v.
+
+    For stem.ops, below autograd. With weights P and dP = dO V^T, the logits' gradient is P (dP - sum(P dP) + dlse).
+    """
+    size, offset = selection.block_size, k.shape[2] - q.shape[2]
+    q_blocks, k_blocks, v_blocks = _blocks(q, size, offset) * scale, _blocks(k, size), _blocks(v, size)
+    dout_blocks, dlse_blocks = _blocks(dout, size, offset), _blocks(dlse[..., None], size, offset)  # [M, size, D or 1]
+    dq, dk, dv = torch.zeros_like(q_blocks), torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+    for rows, blocks, future, unused in _chunked_lists(selection, k.shape[1], *_sorted_rows(selection)):
+        k_rows, v_rows = (_gathered(x, blocks, len(rows)) for x in (k_blocks, v_blocks))  # [R, W * size, D]
+        weights = _masked_logits(q_blocks[rows], k_rows, future, unused).softmax(-1)
+        dweights = torch.bmm(dout_blocks[rows], v_rows.mT)
+        mean = (weights * dweights).sum(-1, keepdim=True)
+        dlogits = weights * (dweights - mean + dlse_blocks[rows])
+        dq[rows] = torch.bmm(dlogits, k_rows) * scale
+        dk.index_add_(0, blocks, torch.bmm(dlogits.mT, q_blocks[rows]).view(-1, *dk.shape[1:]))
+        dv.index_add_(0, blocks, torch.bmm(weights.mT, dout_blocks[rows]).view(-1, *dv.shape[1:]))
+    starts = offset % size, 0, 0
+    blocks_of = (x.unflatten(0, (*y.shape[:2], -1)).flatten(2, 3) for x, y in zip((dq, dk, dv), (q, k, v), strict=True))
+    return tuple(x[:, :, i : i + y.shape[2]].to(y.dtype) for x, y, i in zip(blocks_of, (q, k, v), starts, strict=True))
+
+
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     """The same on the CPU without gradients: the diagonal blocks in one causal call, then the others, merged by lse.
 
@@ -61,9 +76,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     size, offset = selection.block_size, k.shape[2] - q.shape[2]
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_blocks = pad_to_grid(q, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2)  # [M, size, D]
-    k_blocks, v_blocks = (pad_to_grid(x, size).to(compute).unflatten(2, (-1, size)).flatten(0, 2) for x in (k, v))
+    q_blocks, k_blocks, v_blocks = _blocks(q, size, offset), _blocks(k, size), _blocks(v, size)  # [M, size, D]
     counts = selection.kv_num_blocks.flatten().long()
     diagonal, kv_start = _rows(selection, k.shape[1])
     blocks = selection.kv_indices.flatten(0, 2) + kv_start[:, None]  # [M, max], rows of k_blocks
@@ -101,14 +114,54 @@ def _attend(
     q: Tensor, k_blocks: Tensor, v_blocks: Tensor, blocks: Tensor, future: Tensor, unused: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of R query blocks [R, size, D], scaled, over W key blocks each: out and lse [R, size]."""
-    rows, size, dim = q.shape
-    k, v = (x.flatten(1)[blocks].view(rows, -1, dim) for x in (k_blocks, v_blocks))  # [R, W * size, D]
-    logits = torch.bmm(q, k.mT)
-    logits[..., -size:].masked_fill_(future, -torch.inf)  # causality reaches the last block only
-    if unused is not None:
-        logits.masked_fill_(unused, -torch.inf)
+    k, v = (_gathered(x, blocks, len(q)) for x in (k_blocks, v_blocks))  # [R, W * size, D]
+    logits = _masked_logits(q, k, future, unused)
     weights = logits.softmax(-1)
     return torch.bmm(weights, v), logits.amax(-1) - weights.amax(-1).log()
+
+
+def _gathered(x_blocks: Tensor, blocks: Tensor, rows: int) -> Tensor:
+    """The listed blocks of x_blocks [M, size, D], as many for each of the rows: [rows, W * size, D]."""
+    return x_blocks.flatten(1)[blocks].view(rows, -1, x_blocks.shape[2])
+
+
+def _masked_logits(q: Tensor, k: Tensor, future: Tensor, unused: Tensor | None) -> Tensor:
+    logits = torch.bmm(q, k.mT)
+    logits[..., -q.shape[1] :].masked_fill_(future, -torch.inf)  # causality reaches the last block only
+    return logits if unused is None else logits.masked_fill_(unused, -torch.inf)
+
+
+def _blocks(x: Tensor, size: int, offset: int = 0) -> Tensor:
+    """x [B, H, N, D] cut at the key grid: fp32 (fp64 for fp64 inputs) [B * H * blocks, size, D], zeros where no row."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return pad_to_grid(x, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2)
+
+
+def _sorted_rows(selection: BlockSelection) -> tuple[Tensor, list[int]]:
+    """The B * Hq * nq query blocks in the order of their lists' lengths, int64, and these lengths."""
+    counts = selection.kv_num_blocks.flatten().long()
+    order = counts.argsort(stable=True)
+    return order, counts[order].tolist()
+
+
+def _chunked_lists(
+    selection: BlockSelection, kv_heads: int, order: Tensor, widths: list[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """A few query blocks at a time, of those that have a list: rows [R], their key blocks [R * W] and two masks.
+
+    future [R, size, size] holds for the last block of a row, unused [R, 1, W * size] (None if all are used) for all.
+    """
+    size, device = selection.block_size, selection.kv_indices.device
+    lists, counts = selection.kv_indices.flatten(0, 2).long(), selection.kv_num_blocks.flatten().long()
+    diagonal, kv_start = _rows(selection, kv_heads)
+    for chunk in _chunks(widths, widths.count(0), size):
+        rows, width = order[chunk], widths[chunk.stop - 1]
+        slots = torch.arange(width, device=device) - (width - counts[rows])[:, None]  # right-aligned, < 0 = unused
+        columns = lists[rows].gather(1, slots.clamp_min(0))  # [R, W], the diagonal block last if it is kept
+        blocks = (columns + kv_start[rows, None]).flatten()
+        future = (columns[:, -1] == diagonal[rows])[:, None, None] & _above_diagonal(size, device)
+        unused = (slots < 0).repeat_interleave(size, 1)[:, None] if widths[chunk.start] < width else None
+        yield rows, blocks, future, unused
 
 
 def _rows(selection: BlockSelection, kv_heads: int) -> tuple[Tensor, Tensor]:

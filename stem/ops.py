@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from stem.config import StemConfig
-from stem.gather import gather_attention
+from stem.gather import gather_attention, gather_gradients
 from stem.selection import BlockSelection
 
 
@@ -101,8 +100,7 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _resolve(impl, q, block_size) == "torch":
         selection = _selection(q, k, kv_indices, kv_num_blocks, block_size)
-        with ThreadPoolExecutor(1) as thread:  # an operator runs below autograd, a new thread does not
-            gradients = thread.submit(_gather_gradients, q, k, v, selection, scale, dout, dlse).result()
+        gradients = gather_gradients(q, k, v, selection, scale, dout, dlse)
     else:
         from stem.kernels.sparse_backward import sparse_backward
 
@@ -135,11 +133,6 @@ def _refuse(ctx, *gradients):
 
 attention_op.register_autograd(_differentiate, setup_context=_save)
 attention_backward_op.register_autograd(_refuse)
-
-
-def _gather_gradients(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, dout, dlse):
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    return torch.autograd.grad(gather_attention(*inputs, selection, scale), inputs, (dout, dlse))
 
 
 def _resolve(impl: str, q: Tensor, block_size: int) -> str:
