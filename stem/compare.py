@@ -22,8 +22,8 @@ import importlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +47,10 @@ NUMBERS_PER_BATCH = {"cuda": 75_000_000, "cpu": 5_000_000}  # hidden states of o
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
 PROCESSES = 3  # that share a GPU where there is one
-TIMED_TOKENS, REPETITIONS = {"cuda": 65_536, "cpu": 1_024}, 3  # of a batch whose prefill is timed
+TIMED_TOKENS, REPETITIONS = {"cuda": 32_768, "cpu": 1_024}, 3  # of a batch whose prefill is timed
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
+ADAPTIVE = "stem adaptive"
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
     "tri_shape", "random",
@@ -144,9 +145,9 @@ def methods(
             config = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
             adaptive = StemConfig.preset("adaptive", block_size=block_size)
             for name in names:
-                if name == "dense" or (name == "stem adaptive" and calibrate is None):
+                if name == "dense" or (name == ADAPTIVE and calibrate is None):
                     continue
-                elif name == "stem adaptive":
+                elif name == ADAPTIVE:
                     attention = calibrate(density, adaptive)
                 elif name == "stem softmax":
                     attention = adaptive.replace(allocation="uniform", threshold=None, density=density)
@@ -185,7 +186,7 @@ def all_names() -> tuple[str, ...]:
     """What `methods` takes: Stem, its two variants, and every other pattern, the costly oracles last."""
     others = [name for name in patterns.names() if name != "stem" and not name.startswith("oracle")]
     oracles = [name for name in patterns.names() if name.startswith("oracle")]
-    return ("stem", "stem adaptive", "stem softmax", *sorted(others, key=lambda name: name in BLIND), *oracles)
+    return ("stem", ADAPTIVE, "stem softmax", *sorted(others, key=lambda name: name in BLIND), *oracles)
 
 
 def window_control(block_size: int = 64) -> StemConfig:
@@ -439,6 +440,7 @@ def run(
     seed: int = 0,
     *,
     part: str | None = None,
+    wait=None,
     limit_s: float = math.inf,
     show=print,
     save=None,
@@ -451,6 +453,7 @@ def run(
         name: Of the model, for the rows.
         seed: Of the RULER samples and the bootstrap.
         part: A share of the measurements, see `stem.plan.deal`; None is all.
+        wait: Called when all samples are prepared, before the model is used.
         limit_s: Leave out what has not begun after so many seconds; how much that was is shown.
         show: Called with progress lines.
         save: Called with all rows so far, now and then.
@@ -459,16 +462,13 @@ def run(
     """
     comparison, started, saved = Comparison(model, tokenizer, name, seed), time.monotonic(), time.monotonic()
     names = plan.names or all_names()
-    found = {}
-    for length in plan.lengths:
-        calibrate = calibrator(model, tokenizer, length, show)
-        known = [Method("dense"), *methods(names, plan.densities, plan.block_sizes, calibrate)]
-        known += presets() if plan.presets else []
-        found |= {(length, method.name, method.block_size, method.asked): method for method in known}
+    known = [Method("dense"), *methods(names, plan.densities, plan.block_sizes, lambda density, config: config)]
+    known += presets() if plan.presets else []
     order = ["dense", "window", *names[:3], *(method.name for method in presets()), *names[3:]]
-    asked = sorted(dict.fromkeys(key[1:] for key in found), key=lambda of: order.index(of[0]))
-    jobs = [job for of in asked for job in plan.jobs(*of) if (job.length, *of) in found]
-    jobs = deal(jobs, part)
+    known.sort(key=lambda method: order.index(method.name))
+    found = {(method.name, method.block_size, method.asked): method for method in known}
+    jobs = deal([job for of in found for job in plan.jobs(*of)], part)
+    calibrate = {length: cache(calibrator(model, tokenizer, length, show)) for length in plan.lengths}
     samples = dict(zip(plan.lengths, plan.samples, strict=True))
     prompts, kinds, errors = {}, {}, []
     for task, length in dict.fromkeys((job.task, job.length) for job in jobs):
@@ -477,14 +477,19 @@ def run(
         else:
             prompts[task, length] = exact_prompts(task, tokenizer, length, samples[length], seed)
     show(f"{len(jobs)} measurements, prepared in {time.monotonic() - started:.0f} s")
+    if wait:
+        wait()
     for number, job in enumerate(jobs):
         if time.monotonic() - started > limit_s:
             show(f"{len(jobs) - number} measurements left out after {limit_s} s")
             break
-        method = found[job.length, job.method, job.block_size, job.asked]
+        method = found[job.method, job.block_size, job.asked]
         inputs = kinds[job.length] if job.task is None else prompts[job.task, job.length]
         try:
-            getattr(comparison, job.what)(method, inputs)
+            if method.name == ADAPTIVE:
+                method = replace(method, attention=calibrate[job.length](method.asked, method.attention))
+            if method.name != ADAPTIVE or method.attention is not None:
+                getattr(comparison, job.what)(method, inputs)
         except Exception as error:  # hours of other measurements need not be lost with one; raised at the end
             error.add_note(f"measuring {job}")
             errors.append(error)

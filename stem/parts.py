@@ -39,7 +39,7 @@ def measure(
         plan: What to measure.
         model: A name for stem.pretrained.load.
         seed: Of the RULER samples and the bootstrap.
-        processes: 1 measures here. More measure in as many new processes, after one alone has taken the times.
+        processes: 1 measures here. More measure in as many new processes, after one more has taken the times alone.
         limit_s: What has not begun after so many seconds is left out.
         eager: Do not compile the model's layers on a GPU.
         show: Called with progress lines.
@@ -51,24 +51,25 @@ def measure(
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     if processes == 1:
-        return _part(plan, model, seed, None, limit_s, eager, show, save)
-    started, rows, failed = time.monotonic(), [], []
+        return _part(plan, model, seed, None, None, limit_s, eager, show, save)
+    rows: list[dict] = []
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    alone = context.Event()  # set when the times have been taken
     with tempfile.TemporaryDirectory() as folder:
-        for numbers in ([0], range(1, processes + 1)):
-            left = limit_s - (time.monotonic() - started)
-            running = {}
-            for number in numbers:
-                about = (plan, model, seed, f"{number}/{processes}", left, eager, str(Path(folder) / f"{number}.json"))
-                running[number] = context.Process(target=_write_part, args=about)
-                running[number].start()
-            saved = time.monotonic()
-            while any(process.is_alive() for process in running.values()):
-                time.sleep(POLL_S)
-                if save and time.monotonic() - saved > SAVE_EVERY_S and (rows := _collect(folder)):
-                    save(rows)
-                    saved = time.monotonic()
-            failed += [number for number, process in running.items() if process.exitcode]
+        running = []
+        for number in range(processes + 1):
+            about = (plan, model, seed, f"{number}/{processes}", alone.wait if number else None, limit_s, eager)
+            running.append(context.Process(target=_write_part, args=(*about, str(Path(folder) / f"{number}.json"))))
+            running[-1].start()
+        saved = time.monotonic()
+        while any(process.is_alive() for process in running):
+            if not running[0].is_alive():
+                alone.set()
+            time.sleep(POLL_S)
+            if save and time.monotonic() - saved > SAVE_EVERY_S and (rows := _collect(folder)):
+                save(rows)
+                saved = time.monotonic()
+        failed = [number for number, process in enumerate(running) if process.exitcode]
         rows = _collect(folder)
     if save and rows:
         save(rows)
@@ -77,17 +78,17 @@ def measure(
     return rows
 
 
-def _part(plan, model, seed, part, limit_s, eager, show, save) -> list[dict]:
+def _part(plan, model, seed, part, wait, limit_s, eager, show, save) -> list[dict]:
     cuda = torch.cuda.is_available()
     started = time.monotonic()
     network, tokenizer = pretrained.load(model, dtype=torch.bfloat16 if cuda else torch.float32)
     with nullcontext() if eager or not cuda else compare.fused(network):
         name = Path(network.name_or_path).name
-        options = dict(part=part, limit_s=limit_s - (time.monotonic() - started), show=show, save=save)
+        options = dict(part=part, wait=wait, limit_s=limit_s - (time.monotonic() - started), show=show, save=save)
         return compare.run(plan, network, tokenizer, name, seed, **options)
 
 
-def _write_part(plan, model, seed, part, limit_s, eager, path) -> None:
+def _write_part(plan, model, seed, part, wait, limit_s, eager, path) -> None:
     """One process: `_part`, its rows written to a JSON file as they come."""
 
     def save(rows: list[dict]) -> None:
@@ -95,7 +96,7 @@ def _write_part(plan, model, seed, part, limit_s, eager, path) -> None:
         partial.write_text(json.dumps(rows))
         os.replace(partial, path)
 
-    _part(plan, model, seed, part, limit_s, eager, partial(print, f"[{part}]", flush=True), save)
+    _part(plan, model, seed, part, wait, limit_s, eager, partial(print, f"[{part}]", flush=True), save)
 
 
 def _collect(folder: str) -> list[dict]:

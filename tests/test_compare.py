@@ -145,7 +145,11 @@ def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkey
     assert saved[-1] == found and all(row["value"] > 0 for row in found if row["measure"] == "time")
     assert compare.run(plan, model, tokenizer, "tiny", show=told.append, limit_s=-1) == []
     assert told[-1] == "16 measurements left out after -1 s"
-    times = compare.run(plan, model, tokenizer, "tiny", part="0/2", show=told.append)
+    waited = []
+    times = compare.run(
+        plan, model, tokenizer, "tiny", part="0/2", wait=lambda: waited.append(told[-1]), show=told.append
+    )
+    assert "prepared" in waited[0]
     others = [
         row for i in (1, 2) for row in compare.run(plan, model, tokenizer, "tiny", part=f"{i}/2", show=told.append)
     ]
@@ -153,6 +157,24 @@ def test_a_small_plan_runs_and_stops_at_its_limit(rows, tokenizer, model, monkey
     key = ("method", "measure", "task", "start", "value", "dense", "low", "high")
     whole = {tuple(row.get(name) for name in key) for row in found if row["measure"] != "time"}
     assert {tuple(row.get(name) for name in key) for row in others} == whole
+
+
+def test_the_adaptive_preset_is_calibrated_when_it_is_first_used(rows, tokenizer, model, monkeypatch):
+    asked = []
+
+    def calibrator(model, tokenizer, length, show):
+        return lambda density, config: (
+            asked.append((length, density)) or (config.replace(threshold=0.9) if density > 0.3 else None)
+        )
+
+    monkeypatch.setattr(compare, "calibrator", calibrator)
+    monkeypatch.setattr(compare, "document_windows", lambda *_: {"prose": torch.randint(1000, (1, 64))})
+    options = dict(names=(compare.ADAPTIVE,), densities=(0.2, 0.5), block_sizes=(32,), asked_at=(0.5, 32))
+    plan = Plan((256,), (1,), ("niah_multikey_2",), generates=None, **options)
+    found = compare.run(plan, model, tokenizer, "tiny", show=lambda line: None)
+    adaptive = [row for row in found if row["method"] == compare.ADAPTIVE]
+    assert {row["asked"] for row in adaptive} == {0.5} and asked == [(256, 0.5), (256, 0.2)]
+    assert {row["density"] for row in adaptive} <= {row["density"] for row in found if row["method"] == "window"}
 
 
 def test_a_measurement_that_fails_is_raised_after_the_others(rows, tokenizer, model, monkeypatch):

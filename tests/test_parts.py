@@ -13,7 +13,10 @@ from stem.plan import PLANS
 def pieces(monkeypatch):
     """Processes forked from this one, whose parts need no model: each row says who measured it and when."""
 
-    def part(plan, model, seed, part, limit_s, eager, show, save):
+    def part(plan, model, seed, part, wait, limit_s, eager, show, save):
+        assert (wait is None) == (part == "0/3")
+        if wait:
+            wait()
         rows = [{"part": part, "model": model, "seed": seed, "eager": eager, "began": time.monotonic()}]
         time.sleep(0.2)
         save(rows)
@@ -48,6 +51,6 @@ def test_a_part_that_fails_is_named_and_its_rows_and_the_others_are_kept(pieces)
 def test_one_process_measures_here_and_none_is_refused(monkeypatch):
     monkeypatch.setattr(parts, "_part", lambda *about: about)
     plan = PLANS["smoke"]
-    assert parts.measure(plan, "tiny", 5, limit_s=8, show=str) == (plan, "tiny", 5, None, 8, False, str, None)
+    assert parts.measure(plan, "tiny", 5, limit_s=8, show=str) == (plan, "tiny", 5, None, None, 8, False, str, None)
     with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
         parts.measure(plan, "tiny", processes=0)
