@@ -8,7 +8,7 @@ group of rows holds the control, a short window, which must fail: where it does 
     right         share of samples in which every token of that answer is the likeliest
     loss          next-token loss on a kind of document, over positions start..stop - 1 [nats per token]
     generated     share of right answers that a dense decoder gives after the sparse prefill (cannot see a broken one)
-    time          prefill of one prompt in a batch, measured alone [ms]; the interval is over repetitions
+    time          prefill of one prompt in a batch, in turn with dense attention [ms]; the interval is over repetitions
 
 `density` is what was computed, `asked` what was asked for, `ms` how long a sample took in this run, other processes or
 not. On a GPU the times are taken first, then the rest in three processes that share it (`--processes`).
@@ -43,7 +43,7 @@ from stem.scores import block_scores
 from stem.selection import select_blocks
 
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # one natural order of the answers
-NUMBERS_PER_BATCH = {"cuda": 75_000_000, "cpu": 5_000_000}  # hidden states of one layer
+NUMBERS_PER_BATCH = {"cuda": 240_000_000, "cpu": 5_000_000}  # hidden states of one layer
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
 PROCESSES = 3  # that share a GPU where there is one
@@ -245,14 +245,11 @@ def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int |
 
 
 @torch.no_grad()
-def prefill_times(model, ids: Tensor) -> Tensor:
-    """Sorted times of `REPETITIONS` prefills of int64 [n, N] after one that is not counted: fp32 [ms for a prompt]."""
-    ids, found = ids.to(next(model.parameters()).device), []
-    for _ in range(REPETITIONS + 1):
-        started = time.perf_counter()
-        model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -1].cpu()
-        found.append((time.perf_counter() - started) * 1e3 / len(ids))
-    return torch.tensor(sorted(found[1:]), dtype=torch.float32)
+def prefill_ms(model, ids: Tensor) -> float:
+    """Time of a prefill of int64 [n, N] tokens on the model's device [ms for one prompt]."""
+    started = time.perf_counter()
+    model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -1].cpu()
+    return (time.perf_counter() - started) * 1e3 / len(ids)
 
 
 def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
@@ -306,11 +303,25 @@ class Comparison:
             self._add(method, about | dict(start=start, stop=stop), *values)
 
     def time(self, method: Method, prompts: Prompts) -> None:
-        """Add a row of the measure "time": median prefill of a batch, for each of its prompts [ms]."""
-        ids = prompts.ids[: max(1, TIMED_TOKENS[next(self.model.parameters()).device.type] // prompts.ids.shape[1])]
-        ours, dense = self._measure(method, ids, "time", lambda: prefill_times(self.model, ids))
-        about = dict(measure="time", task=prompts.task, length=ids.shape[1], density=ours.density, ms=ours.ms)
-        self._add(method, about, ours.result, dense.result)
+        """Add a row of the measure "time": prefill of a batch, for each of its prompts [ms].
+
+        Dense attention is timed afresh in turn with the method, so that their ratio holds on a busy GPU as well.
+        """
+        device = next(self.model.parameters()).device
+        count = max(1, TIMED_TOKENS[device.type] // prompts.ids.shape[1])
+        ids, started, density = prompts.ids[:count].to(device), time.monotonic(), 1.0
+        pairs = []
+        for _ in range(REPETITIONS + 1):
+            ours = dense = prefill_ms(self.model, ids)
+            if method.attention is not None:
+                with hf.stem_prefill(self.model, method.attention) as report:
+                    ours = prefill_ms(self.model, ids)
+                density = report.density()
+            pairs.append((ours, dense))
+        values, dense = torch.tensor(pairs[1:]).T  # the first may compile
+        ms = (time.monotonic() - started) * 1e3 / len(ids)
+        about = dict(measure="time", task=prompts.task, length=ids.shape[1], density=density, ms=ms)
+        self._add(method, about, values, dense)
 
     def _measure(self, method: Method, ids: Tensor, name: str, measure) -> tuple[_Measured, _Measured]:
         """What `measure` gives under the method and under dense attention; the latter from the first time."""
@@ -427,7 +438,8 @@ def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[
     """Rows of the tensors together, a batch at a time, on the model's device; the first is [n, tokens]."""
     device = next(model.parameters()).device
     hidden = model.config.get_text_config().hidden_size
-    size = max(1, (tokens_per_batch or NUMBERS_PER_BATCH[device.type] // hidden) // tensors[0].shape[1])
+    most = max(1, (tokens_per_batch or NUMBERS_PER_BATCH[device.type] // hidden) // tensors[0].shape[1])
+    size = math.ceil(len(tensors[0]) / math.ceil(len(tensors[0]) / most))  # batches of about one size
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         yield tuple(part.to(device) for part in parts)
 

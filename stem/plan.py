@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+LATE = 4  # priority from which on a run may well be cut off
 TASKS = ("niah_multikey_1", "niah_single_2", "ruler_vt")
 
 
@@ -87,7 +88,7 @@ class Plan:
         for length, samples in zip(self.lengths, self.samples, strict=True):
             tasks = self.tasks if length == self.lengths[0] or not costly else ()
             for place, task in enumerate(tasks):
-                late = 4 if asked == self.asked_at[0] else 5
+                late = LATE if asked == self.asked_at[0] else LATE + 1
                 priority = (1 if costly else 0) if headline else 2 if place < self.everywhere and not costly else late
                 found.append(Job(priority, "answers", length, task, method, block_size, asked, samples))
             reads = Job(1 if headline else 3, "loss", length, None, method, block_size, asked, 5 * self.windows)
@@ -102,7 +103,7 @@ class Plan:
 
 PLANS = {
     "smoke": Plan((1024,), (2,), TASKS[:1], 1, 1, ("stem", "xattention"), (0.5,), (32,), (0.5, 32)),
-    "full": Plan((4096, 8192), (100, 100)),
+    "full": Plan((4096, 8192), (100, 100), windows=4),
     "large": Plan((4096, 8192), (20, 20), densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128), generates=None),
 }
 
@@ -133,7 +134,7 @@ def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
         if job.what != "time":
             groups.setdefault((job.what, job.length, job.task, job.block_size), []).append(job)
     dealt: list[list[Job]] = [[] for _ in range(parts)]
-    loads = [0] * parts
+    loads = [0.0] * parts
     for group in sorted(groups.values(), key=_tokens, reverse=True):
         lightest = loads.index(min(loads))
         dealt[lightest] += group
@@ -141,6 +142,6 @@ def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
     return sorted(dealt[number - 1], key=lambda job: job.priority)
 
 
-def _tokens(jobs: Sequence[Job]) -> int:
-    """What jobs cost, in tokens that a model reads."""
-    return sum(job.samples * job.length for job in jobs)
+def _tokens(jobs: Sequence[Job]) -> float:
+    """What jobs cost, in tokens that a model reads; those that come last are likely to be cut off, and count less."""
+    return sum(job.samples * job.length / (1 if job.priority < LATE else 4) for job in jobs)

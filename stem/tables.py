@@ -243,18 +243,13 @@ def _times(rows: pd.DataFrame) -> str:
     """Prefill of the whole model, one column a length, fastest at the longest first."""
     if rows.empty:
         return ""
-    table = rows.pivot_table(index="method", columns="length", values="value", aggfunc="min")
-    table = table.sort_values(table.columns[-1])
-    dense = table.loc["dense"]
-    lines = []
-    for method in table.index:
-        ms = table.loc[method]
-        lines.append(
-            [method, *(MISSING if pd.isna(ms[n]) else f"{ms[n]:.3g} ({dense[n] / ms[n]:.2f}×)" for n in ms.index)]
-        )
-    title = (
-        "Prefill of a prompt in a batch by the whole model, nothing else of the run on the card [ms]; against dense:"
-    )
+    share = rows.assign(share=rows.value / rows.dense)
+    table = share.pivot_table(index="method", columns="length", values="share")
+    dense = rows.groupby("length").dense.median()
+    lines = [["dense [ms]", *(f"{ms:.3g}" for ms in dense)]]
+    for method, shares in table.drop("dense", errors="ignore").sort_values(table.columns[-1]).iterrows():
+        lines.append([method, *(MISSING if pd.isna(of) else f"{1 / of:.2f}×" for of in shares)])
+    title = "Prefill of a prompt in a batch by the whole model, times as fast as dense attention in turn with it:"
     return f"{title}\n\n{_markdown(['method', *map(_tokens, table.columns)], lines)}"
 
 

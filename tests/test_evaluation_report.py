@@ -27,7 +27,8 @@ def rows(monkeypatch, tmp_path):
         for task in "ab":
             found += [row(method, nats, task=task, length=length) for method, nats in METHODS.items()]
         found += [row("stem", -1.0, length=length, asked=0.5), row("xattention", -0.1, length=length, asked=0.5)]
-        found += [row(method, 0, "time", length=length, value=ms) for method, ms in (("dense", 20.0), ("stem", 10.0))]
+        for method, ms, dense in (("dense", 20.0, 20.0), ("stem", 15.0, 30.0), ("window", 1.0, 20.0)):
+            found.append(row(method, 0, "time", length=length, value=ms, dense=dense))
         for method in ("window", "stem"):
             found += [row(method, METHODS[method], m, length=length) for m in ("right", "generated")]
             for start, task in ((0, "all"), (length // 2, "all"), (length // 2, "prose")):
@@ -74,13 +75,13 @@ def test_generated_answers_stand_beside_those_in_one_forward(rows):
     assert report.generated(rows, 128).empty
 
 
-def test_points_take_the_task_of_most_methods_and_the_times_taken_alone(rows):
+def test_points_take_the_task_of_most_methods_and_the_share_of_the_dense_pass_beside(rows):
     points = report.points(rows[rows.model == "8K model"])
     assert set(points.task) == {"a"} and len(points) == 2 * (len(METHODS) + 2)
     stem = points[(points.method == "stem") & (points.length == 4096)].set_index("asked")
-    assert stem.ms.dropna().to_dict() == {0.25: 10.0} and stem.alone.to_dict() == {0.25: True, 0.5: False}
+    assert stem.ms.dropna().to_dict() == {0.25: 10.0} and stem.timed.to_dict() == {0.25: True, 0.5: False}
     untimed = report.points(rows[(rows.model == "8K model") & (rows.measure != "time")])
-    assert set(untimed.ms) == {9.0} and not untimed.alone.any()
+    assert set(untimed.ms) == {9.0} and not untimed.timed.any()
     assert set(report.points(rows, "b").asked.dropna()) == {0.25}
     assert report.best(points, 1) == ["xattention", "stem", "window"]
     assert report.best(points, 2) == ["xattention", "stem", "window"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stem.plan import PLANS, Plan, deal
+from stem.plan import LATE, PLANS, Plan, deal
 
 PLAN = Plan((1024, 2048), (1, 2), ("a", "b"), windows=3, generates="a")
 EARLY = ("answers", "loss", "generated", "time")
@@ -56,7 +56,7 @@ def test_parts_hold_every_job_once_and_about_as_much(name, parts):
     for part in dealt:
         assert [job.priority for job in part] == sorted(job.priority for job in part)
     if name == "full":
-        costs = [sum(job.samples * job.length for job in part) for part in dealt[1:]]
+        costs = [sum(job.samples * job.length for job in part if job.priority < LATE) for part in dealt[1:]]
         assert max(costs) < 1.35 * min(costs)
     groups = [{(job.what, job.length, job.task, job.block_size) for job in part} for part in dealt]
     assert sum(map(len, groups)) == len(set().union(*groups))  # what shares its samples shares the dense pass

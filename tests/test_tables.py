@@ -113,12 +113,20 @@ def test_evaluation():
 
 def test_evaluation_says_how_long_a_prefill_takes():
     about = dict(model="smollm2", seed=0, count=3, measure="time", task="ruler_vt", difference=0, low=0, high=0)
-    found = [("dense", None, 4096, 20.0), ("dense", None, 8192, 60.0), ("stem", 0.25, 8192, 24.0)]
-    found = [dict(about, method=m, asked=of, block_size=of and 64, length=n, value=ms) for m, of, n, ms in found]
+    found = [
+        ("dense", None, 4096, 20.0),
+        ("dense", None, 8192, 60.0),
+        ("stem", 0.25, 8192, 24.0),
+        ("a", 0.25, 8192, 10),
+    ]
+    found = [
+        dict(about, method=m, asked=of, block_size=of and 64, length=n, value=ms, dense=20.0 if n == 4096 else 60.0)
+        for m, of, n, ms in found
+    ]
     records.write_rows("evaluation", [*evaluation_rows(), *[dict(row, density=1.0) for row in found]], profile="full")
     text = tables.evaluation()
-    assert "| method | 4K | 8K |" in text and "| dense | 20 (1.00×) | 60 (1.00×) |" in text
-    assert text.index("| stem | – | 24 (2.50×) |") < text.index("| dense | 20 (1.00×)")  # fastest first
+    assert "| method | 4K | 8K |" in text and "| dense [ms] | 20 | 60 |" in text
+    assert text.index("| a | – | 6.00× |") < text.index("| stem | – | 2.50× |")  # fastest first
 
 
 def test_a_model_with_dense_rows_only_has_no_table_and_missing_cells_are_dashes():
