@@ -41,7 +41,6 @@ PLANS = {
         (16384, 32768),
         (50, 50),
         tasks=("niah_multikey_1", "niah_multiquery"),
-        everywhere=2,
         windows=2,
         names=(
             "stem", "stem adaptive", "stem softmax", "xattention", "flashprefill", "vertical_slash", "flexprefill",

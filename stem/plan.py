@@ -111,8 +111,8 @@ PLANS = {
 def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
     """The jobs of one part, most important first.
 
-    Jobs on the same samples at the same block size stay together, because dense attention is measured on these as
-    well; the costliest such groups are dealt first, each to the part that has least to do.
+    Jobs on the same samples stay together, because dense attention is measured on these as well; the costliest such
+    groups are dealt first, each to the part that has least to do. Three parts get about as much of the full plan.
 
     Args:
         jobs: All of them.
@@ -132,7 +132,7 @@ def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
     groups: dict[tuple, list[Job]] = {}
     for job in jobs:
         if job.what != "time":
-            groups.setdefault((job.what, job.length, job.task, job.block_size), []).append(job)
+            groups.setdefault((job.what, job.length, job.task), []).append(job)
     dealt: list[list[Job]] = [[] for _ in range(parts)]
     loads = [0.0] * parts
     for group in sorted(groups.values(), key=_tokens, reverse=True):
