@@ -57,8 +57,9 @@ def test_parts_hold_every_job_once_and_about_as_much(name, parts):
     for part in dealt:
         assert [job.priority for job in part] == sorted(job.priority for job in part)
     if name == "full" and parts == 3:
-        costs = [sum(job.samples * job.length for job in part if job.priority < LATE) for part in dealt[1:]]
-        assert max(costs) < 2 * min(costs)
+        weights = {job: 1 if job.priority < LATE else 1 / 4 for job in every}
+        costs = [sum(job.samples * job.length * weights[job] for job in part) for part in dealt[1:]]
+        assert max(costs) < 1.2 * min(costs)
     groups = [{(job.what, job.length, job.task) for job in part} for part in dealt]
     assert sum(map(len, groups)) == len(set().union(*groups))  # what shares its samples shares the dense pass
 
