@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .sparse_forward import padded_dim
+
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 STATISTICS_ROWS = 64  # rows of a program that computes row statistics, fewer if blocks are smaller
@@ -564,7 +566,7 @@ def row_statistics(
         num_grid_rows,
         front,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=padded_dim(head_dim),
         ROWS=rows,
     )
     return lse_log2, delta
@@ -588,7 +590,7 @@ def query_gradient(
     num_q_blocks, max_blocks = kv_indices.shape[2:]
     dq = torch.empty_like(q)
     tiles, _ = tile_sizes(head_dim, block_size, q.dtype, descriptors)
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_dim(head_dim)
     dq_kernel[(num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)](
         q,
         tiles_of(k, tiles["BLOCK_N"], block_d, descriptors),
@@ -640,7 +642,7 @@ def key_value_gradients(
     else:
         dk, dv = k.new_empty(2, splits, *k.shape, dtype=torch.float32)
     _, tiles = tile_sizes(head_dim, block_size, q.dtype, descriptors)
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_dim(head_dim)
     dkv_kernel[(num_kv_blocks * (block_size // tiles["BLOCK_N"]) * splits * batch * num_kv_heads,)](
         tiles_of(q, tiles["BLOCK_M"], block_d, descriptors),
         k,

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 
 TMA_BYTES = 16  # alignment of addresses and strides
+SMALLEST_DOT = 16  # columns of the smallest product
 TUNING_TOKENS, TUNING_HEADS, TUNING_BLOCKS = 4096, 16, 8  # the problem on which tile sizes are compared
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -277,6 +278,12 @@ def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: t
     return times.index(min(times))
 
 
+@cache
+def padded_dim(head_dim: int) -> int:
+    """Columns of a tile of D: the next power of two that a product takes."""
+    return max(SMALLEST_DOT, triton.next_power_of_2(head_dim))
+
+
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     """The type in which tiles are multiplied: the inputs' own, but fp32 under Triton's interpreter (no bf16 there)."""
     return tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
@@ -294,12 +301,12 @@ def has_tma(device: torch.device) -> bool:
 
 
 def can_describe(x: torch.Tensor) -> bool:
-    """Whether a tensor descriptor of x [B, H, N, D] can be made: sm_90 or newer, 16 bits, aligned, D a power of two."""
+    """Whether a tensor descriptor of x [B, H, N, D] can be made: sm_90, 16 bits, aligned, D a power of two >= 16."""
     if not has_tma(x.device) or x.element_size() != 2 or x.data_ptr() % TMA_BYTES:
         return False
     batch_stride, head_stride, row_stride, _ = x.stride()
     aligned = all(stride > 0 and stride * 2 % TMA_BYTES == 0 for stride in (batch_stride, head_stride, row_stride))
-    return aligned and x.shape[-1] & (x.shape[-1] - 1) == 0
+    return aligned and x.shape[-1] == padded_dim(x.shape[-1])
 
 
 def sparse_forward(
@@ -371,7 +378,7 @@ def launch(
             max_blocks,
             max(float(scale), torch.finfo(torch.float32).tiny),
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=padded_dim(head_dim),
             BLOCK_SIZE=block_size,
             DTYPE=operand_dtype(q.dtype),
             TMA=tma,

@@ -107,7 +107,7 @@ def check(assert_close_to_oracle):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 80, 96, 128, 256], ids=lambda d: f"D{d}")
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 40, 64, 80, 96, 128, 256], ids=lambda d: f"D{d}")
 def test_head_dimensions(check, head_dim, dtype):
     check(make_case(2, 1, 50, 50, head_dim, 32 if head_dim < 256 else 64, dtype))
 

@@ -80,7 +80,7 @@ def check(assert_close_to_oracle):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 80, 96, 128, 256], ids=lambda d: f"D{d}")
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 40, 64, 80, 96, 128, 256], ids=lambda d: f"D{d}")
 def test_head_dimensions(check, head_dim, dtype):
     q, k, v = random_inputs(2, 1, 200, 200, head_dim, dtype)
     check(q, k, v, random_mask(1, 2, 200, 200, 64), 64)
