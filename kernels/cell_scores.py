@@ -3,13 +3,13 @@
 A cell is a run of consecutive tokens inside a block. One product per pair of cells stands for all its tokens, and
 because the softmax comes before the sum over a block, one cell with a peak is enough to be seen.
 
-    cell_features     x [B, H, N, D] -> one row per cell: its mean, or with a peak the factors of mean and bound
+    cell_features     x [B, H, N, D] -> one row per cell: its mean, or with a peak its two corners
     pair_cells        logits of cell pairs, reduced at once to a log-sum-exp per query cell and key block
-    average_shares    softmax over the key blocks, mean over the query cells of a block, logarithm
+    pool_shares       softmax over the key blocks, mean or root mean square over the query cells of a block, logarithm
 
-A pair's logit lies `peak` of the way from the mean, q.k of the cell means, to the bound, the sum over dimensions of the
-larger of q_d * max k_d and q_d * min k_d. Both are linear in the positive and in the negative part of q, so the blend
-is one dot product, 2 D wide: max(q, 0) with mean + peak * (max - mean), and min(q, 0) with mean + peak * (min - mean).
+With a peak, a cell is read through corners, `peak` of the way from its mean to the largest and to the smallest value of
+each dimension, and a pair's logit is one dot product, 2 D wide: the positive part of the query's upper corner with the
+key's upper corner, and the negative part of its lower corner with the key's lower corner.
 """
 
 import torch
@@ -31,7 +31,7 @@ FEATURE_TILE = 32  # cells of one program of cell_features
 STAGES = 2  # key tiles in flight, where one product reads whole features
 WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
-BUFFER_BYTES = 128 * 2**20  # of the log-sum-exps of one chunk of query blocks
+BUFFER_BYTES = 512 * 2**20  # of the log-sum-exps of one chunk of query blocks
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def cell_features_kernel(
         tile = tl.load(x_ptr + rows[:, None] * stride_xn + dims[None, :] * stride_xd, mask=exists, other=0.0)
         tile = tile.to(tl.float32)  # [CELLS, BLOCK_D]
         sums += tile
-        if PEAK and not QUERIES:
+        if PEAK:
             largest = tl.maximum(largest, tl.where(exists, tile, float("-inf")))
             smallest = tl.minimum(smallest, tl.where(exists, tile, float("inf")))
     rows_in_cell = tl.minimum(first_row + CELL, num_tokens) - tl.maximum(first_row, 0)
@@ -89,14 +89,14 @@ def cell_features_kernel(
     if not PEAK:
         slot = STRIDE - 1 - group if QUERIES else group  # equal slots of queries and keys pair along the antidiagonal
         tl.store(features_ptr + slot * HEAD_DIM + offsets, means, mask=exists)
-    elif QUERIES:
-        tl.store(features_ptr + offsets, tl.maximum(means, 0.0), mask=exists)
-        tl.store(features_ptr + HEAD_DIM + offsets, tl.minimum(means, 0.0), mask=exists)
     else:
         empty = (rows_in_cell <= 0)[:, None]
-        largest, smallest = tl.where(empty, 0.0, largest), tl.where(empty, 0.0, smallest)
-        tl.store(features_ptr + offsets, means + peak * (largest - means), mask=exists)
-        tl.store(features_ptr + HEAD_DIM + offsets, means + peak * (smallest - means), mask=exists)
+        upper = means + peak * (tl.where(empty, 0.0, largest) - means)
+        lower = means + peak * (tl.where(empty, 0.0, smallest) - means)
+        if QUERIES:
+            upper, lower = tl.maximum(upper, 0.0), tl.minimum(lower, 0.0)
+        tl.store(features_ptr + offsets, upper, mask=exists)
+        tl.store(features_ptr + HEAD_DIM + offsets, lower, mask=exists)
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def pair_cells_kernel(
 
 
 @triton.jit
-def average_shares_kernel(
+def pool_shares_kernel(
     lse_ptr,
     value_bonus_ptr,
     scores_ptr,
@@ -210,6 +210,7 @@ def average_shares_kernel(
     kv_len,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
+    RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
     """One program finishes one query block of one head; the row lives in registers. Grid: (rows of the chunk, B * Hq).
@@ -232,9 +233,15 @@ def average_shares_kernel(
         if (first_token + CELL > q_start) & (first_token < kv_len):
             lse = tl.load(lse_ptr + cell * num_kv_blocks + blocks, mask=causal, other=float("-inf")) + bonus
             weights = tl.exp2(lse - tl.max(lse, axis=0))
-            shares += weights / tl.sum(weights, axis=0)
+            weights /= tl.sum(weights, axis=0)
+            shares += weights * weights if RMS else weights
             num_counted += 1
-    scores = tl.where(causal, tl.log2(tl.maximum(shares / num_counted, TINY)) * LN_2, float("-inf"))
+    if RMS:
+        shares = tl.sqrt(shares)
+        shares /= tl.sum(shares, axis=0)
+    else:
+        shares /= num_counted
+    scores = tl.where(causal, tl.log2(tl.maximum(shares, TINY)) * LN_2, float("-inf"))
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
@@ -249,9 +256,9 @@ def cell_features(
         cell: Tokens per cell; `stride` divides it.
         stride: Groups of a cell; group g averages rows g, g + stride, ... 1 averages all rows.
         num_cells: Cells, existing or not.
-        peak: Place of the logit between mean (0) and bound (1); above 0, stride is 1.
+        peak: How far a corner lies from the mean (0) to the extremes (1); above 0, stride is 1.
         front: Cell rows that lie before row 0 of x.
-        queries: Whether x holds queries: groups in reverse order, positive and negative parts for a peak.
+        queries: Whether x holds queries: groups in reverse order, positive and negative parts of the corners.
     Returns:
         [B, H, num_cells, stride * D] ([B, H, num_cells, 2 * D] if peak > 0) like x, fp32 under Triton's interpreter.
     """
@@ -291,6 +298,7 @@ def cell_scores(
     key_cells: int,
     stride: int,
     peak: float,
+    rms: bool,
     scale: float,
 ) -> torch.Tensor:
     """Log of each key block's estimated share of its query block's attention.
@@ -302,7 +310,8 @@ def cell_scores(
         block_size: Tokens per block.
         query_cells, key_cells: Cells of a query block and of a key block, powers of two.
         stride: Stride of the antidiagonal samples in a cell pair; 1 takes the plain means.
-        peak: Place of a pair's logit between mean (0) and bound (1); above 0, stride is 1.
+        peak: How far a cell's corners lie from its mean (0) to its extremes (1); above 0, stride is 1.
+        rms: Whether a query block takes the root mean square of its cells' shares, not the mean.
         scale: Softmax scale, >= 0 if peak > 0.
     Returns:
         fp32 [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
@@ -357,7 +366,7 @@ def cell_scores(
                 num_warps=WARPS,
                 num_stages=2,
             )
-            average_shares_kernel[(rows, heads)](
+            pool_shares_kernel[(rows, heads)](
                 lse,
                 value_bonus,
                 scores,
@@ -372,6 +381,7 @@ def cell_scores(
                 kv_len,
                 CELL=q_cell,
                 CELLS=query_cells,
+                RMS=rms,
                 ROW_SIZE=triton.next_power_of_2(num_kv_blocks),
                 num_warps=min(16, max(1, triton.next_power_of_2(num_kv_blocks) // 256)),
             )

@@ -15,16 +15,17 @@ def cell_scores(
 ) -> Tensor:
     """Log of the share, from logits of cell pairs (our choice; softmax before the sum: XAttention, arXiv 2503.16428).
 
-    A pair's logit lies between two readings of its cells: the mean over its antidiagonal samples, which hides a peak
-    among them, and the bound that no key of the cell exceeds for the mean query, the sum over dimensions of the larger
-    of q_d * max k_d and q_d * min k_d (Quest, arXiv 2406.10774), which exaggerates it. Softmax over all key cells that
-    a query cell sees; sum over a key block's cells; mean over a query block's cells.
+    A pair's logit is the mean over its antidiagonal samples, which hides a peak among them; or, with a peak, the
+    product of corners: each cell is read `score_peak` of the way from its mean to the largest and to the smallest value
+    of each dimension, and a positive coordinate of the query meets the key's upper corner, a negative one the lower
+    (all the way, with one query a cell: the bound of Quest, arXiv 2406.10774). Softmax over all key cells that a query
+    cell sees; sum over a key block's cells; mean or root mean square over a query block's cells, made to sum to 1.
 
     Args:
         q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), the last Nq positions.
         k: [B, Hkv, Nkv, D].
         bonus: [B, Hkv, nk], added to the logits of a key block's cells.
-        config: block_size, score_cells, score_query_cells, score_stride and score_peak are used.
+        config: block_size, score_cells, score_query_cells, score_stride, score_peak and score_pooling are used.
         scale: Softmax scale, >= 0 if score_peak > 0.
         impl: "torch" or "triton".
     Returns:
@@ -38,13 +39,14 @@ def cell_scores(
         from stem.kernels import cell_scores
 
         cells = dict(query_cells=query_cells, key_cells=key_cells, stride=stride, peak=peak)
-        return cell_scores.cell_scores(q, k, bonus, block_size=size, **cells, scale=scale)
+        pooling = dict(rms=config.score_pooling == "rms")
+        return cell_scores.cell_scores(q, k, bonus, block_size=size, **cells, **pooling, scale=scale)
     kv_len, q_cell, k_cell = k.shape[2], size // query_cells, size // key_cells
     q_start, nk = kv_len - q.shape[2], -(-kv_len // size)
     first = q_start // size  # key block at which the query blocks begin
     front = q_start - first * size
-    q_rows = query_features(q, q_cell, stride, front, (nk - first) * query_cells, peak) * (scale * stride)
-    k_rows = key_features(k, k_cell, stride, nk * key_cells, peak)
+    q_rows = cell_features(q, q_cell, stride, front, (nk - first) * query_cells, peak, queries=True) * (scale * stride)
+    k_rows = cell_features(k, k_cell, stride, 0, nk * key_cells, peak)
     starts = torch.arange(nk * key_cells, device=k.device) * k_cell
     begins = torch.arange(first * query_cells, nk * query_cells, device=q.device) * q_cell
     ends = (begins + q_cell).clamp_max(kv_len)  # of the query cells
@@ -60,34 +62,41 @@ def cell_scores(
         logits = logits.flatten(1, 2).masked_fill_(starts[seen] >= ends[rows, None], -torch.inf)
         shares = logits.softmax(-1).unflatten(-1, (-1, key_cells)).sum(-1)  # [B, Hq, query cells, blocks]
         counted = counts[rows].unflatten(0, (-1, query_cells)).to(shares.dtype)
-        shares = (shares.unflatten(2, (-1, query_cells)) * counted[..., None]).sum(3) / counted.sum(1)[:, None]
+        shares = shares.unflatten(2, (-1, query_cells)) * counted[..., None]
+        if config.score_pooling == "rms":
+            shares = shares.norm(dim=3)
+            shares /= shares.sum(-1, keepdim=True)
+        else:
+            shares = shares.sum(3) / counted.sum(1)[:, None]
         scores[:, :, row : row + step, :last] = shares.log()
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
     return scores.masked_fill_(future, -torch.inf)
 
 
-def query_features(q: Tensor, cell: int, stride: int, front: int, num_cells: int, peak: float) -> Tensor:
-    """One factor of the logits: cell means, or with a peak their positive and their negative parts side by side.
+def cell_features(
+    x: Tensor, cell: int, stride: int, front: int, num_cells: int, peak: float, *, queries: bool = False
+) -> Tensor:
+    """One factor of the logits: cell means, or with a peak the upper and the lower corner of each cell side by side.
 
+    Args:
+        x, cell, stride, front, num_cells: As in `cell_means`; with a peak, stride is 1.
+        peak: How far a corner lies from the mean (0) to the largest or smallest value of a dimension (1).
+        queries: Whether x holds queries: groups in reverse order, positive part of the upper corner, negative of the
+            lower.
     Returns:
-        [B, Hq, num_cells, stride * D], twice as wide if peak > 0; arguments as in `cell_means`.
+        [B, H, num_cells, stride * D], twice as wide if peak > 0.
     """
-    means = cell_means(q, cell, stride, front, num_cells, reverse=True)
-    return torch.cat([means.clamp_min(0), means.clamp_max(0)], -1) if peak else means
-
-
-def key_features(k: Tensor, cell: int, stride: int, num_cells: int, peak: float) -> Tensor:
-    """The other factor: cell means, or with a peak what lies `peak` of the way from them to the largest and smallest.
-
-    Returns:
-        [B, Hkv, num_cells, stride * D], twice as wide if peak > 0 (then stride is 1).
-    """
-    means = cell_means(k, cell, stride, 0, num_cells)
+    means = cell_means(x, cell, stride, front, num_cells, reverse=queries)
     if not peak:
         return means
-    missing = num_cells * cell - k.shape[2]  # repeats of the last row change no maximum
-    rows = torch.cat([k, k[:, :, -1:].expand(-1, -1, missing, -1)], 2).unflatten(2, (num_cells, cell)).to(means.dtype)
-    return torch.cat([means.lerp(rows.amax(3), peak), means.lerp(rows.amin(3), peak)], -1)
+    around = (0, 0, front, num_cells * cell - front - x.shape[2])
+    corners = []
+    for reduce, nothing in ((torch.amax, -torch.inf), (torch.amin, torch.inf)):
+        rows = torch.nn.functional.pad(x, around, value=nothing).unflatten(2, (num_cells, cell))
+        extreme = reduce(rows, 3).to(means.dtype)
+        corners.append(means.lerp(torch.where(extreme == nothing, 0, extreme), peak))  # an empty cell is 0
+    upper, lower = corners
+    return torch.cat([upper.clamp_min(0), lower.clamp_max(0)] if queries else corners, -1)
 
 
 def cell_means(x: Tensor, cell: int, stride: int, front: int, num_cells: int, *, reverse: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ DecayFrom = Literal["first_row", "k_start"]
 Forced = Literal["inside", "on_top"]
 Allocation = Literal["position_decay", "uniform", "adaptive"]
 Reduction = Literal["mean", "softmax"]
+Pooling = Literal["mean", "rms"]
 
 # (from this many key blocks on, share of the key blocks, blocks added)
 Regimes = tuple[tuple[int, float, int], ...]
@@ -41,7 +42,8 @@ PRESETS = {
         score_stride=1,
         reduction="softmax",
         score_cells=8,
-        score_peak=0.25,
+        score_peak=0.3,
+        score_pooling="rms",
         allocation="adaptive",
         threshold=0.005,
         value_weight=0.0,
@@ -117,8 +119,12 @@ class StemConfig:
     """With reduction="softmax": cells per query block, as many as `score_cells` if None. Our choice."""
 
     score_peak: float = 0.0
-    """With reduction="softmax": place of a cell pair's logit between its mean (0) and its bound (1), in [0, 1]; above
-    0, score_stride is 1. Our choice."""
+    """With reduction="softmax": how far a cell is read from its mean (0) towards the largest and smallest value of each
+    dimension (1), in [0, 1]; above 0, score_stride is 1. Our choice."""
+
+    score_pooling: Pooling = "mean"
+    """With reduction="softmax": a query block's share from its cells' shares, their mean or their root mean square
+    ("rms"), in which a block that one cell looks for counts for more. Our choice."""
 
     allocation: Allocation = "position_decay"
     """Shape of the budget over rows: Eq. 3, constant ("uniform"), or a threshold on each block's share ("adaptive")."""
@@ -150,6 +156,7 @@ class StemConfig:
             self._check_cells("score_cells")
             if self.score_query_cells is not None:
                 self._check_cells("score_query_cells")
+        _choice("score_pooling", self.score_pooling, get_args(Pooling))
         _number("score_peak", self.score_peak, 0.0, 1.0)
         if self.score_peak and (self.reduction != "softmax" or self.score_stride != 1):
             raise ValueError(

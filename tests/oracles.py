@@ -75,13 +75,14 @@ def preset_scores(name, q, k, v, block):
     return hide_future(routing + repeat_heads(term, q.shape[1])[:, :, None])
 
 
-def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0):
-    """Log of each block's share of its row: softmax over sub-block cells, then mean over the query block's cells.
+def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0, power=1):
+    """Log of each block's share of its row: softmax over sub-block cells, then the query block's cells pooled.
 
-    `cells`: of a query block and of a key block.
+    `cells`: of a query block and of a key block; `power`: of the power mean over query cells, 1 or 2.
 
     Cell by cell, from the definition: the logit of a cell pair is the mean of q.k over its antidiagonal samples,
-    missing rows as zeros, then corrected for the rows that exist; cells without a query do not count.
+    missing rows as zeros, then corrected for the rows that exist; cells without a query do not count. With a peak,
+    it is a product of values that lie `peak` of the way from a cell's mean to its largest or smallest, by dimension.
     """
     (size, key_size), scale = (block // of for of in cells), 1 / math.sqrt(q.shape[3])
     kv_len, q_start, nk = k.shape[2], k.shape[2] - q.shape[2], math.ceil(k.shape[2] / block)
@@ -104,13 +105,23 @@ def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0):
                 cell = products[:, :, queries[0] - q_start : queries[-1] + 1 - q_start, keys[0] : keys[-1] + 1]
                 logit = (cell * sampled).sum((-2, -1)) * scale * stride / (len(queries) * len(keys))
                 if peak:
-                    query = q[:, :, queries[0] - q_start : queries[-1] + 1 - q_start].double().mean(2)
-                    inside = k[:, :, keys[0] : keys[-1] + 1].double()
-                    bound = torch.maximum(query * inside.amax(2), query * inside.amin(2)).sum(-1) * scale
-                    logit = (1 - peak) * logit + peak * bound
+                    cells_rows = (
+                        q[:, :, queries[0] - q_start : queries[-1] + 1 - q_start],
+                        k[:, :, keys[0] : keys[-1] + 1],
+                    )
+                    (q_high, q_low), (k_high, k_low) = (
+                        [
+                            (1 - peak) * x.double().mean(2) + peak * extreme(x.double(), 2)
+                            for extreme in (torch.amax, torch.amin)
+                        ]
+                        for x in cells_rows
+                    )
+                    q_high, q_low = torch.where(q_high > 0, q_high, 0), torch.where(q_low < 0, q_low, 0)
+                    logit = (q_high * k_high + q_low * k_low).sum(-1) * scale
                 weights[..., key_start // block] += (logit + value_weight * term[..., key_start // block]).exp()
-            shares += weights / weights.sum(-1, keepdim=True)
-        scores[:, :, i - first] = (shares / counted).log()
+            shares += (weights / weights.sum(-1, keepdim=True)) ** power
+        shares = (shares / counted) ** (1 / power)
+        scores[:, :, i - first] = (shares / shares.sum(-1, keepdim=True)).log()
     return hide_future(scores)
 
 

@@ -57,9 +57,10 @@ def test_overrides_replace_fields_and_a_budget_replaces_the_schedule(name):
 def test_the_adaptive_preset_has_a_threshold_or_the_budget_that_is_asked_for():
     config = StemConfig.preset("adaptive", threshold=0.02, block_size=64)
     assert (config.allocation, config.threshold, config.block_size) == ("adaptive", 0.02, 64)
-    assert (config.reduction, config.score_cells, config.score_peak, config.value_weight) == ("softmax", 8, 0.25, 0)
+    assert (config.reduction, config.score_cells, config.value_weight) == ("softmax", 8, 0)
+    assert (config.score_peak, config.score_pooling) == (0.3, "rms")
     config = StemConfig.preset("adaptive", density=0.5)
-    assert (config.allocation, config.threshold, config.score_peak) == ("uniform", None, 0.25)
+    assert (config.allocation, config.threshold, config.score_peak) == ("uniform", None, 0.3)
     assert stem.block_budget(64, config).sum() / (32 * 65) == pytest.approx(0.5, abs=0.01)
 
 
@@ -119,6 +120,7 @@ def test_regimes_may_be_lists():
         (dict(reduction="softmax", score_cells=0), ValueError, "score_cells.*>= 1.*0"),
         (dict(reduction="softmax", score_query_cells=16), ValueError, "score_query_cells.*128.*16"),
         (dict(reduction="softmax", score_query_cells=2.0), TypeError, "score_query_cells.*int.*2.0"),
+        (dict(score_pooling="max"), ValueError, "score_pooling.*'mean', 'rms'.*'max'"),
         (dict(reduction="softmax", score_stride=1, score_peak=1.5), ValueError, r"score_peak.*\[0, 1\].*1.5"),
         (dict(reduction="softmax", score_peak=0.5), ValueError, "score_peak.*score_stride=1.*score_stride=16"),
         (dict(score_stride=1, score_peak=0.5), ValueError, "score_peak.*'softmax'.*reduction='mean'"),
@@ -171,6 +173,7 @@ KNOBS = [  # (changed field, shared settings beside BASE, one value, another val
     ("score_cells", dict(reduction="softmax", score_query_cells=2), 1, 4),
     ("score_query_cells", dict(reduction="softmax", score_cells=2), None, 4),
     ("score_peak", dict(reduction="softmax", score_stride=1), 0.0, 0.5),
+    ("score_pooling", dict(reduction="softmax"), "mean", "rms"),
     ("allocation", {}, "position_decay", "uniform"),
     ("threshold", dict(k_start=None, allocation="adaptive"), 0.02, 0.2),
 ]

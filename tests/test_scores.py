@@ -9,6 +9,7 @@ from devices import on_its_device
 
 import stem
 from stem import StemConfig
+from stem.cells import cell_features
 from stem.scores import group_sums, value_term
 
 block_scores = on_its_device(stem.block_scores)
@@ -99,19 +100,51 @@ def test_head_dims(head_dim, impl):
 
 
 @pytest.mark.parametrize(
-    "cells, stride, peak",
-    [((2, 2), 8, 0.0), ((8, 8), 1, 0.0), ((4, 2), 4, 0.0), ((4, 4), 1, 0.25), ((8, 8), 1, 1.0), ((16, 2), 1, 0.5)],
+    "cells, stride, peak, pooling",
+    [
+        ((2, 2), 8, 0.0, "mean"),
+        ((8, 8), 1, 0.0, "rms"),
+        ((4, 2), 4, 0.0, "rms"),
+        ((4, 4), 1, 0.25, "mean"),
+        ((8, 8), 1, 0.3, "rms"),
+        ((8, 8), 1, 1.0, "mean"),
+        ((16, 2), 1, 0.5, "rms"),
+    ],
 )
 @pytest.mark.parametrize("shape", ["ragged-9/3", "chunk-unaligned"])
-def test_softmax_over_cells(shape, cells, stride, peak):
+def test_softmax_over_cells(shape, cells, stride, peak, pooling):
     *sizes, block = SHAPES[shape]
     q, k, v = draw(*sizes)
     scoring = dict(score_query_cells=cells[0], score_cells=cells[1], score_stride=stride, score_peak=peak)
-    config = StemConfig(block_size=block, reduction="softmax", value_weight=0.3, **scoring)
-    oracle = oracles.softmax_scores(4 * q, k, v, block, stride, cells, 0.3, peak)
+    scoring |= dict(reduction="softmax", score_pooling=pooling, value_weight=0.3)
+    config = StemConfig(block_size=block, **scoring)
+    oracle = oracles.softmax_scores(4 * q, k, v, block, stride, cells, 0.3, peak, ["mean", "rms"].index(pooling) + 1)
     torch.testing.assert_close(block_scores(4 * q, k, v, config), oracle, rtol=1e-9, atol=1e-9)
     kernel = block_scores(*(x.float() for x in (4 * q, k, v)), config, impl="triton")
     torch.testing.assert_close(kernel.double(), oracle, rtol=1e-4, atol=1e-4)
+
+
+def test_corners_of_single_queries_bound_every_key_of_a_cell():
+    """Quest's bound: with one query a cell and corners all the way, no logit of a cell's keys exceeds the cell's."""
+    q, k, _ = draw(1, 2, 1, 64, 64, 16)
+    q_rows, k_rows = cell_features(q, 1, 1, 0, 64, 1.0, queries=True), cell_features(k, 8, 1, 0, 8, 1.0)
+    bound, logits = q_rows @ k_rows.mT, q @ k.mT
+    assert (bound >= logits.unflatten(-1, (8, 8)).amax(-1) - 1e-9).all()
+
+
+def test_rms_pooling_notices_what_one_cell_looks_for():
+    """One of four query cells puts all its mass on block 0, the others on block 1."""
+    q, k = torch.zeros(1, 1, 64, 2), torch.zeros(1, 1, 64, 2)
+    k[..., :32, 0] = k[..., 32:, 1] = 1.0
+    q[..., 32:40, 0] = q[..., 40:, 1] = 100.0
+    scores = [
+        block_scores(q, k, k, StemConfig(block_size=32, score_stride=1, reduction="softmax", score_pooling=pooling))
+        for pooling in ("mean", "rms")
+    ]
+    mean, rms = (score.exp()[0, 0, 1] for score in scores)
+    torch.testing.assert_close(mean, torch.tensor([0.25, 0.75]), rtol=0, atol=1e-3)
+    weights = torch.tensor([1.0, 3.0]).sqrt()
+    torch.testing.assert_close(rms, weights / weights.sum(), rtol=0, atol=2e-3)
 
 
 def test_softmax_scores_are_shares_of_a_row():
