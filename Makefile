@@ -32,17 +32,17 @@ lint: $(INSTALLED) ## ruff over code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full]
-	$(BIN)/python -m stem.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full LENGTHS="1024 2048"]
+	$(BIN)/python -m stem.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
 
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
-evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/evaluation/  [PROFILE=smoke|full]
-	$(BIN)/python -m stem.compare --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/evaluation/  [PROFILE=smoke|full METHODS="stem xattention"]
+	$(BIN)/python -m stem.compare --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
 
-quality: $(INSTALLED) ## compare every selection by the loss it costs and write results/selection_quality/  [PROFILE=smoke|full]
-	$(BIN)/python -m stem.quality --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+quality: $(INSTALLED) ## compare every selection by the loss it costs and write results/selection_quality/  [PROFILE=smoke|full METHODS=adaptive]
+	$(BIN)/python -m stem.quality --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
 
 extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/extension/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))

@@ -60,6 +60,7 @@ COLUMNS = (
     *(f"speedup_vs_{name}" for name in BASELINES),
     *("flop", "least_bytes", "error_vs_fp64", "error", "timing", "seed"),
 )
+SAME = ("operation", "provider", "config", "tokens")  # name what a row measured
 LONGEST_CALL_MS = {"cuda": 2_000, "cpu": 30_000}  # dense calls predicted to take longer are skipped
 TIMING = {
     "cuda": "triton.testing.do_bench, L2 flushed before each call, clocks not locked",
@@ -602,7 +603,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stem.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke", help="lengths and file of the rows")
     parser.add_argument("--quick", action="store_true", help="the smoke lengths; same as --profile smoke")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="these lengths instead; not written")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="only these; other rows stay")
     parser.add_argument(
         "--impls", nargs="+", metavar="IMPL", help="default: triton and hopper on CUDA, torch on the CPU"
     )
@@ -615,10 +616,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for what, found in _everything(options, device, profile):
         rows += found
         print(f"{time.perf_counter() - start:6.1f} s  {what}  {len(found)} rows", flush=True)
-        if not options.lengths:  # after each part, so that a run that is cut short leaves what it measured
-            path = records.write_rows("speed", pd.DataFrame(rows, columns=list(COLUMNS)), profile)
+        # after each part, so that a run that is cut short leaves what it measured
+        same = SAME if options.lengths else None
+        path = records.write_rows("speed", pd.DataFrame(rows, columns=list(COLUMNS)), profile, same=same)
     print(table(rows))
-    print("not written" if options.lengths else f"wrote {path}")
+    print(f"wrote {path}")
 
 
 def _everything(options: argparse.Namespace, device: str, profile: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:

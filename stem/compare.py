@@ -51,6 +51,7 @@ TIMED_TOKENS, REPETITIONS = {"cuda": 32_768, "cpu": 1_024}, 3  # of a batch whos
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
 ADAPTIVE = "stem adaptive"
+SAME = ("method", "block_size", "asked", "measure", "task", "length", "start", "model")  # name what a row measured
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
     "tri_shape", "random",
@@ -544,24 +545,28 @@ def _swap_compiled(model, calls: Sequence) -> list:
 
 
 def main() -> None:
-    """Measure and write results/evaluation/."""
+    """Measure and write results/evaluation/; with only some methods, the rows of the others stay."""
     from stem import parts
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these; other rows stay")
     add_options(parser)
     arguments = parser.parse_args()
+    plan = PLANS[arguments.profile]
     parts.measure(
-        PLANS[arguments.profile],
+        replace(plan, names=tuple(arguments.methods or plan.names)),
         arguments.model,
         arguments.seed,
         processes=arguments.processes,
         limit_s=arguments.limit,
         eager=arguments.eager,
         show=partial(print, flush=True),
-        save=partial(records.write_rows, "evaluation", profile=arguments.profile),
+        save=partial(
+            records.write_rows, "evaluation", profile=arguments.profile, same=SAME if arguments.methods else None
+        ),
     )
 
 

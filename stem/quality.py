@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from stem.selection import select_blocks
 
 PUBLISHED = "stem"  # the method of the paper: mean score, value term, Token Position-Decay
 ADAPTIVE = "adaptive"
+SAME = ("method", "block_size", "asked", "text", "tokens", "model")  # name what a row measured
 
 
 @dataclass(frozen=True)
@@ -160,21 +161,30 @@ def cost_rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, 
 
 
 def main() -> None:
-    """Measure and write results/selection_quality/ and, on a GPU, results/selection_cost/."""
+    """Measure and write results/selection_quality/ and, on a GPU, results/selection_cost/.
+
+    With only some methods or block sizes, the rows of the others stay.
+    """
     parser = argparse.ArgumentParser(prog="python -m stem.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these; other rows stay")
+    parser.add_argument("--block_sizes", nargs="+", type=int, metavar="TOKENS", help="only these; other rows stay")
     options = parser.parse_args()
+    plan, same = PLANS[options.profile], SAME if options.methods or options.block_sizes else None
+    names, block_sizes = tuple(options.methods or plan.names), tuple(options.block_sizes or plan.block_sizes)
+    plan = replace(plan, names=names, block_sizes=block_sizes)
+    write = partial(records.write_rows, "selection_quality", profile=options.profile, same=same)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model, tokenizer = pretrained.load(options.model, dtype=dtype)
     if torch.cuda.is_available():
         print("wrote", records.write_rows("selection_cost", cost_rows(), options.profile))
     found = []
-    for row in rows(PLANS[options.profile], model, tokenizer, Path(model.name_or_path).name):
+    for row in rows(plan, model, tokenizer, Path(model.name_or_path).name):
         found.append(row)
-        if len(found) % 100 == 0:  # a run that is cut short leaves what it measured
-            records.write_rows("selection_quality", found, options.profile)
-    print("wrote", records.write_rows("selection_quality", found, options.profile))
+        if len(found) % 25 == 0:  # a run that is cut short leaves what it measured
+            write(found)
+    print("wrote", write(found))
 
 
 if __name__ == "__main__":

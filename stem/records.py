@@ -4,12 +4,13 @@ results/<experiment>/<machine>.csv holds the rows of a full run (committed), <ma
 (not committed). The environment variable STEM_RESULTS redirects writing; reading looks at both places.
 """
 
+import io
 import os
 import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -93,13 +94,21 @@ def results_dir(experiment: str) -> Path:
     return folder
 
 
-def write_rows(experiment: str, rows: Iterable[Mapping] | pd.DataFrame, profile: str = "smoke") -> Path:
+def write_rows(
+    experiment: str,
+    rows: Iterable[Mapping] | pd.DataFrame,
+    profile: str = "smoke",
+    *,
+    same: Sequence[str] | None = None,
+) -> Path:
     """Write this machine's rows of one experiment, replacing those of its last run with the same profile.
 
     Args:
         experiment: Folder name under results/, for example "speed".
         rows: Mappings (column -> value) or a DataFrame, at least one row; must not hold a column of `PROVENANCE`.
         profile: "smoke" (file <machine>-smoke.csv) or "full" (<machine>.csv).
+        same: For a run of a part of the experiment, the columns that name what a row measured: only rows that agree
+            with a new one in all of these are replaced, the others stay, with their own provenance. None: all go.
     Returns:
         The CSV's path. It is written to a temporary file and moved, so it is never half-written.
     Raises:
@@ -112,11 +121,28 @@ def write_rows(experiment: str, rows: Iterable[Mapping] | pd.DataFrame, profile:
         raise ValueError(f"rows of {experiment!r} hold the columns {reserved}, which write_rows adds itself")
     frame = frame.assign(**provenance(profile))
     path = results_dir(experiment) / f"{machine_name()}{'' if profile == 'full' else '-smoke'}.csv"
+    if same is not None:
+        before = path if path.is_file() else repository_root() / "results" / experiment / path.name
+        frame = _replaced(before, frame, list(same)) if before.is_file() else frame
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False, newline="") as partial:
         frame.to_csv(partial, index=False)
     os.chmod(partial.name, 0o644)
     os.replace(partial.name, path)
     return path
+
+
+def _replaced(path: Path, new: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    """The rows in the file that agree with no new one in the columns `same`, as text as they stand, then the new."""
+
+    def keys(text: str) -> list[tuple]:
+        named = pd.read_csv(io.StringIO(text)).reindex(columns=same).astype(object)
+        return list(named.where(named.notna(), None).itertuples(index=False, name=None))
+
+    old, written = path.read_text(), new.to_csv(index=False)
+    measured = set(keys(written))
+    stay = [key not in measured for key in keys(old)]
+    before, after = (pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in (old, written))
+    return pd.concat([before[stay], after], ignore_index=True)
 
 
 def read_rows(experiment: str) -> pd.DataFrame:

@@ -314,8 +314,10 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     rows = rows[rows["profile"] == "smoke"]
     assert {64, 100, 128} <= set(rows["tokens"].dropna())
     assert "stem_torch" in capsys.readouterr().out.splitlines()[-2]
-    bench.main(["--lengths", "64", "--device", "cpu"])
-    assert len(list(tmp_path.rglob("*.csv"))) == 1
+    bench.main(["--lengths", "64", "--device", "cpu", "--seed", "1"])
+    rows = records.read_rows("speed")
+    rows = rows[rows["profile"] == "smoke"].set_index("tokens")
+    assert set(rows.loc[[64], "seed"]) == {1} and set(rows.loc[[100], "seed"]) == {0} and 128 in rows.index
 
 
 def test_wins_from_needs_every_longer_length_and_every_baseline():

@@ -35,6 +35,28 @@ def test_a_second_run_replaces_the_first_and_profiles_have_their_own_files(redir
     assert dict(zip(rows.profile, rows.ms, strict=True)) == {"smoke": 2.0, "full": 3.0}
 
 
+def test_a_part_replaces_only_what_it_measured_again(redirected):
+    def row(method, block_size, **numbers):
+        return dict(method=method, block_size=block_size, **numbers)
+
+    records.write_rows("quality", [row("a", 64, ms=0.1), row("a", 128, ms=0.2), row("dense", None, ms=0.3)])
+    path = records.write_rows("quality", [row("a", 64, ms=1.0, loss=2.0)], same=("method", "block_size", "absent"))
+    rows = records.read_rows("quality")
+    assert rows.ms.tolist() == [0.2, 0.3, 1.0] and rows.loss.isna().tolist() == [True, True, False]
+    records.write_rows("quality", [row("dense", None, ms=3.0)], same=("method", "block_size"))
+    assert records.read_rows("quality").ms.tolist() == [0.2, 1.0, 3.0]
+    assert "0.2" in path.read_text().splitlines()[1]
+
+
+def test_a_part_keeps_the_committed_rows_of_this_machine(redirected, tmp_path):
+    committed = tmp_path / "results" / "speed"
+    committed.mkdir(parents=True)
+    (committed / f"{records.machine_name()}-smoke.csv").write_text("tokens,ms,git_commit\n8,7.0,old\n16,8.0,old\n")
+    records.write_rows("speed", [dict(tokens=16, ms=9.0)], same=("tokens",))
+    rows = records.read_rows("speed")
+    assert rows.ms.tolist() == [7.0, 9.0] and rows.git_commit[0] == "old" and rows.profile[1] == "smoke"
+
+
 def test_reading_joins_machines_and_redirected_files_win(redirected, tmp_path):
     committed = tmp_path / "results" / "speed"
     committed.mkdir(parents=True)
