@@ -15,7 +15,7 @@ import torch
 SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
 POINTERS = {
     "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32",
-    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32",
+    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32", "features_ptr": "x", "q_features_ptr": "x", "k_features_ptr": "x",
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
 
 
@@ -37,7 +37,7 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
         if name.endswith("_source"):
             tile = f"{constants['BLOCK_N']}, {constants['HEAD_DIM']}"
             return f"tensordesc<{input_type}[1, 1, {tile}]>" if constants["TMA"] else "*" + input_type
-        return "fp32" if name in ("scale", "value_weight") else "i32"
+        return "fp32" if name in ("scale", "value_weight", "peak", "threshold") else "i32"
 
     names = kernel.arg_names
     aligned = [name for name in names if name not in constants and name.endswith(ALIGNED)]
@@ -112,6 +112,28 @@ def cases():
             f"select_topk {on_top}",
             (block_select.select_topk_kernel, "fp32", row, 8192 // block_select.KEYS_PER_WARP),
         )
+    yield from cell_cases()
+
+
+def cell_cases():
+    """Arguments of compile_for_sm90 for the kernels of the preset "adaptive", and of scores without corners."""
+    import triton.language as tl
+    from stem.kernels import cell_scores, share_select
+
+    for queries in (False, True):
+        corners = dict(HEAD_DIM=128, BLOCK_D=128, CELL=16, STRIDE=1, QUERIES=queries, PEAK=True, CELLS=32)
+        yield f"cell_features {queries}", (cell_scores.cell_features_kernel, "bf16", corners | dict(stride_xd=1))
+    tiles = dict(Q_CELL=16, K_CELL=16, CELLS_PER_BLOCK=8, ROWS=128, COLUMNS=128, SUMS=16)
+    for name, depth, depth_tile, operand in (("corners", 256, 256, "bf16"), ("strided", 512, 128, "bf16"),
+                                             ("fp32", 256, 64, "fp32")):  # fmt: skip
+        operands = dict(bf16=tl.bfloat16, fp32=tl.float32)[operand]
+        wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=2 if depth == depth_tile else 1)
+        yield f"pair_cells {name}", (cell_scores.pair_cells_kernel, operand, tiles | wide, cell_scores.WARPS, 2)
+    for rms in (False, True):
+        row = dict(CELL=16, CELLS=8, RMS=rms, ROW_SIZE=8192)
+        yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16)
+    row = dict(ROW_SIZE=8192)
+    yield "select_above", (share_select.select_above_kernel, "fp32", row, 8192 // share_select.KEYS_PER_WARP)
 
 
 @pytest.mark.slow
@@ -121,7 +143,7 @@ def test_kernels_compile_for_sm90(tmp_path):
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     shared = json.loads(process.stdout)
-    assert len(shared) == 32
+    assert len(shared) == 40
     too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
     assert not too_large
 
