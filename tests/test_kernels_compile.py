@@ -15,7 +15,8 @@ import torch
 SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
 POINTERS = {
     "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32",
-    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32", "features_ptr": "x", "q_features_ptr": "x", "k_features_ptr": "x",
+    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32",
+    "features_ptr": "x", "q_features_ptr": "x", "k_features_ptr": "x",
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
 
 
