@@ -97,8 +97,8 @@ SHAPES = {"cuda": Shape(0), "cpu": SMOLLM2}
 class Problem:
     """The inputs of one case, and what the parts of the operator hand to each other, made when first asked for.
 
-    `impl` computes scores and selection, and the attention where no other is asked for. `qkv`: inputs of this shape,
-    random normal ones by default.
+    `impl` computes scores and selection ("triton" where it is "hopper", which only attends), and the attention where no
+    other is asked for. `qkv`: inputs of this shape, random normal ones by default.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Problem:
         qkv: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         self.shape, self.config, self.impl = shape, config, impl
+        self.chooses = "triton" if impl == "hopper" else impl
         self._generator = torch.Generator(device).manual_seed(seed)
         heads = shape.q_heads, shape.kv_heads, shape.kv_heads
         self.q, self.k, self.v = qkv or (self._normal(number) for number in heads)
@@ -131,11 +132,11 @@ class Problem:
         return self._normal(self.shape.q_heads)
 
     def score(self) -> Tensor:
-        return stem.block_scores(*self.qkv, self.config, impl=self.impl)
+        return stem.block_scores(*self.qkv, self.config, impl=self.chooses)
 
     def select(self) -> stem.BlockSelection:
         lengths = dict(q_len=self.shape.tokens, kv_len=self.shape.tokens)
-        return stem.select_blocks(self.scores, self.budget, self.config, impl=self.impl, **lengths)
+        return stem.select_blocks(self.scores, self.budget, self.config, impl=self.chooses, **lengths)
 
     def attend(self, impl: str | None = None) -> Tensor:
         return stem.block_sparse_attention(*self.qkv, self.selection, impl=impl or self.impl)

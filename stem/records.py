@@ -48,10 +48,12 @@ def machine_name() -> str:
 
 
 def git_commit() -> str:
-    """Short commit of the checkout, with `+changed` when library code differs from it.
+    """What the environment's STEM_COMMIT says, for copies of a checkout; else the checkout's short commit.
 
-    Outside git it is what the environment's STEM_COMMIT says, or `unknown`.
+    It has `+changed` when library code differs from it, and is `unknown` outside git.
     """
+    if given := os.environ.get("STEM_COMMIT"):
+        return given
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -61,7 +63,7 @@ def git_commit() -> str:
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+changed" if git("diff", "HEAD", "--", "*.py") else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return os.environ.get("STEM_COMMIT", "unknown")
+        return "unknown"
 
 
 def _version(package: str) -> str:

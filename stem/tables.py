@@ -135,11 +135,11 @@ def beyond() -> str:
 
 
 def quality() -> str:
-    """For each machine and block size that holds this repository's selection: the loss that each method costs."""
+    """For each machine and block size that holds the published and this repository's selection: what each costs."""
     rows = _full("selection_quality")
     if rows.empty:
         return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
-    rows = rows[rows.groupby(["device", "block_size"]).method.transform(lambda of: "adaptive" in set(of))]
+    rows = rows[rows.groupby(["device", "block_size"]).method.transform(lambda of: {"adaptive", "stem"} <= set(of))]
     parts = []
     for (device, size), part in rows.groupby(["device", "block_size"], sort=True):
         tokens, texts = part.tokens.max(), sorted(part.text.unique())
@@ -189,7 +189,8 @@ def _cost_sentence(device: str) -> str:
     attention = own[own.operation == "attention"].latency_ms.min()
     return (
         f" Choosing them takes {_number(row.selection_ms)} ms at {_tokens(row.tokens)} tokens of the shape above, "
-        f"where Stem's scores and selection take {_number(parts)} ms and attention over a quarter of the blocks "
+        f"{row.share:.1%} of its whole operator at density {row.density:.1%}, where Stem's scores and selection take "
+        f"{_number(parts)} ms and attention over a quarter of the blocks "
         f"{_number(attention)} ms."
     )
 
@@ -254,14 +255,15 @@ def _times(rows: pd.DataFrame) -> str:
 
 
 def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
-    """One line for each method, best first, one column for each task and length, and the density that was computed."""
+    """One line a method, best first, one column a task and length, with the density computed and the sample counts."""
     if rows.empty:
         return ""
     rows = rows.assign(column=[f"{task}, {_tokens(n)}" for task, n in zip(rows.task, rows.length, strict=True)])
     columns = list(dict.fromkeys(rows.sort_values(["length"], kind="stable").column))
     dense = rows[rows.method == "dense"].set_index("column").value
     number = form.replace("+", "")
-    lines = [["dense itself", "100.0%", *(number.format(dense[column]) for column in columns)]]
+    first = (number.format(dense[column]) for column in columns)
+    lines = [["dense itself", "100.0%", _counts(rows[rows.method == "dense"]), *first]]
     others = rows[rows.method != "dense"]
     loss = -1 if "loss" in set(rows.measure) else 1
     for method in (loss * others.groupby("method").difference.mean()).sort_values(ascending=False).index:
@@ -270,8 +272,15 @@ def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
             column: f"{form.format(row.difference)} [{form.format(row.low)}, {form.format(row.high)}]"
             for column, row in of.iterrows()
         }
-        lines.append([method, f"{of.density.mean():.1%}", *(texts.get(column, MISSING) for column in columns)])
-    return f"{title}\n\n{_markdown(['method', 'density', *columns], lines)}"
+        found = (texts.get(column, MISSING) for column in columns)
+        lines.append([method, f"{of.density.mean():.1%}", _counts(of), *found])
+    return f"{title}\n\n{_markdown(['method', 'density', 'samples', *columns], lines)}"
+
+
+def _counts(rows: pd.DataFrame) -> str:
+    """How many samples a mean is of, the fewest and the most."""
+    fewest, most = int(rows["count"].min()), int(rows["count"].max())
+    return f"{most}" if fewest == most else f"{fewest} to {most}"
 
 
 def training() -> str:

@@ -297,6 +297,11 @@ def test_measure_repeats_on_the_cpu():
     assert 0 < times["latency_ms_p20"] <= times["latency_ms"] <= times["latency_ms_p80"]
 
 
+def test_triton_chooses_where_hopper_attends():
+    for impl, chooses in (("hopper", "triton"), ("torch", "torch")):
+        assert bench.Problem(SMALL, CONFIG, "cpu", impl).chooses == chooses
+
+
 def test_ceilings_are_plausible():
     matmul, copy = bench.ceilings("cpu", "float32")
     assert matmul["tflops"] > 1e-3 and copy["gb_per_s"] > 0.1

@@ -136,3 +136,6 @@ def test_the_commit_of_a_copy_without_git_comes_from_the_environment(monkeypatch
     assert records.git_commit() == "unknown"
     monkeypatch.setenv("STEM_COMMIT", "0123456789")
     assert records.git_commit() == "0123456789"
+    monkeypatch.undo()
+    monkeypatch.setenv("STEM_COMMIT", "0123456789")
+    assert records.git_commit() == "0123456789"

@@ -100,11 +100,14 @@ def test_evaluation():
     records.write_rows("evaluation", evaluation_rows(), profile="full")
     text = tables.evaluation()
     assert "**smollm2** on Made-up GPU, blocks of 64 tokens, asked for 25% of the block pairs" in text
-    assert "| method | density | ruler_vt, 4K |" in text and "| dense itself | 100.0% | 0.5 |" in text
-    stem, window = "| stem | 25.0% | -2.0 [-3.0, -1.0] |", "| window | 10.0% | -18.0 [-19.0, -17.0] |"
-    assert text.index(stem) < text.index("| stem, paper | 50.0% | -4.0") < text.index(window)  # best first
-    assert "| window | 10.0% | +0% [+0%, +0%] |" in text.replace("-0%", "+0%")
-    stem, window = "| stem | 25.0% | +0.020 [+0.030, +0.010] |", "| window | 10.0% | +0.180 [+0.190, +0.170] |"
+    assert "| method | density | samples | ruler_vt, 4K |" in text and "| dense itself | 100.0% | 100 | 0.5 |" in text
+    stem, window = "| stem | 25.0% | 100 | -2.0 [-3.0, -1.0] |", "| window | 10.0% | 100 | -18.0 [-19.0, -17.0] |"
+    assert text.index(stem) < text.index("| stem, paper | 50.0% | 100 | -4.0") < text.index(window)  # best first
+    assert "| window | 10.0% | 100 | +0% [+0%, +0%] |" in text.replace("-0%", "+0%")
+    stem, window = (
+        "| stem | 25.0% | 100 | +0.020 [+0.030, +0.010] |",
+        "| window | 10.0% | 100 | +0.180 [+0.190, +0.170] |",
+    )
     assert text.index(stem) < text.index(window)
     assert "9.0" not in text.replace("19.0", "") and "0.125" not in text
     assert "ruler_vt at 4K by block size and density asked for" in text
@@ -131,11 +134,33 @@ def test_evaluation_says_how_long_a_prefill_takes():
 
 def test_a_model_with_dense_rows_only_has_no_table_and_missing_cells_are_dashes():
     rows = [dict(row, model="other") for row in evaluation_rows()[:1]]
-    longer = [dict(row, length=8192) for row in evaluation_rows() if row["method"] != "stem"]
+    longer = [dict(row, length=8192, count=24) for row in evaluation_rows() if row["method"] != "stem"]
     records.write_rows("evaluation", evaluation_rows(), profile="full")
     records.write_rows("extension", rows + longer, profile="full")
     text = tables.evaluation()
-    assert "other" not in text and "| stem | 25.0% | -2.0 [-3.0, -1.0] | – |" in text
+    assert "other" not in text and "| stem | 25.0% | 100 | -2.0 [-3.0, -1.0] | – |" in text
+    assert "| window | 10.0% | 24 to 100 | -18.0" in text
+
+
+def test_quality_shows_block_sizes_that_hold_both_the_published_and_our_selection():
+    about = dict(model="smollm2", text="prose", tokens=8192, windows=1, seed=0)
+    rows = [
+        dict(about, method=method, block_size=size, asked=asked, density=asked, gap=gap)
+        for size, method, asked, gap in [
+            (128, "stem", 0.31, 0.08),
+            (128, "stem", 0.16, 0.2),
+            (128, "adaptive", 0.31, 0.02),
+            (128, "adaptive", 0.16, 0.05),
+            (128, "adaptive", 0.155, 0.06),
+            (64, "adaptive", 0.31, 0.01),
+            (32, "stem", 0.31, 0.01),
+        ]
+    ]
+    records.write_rows("selection_quality", rows, profile="full")
+    text = tables.quality()
+    assert "blocks of 128" in text and "blocks of 64" not in text and "blocks of 32" not in text
+    assert "leaves 25% of the gap" in text and "25% at 16 %, and 75% of its gap at 31 %" in text
+    assert "| adaptive | +0.0500 | +0.0200 |" in text
 
 
 def test_training():
