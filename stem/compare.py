@@ -552,10 +552,11 @@ def main() -> None:
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these; other rows stay")
+    only = dict(nargs="+", help="only these; other rows stay")
+    parser.add_argument("--methods", metavar="NAME", choices=all_names(), **only)
     add_options(parser)
     arguments = parser.parse_args()
-    plan = PLANS[arguments.profile]
+    plan, same = PLANS[arguments.profile], SAME if arguments.methods else None
     parts.measure(
         replace(plan, names=tuple(arguments.methods or plan.names)),
         arguments.model,
@@ -564,9 +565,7 @@ def main() -> None:
         limit_s=arguments.limit,
         eager=arguments.eager,
         show=partial(print, flush=True),
-        save=partial(
-            records.write_rows, "evaluation", profile=arguments.profile, same=SAME if arguments.methods else None
-        ),
+        save=partial(records.write_rows, "evaluation", profile=arguments.profile, same=same),
     )
 
 

@@ -168,8 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stem.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these; other rows stay")
-    parser.add_argument("--block_sizes", nargs="+", type=int, metavar="TOKENS", help="only these; other rows stay")
+    only = dict(nargs="+", help="only these; other rows stay")
+    parser.add_argument("--methods", metavar="NAME", choices=PLANS["full"].names, **only)
+    parser.add_argument("--block_sizes", metavar="TOKENS", type=int, choices=PLANS["full"].block_sizes, **only)
     options = parser.parse_args()
     plan, same = PLANS[options.profile], SAME if options.methods or options.block_sizes else None
     names, block_sizes = tuple(options.methods or plan.names), tuple(options.block_sizes or plan.block_sizes)

@@ -1,12 +1,14 @@
 """Methods on equal samples: what is scored, that pairs are pairs, and that the plan asks what it says."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import stem
-from stem import compare, documents, pretrained, ruler
+from stem import compare, documents, parts, pretrained, records, ruler
 from stem.plan import Plan
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
@@ -268,3 +270,26 @@ def test_stored_samples_are_built_once_and_again_only_for_more(tokenizer, tmp_pa
     assert len(ruler.stored_samples("ruler_vt", tokenizer, 512, 5, 1)) == 5 and built == [3, 5]
     ruler.stored_samples("ruler_vt", tokenizer, 512, 5, 2)
     assert built == [3, 5, 5] and len(list((tmp_path / "ruler").iterdir())) == 2
+
+
+def test_a_run_of_some_methods_leaves_the_rows_of_the_others(monkeypatch, tmp_path, capsys):
+    def measure(plan, model, seed, *, save, **options):
+        for name in {"dense", *(plan.names or compare.all_names())}:
+            about = dict(method=name, block_size=None if name == "dense" else 64, measure="answer", model=model)
+            found.append(about | dict(task="ruler_vt", length=512, seed=seed))
+        save(found)
+
+    monkeypatch.setenv("STEM_RESULTS", str(tmp_path))
+    monkeypatch.setattr(records, "repository_root", lambda: tmp_path)
+    monkeypatch.setattr(parts, "measure", measure)
+    for seed, options in ((0, []), (1, ["--methods", "stem adaptive", "longformer"])):
+        found = []
+        monkeypatch.setattr(sys, "argv", ["compare", "--profile", "full", "--seed", str(seed), *options])
+        compare.main()
+    seeds = records.read_rows("evaluation").set_index("method").seed
+    assert seeds[["dense", "stem adaptive", "longformer"]].eq(1).all() and seeds.sum() == 3
+    assert set(seeds.index) == {"dense", *compare.all_names()}
+    monkeypatch.setattr(sys, "argv", ["compare", "--methods", "sten"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "invalid choice: 'sten'" in capsys.readouterr().err

@@ -1,10 +1,13 @@
 """Selection quality: every method reads the same windows at the density that was asked for."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stem import StemConfig, compare, pretrained, quality
+from stem import StemConfig, compare, pretrained, quality, records
 
 KINDS = ("prose", "licences")
 PLAN = quality.Plan(("stem", "sliding_window", "adaptive"), 320, 2, (0.5,), (16,), KINDS, adaptive_densities=(0.4,))
@@ -46,3 +49,32 @@ def test_calibration_reads_other_texts_than_the_rows():
 
 def test_the_published_method_is_the_paper_preset():
     assert quality.selector("stem", 0.3, 64, None, None) == StemConfig.preset("paper", density=0.3, block_size=64)
+
+
+def test_a_run_of_some_methods_and_block_sizes_leaves_the_other_rows(monkeypatch, tmp_path, capsys):
+    def rows(plan, model, tokenizer, name):
+        about = dict(asked=0.3, text="prose", tokens=320, model=name)
+        return (dict(about, method=method, block_size=size) for method in plan.names for size in plan.block_sizes)
+
+    def measured(*options):
+        monkeypatch.setattr(sys, "argv", ["quality", "--profile", "full", *options])
+        quality.main()
+        found = records.read_rows("selection_quality")
+        return [*zip(found.method, found.block_size, strict=True)]
+
+    monkeypatch.setenv("STEM_RESULTS", str(tmp_path))
+    monkeypatch.setattr(records, "machine_name", lambda: "made-up")
+    monkeypatch.setattr(records, "repository_root", lambda: tmp_path)
+    monkeypatch.setattr(quality, "rows", rows)
+    monkeypatch.setattr(quality, "cost_rows", lambda: [dict(tokens=1)])
+    monkeypatch.setattr(pretrained, "load", lambda *_, **__: (SimpleNamespace(name_or_path="tiny"), None))
+    everything = [(name, size) for name in quality.PLANS["full"].names for size in (128, 64, 32)]
+    assert measured() == everything
+    again = [("stem", 64), ("adaptive", 64)]
+    assert measured("--methods", "stem", "adaptive", "--block_sizes", "64") == [
+        *(pair for pair in everything if pair not in again),
+        *again,
+    ]
+    with pytest.raises(SystemExit):
+        measured("--methods", "sten")
+    assert "invalid choice: 'sten'" in capsys.readouterr().err
