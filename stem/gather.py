@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
 
-CHUNK_KEYS = 1 << 19  # gathered key elements of one call of the flash kernel: 2 MiB in fp32
+CHUNK_KEYS = 1 << 20  # gathered key elements of one call of the flash kernel: 4 MiB in fp32
 CHUNK_LOGITS = 1 << 20  # logits of one chunk of rows: 4 MiB in fp32, so that softmax finds them in cache
 
 
@@ -72,7 +72,8 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     """The same on the CPU without gradients: the diagonal blocks in one causal call, then the others, merged by lse.
 
     Blocks before the diagonal need no mask, so rows with equally many of them go together without padding. The operator
-    is the one behind SDPA on the CPU, called by name because SDPA does not return the log-sum-exp.
+    is the one behind SDPA on the CPU, called by name because SDPA does not return the log-sum-exp. Keys and values are
+    gathered into the same memory again and again: fresh pages would cost several times the copy.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     size, offset = selection.block_size, k.shape[2] - q.shape[2]
@@ -82,22 +83,29 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     blocks = selection.kv_indices.flatten(0, 2) + kv_start[:, None]  # [M, max], rows of k_blocks
     diagonal = diagonal + kv_start
     has_diagonal = (blocks.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0] == diagonal) & (counts > 0)
+    earlier = counts - has_diagonal.long()  # blocks before the diagonal
+    block_keys = size * q.shape[3]  # elements of a block
+    rooms = [k_blocks.new_empty(max(CHUNK_KEYS, (int(earlier.max()) or 1) * block_keys)) for _ in range(2)]
 
     def attend(rows: Tensor, columns: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Query blocks `rows` [R] over key blocks `columns` [R, W]: out [R, size, D] and lse [R, size, 1]."""
-        shape = (len(rows), 1, columns.shape[1] * size, -1)
-        chosen = (x.index_select(0, columns.flatten()).view(shape) for x in (k_blocks, v_blocks))
+        chosen = []
+        for x, room in zip((k_blocks, v_blocks), rooms, strict=True):
+            gathered = room[: columns.numel() * block_keys].view(-1, *x.shape[1:])
+            torch.index_select(x, 0, columns.flatten(), out=gathered)
+            chosen.append(gathered.view(len(rows), 1, columns.shape[1] * size, -1))
         out, lse = flash(q_blocks.index_select(0, rows)[:, None], *chosen, is_causal=causal, scale=scale)
         return out[:, 0], lse.view(len(rows), size, 1)
 
-    out, lse = attend(torch.arange(len(counts)), diagonal[:, None], True)
+    out, lse = torch.empty_like(q_blocks), q_blocks.new_empty(*q_blocks.shape[:2], 1)
+    for rows in torch.arange(len(counts)).split(max(1, CHUNK_KEYS // block_keys)):
+        out[rows[0] : rows[-1] + 1], lse[rows[0] : rows[-1] + 1] = attend(rows, diagonal[rows, None], True)
     out.masked_fill_(~has_diagonal[:, None, None], 0)
     lse.masked_fill_(~has_diagonal[:, None, None], -torch.inf)
-    earlier = counts - has_diagonal.long()  # blocks before the diagonal
     order = earlier.argsort(stable=True)
     widths, repeats = earlier[order].unique_consecutive(return_counts=True)
     for width, group in zip(widths.tolist(), order.split(repeats.tolist()), strict=True):
-        for rows in group.split(max(1, CHUNK_KEYS // (width * size * q.shape[3]))) if width else ():
+        for rows in group.split(max(1, CHUNK_KEYS // (width * block_keys))) if width else ():
             new_out, new_lse = attend(rows, blocks[rows, :width], False)
             old_out, old_lse = out.index_select(0, rows), lse.index_select(0, rows)
             total = torch.logaddexp(old_lse, new_lse)
