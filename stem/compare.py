@@ -11,7 +11,8 @@ group of rows holds the control, a short window, which must fail: where it does 
     time          prefill of one prompt in a batch, in turn with dense attention [ms]; the interval is over repetitions
 
 `density` is what was computed, `asked` what was asked for, `ms` how long a sample took in this run, other processes or
-not. On a GPU the times are taken first, then the rest in three processes that share it (`--processes`).
+not. On a GPU the times are taken first, then the rest in three processes that share it; several GPUs get three each
+(`--processes`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_v
 NUMBERS_PER_BATCH = {"cuda": 240_000_000, "cpu": 5_000_000}  # hidden states of one layer
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
-PROCESSES = 3  # that share a GPU where there is one
+PROCESSES = 3  # that share a GPU
 TIMED_TOKENS, REPETITIONS = {"cuda": 32_768, "cpu": 1_024}, 3  # of a batch whose prefill is timed
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
@@ -572,8 +573,8 @@ def main() -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a comparison at the command line."""
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing more begins")
-    shared = PROCESSES if torch.cuda.is_available() else 1
-    parser.add_argument("--processes", type=int, default=shared, help="that share a GPU; one takes the times before")
+    shared = max(1, PROCESSES * torch.cuda.device_count())
+    parser.add_argument("--processes", type=int, default=shared, help="that share the GPUs; one takes the times before")
     parser.add_argument("--eager", action="store_true", help="do not compile the model's layers on a GPU")
 
 

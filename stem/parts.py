@@ -1,4 +1,4 @@
-"""A comparison in several processes that share one GPU: one waits for the host while another computes."""
+"""A comparison in several processes that share the GPUs: one waits for the host while another computes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def measure(
         plan: What to measure.
         model: A name for stem.pretrained.load.
         seed: Of the RULER samples and the bootstrap.
-        processes: 1 measures here. More measure in as many new processes, after one more has taken the times alone.
+        processes: 1 measures here. More measure in as many new processes, dealt to the GPUs in turn; one more takes the
+            times, and those on its GPU wait for it.
         limit_s: What has not begun after so many seconds is left out.
         eager: Do not compile the model's layers on a GPU.
         show: Called with progress lines.
@@ -51,14 +52,17 @@ def measure(
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     if processes == 1:
-        return _part(plan, model, seed, None, None, limit_s, eager, show, save)
+        return _part(plan, model, seed, None, None, None, limit_s, eager, show, save)
     rows: list[dict] = []
+    gpus = torch.cuda.device_count()
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     alone = context.Event()  # set when the times have been taken
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for number in range(processes + 1):
-            about = (plan, model, seed, f"{number}/{processes}", alone.wait if number else None, limit_s, eager)
+            gpu = number % gpus if gpus else None
+            wait = alone.wait if number and not gpu else None
+            about = (plan, model, seed, f"{number}/{processes}", gpu, wait, limit_s, eager)
             running.append(context.Process(target=_write_part, args=(*about, str(Path(folder) / f"{number}.json"))))
             running[-1].start()
         saved = time.monotonic()
@@ -78,9 +82,11 @@ def measure(
     return rows
 
 
-def _part(plan, model, seed, part, wait, limit_s, eager, show, save) -> list[dict]:
+def _part(plan, model, seed, part, gpu, wait, limit_s, eager, show, save) -> list[dict]:
     cuda = torch.cuda.is_available()
     started = time.monotonic()
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     network, tokenizer = pretrained.load(model, dtype=torch.bfloat16 if cuda else torch.float32)
     with nullcontext() if eager or not cuda else compare.fused(network):
         name = Path(network.name_or_path).name
@@ -88,7 +94,7 @@ def _part(plan, model, seed, part, wait, limit_s, eager, show, save) -> list[dic
         return compare.run(plan, network, tokenizer, name, seed, **options)
 
 
-def _write_part(plan, model, seed, part, wait, limit_s, eager, path) -> None:
+def _write_part(plan, model, seed, part, gpu, wait, limit_s, eager, path) -> None:
     """One process: `_part`, its rows written to a JSON file as they come."""
 
     def save(rows: list[dict]) -> None:
@@ -96,7 +102,7 @@ def _write_part(plan, model, seed, part, wait, limit_s, eager, path) -> None:
         partial.write_text(json.dumps(rows))
         os.replace(partial, path)
 
-    _part(plan, model, seed, part, wait, limit_s, eager, partial(print, f"[{part}]", flush=True), save)
+    _part(plan, model, seed, part, gpu, wait, limit_s, eager, partial(print, f"[{part}]", flush=True), save)
 
 
 def _collect(folder: str) -> list[dict]:

@@ -13,11 +13,10 @@ from stem.plan import PLANS
 def pieces(monkeypatch):
     """Processes forked from this one, whose parts need no model: each row says who measured it and when."""
 
-    def part(plan, model, seed, part, wait, limit_s, eager, show, save):
-        assert (wait is None) == (part == "0/3")
+    def part(plan, model, seed, part, gpu, wait, limit_s, eager, show, save):
         if wait:
             wait()
-        rows = [{"part": part, "model": model, "seed": seed, "eager": eager, "began": time.monotonic()}]
+        rows = [{"part": part, "model": model, "seed": seed, "gpu": gpu, "eager": eager, "began": time.monotonic()}]
         time.sleep(0.2)
         save(rows)
         if part == "2/3" and seed == 13:
@@ -38,7 +37,15 @@ def test_times_are_taken_alone_and_the_parts_together(pieces):
     alone, *together = rows
     assert all(row["began"] > alone["ended"] for row in together)
     assert max(row["began"] for row in together) < min(row["ended"] for row in together)
-    assert {(row["model"], row["seed"], row["eager"]) for row in rows} == {("tiny", 3, True)}
+    assert {(row["model"], row["seed"], row["eager"], row["gpu"]) for row in rows} == {("tiny", 3, True, None)}
+
+
+def test_parts_are_dealt_to_the_gpus_and_only_those_beside_the_times_wait(pieces, monkeypatch):
+    monkeypatch.setattr(parts.torch.cuda, "device_count", lambda: 2)
+    rows = parts.measure(PLANS["smoke"], "tiny", processes=3)
+    assert [row["gpu"] for row in rows] == [0, 1, 0, 1]
+    times, first, beside, last = rows
+    assert beside["began"] > times["ended"] > max(first["began"], last["began"])
 
 
 def test_a_part_that_fails_is_named_and_its_rows_and_the_others_are_kept(pieces):
@@ -51,6 +58,8 @@ def test_a_part_that_fails_is_named_and_its_rows_and_the_others_are_kept(pieces)
 def test_one_process_measures_here_and_none_is_refused(monkeypatch):
     monkeypatch.setattr(parts, "_part", lambda *about: about)
     plan = PLANS["smoke"]
-    assert parts.measure(plan, "tiny", 5, limit_s=8, show=str) == (plan, "tiny", 5, None, None, 8, False, str, None)
+    assert parts.measure(plan, "tiny", 5, limit_s=8, show=str) == (
+        (plan, "tiny", 5, None, None, None, 8, False, str, None)
+    )
     with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
         parts.measure(plan, "tiny", processes=0)
