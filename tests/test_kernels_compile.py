@@ -23,7 +23,7 @@ POINTERS = {
 ALIGNED = ("_ptr", "b", "h", "n")
 
 
-def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, sums_type="fp32"):
+def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, sums_type="fp32", lse_type="fp32"):
     """Compile one specialisation, as a launch with aligned pointers and strides would; bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -34,6 +34,7 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
             return "constexpr"
         if name.endswith("_ptr"):
             pointed = sums_type if name.endswith("sums_ptr") else POINTERS.get(name, "fp32")
+            pointed = lse_type if name == "lse_ptr" else pointed
             return "*" + (input_type if pointed == "x" else pointed)
         if name.endswith("_source"):
             tile = f"{constants['BLOCK_N']}, {constants['HEAD_DIM']}"
@@ -129,10 +130,11 @@ def cell_cases():
                                              ("fp32", 256, 64, "fp32")):  # fmt: skip
         operands = dict(bf16=tl.bfloat16, fp32=tl.float32)[operand]
         wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=2 if depth == depth_tile else 1)
-        yield f"pair_cells {name}", (cell_scores.pair_cells_kernel, operand, tiles | wide, cell_scores.WARPS, 2)
-    for rms in (False, True):
+        options = cell_scores.WARPS, 2, "fp32", "fp16" if operand == "bf16" else "fp32"
+        yield f"pair_cells {name}", (cell_scores.pair_cells_kernel, operand, tiles | wide, *options)
+    for rms, lse_type in ((False, "fp32"), (True, "fp16")):
         row = dict(CELL=16, CELLS=8, RMS=rms, ROW_SIZE=8192)
-        yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16)
+        yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, "fp32", lse_type)
     row = dict(ROW_SIZE=8192)
     yield "select_above", (share_select.select_above_kernel, "fp32", row, 8192 // share_select.KEYS_PER_WARP)
 
