@@ -26,10 +26,10 @@ LARGEST_HALF = tl.constexpr(65504.0)  # of fp16
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
 DEPTH_BYTES = 256  # of the part of a wider row that one product reads
 ROW_TILE = 128  # query cells of one program
-COLUMN_TILE = 128  # most key cells of one product
+COLUMN_TILE = 64  # key cells of one product, more only where a block has more
 BLOCK_TILE = 32  # most key blocks of one product
 FEATURE_TILE = 32  # cells of one program of cell_features
-STAGES = 2  # key tiles in flight, where one product reads whole features
+STAGES = 3  # key tiles in flight, where one product reads whole features of COLUMN_TILE cells
 WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
 BUFFER_BYTES = 512 * 2**20  # of the log-sum-exps of one chunk of query blocks
@@ -369,7 +369,7 @@ def cell_scores(
                 SUMS=max(SMALLEST_DOT, columns // key_cells),
                 DEPTH_TILE=depth_tile,
                 DTYPE=operand,
-                STAGES=STAGES if depth <= depth_tile else 1,
+                STAGES=1 if depth > depth_tile else STAGES if columns <= COLUMN_TILE else 2,
                 num_warps=WARPS,
                 num_stages=2,
             )

@@ -16,6 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 TMA_BYTES = 16  # alignment of addresses and strides
 SMALLEST_DOT = 16  # columns of the smallest product
 TUNING_TOKENS, TUNING_HEADS, TUNING_BLOCKS = 4096, 16, 8  # the problem on which tile sizes are compared
+FASTEST: dict[tuple, dict[str, int]] = {}  # kind of problem -> tiles that were the fastest
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -248,15 +249,17 @@ def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[di
 def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """The fastest of `tile_choices` on this device, timed at the first call for each kind of problem.
 
-    Where nothing can be timed, while a CUDA graph is captured or in the interpreter, it is the default.
+    Where nothing can be timed, it is the default: in the interpreter, and while a CUDA graph is captured whose kind of
+    problem has not been met before.
     """
-    choices = tile_choices(head_dim, block_size, dtype)
-    if len(choices) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return choices[0]
-    return choices[fastest_choice(head_dim, block_size, dtype, device)]
+    choices, kind = tile_choices(head_dim, block_size, dtype), (head_dim, block_size, dtype, device)
+    if kind not in FASTEST:
+        if len(choices) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return choices[0]
+        FASTEST[kind] = choices[fastest_choice(*kind)]
+    return FASTEST[kind]
 
 
-@cache
 def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Place in `tile_choices` of the fastest one, on a prompt of TUNING_TOKENS with a local window."""
     from triton.runtime.errors import OutOfResources

@@ -57,8 +57,10 @@ def test_overrides_replace_fields_and_a_budget_replaces_the_schedule(name):
 def test_the_adaptive_preset_has_a_threshold_or_the_budget_that_is_asked_for():
     config = StemConfig.preset("adaptive", threshold=0.02, block_size=64)
     assert (config.allocation, config.threshold, config.block_size) == ("adaptive", 0.02, 64)
-    assert (config.reduction, config.score_cells, config.value_weight) == ("softmax", 8, 0)
+    assert (config.reduction, config.score_cells, config.value_weight) == ("softmax", 16, 0)
     assert (config.score_peak, config.score_pooling) == (0.3, "rms")
+    cells = [StemConfig.preset("adaptive", block_size=size).score_cells for size in (128, 64, 32)]
+    assert cells == [8, 16, 8] and StemConfig.preset("adaptive", block_size=64, score_cells=4).score_cells == 4
     config = StemConfig.preset("adaptive", density=0.5)
     assert (config.allocation, config.threshold, config.score_peak) == ("uniform", None, 0.3)
     assert stem.block_budget(64, config).sum() / (32 * 65) == pytest.approx(0.5, abs=0.01)

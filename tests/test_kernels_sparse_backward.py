@@ -281,7 +281,8 @@ def test_nothing_of_size_n_squared_is_made(monkeypatch):
         with LargestTensor() as largest:
             kernels.sparse_backward(q, k, v, out, q[..., 0], dout, None, indices, counts, 16, 0.25)
         elements.append(largest.elements)
-        assert largest.elements <= length * 16
+        copies = kernels.num_splits(k, 4)  # of dK and dV, with more than one
+        assert largest.elements <= length * 16 * (2 * copies if copies > 1 else 1)
     assert elements[2] <= 2 * elements[1] <= 4 * elements[0]
 
 
