@@ -78,7 +78,9 @@ def _presets(rows: pd.DataFrame) -> str:
     ratios = ratios[ratios.index <= max(bench.SHORT)]
     told = "The operator under every preset, speed-up over the fastest dense back end"
     lengths = [_tokens(tokens) for tokens in ratios.index[(ratios < 1 / 1.03).any(axis=1)]]
-    told += f"; at {' and '.join(lengths)} some are more than 3 % slower:" if lengths else ", nowhere more than 3 % slower:"
+    told += (
+        f"; at {' and '.join(lengths)} some are more than 3 % slower:" if lengths else ", nowhere more than 3 % slower:"
+    )
     lines = [
         [_tokens(tokens), *(_number(x, "×") for x in line)]
         for tokens, line in zip(ratios.index, ratios.values, strict=True)
