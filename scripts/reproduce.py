@@ -89,10 +89,10 @@ def strip(path: Path) -> None:
 
 
 def fewer_colours(picture: str) -> str:
-    """A PNG in base64 with at most 64 colours."""
+    """A PNG in base64 with at most 256 colours."""
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-    image.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -89,25 +89,23 @@ def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
 
 
 def points(rows: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
-    """Methods by method, block_size, asked and length: density, nats lost, ms of a prompt's prefill, timed.
+    """Methods by method, block_size, asked and length: density, nats lost, ms of a prompt's prefill.
 
     Args:
         rows: Of one model.
         task: Whose answers count; None is the one that was asked of most methods.
     Returns:
-        ms is of the measure "time" where that was taken (timed is True): the method's share of the dense pass beside
-        it, times the median of all dense passes. Where it was taken of none, ms is that of the answers.
+        ms is of the measure "time", missing where that was not taken: the method's share of the dense pass beside it,
+        times the median of all dense passes.
     """
     answers = rows[rows.measure == "answer"]
     task = answers.groupby("task", sort=False).size().idxmax() if task is None else task
     keys = ["method", "block_size", "asked", "length"]
     found = answers[answers.task == task].groupby(keys, dropna=False, sort=False)
-    found = found.agg(density=("density", "mean"), nats=("difference", "mean"), busy=("ms", "min"), n=("count", "min"))
+    found = found.agg(density=("density", "mean"), nats=("difference", "mean"), n=("count", "min"))
     times = rows[rows.measure == "time"].groupby(keys, dropna=False)[["value", "dense"]].mean()
     times = (times.value / times.dense * times.dense.groupby("length").transform("median")).rename("ms")
-    found = found.reset_index().merge(times.reset_index(), on=keys, how="left")
-    busy, timed = found.pop("busy"), found.ms.notna()
-    return found.assign(ms=found.ms if timed.any() else busy, timed=timed, task=task)
+    return found.reset_index().merge(times.reset_index(), on=keys, how="left").assign(task=task)
 
 
 def best(points: pd.DataFrame, count: int = 6, also: Sequence[str] = ("stem", "window")) -> list[str]:

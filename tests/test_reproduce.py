@@ -152,4 +152,4 @@ def test_pictures_are_stored_with_few_colours(root):
     copy = nbformat.read(root / "results" / "notebooks" / "smoke" / "01_toy.ipynb", 4)
     picture = copy.cells[2].outputs[0].data["image/png"]
     image = Image.open(io.BytesIO(base64.b64decode(picture)))
-    assert image.size == (64, 64) and len(image.getcolors()) <= 64
+    assert image.size == (64, 64) and len(image.getcolors()) <= 256
