@@ -126,9 +126,9 @@ def cost_rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, 
     """What the adaptive selection costs on a GPU, at the attention shape of Llama-3.1-8B and random normal inputs.
 
     Returns:
-        A row per length: tokens, density, threshold (the share that `density` of the blocks exceed), selection_ms
-        (scores and selection), operator_ms (all of stem_attention), share of the one in the other, peak_memory_mib of
-        the selection.
+        A row per length: tokens, block_size, density, threshold (the share that `density` of the blocks exceed),
+        selection_ms (scores and selection), operator_ms (all of stem_attention), share of the one in the other,
+        peak_memory_mib of the selection.
     """
     from triton.testing import do_bench
 
@@ -155,7 +155,7 @@ def cost_rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, 
         selection = do_bench(select, rep=200, return_mode="median")
         operator = do_bench(partial(stem_attention, q, k, v, config), rep=400, return_mode="median")
         times = dict(selection_ms=selection, operator_ms=operator, share=selection / operator)
-        about = dict(tokens=tokens, density=realised, threshold=config.threshold)
+        about = dict(tokens=tokens, block_size=config.block_size, density=realised, threshold=config.threshold)
         found.append(about | times | dict(peak_memory_mib=peak, seed=seed))
     return found
 
