@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program keeps in registers
 DIM_TILE = 64  # dimensions of V that are squared and added at a time
 PRECISION = "ieee" if torch.version.hip else "tf32x3"  # fp32 products, on NVIDIA by three tf32 products
@@ -426,14 +428,11 @@ def score_inputs(
     values = value_bonus if log_term else value_bonus.new_empty(*value_bonus.shape, groups_per_block)
     num_q_programs = batch * num_q_heads * num_q_blocks
     grid = (num_q_programs + batch * num_kv_heads * num_kv_blocks, stride // constants["GROUPS"])
-    with torch.cuda.device_of(q):
-        score_inputs_kernel[grid](
-            q,
-            k,
-            v,
-            q_sums,
-            k_sums,
-            values,
+    launch(
+        score_inputs_kernel,
+        grid,
+        (q, k, v, q_sums, k_sums, values),
+        (
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -446,21 +445,21 @@ def score_inputs(
             num_q_programs,
             offset,
             float(value_weight),
-            DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
-            LOG_TERM=log_term,
-            **constants,
+        ),
+        DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
+        LOG_TERM=log_term,
+        **constants,
+    )
+    if not log_term:
+        sample_size = num_kv_blocks * groups_per_block if value_norm == "zscore_padded" else -(-num_keys // stride)
+        launch(
+            standardize_kernel,
+            (batch * num_kv_heads,),
+            (values, value_bonus),
+            (num_kv_blocks, sample_size, float(value_weight)),
+            GROUPS_PER_BLOCK=groups_per_block,
+            BLOCKS_PER_TILE=NORM_TILE // groups_per_block,
         )
-        if not log_term:
-            padded = value_norm == "zscore_padded"
-            standardize_kernel[(batch * num_kv_heads,)](
-                values,
-                value_bonus,
-                num_kv_blocks,
-                num_kv_blocks * groups_per_block if padded else -(-num_keys // stride),
-                float(value_weight),
-                GROUPS_PER_BLOCK=groups_per_block,
-                BLOCKS_PER_TILE=NORM_TILE // groups_per_block,
-            )
     return q_sums, k_sums, value_bonus
 
 
@@ -481,17 +480,14 @@ def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, 
     num_blocks = -(-(offset + num_tokens) // block_size) - offset // block_size
     sums = empty_sums(batch, num_heads, num_blocks, stride * head_dim, x)
     constants = group_constants(head_dim, block_size, stride, x.dtype)
-    with torch.cuda.device_of(x):
-        block_sums_kernel[(num_blocks, stride // constants["GROUPS"], batch * num_heads)](
-            x,
-            sums,
-            *x.stride(),
-            num_heads,
-            num_tokens,
-            offset,
-            REVERSE=reverse,
-            **constants,
-        )
+    launch(
+        block_sums_kernel,
+        (num_blocks, stride // constants["GROUPS"], batch * num_heads),
+        (x, sums),
+        (*x.stride(), num_heads, num_tokens, offset),
+        REVERSE=reverse,
+        **constants,
+    )
     return sums
 
 
@@ -509,18 +505,16 @@ def value_norms(v: torch.Tensor, block_size: int, group_size: int) -> torch.Tens
     num_blocks = triton.cdiv(num_tokens, block_size)
     shape = (batch, num_heads, num_blocks, block_size // group_size)
     norms = torch.empty(shape, dtype=torch.float32, device=v.device)
-    with torch.cuda.device_of(v):
-        value_norms_kernel[(num_blocks, batch * num_heads)](
-            v,
-            norms,
-            *v.stride(),
-            num_heads,
-            num_tokens,
-            HEAD_DIM=head_dim,
-            DIM_TILE=min(DIM_TILE, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size,
-            GROUP_SIZE=group_size,
-        )
+    launch(
+        value_norms_kernel,
+        (num_blocks, batch * num_heads),
+        (v, norms),
+        (*v.stride(), num_heads, num_tokens),
+        HEAD_DIM=head_dim,
+        DIM_TILE=min(DIM_TILE, triton.next_power_of_2(head_dim)),
+        BLOCK_SIZE=block_size,
+        GROUP_SIZE=group_size,
+    )
     return norms
 
 
@@ -565,21 +559,16 @@ def score_blocks(
     scores = torch.empty(shape, dtype=torch.float32, device=q_sums.device)
     tiles = score_tiles(parts, num_rows)
     grid = (-(-num_kv_blocks // tiles["TILE_N"]), -(-num_rows // tiles["TILE_M"]), batch * num_kv_heads)
-    with torch.cuda.device_of(q_sums):
-        score_blocks_kernel[grid](
-            q_sums.contiguous(),
-            k_sums.contiguous(),
-            value_bonus.contiguous(),
-            scores,
-            heads_per_kv_head,
-            num_q_blocks,
-            num_kv_blocks,
-            num_kv_blocks - num_q_blocks if first_q_block is None else first_q_block,
-            float(scale),
-            DEPTH=q_sums.shape[-1],
-            PARTS=parts,
-            DTYPE=operand_dtype(parts),
-            PRECISION=PRECISION,
-            **tiles,
-        )
+    first_q_block = num_kv_blocks - num_q_blocks if first_q_block is None else first_q_block
+    launch(
+        score_blocks_kernel,
+        grid,
+        (q_sums.contiguous(), k_sums.contiguous(), value_bonus.contiguous(), scores),
+        (heads_per_kv_head, num_q_blocks, num_kv_blocks, first_q_block, float(scale)),
+        DEPTH=q_sums.shape[-1],
+        PARTS=parts,
+        DTYPE=operand_dtype(parts),
+        PRECISION=PRECISION,
+        **tiles,
+    )
     return scores

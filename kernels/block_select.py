@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 SIGN_BIT = tl.constexpr(0x80000000)
 LARGEST_KEY = tl.constexpr(0xFFFFFFFF)
 FUTURE_KEY = tl.constexpr(0)  # below the key of -inf
@@ -182,20 +184,13 @@ def select_topk(
     if lists is None:
         lists = empty_lists(batch, num_heads, num_list_rows, max_blocks, scores.device)
     lanes = row_size(num_kv_blocks)
-    with torch.cuda.device_of(scores):
-        select_topk_kernel[(num_score_rows, batch * num_heads)](
-            scores.contiguous(),
-            budget.contiguous(),
-            *lists,
-            num_score_rows,
-            num_list_rows,
-            first_row,
-            num_kv_blocks,
-            sink_blocks,
-            local_blocks,
-            max_blocks,
-            ON_TOP=on_top,
-            ROW_SIZE=lanes,
-            num_warps=min(32, max(1, lanes // KEYS_PER_WARP)),
-        )
+    launch(
+        select_topk_kernel,
+        (num_score_rows, batch * num_heads),
+        (scores.contiguous(), budget.contiguous(), *lists),
+        (num_score_rows, num_list_rows, first_row, num_kv_blocks, sink_blocks, local_blocks, max_blocks),
+        ON_TOP=on_top,
+        ROW_SIZE=lanes,
+        num_warps=min(32, max(1, lanes // KEYS_PER_WARP)),
+    )
     return lists

@@ -12,10 +12,15 @@ each dimension, and a pair's logit is one dot product, 2 D wide: the positive pa
 key's upper corner, and the negative part of its lower corner with the key's lower corner.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .sparse_forward import operand_dtype
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
@@ -36,14 +41,13 @@ BUFFER_BYTES = 512 * 2**20  # of the log-sum-exps of one chunk of query blocks
 
 
 @triton.jit
-def cell_features_kernel(
+def store_features(
     x_ptr,
     features_ptr,
-    stride_xb,
-    stride_xh,
+    first_cell,
+    group,
     stride_xn,
     stride_xd,
-    num_heads,
     num_tokens,
     num_cells,
     front,
@@ -56,17 +60,13 @@ def cell_features_kernel(
     PEAK: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """One program reads one stride group of CELLS cells of one head. Grid: (cell tiles, STRIDE, B * H).
+    """Features of one stride group of CELLS cells of a head. Row 0 of x stands `front` rows into cell 0.
 
-    Row 0 of x stands `front` rows into cell 0. Group sums are divided by the rows of the whole cell, so that the
-    product of two rows, times STRIDE, is the mean logit of the sampled pairs. With PEAK, STRIDE is 1.
+    Group sums are divided by the rows of the whole cell, so that the product of two rows, times STRIDE, is the mean
+    logit of the sampled pairs. With PEAK, STRIDE is 1.
     """
-    cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    group, batch_head = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    batch, head = batch_head // num_heads, batch_head % num_heads
+    cells = first_cell + tl.arange(0, CELLS)
     dims = tl.arange(0, BLOCK_D)
-    x_ptr += batch * stride_xb + head * stride_xh
-
     first_row = cells.to(tl.int64) * CELL - front
     sums = tl.zeros([CELLS, BLOCK_D], tl.float32)
     largest = tl.full([CELLS, BLOCK_D], float("-inf"), tl.float32)
@@ -84,7 +84,6 @@ def cell_features_kernel(
     means = sums / tl.maximum(rows_in_cell, 1).to(tl.float32)[:, None]
 
     WIDTH: tl.constexpr = HEAD_DIM * (2 if PEAK else STRIDE)
-    features_ptr += batch_head * num_cells * WIDTH
     offsets = cells.to(tl.int64)[:, None] * WIDTH + dims[None, :]
     exists = (cells < num_cells)[:, None] & (dims < HEAD_DIM)[None, :]
     if not PEAK:
@@ -98,6 +97,64 @@ def cell_features_kernel(
             upper, lower = tl.maximum(upper, 0.0), tl.minimum(lower, 0.0)
         tl.store(features_ptr + offsets, upper, mask=exists)
         tl.store(features_ptr + HEAD_DIM + offsets, lower, mask=exists)
+
+
+@triton.jit
+def cell_features_kernel(
+    q_ptr,
+    k_ptr,
+    q_features_ptr,
+    k_features_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    num_q_heads,
+    num_kv_heads,
+    num_queries,
+    num_keys,
+    num_q_cells,
+    num_k_cells,
+    num_q_programs,
+    front,
+    peak,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    Q_CELL: tl.constexpr,
+    K_CELL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PEAK: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """One program reads one stride group of CELLS cells of one head, of queries or of keys.
+
+    Grid: (num_q_programs + B * Hkv * key tiles, STRIDE), with num_q_programs = B * Hq * query tiles. Queries first:
+    their row 0 stands `front` rows into cell 0.
+    """
+    program, group = tl.program_id(0), tl.program_id(1)
+    WIDTH: tl.constexpr = HEAD_DIM * (2 if PEAK else STRIDE)
+    if program < num_q_programs:
+        num_tiles = tl.cdiv(num_q_cells, CELLS)
+        batch_head, first_cell = (program // num_tiles).to(tl.int64), program % num_tiles * CELLS
+        x_ptr = q_ptr + batch_head // num_q_heads * stride_qb + batch_head % num_q_heads * stride_qh
+        store_features(
+            x_ptr, q_features_ptr + batch_head * num_q_cells * WIDTH, first_cell, group,
+            stride_qn, stride_qd, num_queries, num_q_cells, front, peak,
+            HEAD_DIM, BLOCK_D, Q_CELL, STRIDE, True, PEAK, CELLS,
+        )  # fmt: skip
+    else:
+        num_tiles, program = tl.cdiv(num_k_cells, CELLS), program - num_q_programs
+        batch_head, first_cell = (program // num_tiles).to(tl.int64), program % num_tiles * CELLS
+        x_ptr = k_ptr + batch_head // num_kv_heads * stride_kb + batch_head % num_kv_heads * stride_kh
+        store_features(
+            x_ptr, k_features_ptr + batch_head * num_k_cells * WIDTH, first_cell, group,
+            stride_kn, stride_kd, num_keys, num_k_cells, 0, peak,
+            HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -199,6 +256,57 @@ def pair_cells_kernel(
 
 
 @triton.jit
+def pool_shares(
+    lse_ptr,
+    value_bonus_ptr,
+    batch_head,
+    row,
+    blocks,
+    num_q_heads,
+    heads_per_kv_head,
+    num_q_blocks,
+    num_kv_blocks,
+    first_row,
+    chunk_cells,
+    first_position,
+    q_start,
+    kv_len,
+    CELL: tl.constexpr,
+    CELLS: tl.constexpr,
+    RMS: tl.constexpr,
+):
+    """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
+
+    lse_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
+    kv_len on) do not count. value_bonus_ptr may be None.
+    """
+    causal = blocks <= num_kv_blocks - num_q_blocks + row
+    lse_ptr += (batch_head * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
+    if value_bonus_ptr is not None:
+        batch, head = batch_head // num_q_heads, batch_head % num_q_heads
+        batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
+        bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + blocks, mask=causal, other=0.0) * LOG2_E
+    shares = tl.zeros([blocks.shape[0]], tl.float32)
+    num_counted = 0
+    for cell in range(CELLS):
+        first_token = first_position + (row * CELLS + cell) * CELL
+        if (first_token + CELL > q_start) & (first_token < kv_len):
+            lse = tl.load(lse_ptr + cell * num_kv_blocks + blocks, mask=causal, other=float("-inf")).to(tl.float32)
+            if value_bonus_ptr is not None:
+                lse += bonus
+            weights = tl.exp2(lse - tl.max(lse, axis=0))
+            weights /= tl.sum(weights, axis=0)
+            shares += weights * weights if RMS else weights
+            num_counted += 1
+    if RMS:
+        shares = tl.sqrt(shares)
+        shares /= tl.sum(shares, axis=0)
+    else:
+        shares /= num_counted
+    return tl.where(causal, tl.log2(tl.maximum(shares, TINY)) * LN_2, float("-inf"))
+
+
+@triton.jit
 def pool_shares_kernel(
     lse_ptr,
     value_bonus_ptr,
@@ -217,179 +325,213 @@ def pool_shares_kernel(
     RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
-    """One program finishes one query block of one head; the row lives in registers. Grid: (rows of the chunk, B * Hq).
-
-    Query cells without a query (before `q_start` or from `kv_len` on) do not count.
-    """
-    chunk_row, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head = batch_head // num_q_heads, batch_head % num_q_heads
-    batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
-    row = first_row + chunk_row
+    """One program finishes one query block of one head; the row lives in registers. Grid: (rows, B * Hq)."""
+    row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.arange(0, ROW_SIZE)
-    causal = blocks <= num_kv_blocks - num_q_blocks + row
-
-    bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + blocks, mask=causal, other=0.0) * LOG2_E
-    lse_ptr += (batch_head * chunk_cells + chunk_row * CELLS) * num_kv_blocks
-    shares = tl.zeros([ROW_SIZE], tl.float32)
-    num_counted = 0
-    for cell in range(CELLS):
-        first_token = first_position + (row * CELLS + cell) * CELL
-        if (first_token + CELL > q_start) & (first_token < kv_len):
-            lse = tl.load(lse_ptr + cell * num_kv_blocks + blocks, mask=causal, other=float("-inf")).to(tl.float32)
-            lse += bonus
-            weights = tl.exp2(lse - tl.max(lse, axis=0))
-            weights /= tl.sum(weights, axis=0)
-            shares += weights * weights if RMS else weights
-            num_counted += 1
-    if RMS:
-        shares = tl.sqrt(shares)
-        shares /= tl.sum(shares, axis=0)
-    else:
-        shares /= num_counted
-    scores = tl.where(causal, tl.log2(tl.maximum(shares, TINY)) * LN_2, float("-inf"))
+    scores = pool_shares(
+        lse_ptr, value_bonus_ptr, batch_head, row, blocks,
+        num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
+        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, RMS,
+    )  # fmt: skip
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
 
-def cell_features(
-    x: torch.Tensor, cell: int, stride: int, num_cells: int, peak: float, *, front: int = 0, queries: bool = False
-) -> torch.Tensor:
-    """Rows whose products, times `stride`, are the logits of cell pairs.
+@dataclass(frozen=True)
+class Cells:
+    """How blocks are read through cells, and what the lengths of a prompt make of that."""
+
+    block_size: int
+    """Tokens per block."""
+
+    query_cells: int
+    """Cells of a query block, a power of two."""
+
+    key_cells: int
+    """Cells of a key block, a power of two."""
+
+    stride: int
+    """Groups of a cell, the stride of the antidiagonal samples in a cell pair; 1 takes the plain means."""
+
+    peak: float
+    """How far a cell's corners lie from its mean (0) to its extremes (1); above 0, stride is 1."""
+
+    rms: bool
+    """Whether a query block takes the root mean square of its cells' shares, not the mean."""
+
+    q_len: int
+    """Queries, the last of kv_len positions."""
+
+    kv_len: int
+    """Keys."""
+
+    @cached_property
+    def num_kv_blocks(self) -> int:
+        return -(-self.kv_len // self.block_size)
+
+    @cached_property
+    def num_q_blocks(self) -> int:
+        return self.num_kv_blocks - self.q_start // self.block_size
+
+    @cached_property
+    def q_start(self) -> int:
+        """Position of the first query."""
+        return self.kv_len - self.q_len
+
+    @cached_property
+    def first_position(self) -> int:
+        """Where the first query block starts, at or before q_start."""
+        return self.q_start // self.block_size * self.block_size
+
+    @cached_property
+    def q_cell(self) -> int:
+        """Tokens of a query cell."""
+        return self.block_size // self.query_cells
+
+    @cached_property
+    def k_cell(self) -> int:
+        """Tokens of a key cell."""
+        return self.block_size // self.key_cells
+
+
+def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose products, times `cells.stride`, are the logits of cell pairs.
 
     Args:
-        x: [B, H, N, D] queries or keys, any strides.
-        cell: Tokens per cell; `stride` divides it.
-        stride: Groups of a cell; group g averages rows g, g + stride, ... 1 averages all rows.
-        num_cells: Cells, existing or not.
-        peak: How far a corner lies from the mean (0) to the extremes (1); above 0, stride is 1.
-        front: Cell rows that lie before row 0 of x.
-        queries: Whether x holds queries: groups in reverse order, positive and negative parts of the corners.
+        q: [B, Hq, Nq, D], any strides.
+        k: [B, Hkv, Nkv, D].
+        cells: Group g of a cell averages its rows g, g + stride, ... (all of them if stride is 1).
     Returns:
-        [B, H, num_cells, stride * D] ([B, H, num_cells, 2 * D] if peak > 0) like x, fp32 under Triton's interpreter.
+        Features of the query cells and of the key cells, [B, H, cells, stride * D] (2 * D wide if peak > 0) like q,
+        fp32 under Triton's interpreter. Those of queries have their groups in reverse order, or the positive and
+        negative parts of their corners.
     """
-    batch, num_heads, num_tokens, head_dim = x.shape
-    dtype = torch.float32 if triton.knobs.runtime.interpret else x.dtype
-    width = head_dim * (2 if peak else stride)
-    features = torch.empty(batch, num_heads, num_cells, width, dtype=dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        cell_features_kernel[(triton.cdiv(num_cells, FEATURE_TILE), stride, batch * num_heads)](
-            x,
-            features,
-            *x.stride(),
-            num_heads,
-            num_tokens,
-            num_cells,
+    (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    num_q_cells, num_k_cells = cells.num_q_blocks * cells.query_cells, cells.num_kv_blocks * cells.key_cells
+    dtype = torch.float32 if triton.knobs.runtime.interpret else q.dtype
+    width = head_dim * (2 if cells.peak else cells.stride)
+    q_features = q.new_empty(batch, num_q_heads, num_q_cells, width, dtype=dtype)
+    k_features = k.new_empty(batch, num_kv_heads, num_k_cells, width, dtype=dtype)
+    num_q_programs = batch * num_q_heads * -(-num_q_cells // FEATURE_TILE)
+    front = cells.q_start - cells.first_position
+    launch(
+        cell_features_kernel,
+        (num_q_programs + batch * num_kv_heads * -(-num_k_cells // FEATURE_TILE), cells.stride),
+        (q, k, q_features, k_features),
+        (
+            *q.stride(),
+            *k.stride(),
+            num_q_heads,
+            num_kv_heads,
+            num_queries,
+            num_keys,
+            num_q_cells,
+            num_k_cells,
+            num_q_programs,
             front,
-            float(peak),
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            CELL=cell,
-            STRIDE=stride,
-            QUERIES=queries,
-            PEAK=peak > 0,
-            CELLS=FEATURE_TILE,
-            num_warps=4,
+            float(cells.peak),
+        ),
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        Q_CELL=cells.q_cell,
+        K_CELL=cells.k_cell,
+        STRIDE=cells.stride,
+        PEAK=cells.peak > 0,
+        CELLS=FEATURE_TILE,
+        num_warps=4,
+    )
+    return q_features, k_features
+
+
+def pair_cells(
+    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float
+) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
+    """Log-sum-exps of all cell pairs, some query blocks at a time.
+
+    Args:
+        q, k, scale: As in `cell_scores`.
+    Yields:
+        How many query blocks the chunk has; lse, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; and
+        the numbers that pool_shares takes for it.
+    """
+    (batch, num_q_heads), num_kv_heads = q.shape[:2], k.shape[1]
+    num_q_blocks, num_kv_blocks = cells.num_q_blocks, cells.num_kv_blocks
+    q_features, k_features = cell_features(q, k, cells)
+    depth = q_features.shape[-1]
+    operand = operand_dtype(q_features.dtype)
+    depth_tile, item_bytes = triton.next_power_of_2(depth), operand.primitive_bitwidth // 8
+    if depth_tile * item_bytes > WHOLE_DEPTH_BYTES:
+        depth_tile = DEPTH_BYTES // item_bytes
+    heads, heads_per_kv_head = batch * num_q_heads, num_q_heads // num_kv_heads
+    columns = max(cells.key_cells, SMALLEST_DOT, min(COLUMN_TILE, BLOCK_TILE * cells.key_cells))
+    lse_dtype = torch.float32 if q_features.dtype == torch.float32 else torch.float16
+    row_bytes = lse_dtype.itemsize * heads * cells.query_cells * num_kv_blocks
+    chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // row_bytes))
+    chunk_cells = chunk_rows * cells.query_cells
+    lse = q.new_empty(heads, chunk_cells, num_kv_blocks, dtype=lse_dtype)
+    for first_row in range(0, num_q_blocks, chunk_rows):
+        rows = min(chunk_rows, num_q_blocks - first_row)
+        launch(
+            pair_cells_kernel,
+            (heads, -(-rows * cells.query_cells // ROW_TILE)),
+            (q_features, k_features, lse),
+            (
+                num_q_heads,
+                heads_per_kv_head,
+                q_features.shape[2],
+                k_features.shape[2],
+                num_kv_blocks,
+                first_row * cells.query_cells,
+                chunk_cells,
+                cells.first_position,
+                cells.kv_len,
+                float(scale * cells.stride),
+            ),
+            DEPTH=depth,
+            Q_CELL=cells.q_cell,
+            K_CELL=cells.k_cell,
+            CELLS_PER_BLOCK=cells.key_cells,
+            ROWS=ROW_TILE,
+            COLUMNS=columns,
+            SUMS=max(SMALLEST_DOT, columns // cells.key_cells),
+            DEPTH_TILE=depth_tile,
+            DTYPE=operand,
+            STAGES=1 if depth > depth_tile else STAGES if columns <= COLUMN_TILE else 2,
+            num_warps=WARPS,
+            num_stages=2,
         )
-    return features
+        numbers = num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks
+        yield rows, lse, (*numbers, first_row, chunk_cells, cells.first_position, cells.q_start, cells.kv_len)
+
+
+def row_constants(cells: Cells) -> dict[str, int]:
+    """What is known when a kernel that pools shares is compiled, and its warps."""
+    row_size = triton.next_power_of_2(cells.num_kv_blocks)
+    return dict(
+        CELL=cells.q_cell,
+        CELLS=cells.query_cells,
+        RMS=cells.rms,
+        ROW_SIZE=row_size,
+        num_warps=min(16, max(1, row_size // 256)),
+    )
 
 
 def cell_scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    value_bonus: torch.Tensor,
-    *,
-    block_size: int,
-    query_cells: int,
-    key_cells: int,
-    stride: int,
-    peak: float,
-    rms: bool,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells, scale: float
 ) -> torch.Tensor:
     """Log of each key block's estimated share of its query block's attention.
 
     Args:
         q: [B, Hq, Nq, D], fp16, bf16 or fp32: the last Nq positions.
         k: [B, Hkv, Nkv, D].
-        value_bonus: fp32 [B, Hkv, nk], added to the logits of a key block's cells.
-        block_size: Tokens per block.
-        query_cells, key_cells: Cells of a query block and of a key block, powers of two.
-        stride: Stride of the antidiagonal samples in a cell pair; 1 takes the plain means.
-        peak: How far a cell's corners lie from its mean (0) to its extremes (1); above 0, stride is 1.
-        rms: Whether a query block takes the root mean square of its cells' shares, not the mean.
+        value_bonus: fp32 [B, Hkv, nk], added to the logits of a key block's cells; None is zero.
+        cells: Of these lengths.
         scale: Softmax scale, >= 0 if peak > 0.
     Returns:
         fp32 [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
-    batch, num_q_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1:3]
-    q_start = kv_len - q_len
-    num_kv_blocks = triton.cdiv(kv_len, block_size)
-    num_q_blocks = num_kv_blocks - q_start // block_size
-    first_position = (num_kv_blocks - num_q_blocks) * block_size
-    q_cell, k_cell = block_size // query_cells, block_size // key_cells  # tokens
-    num_q_cells, num_k_cells = num_q_blocks * query_cells, num_kv_blocks * key_cells
-    q_features = cell_features(q, q_cell, stride, num_q_cells, peak, front=q_start - first_position, queries=True)
-    k_features = cell_features(k, k_cell, stride, num_k_cells, peak)
-    depth = q_features.shape[-1]
-    operand = operand_dtype(q_features.dtype)
-    depth_tile, item_bytes = triton.next_power_of_2(depth), operand.primitive_bitwidth // 8
-    if depth_tile * item_bytes > WHOLE_DEPTH_BYTES:
-        depth_tile = DEPTH_BYTES // item_bytes
-    scores = torch.empty(batch, num_q_heads, num_q_blocks, num_kv_blocks, dtype=torch.float32, device=q.device)
-    heads = batch * num_q_heads
-    columns = max(key_cells, SMALLEST_DOT, min(COLUMN_TILE, BLOCK_TILE * key_cells))
-    lse_dtype = torch.float32 if q_features.dtype == torch.float32 else torch.float16
-    row_bytes = lse_dtype.itemsize * heads * query_cells * num_kv_blocks
-    chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // row_bytes))
-    lse = torch.empty(heads, chunk_rows * query_cells, num_kv_blocks, dtype=lse_dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        for first_row in range(0, num_q_blocks, chunk_rows):
-            rows = min(chunk_rows, num_q_blocks - first_row)
-            pair_cells_kernel[(heads, triton.cdiv(rows * query_cells, ROW_TILE))](
-                q_features,
-                k_features,
-                lse,
-                num_q_heads,
-                num_q_heads // num_kv_heads,
-                num_q_cells,
-                num_k_cells,
-                num_kv_blocks,
-                first_row * query_cells,
-                chunk_rows * query_cells,
-                first_position,
-                kv_len,
-                float(scale * stride),
-                DEPTH=depth,
-                Q_CELL=q_cell,
-                K_CELL=k_cell,
-                CELLS_PER_BLOCK=key_cells,
-                ROWS=ROW_TILE,
-                COLUMNS=columns,
-                SUMS=max(SMALLEST_DOT, columns // key_cells),
-                DEPTH_TILE=depth_tile,
-                DTYPE=operand,
-                STAGES=1 if depth > depth_tile else STAGES if columns <= COLUMN_TILE else 2,
-                num_warps=WARPS,
-                num_stages=2,
-            )
-            pool_shares_kernel[(rows, heads)](
-                lse,
-                value_bonus,
-                scores,
-                num_q_heads,
-                num_q_heads // num_kv_heads,
-                num_q_blocks,
-                num_kv_blocks,
-                first_row,
-                chunk_rows * query_cells,
-                first_position,
-                q_start,
-                kv_len,
-                CELL=q_cell,
-                CELLS=query_cells,
-                RMS=rms,
-                ROW_SIZE=triton.next_power_of_2(num_kv_blocks),
-                num_warps=min(16, max(1, triton.next_power_of_2(num_kv_blocks) // 256)),
-            )
+    heads = q.shape[0] * q.shape[1]
+    scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
+    for rows, lse, numbers in pair_cells(q, k, cells, scale):
+        launch(pool_shares_kernel, (rows, heads), (lse, value_bonus, scores), numbers, **row_constants(cells))
     return scores

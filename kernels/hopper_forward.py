@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .launch import launch
+
 LOG2_E = gl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -377,16 +379,14 @@ def sparse_forward(
     lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
     num_tasks = num_q_blocks * batch * num_q_heads
     num_programs = min(num_tasks, num_multiprocessors(q.device))
-    with torch.cuda.device_of(q):
-        hopper_forward_kernel[(num_programs,)](
-            tile_descriptor(q, block_size // NUM_CONSUMERS.value),
-            tile_descriptor(k, block_size),
-            tile_descriptor(v, block_size),
-            out,
-            lse,
-            kv_indices.contiguous(),
-            kv_num_blocks.contiguous(),
-            torch.zeros(1, dtype=torch.int32, device=q.device),
+    q_tiles = tile_descriptor(q, block_size // NUM_CONSUMERS.value)
+    k_tiles, v_tiles = tile_descriptor(k, block_size), tile_descriptor(v, block_size)
+    next_task = torch.zeros(1, dtype=torch.int32, device=q.device)
+    launch(
+        hopper_forward_kernel,
+        (num_programs,),
+        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), next_task),
+        (
             *out.stride()[:3],
             num_q_heads,
             num_q_heads // num_kv_heads,
@@ -396,7 +396,8 @@ def sparse_forward(
             max_blocks,
             num_tasks,
             max(float(scale), SMALLEST_SCALE),
-            num_warps=CONSUMER_WARPS.value,
-            maxnreg=LAUNCH_REGISTERS,
-        )
+        ),
+        num_warps=CONSUMER_WARPS.value,
+        maxnreg=LAUNCH_REGISTERS,
+    )
     return out, lse

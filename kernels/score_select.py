@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .block_scores import PRECISION, operand_dtype, score_tile
 from .block_select import row_size, select_rows
+from .launch import launch
 
 MAX_KV_BLOCKS = 32  # of a row; at 64, on an NVIDIA H200, two kernels are faster
 ROWS = 32  # query blocks of one program, of all heads that share a KV head
@@ -76,29 +77,21 @@ def score_select(
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]
     parts = 2 if q_sums.dtype == torch.bfloat16 else 1
     heads_per_kv_head = num_q_heads // num_kv_heads
-    with torch.cuda.device_of(q_sums):
-        score_select_kernel[(-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads)](
-            q_sums,
-            k_sums,
-            value_bonus,
-            budget,
-            *lists,
-            heads_per_kv_head,
-            num_q_blocks,
-            num_kv_blocks,
-            sink_blocks,
-            local_blocks,
-            lists[0].shape[-1],
-            float(scale),
-            ON_TOP=on_top,
-            DEPTH=q_sums.shape[-1],
-            PARTS=parts,
-            ROWS=ROWS,
-            ROW_SIZE=row_size(num_kv_blocks),
-            DEPTH_TILE=128 if parts == 2 else 64,
-            DTYPE=operand_dtype(parts),
-            PRECISION=PRECISION,
-            num_warps=8,
-            num_stages=2,
-        )
+    max_blocks = lists[0].shape[-1]
+    launch(
+        score_select_kernel,
+        (-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads),
+        (q_sums, k_sums, value_bonus, budget, *lists),
+        (heads_per_kv_head, num_q_blocks, num_kv_blocks, sink_blocks, local_blocks, max_blocks, float(scale)),
+        ON_TOP=on_top,
+        DEPTH=q_sums.shape[-1],
+        PARTS=parts,
+        ROWS=ROWS,
+        ROW_SIZE=row_size(num_kv_blocks),
+        DEPTH_TILE=128 if parts == 2 else 64,
+        DTYPE=operand_dtype(parts),
+        PRECISION=PRECISION,
+        num_warps=8,
+        num_stages=2,
+    )
     return lists

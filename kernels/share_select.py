@@ -1,13 +1,54 @@
-"""Selection by share: every block whose share of its row exceeds one threshold, as an ascending index list."""
+"""Selection by share: every block whose share of its row exceeds one threshold, as an ascending index list.
+
+From scores in memory, or at once where cells are pooled, so that the scores are never stored.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from .block_select import is_forced
+from .block_select import empty_lists, is_forced
+from .cell_scores import Cells, pair_cells, pool_shares, row_constants
+from .launch import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 KEYS_PER_WARP = 256
+
+
+@triton.jit
+def select_row(
+    scores,
+    kv_blocks,
+    row,
+    batch_head,
+    kv_indices_ptr,
+    kv_num_blocks_ptr,
+    num_q_blocks,
+    num_kv_blocks,
+    sink_blocks,
+    local_blocks,
+    dense_first_blocks,
+    dense_last_blocks,
+    threshold,
+):
+    """Select the blocks of one row of scores [N], -inf in the future, and write its list, zeros after the count."""
+    list_row = batch_head * num_q_blocks + row
+    q_block = num_kv_blocks - num_q_blocks + row
+    distance = q_block - kv_blocks
+    causal = distance >= 0
+    largest = tl.max(scores, axis=0)
+    weights = tl.exp2((scores - tl.where(largest == float("-inf"), 0.0, largest)) * LOG2_E)
+    selected = (weights > threshold * tl.sum(weights, axis=0)) & causal
+    selected = selected | is_forced(distance, kv_blocks, sink_blocks, local_blocks)
+    dense = (q_block < dense_first_blocks) | (row >= num_q_blocks - dense_last_blocks)
+    selected = selected | (causal & dense)
+
+    slots = tl.cumsum(selected.to(tl.int32)) - 1
+    kv_indices_ptr += list_row * num_kv_blocks
+    tl.store(kv_indices_ptr + slots, kv_blocks, mask=selected)
+    num_selected = tl.sum(selected.to(tl.int32))
+    tl.store(kv_indices_ptr + kv_blocks, 0, mask=(kv_blocks >= num_selected) & (kv_blocks < num_kv_blocks))
+    tl.store(kv_num_blocks_ptr + list_row, num_selected)
 
 
 @triton.jit
@@ -25,28 +66,55 @@ def select_above_kernel(
     ROW_SIZE: tl.constexpr,
 ):
     """One program selects the blocks of one row of one head; the row lives in registers. Grid: (nq, B * Hq)."""
-    row = tl.program_id(0)
-    batch_head_row = tl.program_id(1).to(tl.int64) * num_q_blocks + row
-    q_block = num_kv_blocks - num_q_blocks + row
+    row, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_blocks = tl.arange(0, ROW_SIZE)
-    distance = q_block - kv_blocks
-    causal = distance >= 0
-
-    scores = tl.load(scores_ptr + batch_head_row * num_kv_blocks + kv_blocks, mask=causal, other=float("-inf"))
+    visible = kv_blocks <= num_kv_blocks - num_q_blocks + row
+    scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
+    scores = tl.load(scores_ptr + kv_blocks, mask=visible, other=float("-inf"))
     scores = tl.where(scores == scores, scores, float("-inf"))  # NaN ranks last
-    largest = tl.max(scores, axis=0)
-    weights = tl.exp2((scores - tl.where(largest == float("-inf"), 0.0, largest)) * LOG2_E)
-    selected = (weights > threshold * tl.sum(weights, axis=0)) & causal
-    selected = selected | is_forced(distance, kv_blocks, sink_blocks, local_blocks)
-    dense = (q_block < dense_first_blocks) | (row >= num_q_blocks - dense_last_blocks)
-    selected = selected | (causal & dense)
+    select_row(
+        scores, kv_blocks, row, batch_head, kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks,
+        sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
+    )  # fmt: skip
 
-    slots = tl.cumsum(selected.to(tl.int32)) - 1
-    kv_indices_ptr += batch_head_row * num_kv_blocks
-    tl.store(kv_indices_ptr + slots, kv_blocks, mask=selected)
-    num_selected = tl.sum(selected.to(tl.int32))
-    tl.store(kv_indices_ptr + kv_blocks, 0, mask=(kv_blocks >= num_selected) & (kv_blocks < num_kv_blocks))
-    tl.store(kv_num_blocks_ptr + batch_head_row, num_selected)
+
+@triton.jit
+def pool_select_kernel(
+    lse_ptr,
+    value_bonus_ptr,
+    kv_indices_ptr,
+    kv_num_blocks_ptr,
+    num_q_heads,
+    heads_per_kv_head,
+    num_q_blocks,
+    num_kv_blocks,
+    first_row,
+    chunk_cells,
+    first_position,
+    q_start,
+    kv_len,
+    sink_blocks,
+    local_blocks,
+    dense_first_blocks,
+    dense_last_blocks,
+    threshold,
+    CELL: tl.constexpr,
+    CELLS: tl.constexpr,
+    RMS: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+):
+    """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq)."""
+    row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    kv_blocks = tl.arange(0, ROW_SIZE)
+    scores = pool_shares(
+        lse_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
+        num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
+        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, RMS,
+    )  # fmt: skip
+    select_row(
+        scores, kv_blocks, row, batch_head, kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks,
+        sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
+    )  # fmt: skip
 
 
 def select_above(
@@ -69,22 +137,37 @@ def select_above(
         kv_indices int32 [B, Hq, nq, nk], 0 past the count; kv_num_blocks int32 [B, Hq, nq].
     """
     batch, num_heads, num_q_blocks, num_kv_blocks = scores.shape
-    kv_indices = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    kv_num_blocks = torch.empty(scores.shape[:3], dtype=torch.int32, device=scores.device)
+    lists = empty_lists(batch, num_heads, num_q_blocks, num_kv_blocks, scores.device)
     row_size = triton.next_power_of_2(num_kv_blocks)
-    with torch.cuda.device_of(scores):
-        select_above_kernel[(num_q_blocks, batch * num_heads)](
-            scores.contiguous(),
-            kv_indices,
-            kv_num_blocks,
-            num_q_blocks,
-            num_kv_blocks,
-            sink_blocks,
-            local_blocks,
-            dense_first_blocks,
-            dense_last_blocks,
-            threshold,
-            ROW_SIZE=row_size,
-            num_warps=min(32, max(1, row_size // KEYS_PER_WARP)),
-        )
-    return kv_indices, kv_num_blocks
+    always = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks
+    launch(
+        select_above_kernel,
+        (num_q_blocks, batch * num_heads),
+        (scores.contiguous(), *lists),
+        (num_q_blocks, num_kv_blocks, *always, float(threshold)),
+        ROW_SIZE=row_size,
+        num_warps=min(32, max(1, row_size // KEYS_PER_WARP)),
+    )
+    return lists
+
+
+def pool_select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    value_bonus: torch.Tensor | None,
+    cells: Cells,
+    scale: float,
+    threshold: float,
+    sink_blocks: int,
+    local_blocks: int,
+    dense_first_blocks: int,
+    dense_last_blocks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """select_above(cell_scores(q, k, value_bonus, cells, scale), threshold, ...), without storing the scores."""
+    batch, num_heads = q.shape[:2]
+    lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
+    rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
+    for rows, lse, numbers in pair_cells(q, k, cells, scale):
+        grid = rows, batch * num_heads
+        launch(pool_select_kernel, grid, (lse, value_bonus, *lists), (*numbers, *rules), **row_constants(cells))
+    return lists

@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import launch
+
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
 TMA_BYTES = 16  # alignment of addresses and strides
 SMALLEST_DOT = 16  # columns of the smallest product
 TUNING_TOKENS, TUNING_HEADS, TUNING_BLOCKS = 4096, 16, 8  # the problem on which tile sizes are compared
@@ -273,7 +276,9 @@ def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: t
 
     def time_of(tiles: dict[str, int]) -> float:
         try:
-            return do_bench(lambda: launch(x, x, x, lists, counts, block_size, 1.0, tiles), warmup=5, rep=20)
+            return do_bench(
+                lambda: forward_with_tiles(x, x, x, lists, counts, block_size, 1.0, tiles), warmup=5, rep=20
+            )
         except OutOfResources:  # the list is for sm_90, other cards have less shared memory
             return float("inf")
 
@@ -334,10 +339,10 @@ def sparse_forward(
         out like q (accumulated in fp32), and the natural log-sum-exp fp32 [B, Hq, Nq]; 0 and -inf for an empty list.
     """
     tiles = tile_sizes(q.shape[-1], block_size, q.dtype, q.device)
-    return launch(q, k, v, kv_indices, kv_num_blocks, block_size, scale, tiles)
+    return forward_with_tiles(q, k, v, kv_indices, kv_num_blocks, block_size, scale, tiles)
 
 
-def launch(
+def forward_with_tiles(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -360,15 +365,12 @@ def launch(
     out = torch.empty_like(q)
     lse = torch.empty(batch, num_q_heads, num_queries, dtype=torch.float32, device=q.device)
     grid = (num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)
-    with torch.cuda.device_of(q):
-        sparse_forward_kernel[grid](
-            q,
-            TensorDescriptor.from_tensor(k, tile) if tma else k,
-            TensorDescriptor.from_tensor(v, tile) if tma else v,
-            out,
-            lse,
-            kv_indices.contiguous(),
-            kv_num_blocks.contiguous(),
+    k_source, v_source = (TensorDescriptor.from_tensor(x, tile) if tma else x for x in (k, v))
+    launch(
+        sparse_forward_kernel,
+        grid,
+        (q, k_source, v_source, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous()),
+        (
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -379,12 +381,13 @@ def launch(
             num_keys,
             num_q_blocks,
             max_blocks,
-            max(float(scale), torch.finfo(torch.float32).tiny),
-            HEAD_DIM=head_dim,
-            BLOCK_D=padded_dim(head_dim),
-            BLOCK_SIZE=block_size,
-            DTYPE=operand_dtype(q.dtype),
-            TMA=tma,
-            **tiles,
-        )
+            max(float(scale), SMALLEST_SCALE),
+        ),
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_dim(head_dim),
+        BLOCK_SIZE=block_size,
+        DTYPE=operand_dtype(q.dtype),
+        TMA=tma,
+        **tiles,
+    )
     return out, lse

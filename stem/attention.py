@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stem.budget import block_budget, device_budget, keeps_every_block
+from stem.cells import kernel_cells
 from stem.config import StemConfig
 from stem.dense import fused_attention
 from stem.gather import gather_attention
 from stem.reference import masked_attention
-from stem.scores import block_scores, routing_scale
+from stem.scores import block_scores, cell_bonus, routing_scale
 from stem.selection import BlockSelection, select_blocks
 from stem.validation import check_config, check_finite, check_impl, check_qkv, check_scale
 
@@ -134,14 +135,28 @@ def _attend_everything(
 def _select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
     """Scores, budget and selection of stem_attention, by Triton some rows at a time; no host synchronisation."""
     impl = check_impl(impl, ("torch", "triton"), q)
-    if impl == "triton" and config.reduction == "mean" and config.allocation != "adaptive":
-        return _select_by_kernels(q, k, v, config, scale)
+    by_share = config.allocation == "adaptive"
+    if impl == "triton" and config.reduction == "mean" and not by_share:
+        return _select_by_budget(q, k, v, config, scale)
+    if impl == "triton" and config.reduction == "softmax" and by_share:
+        return _select_by_share(q, k, v, config, scale)
     budget = block_budget(-(-k.shape[2] // config.block_size), config)
     scores = block_scores(q, k, v, config, scale=scale, impl=impl)
     return select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=impl)
 
 
-def _select_by_kernels(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:
+def _select_by_share(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:
+    from stem.kernels.share_select import pool_select
+
+    check_finite(q=q, k=k, v=v)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    cells = kernel_cells(q.shape[2], k.shape[2], config)
+    always = config.sink_blocks, config.local_blocks, config.dense_first_blocks, config.dense_last_blocks
+    lists = pool_select(q, k, cell_bonus(v, config, "triton"), cells, scale, config.threshold, *always)
+    return BlockSelection(*lists, config.block_size, cells.num_kv_blocks, cells.q_len, cells.kv_len)
+
+
+def _select_by_budget(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:
     from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
     from stem.kernels.block_select import empty_lists, select_topk
     from stem.kernels.score_select import MAX_KV_BLOCKS, score_select

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ CHUNK_LOGITS = 1 << 24  # logits of one chunk of query blocks, so that memory st
 
 
 def cell_scores(
-    q: Tensor, k: Tensor, bonus: Tensor, config: StemConfig, scale: float, *, impl: str = "torch"
+    q: Tensor, k: Tensor, bonus: Tensor | None, config: StemConfig, scale: float, *, impl: str = "torch"
 ) -> Tensor:
     """Log of the share, from logits of cell pairs (our choice; softmax before the sum: XAttention, arXiv 2503.16428).
 
@@ -24,23 +26,21 @@ def cell_scores(
     Args:
         q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), the last Nq positions.
         k: [B, Hkv, Nkv, D].
-        bonus: [B, Hkv, nk], added to the logits of a key block's cells.
+        bonus: [B, Hkv, nk], added to the logits of a key block's cells; None is zero.
         config: block_size, score_cells, score_query_cells, score_stride, score_peak and score_pooling are used.
         scale: Softmax scale, >= 0 if score_peak > 0.
         impl: "torch" or "triton".
     Returns:
         fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
-    size, stride, peak = config.block_size, config.score_stride, config.score_peak
-    key_cells, query_cells = config.score_cells, config.score_query_cells or config.score_cells
     if scale < 0:  # the larger of two products is the smaller one of their negatives
         q, scale = -q, -scale
     if impl == "triton":
         from stem.kernels import cell_scores
 
-        cells = dict(query_cells=query_cells, key_cells=key_cells, stride=stride, peak=peak)
-        pooling = dict(rms=config.score_pooling == "rms")
-        return cell_scores.cell_scores(q, k, bonus, block_size=size, **cells, **pooling, scale=scale)
+        return cell_scores.cell_scores(q, k, bonus, kernel_cells(q.shape[2], k.shape[2], config), scale)
+    size, stride, peak = config.block_size, config.score_stride, config.score_peak
+    key_cells, query_cells = config.score_cells, config.score_query_cells or config.score_cells
     kv_len, q_cell, k_cell = k.shape[2], size // query_cells, size // key_cells
     q_start, nk = kv_len - q.shape[2], -(-kv_len // size)
     first = q_start // size  # key block at which the query blocks begin
@@ -51,14 +51,16 @@ def cell_scores(
     begins = torch.arange(first * query_cells, nk * query_cells, device=q.device) * q_cell
     ends = (begins + q_cell).clamp_max(kv_len)  # of the query cells
     counts = (ends > q_start) & (ends > begins)  # cells that hold a query
-    bonus = bonus.repeat_interleave(key_cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, key cells]
+    if bonus is not None:
+        bonus = bonus.repeat_interleave(key_cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, key cells]
 
     scores = q_rows.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
     step = max(1, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * query_cells * key_cells * nk))
     for row in range(0, nk - first, step):
         rows, last = slice(row * query_cells, (row + step) * query_cells), min(row + step, nk - first) + first
         seen = slice(0, last * key_cells)
-        logits = q_rows[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_rows[:, :, None, seen].mT + bonus[..., seen]
+        logits = q_rows[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_rows[:, :, None, seen].mT
+        logits = logits if bonus is None else logits + bonus[..., seen]
         logits = logits.flatten(1, 2).masked_fill_(starts[seen] >= ends[rows, None], -torch.inf)
         shares = logits.softmax(-1).unflatten(-1, (-1, key_cells)).sum(-1)  # [B, Hq, query cells, blocks]
         counted = counts[rows].unflatten(0, (-1, query_cells)).to(shares.dtype)
@@ -71,6 +73,23 @@ def cell_scores(
         scores[:, :, row : row + step, :last] = shares.log()
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
     return scores.masked_fill_(future, -torch.inf)
+
+
+@lru_cache(maxsize=256)
+def kernel_cells(q_len: int, kv_len: int, config: StemConfig):
+    """The cells of a config and of these lengths as the kernels take them, stem.kernels.cell_scores.Cells."""
+    from stem.kernels.cell_scores import Cells
+
+    return Cells(
+        block_size=config.block_size,
+        query_cells=config.score_query_cells or config.score_cells,
+        key_cells=config.score_cells,
+        stride=config.score_stride,
+        peak=config.score_peak,
+        rms=config.score_pooling == "rms",
+        q_len=q_len,
+        kv_len=kv_len,
+    )
 
 
 def cell_features(

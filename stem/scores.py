@@ -39,11 +39,7 @@ def block_scores(
     q, k, v = q.detach(), k.detach(), v.detach()
     scale = check_scale(scale, q.shape[-1])
     if config.reduction == "softmax":
-        if config.value_weight:
-            bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
-        else:
-            bonus = v.new_zeros(*v.shape[:2], -(-v.shape[2] // config.block_size), dtype=_accumulator(v.dtype))
-        return cell_scores(q, k, bonus, config, scale, impl=impl)
+        return cell_scores(q, k, cell_bonus(v, config, impl), config, scale, impl=impl)
     scale = routing_scale(q.shape[-1], config, scale)
     if impl == "triton":
         from stem.kernels.block_scores import score_blocks, score_inputs
@@ -57,6 +53,11 @@ def block_scores(
     routing = _grouped_matmul(q_sums, k_sums) * scale  # [B, Hkv, G, nq, nk]
     scores = (routing + bonus[:, :, None, None]).flatten(1, 2)
     return mask_future(scores)
+
+
+def cell_bonus(v: Tensor, config: StemConfig, impl: str) -> Tensor | None:
+    """What `reduction="softmax"` adds to the logits of each key block's cells, [B, Hkv, nk]; None is zero."""
+    return config.value_weight * value_term(v, config, impl=impl) if config.value_weight else None
 
 
 def routing_scale(head_dim: int, config: StemConfig, scale: float | None = None) -> float:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from stem.kernels.share_select import select_above
+from stem.kernels import cell_scores as cell_kernels
+from stem.kernels.cell_scores import Cells, cell_scores
+from stem.kernels.share_select import pool_select, select_above
 
 from stem import StemConfig, block_budget, select_blocks
 
@@ -54,3 +56,20 @@ def test_both_implementations_of_select_blocks_agree(dense):
     )
     assert torch.equal(torch_mask, triton_mask)
     assert 0 < int((~torch_mask).sum())
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(200, 200), (75, 203)])
+@pytest.mark.parametrize("stride, peak, rms", [(1, 0.3, True), (2, 0.0, False)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pooling_and_selecting_at_once_is_one_after_the_other(q_len, kv_len, stride, peak, rms, weighted, monkeypatch):
+    monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", 4096)  # some rows at a time
+    q, k = torch.randn(2, 4, q_len, 16, device=DEVICE), torch.randn(2, 2, kv_len, 16, device=DEVICE)
+    cells = Cells(16, query_cells=4, key_cells=2, stride=stride, peak=peak, rms=rms, q_len=q_len, kv_len=kv_len)
+    bonus = torch.rand(2, 2, cells.num_kv_blocks, device=DEVICE) if weighted else None
+    rules = 0.08, 1, 2, 3, 1
+    expected = select_above(cell_scores(q, k, bonus, cells, 0.5), *rules)
+    found = pool_select(q, k, bonus, cells, 0.5, *rules)
+    kept = int(found[1].sum())
+    assert q_len // 16 * 8 < kept < 8 * cells.num_q_blocks * cells.num_kv_blocks
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,90 @@
+"""stem.kernels.launch: a launch does what kernel[grid] does, whatever was launched before it."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from stem.kernels import launch as module
+from stem.kernels.launch import launch, variant_key
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter has no variants")
+
+
+@triton.jit
+def scale_kernel(x_ptr, bias_ptr, out_ptr, count, factor, SIZE: tl.constexpr, SHIFT: tl.constexpr):
+    lanes = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x = tl.load(x_ptr + lanes, mask=lanes < count, other=0.0).to(tl.float32) * factor + SHIFT
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + lanes, mask=lanes < count, other=0.0)
+    tl.store(out_ptr + lanes, x, mask=lanes < count)
+
+
+def scaled(x, bias, factor, shift=1.0, size=16, count=None, **options):
+    """What the kernel makes of x; elements from `count` on stay -1."""
+    count = len(x) if count is None else count
+    out = torch.full((len(x),), -1.0, device=x.device)
+    launch(scale_kernel, (-(-count // size),), (x, bias, out), (count, factor), SIZE=size, SHIFT=shift, **options)
+    return out
+
+
+def draw(*shape, **options):
+    return torch.randn(*shape, device=DEVICE, **options)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 96, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_types_numbers_and_missing_tensors_each_have_their_variant(count, dtype):
+    x, bias = draw(100).to(dtype), draw(100)
+    for factor in (2.0, 3.0):
+        for added in (bias, None):
+            expected = x.float() * factor + 1 + (0 if added is None else added)
+            out = scaled(x, added, factor, count=count)
+            torch.testing.assert_close(out[:count], expected[:count])
+            assert (out[count:] == -1).all()
+
+
+def test_constants_and_options_each_have_their_variant():
+    x = draw(64)
+    for size, shift, warps in ((16, 1.0, 1), (16, 2.0, 1), (32, 2.0, 2), (16, 1.0, 4)):
+        torch.testing.assert_close(scaled(x, None, 1.0, shift, size, num_warps=warps), x + shift)
+
+
+def test_tensors_that_are_not_aligned():
+    x, out = draw(65), torch.zeros(64, device=DEVICE)
+    for start in (0, 1, 0):
+        launch(scale_kernel, (4,), (x[start : start + 64], None, out), (64, 1.0), SIZE=16, SHIFT=0.0)
+        assert torch.equal(out, x[start : start + 64])
+
+
+@on_gpu
+def test_what_decides_the_variant():
+    x = draw(64)
+    same = variant_key(scale_kernel, (x, None), (1, 2.0), dict(SIZE=16))
+    assert same == variant_key(scale_kernel, (draw(64), None), (1, 2.0), dict(SIZE=16))
+    assert variant_key(scale_kernel, (x[1:], None), (1, 2.0), dict(SIZE=16)) is None
+    others = (
+        ((x.half(), None), (1, 2.0), dict(SIZE=16)),
+        ((x, x), (1, 2.0), dict(SIZE=16)),
+        ((x, None), (2, 2.0), dict(SIZE=16)),
+        ((x, None), (1, 2.0), dict(SIZE=32)),
+    )
+    assert same not in [variant_key(scale_kernel, *arguments) for arguments in others]
+
+
+@on_gpu
+def test_few_variants_are_remembered(monkeypatch):
+    monkeypatch.setattr(module, "VARIANTS", {})
+    monkeypatch.setattr(module, "MOST_VARIANTS", 2)
+    x = draw(64)
+    for count in (16, 32, 48, 64, 16):
+        out = scaled(x, None, 1.0, 0.0, count=count)
+        assert torch.equal(out[:count], x[:count])
+        assert 1 <= len(module.VARIANTS) <= 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current_one():
+    for index in (1, 0):
+        x = torch.randn(64, device=f"cuda:{index}")
+        torch.testing.assert_close(scaled(x, None, 2.0, 0.0), 2 * x)
