@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stem.budget import block_budget, device_budget, keeps_every_block
+from stem.budget import block_budget, device_budget, keeps_every_block, scores_matter
 from stem.cells import kernel_cells
 from stem.config import StemConfig
 from stem.dense import fused_attention
@@ -23,6 +24,7 @@ from stem.validation import check_config, check_finite, check_impl, check_qkv, c
 IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 CHUNK_SCORES = 1 << 26  # block scores held at a time by the Triton path: 256 MiB
+SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are kept: there launches are what costs
 DENSE_TOKENS = 4096  # with every block kept, impl="hopper" is faster than torch's dense kernels beyond (NVIDIA H200)
 
 
@@ -67,7 +69,7 @@ def stem_attention(
         attended, selection = _attend_everything(q, k, v, config, scale, return_selection, return_lse)
     else:
         impl = _choose(impl, q, config.block_size)
-        selection = _select(q, k, v, config, scale, _STAGE_IMPL[impl])
+        selection = select(q, k, v, config, scale, _STAGE_IMPL[impl])
         attended = _RUN[impl](q, k, v, selection, scale)
     out, lse = attended
     extras = [selection] * return_selection + [lse] * return_lse
@@ -132,17 +134,42 @@ def _attend_everything(
     return attended, selection
 
 
-def _select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
-    """Scores, budget and selection of stem_attention, by Triton some rows at a time; no host synchronisation."""
+def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
+    """Scores, budget and selection of stem_attention, by Triton some rows at a time; no host synchronisation.
+
+    Args:
+        q, k, v, config, scale: As there, checked.
+        impl: "torch", "triton" or None (Triton on CUDA).
+    Returns:
+        Lists that are read only: where no score matters, all calls for some lengths share them.
+    """
     impl = check_impl(impl, ("torch", "triton"), q)
+    num_kv_blocks = -(-k.shape[2] // config.block_size)
+    num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // config.block_size
+    if num_kv_blocks <= SHORT_BLOCKS and not scores_matter(num_kv_blocks, num_q_blocks, config):
+        check_finite(q=q, k=k, v=v)
+        return _forced_selection(*q.shape[:3], k.shape[2], config, isinstance(config.k_start, Integral), q.device)
     by_share = config.allocation == "adaptive"
     if impl == "triton" and config.reduction == "mean" and not by_share:
         return _select_by_budget(q, k, v, config, scale)
     if impl == "triton" and config.reduction == "softmax" and by_share:
         return _select_by_share(q, k, v, config, scale)
-    budget = block_budget(-(-k.shape[2] // config.block_size), config)
+    budget = block_budget(num_kv_blocks, config)
     scores = block_scores(q, k, v, config, scale=scale, impl=impl)
     return select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=impl)
+
+
+@cache  # for good: a CUDA graph may have the addresses
+def _forced_selection(
+    batch: int, heads: int, q_len: int, kv_len: int, config: StemConfig, k_start_in_blocks: bool, device: torch.device
+) -> BlockSelection:
+    """The selection where no score matters: forced blocks, or all. Configs with k_start=1 and 1.0 are equal as keys."""
+    num_kv_blocks = -(-kv_len // config.block_size)
+    num_q_blocks = num_kv_blocks - (kv_len - q_len) // config.block_size
+    scores, budget = torch.zeros(batch, heads, num_q_blocks, num_kv_blocks), block_budget(num_kv_blocks, config)
+    selection = select_blocks(scores, budget, config, q_len=q_len, kv_len=kv_len, impl="torch")
+    lists = selection.kv_indices.to(device), selection.kv_num_blocks.to(device)
+    return replace(selection, kv_indices=lists[0], kv_num_blocks=lists[1])
 
 
 def _select_by_share(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:

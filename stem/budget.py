@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from numbers import Integral
 
 import numpy as np
@@ -41,12 +41,18 @@ def keeps_every_block(num_kv_blocks: int, num_q_blocks: int, config: StemConfig)
     return _keeps_every_block(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral))
 
 
+def scores_matter(num_kv_blocks: int, num_q_blocks: int, config: StemConfig) -> bool:
+    """Whether a score can decide about a block: not if the forced blocks use up what a row may keep, in every row."""
+    return _scores_matter(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral))
+
+
 def device_budget(
     num_kv_blocks: int, num_q_blocks: int, config: StemConfig, device: torch.device
 ) -> tuple[Tensor, int]:
     """The budget of the last query blocks, int32 [nq] on a device, and the length of the longest list it can give.
 
-    Cached, so that only the first call for a length copies to the device, which waits for it.
+    Cached, so that only the first call for a length copies to the device, which waits for it; and for good, because a
+    CUDA graph may have its address.
     """
     return _device_budget(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral), device)
 
@@ -74,7 +80,17 @@ def _keeps_every_block(n: int, nq: int, config: StemConfig, k_start_in_blocks: b
     return all(kept > row for row, kept in enumerate(budget, n - nq))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
+def _scores_matter(n: int, nq: int, config: StemConfig, k_start_in_blocks: bool) -> bool:
+    if config.allocation == "adaptive":
+        return not _keeps_every_block(n, nq, config, k_start_in_blocks)
+    budget = _budget(n, config, k_start_in_blocks)[-nq:]
+    forced = config.sink_blocks + max(config.local_blocks, 1)
+    free = 0 if config.forced == "on_top" else forced  # budget that goes to forced blocks
+    return any(forced <= row and free < kept <= row for row, kept in enumerate(budget, n - nq))
+
+
+@cache
 def _device_budget(
     n: int, nq: int, config: StemConfig, k_start_in_blocks: bool, device: torch.device
 ) -> tuple[Tensor, int]:

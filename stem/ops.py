@@ -37,11 +37,11 @@ def attend(
 
 @custom_op("stem::select_blocks", mutates_args=())
 def select_op(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    from stem.attention import _select
+    from stem.attention import select
 
-    selection = _select(q, k, v, _from_json(config), scale, impl or None)
+    selection = select(q, k, v, _from_json(config), scale, impl or None)
     kv_num_blocks, kv_indices = selection._padded_lists()
-    return kv_indices, kv_num_blocks
+    return kv_indices.clone(), kv_num_blocks.clone()  # a compiled graph may write into what an operator returns
 
 
 @select_op.register_fake

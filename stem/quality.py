@@ -17,12 +17,10 @@ from pathlib import Path
 import torch
 
 from stem import compare, documents, hf, patterns, pretrained, records
-from stem.attention import stem_attention
-from stem.budget import block_budget
+from stem.attention import select, stem_attention
 from stem.calibration import calibrate
 from stem.config import StemConfig
 from stem.scores import block_scores
-from stem.selection import select_blocks
 
 PUBLISHED = "stem"  # the method of the paper: mean score, value term, Token Position-Decay
 ADAPTIVE = "adaptive"
@@ -140,19 +138,16 @@ def cost_rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, 
             for heads in (32, 8, 8)
         )
         config = StemConfig.preset(ADAPTIVE)
-        budget = block_budget(tokens // config.block_size, config)
         shares = block_scores(q, k, v, config)[0, ::8].exp()
         shares = shares[shares > 0]  # of the causal blocks
         config = config.replace(threshold=shares[:: len(shares) // 2**20 + 1].quantile(1 - density).item())
 
-        def select(q=q, k=k, v=v, config=config, budget=budget):
-            return select_blocks(block_scores(q, k, v, config), budget, config)
-
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        realised = select().density()
+        choose = partial(select, q, k, v, config, q.shape[3] ** -0.5, None)
+        realised = choose().density()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        selection = do_bench(select, rep=200, return_mode="median")
+        selection = do_bench(choose, rep=200, return_mode="median")
         operator = do_bench(partial(stem_attention, q, k, v, config), rep=400, return_mode="median")
         times = dict(selection_ms=selection, operator_ms=operator, share=selection / operator)
         about = dict(tokens=tokens, block_size=config.block_size, density=realised, threshold=config.threshold)

@@ -16,7 +16,7 @@ class BlockSelection:
     """The key blocks that each query block attends to.
 
     Query blocks are aligned to the key grid: row r stands at key block num_kv_blocks - nq + r, and the first row is
-    partial at its front where kv_len - q_len is no multiple of block_size.
+    partial at its front where kv_len - q_len is no multiple of block_size. Read only, since calls may share the lists.
     """
 
     kv_indices: Tensor

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import stem
-from stem import StemConfig
-from stem.budget import causal_pairs, decay_cost, uniform_cost
+from stem import StemConfig, block_budget, select_blocks
+from stem.budget import causal_pairs, decay_cost, scores_matter, uniform_cost
 
 LENGTHS = [1, 2, 8, 32, 55, 56, 85, 128, 129, 159, 160, 256, 512, 1024]
 
@@ -203,3 +203,32 @@ def test_min_blocks_is_a_floor_under_a_density():
     asked = StemConfig(density=0.1, decay=1.0)
     assert stem.block_budget(64, asked).max() < 20
     assert stem.block_budget(64, asked.replace(min_blocks=20)).tolist() == [min(i + 1, 20) for i in range(64)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StemConfig(),
+        StemConfig(density=0.1),
+        StemConfig(k_start=3, decay=1.0, sink_blocks=1, local_blocks=2),
+        StemConfig(k_start=3, sink_blocks=0, local_blocks=0),
+        StemConfig(k_start=1, sink_blocks=0, local_blocks=0),
+        StemConfig(density=1.0),
+        StemConfig.preset("paper"),
+        StemConfig.preset("hpc_ops"),
+        StemConfig.preset("hpc_ops", k_start=2),
+    ],
+    ids=str,
+)
+def test_scores_matter_where_other_scores_select_other_blocks(config):
+    for nk, nq in ((1, 1), (4, 4), (8, 8), (9, 3), (20, 20), (40, 7), (60, 60)):
+        budget = block_budget(nk, config)
+        future = torch.ones(nq, nk, dtype=torch.bool).triu(nk - nq + 1)
+        scores = torch.randn(1, 64, nq, nk).masked_fill(future, -torch.inf)
+        mask = select_blocks(scores, budget, config, impl="torch").to_mask()
+        assert scores_matter(nk, nq, config) == bool((mask != mask[:, :1]).any()), (nk, nq)
+
+
+def test_scores_matter_to_a_threshold():
+    config = StemConfig(allocation="adaptive", threshold=0.1, dense_first_blocks=4)
+    assert [scores_matter(n, n, config) for n in (4, 5)] == [False, True]

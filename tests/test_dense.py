@@ -28,7 +28,7 @@ def draw(q_len, kv_len, dtype=torch.float32, heads=(4, 2), dim=16, device="cpu")
 @pytest.fixture
 def no_scores(monkeypatch):
     """Scoring fails, so whoever passes did without."""
-    monkeypatch.setattr(stem.attention, "_select", lambda *_: pytest.fail("scores were computed"))
+    monkeypatch.setattr(stem.attention, "select", lambda *_: pytest.fail("scores were computed"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,8 +72,8 @@ def test_gradients(lengths, return_lse, no_scores):
 def test_an_explicit_implementation_still_scores(monkeypatch):
     q, k, v = draw(40, 40)
     calls = []
-    original = stem.attention._select
-    monkeypatch.setattr(stem.attention, "_select", lambda *a: calls.append("select") or original(*a))
+    original = stem.attention.select
+    monkeypatch.setattr(stem.attention, "select", lambda *a: calls.append("select") or original(*a))
     monkeypatch.setattr(stem.attention, "fused_attention", lambda *_: pytest.fail("dense kernel"))
     for config, impl in [(DENSE["density"], "torch"), (StemConfig(block_size=16, density=0.9), None)]:
         stem.stem_attention(q, k, v, config, impl=impl)

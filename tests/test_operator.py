@@ -28,10 +28,37 @@ def test_rows_scored_in_chunks_select_what_all_rows_select(value_norm, forced, m
     config = StemConfig(block_size=16, score_stride=8, k_start=3, value_norm=value_norm, forced=forced)
     config = config.replace(sink_blocks=1, local_blocks=1)
     for queries in (q, q[:, :, 20:]):
-        expected = stem.attention._select(queries, k, v, config, 0.25, "torch").to_mask()
+        expected = stem.attention.select(queries, k, v, config, 0.25, "torch").to_mask()
         for rows_at_a_time in (5, 2):
             monkeypatch.setattr(stem.attention, "CHUNK_SCORES", rows_at_a_time * 2 * 5)
-            assert torch.equal(stem.attention._select(queries, k, v, config, 0.25, "triton").to_mask(), expected)
+            assert torch.equal(stem.attention.select(queries, k, v, config, 0.25, "triton").to_mask(), expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("lengths", [(90, 90), (50, 133)], ids=str)
+def test_where_no_score_matters_the_forced_blocks_are_taken_unscored(lengths, impl, monkeypatch):
+    config = StemConfig(block_size=16, score_stride=8, k_start=3, decay=0.8, sink_blocks=1, local_blocks=2)
+    q, k, v = (
+        torch.randn(2, heads, tokens, 16, device=DEVICE)
+        for heads, tokens in zip((4, 2, 2), lengths[:1] + 2 * lengths[1:], strict=True)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(stem.attention, "SHORT_BLOCKS", 0)
+        expected = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
+    for module, name in ((stem.attention, "block_scores"), (stem.attention, "_select_by_budget")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("scores were computed"))
+    found = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1].to_mask(), expected[1].to_mask())
+
+
+def test_lists_that_no_score_decides_tell_blocks_from_shares():
+    """k_start=1 is one block and k_start=1.0 is all of them, though the two configs are equal."""
+    q, k, v = (torch.randn(1, 1, 80, 16, device=DEVICE) for _ in range(3))
+    for k_start, density in ((1, 5 / 15), (1.0, 1.0), (1, 5 / 15)):
+        config = StemConfig(block_size=16, k_start=k_start, decay=1.0)
+        _, selection = stem.stem_attention(q, k, v, config, impl="torch", return_selection=True)
+        assert selection.density() == pytest.approx(density)
 
 
 @needs_cuda
@@ -79,5 +106,5 @@ def test_memory_of_scores_and_selection():
     q, k, v = (torch.randn(1, heads, 2**17, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    stem.attention._select(q, k, v, StemConfig(), 128**-0.5, "triton")
+    stem.attention.select(q, k, v, StemConfig(), 128**-0.5, "triton")
     assert torch.cuda.max_memory_allocated() - before <= 2**30
