@@ -33,6 +33,7 @@ BRIEFLY = {
     "hpc_ops": (stem.StemConfig.preset("hpc_ops"), SHORT),
     "adaptive": (stem.StemConfig.preset("adaptive"), SHORT),
 }
+GRAPH = "graph "  # before the operation of a row that was replayed from a CUDA graph, as are all of SHORT
 PRESETS = ("paper", "released", "hpc_ops", "adaptive")  # as they are named in the rows
 DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},
@@ -53,6 +54,7 @@ CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
 CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
 # Arithmetic of an operation over that of attention's forward pass; a backward pass has five products to its two.
 FLOP_FACTOR = {"attention": 1, "operator": 1, "forward+backward": 3.5, "captured attention": 1, "captured operator": 1}
+FLOP_FACTOR |= {"graph attention": 1, "graph operator": 1}
 ONE_CONFIG_TOKENS = 2**19  # from here on only the first config, which saves minutes
 COLUMNS = (
     *("operation", "provider", "config", "tokens", "batch", "q_heads", "kv_heads", "head_dim", "dtype", "block_size"),
@@ -271,6 +273,28 @@ def stem_candidates(impl: str | None) -> list[Candidate]:
     return [Candidate(operation, f"stem_{impl}", prepare) for operation, prepare in parts.items()]
 
 
+def graph_candidate(candidate: Candidate) -> Candidate:
+    """The same, replayed from a CUDA graph: what the GPU needs for it, without the host's time for its launches."""
+
+    def prepare(problem: Problem):
+        call, check = candidate.prepare(problem)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # what a first call does once cannot be captured
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+
+        def replay():
+            graph.replay()
+            return out
+
+        return replay, check
+
+    return replace(candidate, operation=GRAPH + candidate.operation, prepare=prepare)
+
+
 def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, Any]:
     """One row: check, then time. A candidate that fails leaves its error in the row instead of numbers.
 
@@ -344,6 +368,7 @@ def case(
     dense: Iterable[str] | None = None,
     flex: bool = False,
     briefly: Iterable[str] = (),
+    graphs: bool = False,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of one shape: the dense baselines, then each config in each implementation, all with their speed-ups.
@@ -356,13 +381,17 @@ def case(
         dense: Which back ends of DENSE to measure, default all of the device.
         flex: Whether to measure FlexAttention with the lists of the first config.
         briefly: Names in BRIEFLY: only attention by the last of `impls`, and the operator as impl=None computes it.
+        graphs: Whether to measure the dense baselines and the operator as impl=None computes it in CUDA graphs too.
         seed: Of the random normal inputs.
     """
     configs = tuple(CONFIGS) if configs is None else configs
     with torch.no_grad():
         problem = Problem(shape, CONFIGS[configs[0]], device, impls[0], seed)
         names = DENSE[device] if dense is None else dense
-        rows = [run(dense_candidate(name, DENSE[device][name]), problem, "dense") for name in names]
+        baselines = [dense_candidate(name, DENSE[device][name]) for name in names]
+        baselines += [graph_candidate(candidate) for candidate in baselines if graphs]
+        in_graphs = [graph_candidate(candidate) for candidate in stem_candidates(None) if graphs]
+        rows = [run(candidate, problem, "dense") for candidate in baselines]
         for config_name in configs:
             problem = None  # free the last one's memory first
             problem = Problem(shape, CONFIGS[config_name], device, impls[0], seed)
@@ -375,19 +404,22 @@ def case(
                 ]
             if flex and config_name == configs[0]:
                 candidates.append(flex_candidate())
-            rows += [run(candidate, problem, config_name) for candidate in candidates]
+            rows += [run(candidate, problem, config_name) for candidate in candidates + in_graphs]
         for config_name in briefly:
             problem = None
             problem = Problem(shape, BRIEFLY[config_name][0], device, impls[0], seed)
             attention = [c for c in stem_candidates(impls[-1]) if c.operation == "attention"]
-            rows += [run(candidate, problem, config_name) for candidate in attention + stem_candidates(None)]
+            candidates = attention + stem_candidates(None) + in_graphs
+            rows += [run(candidate, problem, config_name) for candidate in candidates]
     return with_speedups(rows, seed)
 
 
 def with_speedups(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The rows with their ratios to the dense baselines among them; parts of the operator have none."""
-    baseline = {row["provider"]: row.get("latency_ms") for row in rows if row["config"] == "dense"}
+    """The rows with their ratios to the dense baselines that were run like them; parts of the operator have none."""
     for row in rows:
+        in_graph = row["operation"].startswith(GRAPH)
+        dense = [r for r in rows if r["config"] == "dense" and r["operation"].startswith(GRAPH) == in_graph]
+        baseline = {r["provider"]: r.get("latency_ms") for r in dense}
         for name in BASELINES:
             both = row["operation"] not in ("scores", "selection") and "latency_ms" in row and baseline.get(name)
             row[f"speedup_vs_{name}"] = baseline[name] / row["latency_ms"] if both else None
@@ -473,6 +505,7 @@ def sweep(
             dense=affordable,
             flex=device == "cuda" and tokens in FLEX_TOKENS,
             briefly=[name for name, (_, measured) in briefly.items() if tokens in measured],
+            graphs=device == "cuda" and tokens in SHORT,
             seed=seed,
         )
         last |= {r["provider"]: (tokens, r["latency_ms"]) for r in rows if r["config"] == "dense" and "latency_ms" in r}
@@ -580,11 +613,17 @@ def wins_from(rows: Iterable[dict[str, Any]] | pd.DataFrame, config: str, margin
     return int(wins.idxmax()) if wins.any() else None
 
 
-def over_dense(rows: Iterable[dict[str, Any]] | pd.DataFrame, configs: Sequence[str] = PRESETS) -> pd.DataFrame:
-    """Speed-up of the operator (impl=None) over the fastest dense back end: tokens down, configs across."""
-    frame = pd.DataFrame(rows).dropna(subset="latency_ms")
-    dense = frame[(frame["operation"] == "attention") & (frame["config"] == "dense")].groupby("tokens").latency_ms.min()
-    operator = frame[(frame["operation"] == "operator") & (frame["provider"] == "stem")]
+def over_dense(
+    rows: Iterable[dict[str, Any]] | pd.DataFrame, configs: Sequence[str] = PRESETS, *, graph: bool = False
+) -> pd.DataFrame:
+    """Speed-up of the operator (impl=None) over the fastest dense back end: tokens down, configs across.
+
+    Both called from Python, or with `graph` both replayed from a CUDA graph.
+    """
+    frame, prefix = pd.DataFrame(rows).dropna(subset="latency_ms"), GRAPH if graph else ""
+    dense = frame[(frame["operation"] == prefix + "attention") & (frame["config"] == "dense")]
+    dense = dense.groupby("tokens").latency_ms.min()
+    operator = frame[(frame["operation"] == prefix + "operator") & (frame["provider"] == "stem")]
     times = operator.pivot_table(index="tokens", columns="config", values="latency_ms")
     return times.rdiv(dense, axis=0).reindex(columns=[name for name in configs if name in times]).dropna(how="all")
 

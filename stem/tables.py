@@ -48,7 +48,7 @@ def speed() -> str:
 
 
 def _speed_of(device: str, rows: pd.DataFrame) -> str:
-    rows = rows[rows.operation.isin(["attention", "operator"])]
+    presets, rows = _presets(rows), rows[rows.operation.isin(["attention", "operator"])]
     dense = rows[rows.config == "dense"].pivot_table(index="tokens", columns="provider", values="latency_ms")
     stem = rows[(rows.operation == "operator") & rows.config.isin(CONFIGS) & rows.latency_ms.notna()]
     stem = stem.sort_values(["tokens", "config", "latency_ms"])
@@ -67,17 +67,21 @@ def _speed_of(device: str, rows: pd.DataFrame) -> str:
     heads = f"{shape['q_heads']:.0f} query and {shape['kv_heads']:.0f} key-value heads of {shape['head_dim']:.0f}"
     told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape['batch']:.0f}, random normal inputs; medians; "
     told += "scoring and selection are part of Stem's time."
-    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{_markdown(header, lines)}{_presets(rows)}"
+    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{_markdown(header, lines)}{presets}"
 
 
 def _presets(rows: pd.DataFrame) -> str:
     """The operator under every preset over the fastest dense back end, at lengths where most of them were measured."""
-    ratios = bench.over_dense(rows)
+    told = "The operator under every preset, speed-up over the fastest dense back end"
+    in_graphs = "The same when both are replayed from a CUDA graph, which launches all kernels at once"
+    return _ratios(bench.over_dense(rows), told) + _ratios(bench.over_dense(rows, graph=True), in_graphs)
+
+
+def _ratios(ratios: pd.DataFrame, told: str) -> str:
     if set(ratios) != set(PRESETS):
         return ""
     ratios = ratios.dropna(thresh=2)
     ratios = ratios[ratios.index <= max(bench.SHORT)]
-    told = "The operator under every preset, speed-up over the fastest dense back end"
     lengths = [_tokens(tokens) for tokens in ratios.index[(ratios < 1 / 1.03).any(axis=1)]]
     told += (
         f"; at {' and '.join(lengths)} some are more than 3 % slower:" if lengths else ", nowhere more than 3 % slower:"

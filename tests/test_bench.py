@@ -185,6 +185,27 @@ def test_over_dense_divides_by_the_fastest_baseline():
     assert bench.over_dense(rows).to_dict() == {"paper": {1024: 2.0}}
 
 
+def test_graphs_are_compared_with_graphs():
+    times = [("attention", "sdpa_cudnn", "dense", 2.0), ("graph attention", "sdpa_cudnn", "dense", 1.0)]
+    times += [("operator", "stem", "paper", 4.0), ("graph operator", "stem", "paper", 0.5)]
+    rows = [dict(operation=o, provider=p, config=c, latency_ms=ms, tokens=1024) for o, p, c, ms in times]
+    assert bench.over_dense(rows).to_dict() == {"paper": {1024: 0.5}}
+    assert bench.over_dense(rows, graph=True).to_dict() == {"paper": {1024: 2.0}}
+    speedups = [row["speedup_vs_sdpa_cudnn"] for row in bench.with_speedups(rows, 0)]
+    assert speedups == [1.0, 1.0, 0.5, 2.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_of_the_operator_and_of_dense_attention_pass_their_gate(fast):
+    rows = bench.case(
+        dataclasses.replace(bench.Shape(1000), q_heads=8, kv_heads=2), "cuda", impls=["triton"], graphs=True
+    )
+    found = [(row["operation"], row["provider"]) for row in rows if row["operation"].startswith(bench.GRAPH)]
+    assert {row["error"] for row in rows} == {""}
+    assert found[:2] == [("graph attention", "sdpa_cudnn"), ("graph attention", "sdpa_flash")]
+    assert found[2:] == [("graph operator", "stem")] * len(bench.CONFIGS)
+
+
 def test_interpreted_kernels_pass_the_gate(fast, monkeypatch):
     if stem.TRITON_MODE != "interpret":
         pytest.skip("the kernels are compiled here; python -m stem.bench is their test")

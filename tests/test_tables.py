@@ -99,6 +99,11 @@ def test_every_preset_over_the_fastest_dense():
     )
     assert "dense back end, nowhere more than 3 % slower:" in text
     assert "hpc_ops" not in text.split("The operator under every preset")[0]
+    in_graphs = [dict(row, operation="graph operator", latency_ms=2.0) for row in presets]
+    in_graphs.append(dict(speed_rows()[0], operation="graph attention", latency_ms=1.0, tokens=like["tokens"]))
+    records.write_rows("speed", speed_rows() + presets + in_graphs, profile="full")
+    before, after = tables.speed().split("The same when both are replayed from a CUDA graph")
+    assert before.strip() == text.strip() and after.endswith("| 1K | 0.5× | 0.5× | 0.5× | 0.5× |")
 
 
 def test_evaluation():
