@@ -302,21 +302,26 @@ def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figur
 
 
 @styled()
-def never_slower(ratios: pd.DataFrame, margin: float = 0.03) -> Figure:
-    """Speed-ups from `bench.over_dense` over tokens, one line per config, and the loss that is accepted."""
-    figure, ax = new()
-    for name, colour in zip(ratios, PALETTE, strict=False):
-        measured = ratios[name].dropna()
-        ax.plot(measured.index, measured, "o-", color=colour, markersize=4, label=name)
-    ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
-    ax.axhspan(1 - margin, 1.0, color="0.9", label=f"at most {margin:.0%} slower")
-    tokens, name = ratios.stack().idxmin()
-    slowest = f"{ratios[name][tokens]:.2f}× the fastest dense, {name} at {tokens_label(int(tokens))} tokens"
-    ax.set_title(f"Slowest: {slowest}")
-    ax.set(ylabel="speed-up over the fastest dense [times]")
-    log_y(ax)
-    ax.legend()
-    tokens_axis(ax, ratios.index)
+def never_slower(ratios: Mapping[str, pd.DataFrame], margin: float = 0.03) -> Figure:
+    """Speed-ups from `bench.over_dense` over tokens, one line per config, and the loss that is accepted.
+
+    Args:
+        ratios: How they were measured -> speed-ups; one panel each.
+        margin: Share of its speed that a config may lose to the fastest dense back end.
+    """
+    figure, axes = new(len(ratios), width=5.2)
+    for (how, table), ax in zip(ratios.items(), np.atleast_1d(axes), strict=True):
+        for name, colour in zip(table, PALETTE, strict=False):
+            measured = table[name].dropna()
+            ax.plot(measured.index, measured, "o-", color=colour, markersize=4, label=name)
+        ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+        ax.axhspan(1 - margin, 1.0, color="0.9", label=f"at most {margin:.0%} slower")
+        tokens, name = table.stack().idxmin()
+        ax.set_title(f"{how}: slowest {table[name][tokens]:.2f}×, {name} at {tokens_label(int(tokens))} tokens")
+        ax.set(ylabel="speed-up over the fastest dense [times]")
+        log_y(ax)
+        ax.legend()
+        tokens_axis(ax, table.index)
     return figure
 
 

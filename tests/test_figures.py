@@ -90,9 +90,14 @@ def test_crossover_names_the_shortest_length_that_wins():
 
 def test_never_slower_names_the_slowest():
     ratios = pd.DataFrame(dict(paper=[0.99, 1.5], adaptive=[1.2, float("nan")]), index=pd.Index([1024, 2048]))
-    (ax,) = figures.never_slower(ratios).axes
-    assert title(ax) == "Slowest: 0.99× the fastest dense, paper at 1K tokens"
+    (ax,) = figures.never_slower({"called": ratios}).axes
+    assert title(ax) == "called: slowest 0.99×, paper at 1K tokens"
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["paper", "adaptive", "at most 3% slower"]
+    two = figures.never_slower({"called": ratios, "graph": 2 * ratios}).axes
+    assert [title(ax) for ax in two] == [
+        "called: slowest 0.99×, paper at 1K tokens",
+        "graph: slowest 1.98×, paper at 1K tokens",
+    ]
 
 
 def test_dense_is_grey_and_nothing_else_is():
