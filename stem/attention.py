@@ -25,7 +25,8 @@ IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 CHUNK_SCORES = 1 << 26  # block scores held at a time by the Triton path: 256 MiB
 SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are kept: there launches are what costs
-DENSE_TOKENS = 4096  # with every block kept, impl="hopper" is faster than torch's dense kernels beyond (NVIDIA H200)
+# With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 32 heads).
+LISTS_TOKENS, LISTS_ROWS = 2048, 32 * 2048  # tokens of the prompt; queries of all heads and batch entries
 
 
 def stem_attention(
@@ -123,14 +124,19 @@ def _attend_everything(
 ) -> tuple[tuple[Tensor, Tensor | None], BlockSelection | None]:
     """stem_attention where every block is kept: nothing is scored, and a dense kernel attends where it is faster."""
     check_finite(q=q, k=k, v=v)
-    long = k.shape[2] > DENSE_TOKENS
-    lists_are_faster = long and _choose(None, q, config.block_size) == "hopper" and not _needs_operator(q, k, v)
+    batch, heads, q_len, _ = q.shape
+    kv_len, size = k.shape[2], config.block_size
+    long = kv_len >= LISTS_TOKENS and batch * heads * q_len >= LISTS_ROWS
+    lists_are_faster = long and _choose(None, q, size) == "hopper" and not _needs_operator(q, k, v)
     attended = None if lists_are_faster else fused_attention(q, k, v, scale, return_lse)
     if attended is not None and not return_selection:
         return attended, None
-    selection = BlockSelection.every_block(*q.shape[:3], k.shape[2], config.block_size, q.device)
+    if -(-kv_len // size) <= SHORT_BLOCKS:
+        selection = _forced_selection(q, kv_len, config)
+    else:
+        selection = BlockSelection.every_block(batch, heads, q_len, kv_len, size, q.device)
     if attended is None:
-        attended = _RUN[_choose(None, q, config.block_size)](q, k, v, selection, scale)
+        attended = _RUN[_choose(None, q, size)](q, k, v, selection, scale)
     return attended, selection
 
 
@@ -148,7 +154,7 @@ def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, im
     num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // config.block_size
     if num_kv_blocks <= SHORT_BLOCKS and not scores_matter(num_kv_blocks, num_q_blocks, config):
         check_finite(q=q, k=k, v=v)
-        return _forced_selection(*q.shape[:3], k.shape[2], config, isinstance(config.k_start, Integral), q.device)
+        return _forced_selection(q, k.shape[2], config)
     by_share = config.allocation == "adaptive"
     if impl == "triton" and config.reduction == "mean" and not by_share:
         return _select_by_budget(q, k, v, config, scale)
@@ -159,17 +165,23 @@ def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, im
     return select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=impl)
 
 
-@cache  # for good: a CUDA graph may have the addresses
-def _forced_selection(
-    batch: int, heads: int, q_len: int, kv_len: int, config: StemConfig, k_start_in_blocks: bool, device: torch.device
-) -> BlockSelection:
-    """The selection where no score matters: forced blocks, or all. Configs with k_start=1 and 1.0 are equal as keys."""
+def _forced_selection(q: Tensor, kv_len: int, config: StemConfig) -> BlockSelection:
+    """The selection where no score matters: the forced blocks, or all of them."""
+    batch, heads, q_len, _ = q.shape
     num_kv_blocks = -(-kv_len // config.block_size)
     num_q_blocks = num_kv_blocks - (kv_len - q_len) // config.block_size
-    scores, budget = torch.zeros(batch, heads, num_q_blocks, num_kv_blocks), block_budget(num_kv_blocks, config)
-    selection = select_blocks(scores, budget, config, q_len=q_len, kv_len=kv_len, impl="torch")
-    lists = selection.kv_indices.to(device), selection.kv_num_blocks.to(device)
-    return replace(selection, kv_indices=lists[0], kv_num_blocks=lists[1])
+    # configs with k_start=1 and with k_start=1.0 are equal, and so would be keys of the cache
+    in_blocks = isinstance(config.k_start, Integral)
+    lists = _forced_lists(batch, heads, num_q_blocks, num_kv_blocks, config, in_blocks, q.device)
+    return BlockSelection(*lists, config.block_size, num_kv_blocks, q_len, kv_len)
+
+
+@cache  # for good: a CUDA graph may have the addresses
+def _forced_lists(
+    batch: int, heads: int, nq: int, nk: int, config: StemConfig, k_start_in_blocks: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    selection = select_blocks(torch.zeros(batch, heads, nq, nk), block_budget(nk, config), config, impl="torch")
+    return selection.kv_indices.to(device), selection.kv_num_blocks.to(device)
 
 
 def _select_by_share(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:

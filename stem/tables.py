@@ -84,7 +84,7 @@ def _ratios(ratios: pd.DataFrame, told: str) -> str:
     ratios = ratios[ratios.index <= max(bench.SHORT)]
     lengths = [_tokens(tokens) for tokens in ratios.index[(ratios < 1 / 1.03).any(axis=1)]]
     told += (
-        f"; at {' and '.join(lengths)} some are more than 3 % slower:" if lengths else ", nowhere more than 3 % slower:"
+        f"; at {', '.join(lengths)} some are more than 3 % slower:" if lengths else ", nowhere more than 3 % slower:"
     )
     lines = [
         [_tokens(tokens), *(_number(x, "×") for x in line)]
@@ -335,7 +335,8 @@ def correctness() -> str:
         lines = []
         for claim, of in part.assign(share=part.error / part.tolerance).groupby("claim", sort=False):
             impls = ", ".join(dict.fromkeys(of.impl.dropna()))
-            lines.append([claim, impls, len(of), f"{of.passed.mean():.0%}", f"{of.share.max():.2f}"])
+            largest = f"{of.share.max():.2f}" if of.tolerance.any() else "no difference"
+            lines.append([claim, impls, len(of), f"{of.passed.mean():.0%}", largest])
         header = ["claim", "implementations", "cases", "hold", "largest error / tolerance"]
         parts.append(f"**{device}**\n\n{_markdown(header, lines)}")
     return "\n\n".join(parts)
