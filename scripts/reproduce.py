@@ -29,7 +29,8 @@ KERNEL_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # with Agg, figures would vanish from the copies
     "STEM_WIDGETS": "0",  # a copy shows pictures, also one made from inside Jupyter
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # this and the next three keep noise out of the outputs
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # this and the next four keep noise out of the outputs
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
