@@ -320,7 +320,7 @@ def never_slower(ratios: Mapping[str, pd.DataFrame], margin: float = 0.03) -> Fi
         ax.set_title(f"{how}: slowest {table[name][tokens]:.2f}×, {name} at {tokens_label(int(tokens))} tokens")
         ax.set(ylabel="speed-up over the fastest dense [times]")
         log_y(ax)
-        ax.legend()
+        ax.legend(loc="lower right")
         tokens_axis(ax, table.index)
     return figure
 
