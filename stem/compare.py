@@ -48,11 +48,13 @@ NUMBERS_PER_BATCH = {"cuda": 240_000_000, "cpu": 5_000_000}  # hidden states of 
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
 PROCESSES = 3  # that share a GPU
-TIMED_TOKENS, REPETITIONS = {"cuda": 32_768, "cpu": 1_024}, 3  # of a batch whose prefill is timed
+TIMED_TOKENS = {"cuda": 32_768, "cpu": 1_024}  # of a batch whose prefill is timed
+REPETITIONS = {"cuda": 9, "cpu": 3}
 WARM_UPS = {"cuda": 2, "cpu": 1}  # before it is timed: layers compile for a shape, then for all shapes
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
-ADAPTIVE = "stem adaptive"
+# The preset, and the same with the last block of queries, in which the question stands, dense.
+ADAPTIVE = {"stem adaptive": {}, "stem adaptive, dense end": dict(dense_last_blocks=1)}
 SAME = ("method", "block_size", "asked", "measure", "task", "length", "start", "model")  # name what a row measured
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
@@ -135,11 +137,12 @@ def methods(
 
     Args:
         names: Of `stem.patterns`, and beside these "stem adaptive" (the preset: its score keeps peaks, one threshold
-            holds for all rows, heads and layers) and "stem softmax" (that score with equal rows).
+            holds for all rows, heads and layers), "stem adaptive, dense end" (which also keeps all of the last query
+            block) and "stem softmax" (that score with equal rows).
         densities, block_sizes: What to ask for; forced blocks are few (one sink, two local), so that low densities
             leave something to choose.
-        calibrate: (density, config) -> StemConfig for "stem adaptive", or None where the forced blocks alone cost
-            more; without it that method is left out.
+        calibrate: (density, config) -> StemConfig for both that adapt, or None where the forced blocks alone cost
+            more; without it they are left out.
     """
     found = []
     for block_size in block_sizes:
@@ -148,10 +151,10 @@ def methods(
             config = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
             adaptive = StemConfig.preset("adaptive", block_size=block_size)
             for name in names:
-                if name == "dense" or (name == ADAPTIVE and calibrate is None):
+                if name == "dense" or (name in ADAPTIVE and calibrate is None):
                     continue
-                elif name == ADAPTIVE:
-                    attention = calibrate(density, adaptive)
+                elif name in ADAPTIVE:
+                    attention = calibrate(density, adaptive.replace(**ADAPTIVE[name]))
                 elif name == "stem softmax":
                     attention = adaptive.replace(allocation="uniform", threshold=None, density=density)
                 elif name == "stem":
@@ -186,10 +189,10 @@ def presets() -> list[Method]:
 
 
 def all_names() -> tuple[str, ...]:
-    """What `methods` takes: Stem, its two variants, and every other pattern, the costly oracles last."""
+    """What `methods` takes: Stem, its variants, and every other pattern, the costly oracles last."""
     others = [name for name in patterns.names() if name != "stem" and not name.startswith("oracle")]
     oracles = [name for name in patterns.names() if name.startswith("oracle")]
-    return ("stem", ADAPTIVE, "stem softmax", *sorted(others, key=lambda name: name in BLIND), *oracles)
+    return ("stem", *ADAPTIVE, "stem softmax", *sorted(others, key=lambda name: name in BLIND), *oracles)
 
 
 def window_control(block_size: int = 64) -> StemConfig:
@@ -313,15 +316,15 @@ class Comparison:
         device = next(self.model.parameters()).device
         count = max(1, TIMED_TOKENS[device.type] // prompts.ids.shape[1])
         ids, started, density = prompts.ids[:count].to(device), time.monotonic(), 1.0
-        pairs = []
-        for _ in range(WARM_UPS[device.type] + REPETITIONS):
+        repetitions, pairs = REPETITIONS[device.type], []
+        for _ in range(WARM_UPS[device.type] + repetitions):
             ours = dense = prefill_ms(self.model, ids)
             if method.attention is not None:
                 with hf.stem_prefill(self.model, method.attention) as report:
                     ours = prefill_ms(self.model, ids)
                 density = report.density()
             pairs.append((ours, dense))
-        values, dense = torch.tensor(pairs[-REPETITIONS:]).T
+        values, dense = torch.tensor(pairs[-repetitions:]).T
         ms = (time.monotonic() - started) * 1e3 / len(ids)
         about = dict(measure="time", task=prompts.task, length=ids.shape[1], density=density, ms=ms)
         self._add(method, about, values, dense)
@@ -479,7 +482,7 @@ def run(
     names = plan.names or all_names()
     known = [Method("dense"), *methods(names, plan.densities, plan.block_sizes, lambda density, config: config)]
     known += presets() if plan.presets else []
-    order = ["dense", "window", *names[:3], *(method.name for method in presets()), *names[3:]]
+    order = ["dense", "window", *names[:4], *(method.name for method in presets()), *names[4:]]
     known.sort(key=lambda method: order.index(method.name))
     found = {(method.name, method.block_size, method.asked): method for method in known}
     jobs = deal([job for of in found for job in plan.jobs(*of)], part)
@@ -501,9 +504,10 @@ def run(
         method = found[job.method, job.block_size, job.asked]
         inputs = kinds[job.length] if job.task is None else prompts[job.task, job.length]
         try:
-            if method.name == ADAPTIVE:
+            adapts = method.name in ADAPTIVE
+            if adapts:
                 method = replace(method, attention=calibrate[job.length](method.asked, method.attention))
-            if method.name != ADAPTIVE or method.attention is not None:
+            if not adapts or method.attention is not None:
                 getattr(comparison, job.what)(method, inputs)
         except Exception as error:  # hours of other measurements need not be lost with one; raised at the end
             error.add_note(f"measuring {job}")

@@ -124,11 +124,14 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
         return config.replace(threshold=0.1)
 
     found = compare.methods(compare.all_names(), (0.1, 0.5), (64, 128), calibrate)
-    assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1)) - 1
+    assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1)) - 2
     controls = [method for method in found if method.name == "window"]
-    assert [method.block_size for method in controls] == [64, 128] and asked == [0.1, 0.5] * 2
-    (adaptive, *_) = [method.attention for method in found if method.name == "stem adaptive"]
+    assert [method.block_size for method in controls] == [64, 128] and asked == [0.1, 0.1, 0.5, 0.5] * 2
+    adaptive, dense_end = (
+        next(method.attention for method in found if method.name == name) for name in compare.ADAPTIVE
+    )
     assert adaptive.reduction == "softmax" and adaptive.threshold == 0.1
+    assert dense_end == adaptive.replace(dense_last_blocks=1)
     budget = stem.block_budget(20, compare.window_control(64))
     assert budget.tolist()[:4] == [1, 2, 3, 3] and budget[-1] == 3
 
@@ -171,12 +174,16 @@ def test_the_adaptive_preset_is_calibrated_when_it_is_first_used(rows, tokenizer
 
     monkeypatch.setattr(compare, "calibrator", calibrator)
     monkeypatch.setattr(compare, "document_windows", lambda *_: {"prose": torch.randint(1000, (1, 64))})
-    options = dict(names=(compare.ADAPTIVE,), densities=(0.2, 0.5), block_sizes=(32,), asked_at=(0.5, 32))
+    options = dict(names=tuple(compare.ADAPTIVE), densities=(0.2, 0.5), block_sizes=(32,), asked_at=(0.5, 32))
     plan = Plan((256,), (1,), ("niah_multikey_2",), generates=None, **options)
     found = compare.run(plan, model, tokenizer, "tiny", show=lambda line: None)
-    adaptive = [row for row in found if row["method"] == compare.ADAPTIVE]
-    assert {row["asked"] for row in adaptive} == {0.5} and asked == [(256, 0.5), (256, 0.2)]
-    assert {row["density"] for row in adaptive} <= {row["density"] for row in found if row["method"] == "window"}
+    adaptive, dense_end, window = (
+        {(row["asked"], row["density"]) for row in found if row["method"] == name and row["measure"] == "answer"}
+        for name in (*compare.ADAPTIVE, "window")
+    )
+    assert sorted(asked) == [(256, 0.2)] * 2 + [(256, 0.5)] * 2
+    assert window == {(None, 0.5833)} and adaptive == {(0.5, 0.5833)}
+    assert dense_end == {(0.5, 0.7222)}  # 26 of 36 pairs: the window's 21, and all 8 of the last row
 
 
 def test_a_measurement_that_fails_is_raised_after_the_others(rows, tokenizer, model, monkeypatch):
