@@ -528,7 +528,7 @@ def score_tiles(parts: int, num_rows: int) -> dict[str, int]:
     if parts == 1:
         return dict(TILE_M=64, TILE_N=64, DEPTH_TILE=32, num_warps=4, num_stages=3)
     if num_rows <= 512:  # short prompts: more programs
-        return dict(TILE_M=64, TILE_N=64, DEPTH_TILE=64, num_warps=4, num_stages=3)
+        return dict(TILE_M=64, TILE_N=32, DEPTH_TILE=128, num_warps=4, num_stages=4)
     return dict(TILE_M=128, TILE_N=128, DEPTH_TILE=64, num_warps=8, num_stages=3)
 
 

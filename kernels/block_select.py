@@ -44,13 +44,18 @@ def forced_keys(distance, kv_blocks, sink_blocks, local_blocks):
 
 @triton.jit
 def kth_largest_key(keys, counts):
-    """The largest threshold of each row of keys [R, N] that at least counts [R] keys reach, from the top bit down."""
+    """A threshold for each row of keys [R, N] that at least counts [R] keys reach and no more exceed.
+
+    Bits are set from the top down while enough keys reach the threshold; the search ends where exactly as many do.
+    """
     thresholds = tl.zeros([keys.shape[0]], tl.uint32)
     bit = tl.full([], SIGN_BIT, tl.uint32)
-    for _ in range(32):
+    found = tl.zeros([keys.shape[0]], tl.int32)
+    while (bit > 0) & (tl.min(found, axis=0) == 0):
         candidates = thresholds | bit
         reached = tl.sum((keys >= candidates[:, None]).to(tl.int32), axis=1)
         thresholds = tl.where(reached >= counts, candidates, thresholds)
+        found |= (reached == counts).to(tl.int32)
         bit = bit >> 1
     return thresholds
 

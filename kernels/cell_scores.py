@@ -33,7 +33,8 @@ DEPTH_BYTES = 256  # of the part of a wider row that one product reads
 ROW_TILE = 128  # query cells of one program
 COLUMN_TILE = 64  # key cells of one product, more only where a block has more
 BLOCK_TILE = 32  # most key blocks of one product
-FEATURE_TILE = 32  # cells of one program of cell_features
+FEATURE_TILE, FEATURE_WARPS = 8, 4  # cells of one program of cell_features, and its warps
+UNROLL = 16  # rows of each cell that are in flight at once
 STAGES = 3  # key tiles in flight, where one product reads whole features of COLUMN_TILE cells
 WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
@@ -59,6 +60,7 @@ def store_features(
     QUERIES: tl.constexpr,
     PEAK: tl.constexpr,
     CELLS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Features of one stride group of CELLS cells of a head. Row 0 of x stands `front` rows into cell 0.
 
@@ -71,7 +73,7 @@ def store_features(
     sums = tl.zeros([CELLS, BLOCK_D], tl.float32)
     largest = tl.full([CELLS, BLOCK_D], float("-inf"), tl.float32)
     smallest = tl.full([CELLS, BLOCK_D], float("inf"), tl.float32)
-    for sample in range(CELL // STRIDE):
+    for sample in tl.range(0, CELL // STRIDE, loop_unroll_factor=UNROLL, num_stages=1):
         rows = first_row + sample * STRIDE + group
         exists = ((rows >= 0) & (rows < num_tokens))[:, None] & (dims < HEAD_DIM)[None, :]
         tile = tl.load(x_ptr + rows[:, None] * stride_xn + dims[None, :] * stride_xd, mask=exists, other=0.0)
@@ -129,6 +131,7 @@ def cell_features_kernel(
     STRIDE: tl.constexpr,
     PEAK: tl.constexpr,
     CELLS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """One program reads one stride group of CELLS cells of one head, of queries or of keys.
 
@@ -144,7 +147,7 @@ def cell_features_kernel(
         store_features(
             x_ptr, q_features_ptr + batch_head * num_q_cells * WIDTH, first_cell, group,
             stride_qn, stride_qd, num_queries, num_q_cells, front, peak,
-            HEAD_DIM, BLOCK_D, Q_CELL, STRIDE, True, PEAK, CELLS,
+            HEAD_DIM, BLOCK_D, Q_CELL, STRIDE, True, PEAK, CELLS, UNROLL,
         )  # fmt: skip
     else:
         num_tiles, program = tl.cdiv(num_k_cells, CELLS), program - num_q_programs
@@ -153,7 +156,7 @@ def cell_features_kernel(
         store_features(
             x_ptr, k_features_ptr + batch_head * num_k_cells * WIDTH, first_cell, group,
             stride_kn, stride_kd, num_keys, num_k_cells, 0, peak,
-            HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS,
+            HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS, UNROLL,
         )  # fmt: skip
 
 
@@ -438,7 +441,8 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells) -> tuple[torch
         STRIDE=cells.stride,
         PEAK=cells.peak > 0,
         CELLS=FEATURE_TILE,
-        num_warps=4,
+        UNROLL=UNROLL,
+        num_warps=FEATURE_WARPS,
     )
     return q_features, k_features
 

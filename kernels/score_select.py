@@ -13,7 +13,8 @@ from .block_select import row_size, select_rows
 from .launch import launch
 
 MAX_KV_BLOCKS = 32  # of a row; at 64, on an NVIDIA H200, two kernels are faster
-ROWS = 32  # query blocks of one program, of all heads that share a KV head
+ROWS = 16  # query blocks of one program, of all heads that share a KV head
+DEPTH_TILE, WARPS, STAGES = 128, 4, 4  # of a product of 16-bit sums, its warps and the tiles in flight
 
 
 @triton.jit
@@ -88,10 +89,10 @@ def score_select(
         PARTS=parts,
         ROWS=ROWS,
         ROW_SIZE=row_size(num_kv_blocks),
-        DEPTH_TILE=128 if parts == 2 else 64,
+        DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),
         PRECISION=PRECISION,
-        num_warps=8,
-        num_stages=2,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     return lists

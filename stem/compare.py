@@ -48,8 +48,8 @@ NUMBERS_PER_BATCH = {"cuda": 240_000_000, "cpu": 5_000_000}  # hidden states of 
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}
 RESAMPLES = 2000
 PROCESSES = 3  # that share a GPU
-TIMED_TOKENS = {"cuda": 32_768, "cpu": 1_024}  # of a batch whose prefill is timed
-REPETITIONS = {"cuda": 9, "cpu": 3}
+TIMED_TOKENS = {"cuda": 131_072, "cpu": 1_024}  # of a batch whose prefill is timed, enough to keep a GPU busy
+REPETITIONS = 3  # of it
 WARM_UPS = {"cuda": 2, "cpu": 1}  # before it is timed: layers compile for a shape, then for all shapes
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
@@ -316,15 +316,15 @@ class Comparison:
         device = next(self.model.parameters()).device
         count = max(1, TIMED_TOKENS[device.type] // prompts.ids.shape[1])
         ids, started, density = prompts.ids[:count].to(device), time.monotonic(), 1.0
-        repetitions, pairs = REPETITIONS[device.type], []
-        for _ in range(WARM_UPS[device.type] + repetitions):
+        pairs = []
+        for _ in range(WARM_UPS[device.type] + REPETITIONS):
             ours = dense = prefill_ms(self.model, ids)
             if method.attention is not None:
                 with hf.stem_prefill(self.model, method.attention) as report:
                     ours = prefill_ms(self.model, ids)
                 density = report.density()
             pairs.append((ours, dense))
-        values, dense = torch.tensor(pairs[-repetitions:]).T
+        values, dense = torch.tensor(pairs[-REPETITIONS:]).T
         ms = (time.monotonic() - started) * 1e3 / len(ids)
         about = dict(measure="time", task=prompts.task, length=ids.shape[1], density=density, ms=ms)
         self._add(method, about, values, dense)

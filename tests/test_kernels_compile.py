@@ -123,8 +123,8 @@ def cell_cases():
     from stem.kernels import cell_scores, share_select
 
     for peak in (False, True):
-        features = dict(HEAD_DIM=128, BLOCK_D=128, Q_CELL=16, K_CELL=16, STRIDE=1 if peak else 8, PEAK=peak, CELLS=32)
-        features |= dict(stride_qd=1, stride_kd=1)
+        features = dict(HEAD_DIM=128, BLOCK_D=128, Q_CELL=16, K_CELL=16, STRIDE=1 if peak else 8, PEAK=peak)
+        features |= dict(CELLS=cell_scores.FEATURE_TILE, UNROLL=cell_scores.UNROLL, stride_qd=1, stride_kd=1)
         yield f"cell_features {peak}", (cell_scores.cell_features_kernel, "bf16", features)
     for name, depth, depth_tile, operand, columns, stages in (
         ("corners", 256, 256, "bf16", 64, 3),
