@@ -93,7 +93,8 @@ class Method:
 def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> Prompts:
     """RULER samples brought to exactly `length` tokens, so that a batch needs no padding (our choice).
 
-    The gap that RULER leaves is filled in front of the prompt with the end of the language reference.
+    The gap that RULER leaves is filled in front of the prompt with the end of the language reference. What a tokenizer
+    begins every text with, such as a BOS token, stands at the very start and nowhere else.
 
     Args:
         task: One of `FIXED_ORDER`; several answers are scored in the order of the question, or of their appearance.
@@ -104,29 +105,32 @@ def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0
     """
     if task not in FIXED_ORDER:
         raise ValueError(f"task must be one of {', '.join(FIXED_ORDER)}, got {task!r}")
-    rows = ruler.stored_samples(task, tokenizer, length, samples, seed)
-    prompts = tokenizer([f"{row['input']} {row['gen_prefix']}" for row in rows], verbose=False).input_ids
-    answers = tokenizer([" " + ", ".join(_ordered(task, row)) for row in rows]).input_ids
-    filler = tokenizer(documents.prose()[-8 * length :], verbose=False).input_ids[-length:]
+    rows, start = ruler.stored_samples(task, tokenizer, length, samples, seed), _start(tokenizer)
+    plain = partial(tokenizer, add_special_tokens=False, verbose=False)
+    prompts = plain([f"{row['input']} {row['gen_prefix']}" for row in rows]).input_ids
+    answers = plain([" " + ", ".join(_ordered(task, row)) for row in rows]).input_ids
+    filler = plain(documents.prose()[-8 * length :]).input_ids[-length:]
     ids = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        missing = length - len(prompt) - len(answer)
+        missing = length - len(start) - len(prompt) - len(answer)
         if not 0 <= missing <= len(filler):
-            raise ValueError(f"length={length}: a sample of {task} has {len(prompt) + len(answer)} tokens")
-        ids.append(filler[len(filler) - missing :] + prompt + answer)
+            raise ValueError(f"length={length}: a sample of {task} has {length - missing} tokens")
+        ids.append(start + filler[len(filler) - missing :] + prompt + answer)
     counts = torch.tensor([len(answer) for answer in answers])
     return Prompts(task, torch.tensor(ids), counts, [row["outputs"] for row in rows])
 
 
 def document_windows(tokenizer, length: int, count: int, kinds: Sequence[str] = tuple(documents.KINDS)) -> dict:
-    """Kind of document -> int64 [count, length], windows spread over all of its text."""
-    found = {}
+    """Kind of document -> int64 [count, length], windows spread over all of its text, each begun as a text is."""
+    found, start = {}, _start(tokenizer)
     for kind in kinds:
         behaviour = documents.fingerprint(str(tokenizer(ruler.TOKENIZER_SAMPLE).input_ids))
         tokens = _KIND_TOKENS.get((kind, behaviour))
         if tokens is None:
-            tokens = _KIND_TOKENS[kind, behaviour] = tokenizer(documents.KINDS[kind](), verbose=False).input_ids
-        found[kind] = torch.tensor(documents.windows(tokens, length, count))
+            encoded = tokenizer(documents.KINDS[kind](), add_special_tokens=False, verbose=False)
+            tokens = _KIND_TOKENS[kind, behaviour] = encoded.input_ids
+        windows = documents.windows(tokens, length - len(start), count)
+        found[kind] = torch.tensor([start + window for window in windows])
     return found
 
 
@@ -433,6 +437,11 @@ def calibration_texts() -> tuple[str, str]:
     source = "\n".join(documents.stdlib_documents(names).values())
     described = Path(importlib.import_module("transformers").__path__[0]) / "training_args.py"
     return source, described.read_text(encoding="utf-8")
+
+
+def _start(tokenizer) -> list[int]:
+    """What a tokenizer begins every text with: a BOS token, or nothing."""
+    return tokenizer("").input_ids
 
 
 def _ordered(task: str, row: Mapping) -> list[str]:

