@@ -16,12 +16,18 @@ from stem import figures, records
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
 WORSE = {"answer": "high", "right": "high", "generated": "high", "loss": "low"}  # the end of the interval nearer to 0
 UNITS = {"density": "computed share of the causal block pairs", "ms": "prefill of one prompt [ms]"}
-MODELS = {"smollm2-0.1.2": "8K model", "smollm2": "8K model", "smollm2-32k": "extended model"}  # names in rows -> here
+MODELS = {  # names in rows -> here
+    "smollm2-0.1.2": "8K model",
+    "smollm2": "8K model",
+    "smollm2-32k": "extended model",
+    "gemma3-270m-1.0.0": "Gemma 3 270M",
+    "gemma3-270m": "Gemma 3 270M",
+}
 NATS = "log p(answer), minus dense [nats]"
 
 
 def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
-    """Full rows of one device: the embedded model's and those of the extended one.
+    """Full rows of one device: the embedded model's, those of the extended one, and those of other models.
 
     Args:
         device, extension_device: As in the column device; the second is that of results/extension/, default the first.

@@ -216,7 +216,7 @@ def evaluation() -> str:
         if part.empty:
             continue
         answers = part[part.measure == "answer"]
-        asked, size = answers[answers.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()
+        asked, size = part[part.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()  # of most measures
         told = f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
         told += "teacher-forced in one sparse forward. The short window is the control that must fail."
         sized = part.block_size.isna() | (part.block_size == size) | part.method.str.startswith("stem, ")  # presets
