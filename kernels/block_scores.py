@@ -122,7 +122,7 @@ def score_inputs_kernel(
     num_keys,
     num_q_blocks,
     num_kv_blocks,
-    num_q_programs,
+    num_kv_programs,
     offset,
     value_weight,
     HEAD_DIM: tl.constexpr,
@@ -134,15 +134,17 @@ def score_inputs_kernel(
     PARTS: tl.constexpr,
     LOG_TERM: tl.constexpr,
 ):
-    """One program reads one block of q, or one of k and of v.
+    """One program reads one block of v, of k or of q.
 
-    Grid: (num_q_programs + B * Hkv * nk, STRIDE / GROUPS), with num_q_programs = B * Hq * nq. LOG_TERM: values_ptr
-    takes the weighted value term of the block, [nk]; otherwise the largest norm of each of its groups, [nk, groups].
+    Grid: (2 * num_kv_programs + B * Hq * nq, STRIDE / GROUPS), with num_kv_programs = B * Hkv * nk. LOG_TERM:
+    values_ptr takes the weighted value term of the block, [nk]; otherwise the largest norm of each of its groups,
+    [nk, groups].
     """
     program = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
     depth: tl.constexpr = STRIDE * HEAD_DIM
-    if program < num_q_programs:
+    if program >= 2 * num_kv_programs:
+        program -= 2 * num_kv_programs
         block, batch_head = program % num_q_blocks, program // num_q_blocks
         batch, head = split_pair(batch_head, num_q_heads)
         first_row = (offset // BLOCK_SIZE + block).to(tl.int64) * BLOCK_SIZE - offset
@@ -152,16 +154,17 @@ def score_inputs_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, True,
         )  # fmt: skip
     else:
-        kv_program = program - num_q_programs
+        kv_program = program % num_kv_programs
         block, batch_head = kv_program % num_kv_blocks, kv_program // num_kv_blocks
         batch, head = split_pair(batch_head, num_kv_heads)
         first_row = block.to(tl.int64) * BLOCK_SIZE
-        add_groups(
-            k_ptr + batch * stride_kb + head * stride_kh, k_sums_ptr + kv_program.to(tl.int64) * PARTS * depth,
-            first_row, first_group, num_keys, stride_kn, stride_kd,
-            HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, False,
-        )  # fmt: skip
-        if first_group == 0:
+        if program >= num_kv_programs:
+            add_groups(
+                k_ptr + batch * stride_kb + head * stride_kh, k_sums_ptr + kv_program.to(tl.int64) * PARTS * depth,
+                first_row, first_group, num_keys, stride_kn, stride_kd,
+                HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, False,
+            )  # fmt: skip
+        elif first_group == 0:
             v_ptr += batch * stride_vb + head * stride_vh
             norms = largest_norms(
                 v_ptr, first_row, num_keys, stride_vn, stride_vd, HEAD_DIM, DIM_TILE, BLOCK_SIZE, STRIDE
@@ -283,6 +286,14 @@ def load_sums(sums_ptr, blocks, exists, depth, PARTS: tl.constexpr, DEPTH: tl.co
 
 
 @triton.jit
+def finish_scores(products, value_bonus_ptr, q_blocks, kv_blocks, is_block, scale):
+    """Products of sums [M, N] to scores: scaled, with the value term of the key block, -inf in the future."""
+    value_bonus = tl.load(value_bonus_ptr + kv_blocks, mask=is_block, other=0.0)
+    scores = products * scale + value_bonus[None, :]
+    return tl.where(kv_blocks[None, :] <= q_blocks[:, None], scores, float("-inf"))
+
+
+@triton.jit
 def score_tile(
     q_sums_ptr,
     k_sums_ptr,
@@ -324,9 +335,8 @@ def score_tile(
             q_low = load_sums(q_sums_ptr + DEPTH, q_matrix_rows, is_row, depth, PARTS, DEPTH, DTYPE)
             scores = tl.dot(q_high, k_low.T, scores, input_precision=PRECISION)
             scores = tl.dot(q_low, k_high.T, scores, input_precision=PRECISION)
-    value_bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + kv_blocks, mask=is_block, other=0.0)
-    scores = scores * scale + value_bonus[None, :]
-    return tl.where(kv_blocks[None, :] <= first_q_block + rows[:, None], scores, float("-inf"))
+    value_bonus_ptr += batch_kv_head * num_kv_blocks
+    return finish_scores(scores, value_bonus_ptr, first_q_block + rows, kv_blocks, is_block, scale)
 
 
 @triton.jit
@@ -426,8 +436,8 @@ def score_inputs(
     log_term = value_norm == "log"
     groups_per_block = block_size // stride
     values = value_bonus if log_term else value_bonus.new_empty(*value_bonus.shape, groups_per_block)
-    num_q_programs = batch * num_q_heads * num_q_blocks
-    grid = (num_q_programs + batch * num_kv_heads * num_kv_blocks, stride // constants["GROUPS"])
+    num_kv_programs = batch * num_kv_heads * num_kv_blocks
+    grid = (2 * num_kv_programs + batch * num_q_heads * num_q_blocks, stride // constants["GROUPS"])
     launch(
         score_inputs_kernel,
         grid,
@@ -442,7 +452,7 @@ def score_inputs(
             num_keys,
             num_q_blocks,
             num_kv_blocks,
-            num_q_programs,
+            num_kv_programs,
             offset,
             float(value_weight),
         ),

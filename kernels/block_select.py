@@ -1,7 +1,8 @@
 """Selection: the budgeted best blocks of every row of scores, as an ascending index list, without sorting.
 
 Floats are mapped to unsigned keys that order like them; the key of the last kept block is then found bit by bit, from
-the top, by counting how many keys reach a candidate. Blocks kept by rule take the keys above every float.
+the top, by counting how many keys reach a candidate; in short rows, each key's rank is counted instead. Blocks kept by
+rule take the keys above every float.
 """
 
 from functools import cache
@@ -15,6 +16,7 @@ from .launch import launch
 SIGN_BIT = tl.constexpr(0x80000000)
 LARGEST_KEY = tl.constexpr(0xFFFFFFFF)
 FUTURE_KEY = tl.constexpr(0)  # below the key of -inf
+SHORT_ROW = tl.constexpr(32)  # keys of a row up to which comparing all pairs is faster than the search
 KEYS_PER_WARP = 1024
 
 
@@ -61,8 +63,20 @@ def kth_largest_key(keys, counts):
 
 
 @triton.jit
+def keep_best_ranks(keys, counts):
+    """`keep_largest` by the rank of each key among all of its row: N comparisons a key, at once."""
+    index = tl.arange(0, keys.shape[1])
+    earlier = (index[:, None] < index[None, :])[None, :, :]  # [1, N, N], the other key in axis 1
+    others, own = keys[:, :, None], keys[:, None, :]
+    ahead = (others > own) | ((others == own) & earlier)  # [R, N, N]
+    return tl.sum(ahead.to(tl.int32), axis=1) < counts[:, None]
+
+
+@triton.jit
 def keep_largest(keys, counts):
     """Mask of the counts [R] largest keys of each row [R, N]; equal keys are kept in the order of their index."""
+    if keys.shape[1] <= SHORT_ROW:
+        return keep_best_ranks(keys, counts)
     thresholds = kth_largest_key(keys, counts)[:, None]
     above, tied = keys > thresholds, keys == thresholds
     tied_rank = tl.cumsum(tied.to(tl.int32), axis=1) - 1

@@ -12,7 +12,7 @@ the block before it back to back, both asynchronous, and looks for the row maxim
 while it computes exponentials, the tensor cores work for the other consumer. Weights stay in registers up to PV.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from triton.experimental import gluon
@@ -40,6 +40,7 @@ LAUNCH_REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
+BYTES_AT_ONCE = 4 << 20  # of keys and values of the heads in turn; with more, an NVIDIA H200 is slower at 8K and above
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
 TMA_BYTES = 16  # alignment of addresses and strides
 TMA_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -148,12 +149,13 @@ def store_rows(out_ptr, out_tile, first_row, num_rows, stride_n):
 def find_task(task, problem, BLOCK: gl.constexpr):
     """Which query block of which head a task is: (batch_head, batch, head, kv_head, first_query, list_ptr, num_blocks).
 
-    Heads that share keys and values are neighbours, and so are the query blocks of a head, last one first: what is read
+    As many heads are in turn as `heads_at_once` says, each with its last query block, then the one before: what is read
     at the same time stays in the L2 cache, and the tasks that end the whole run are short.
     """
-    num_q_blocks, num_q_heads, heads_per_kv_head, offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks = problem
-    member, group_row = task % heads_per_kv_head, task // heads_per_kv_head
-    batch_head = group_row // num_q_blocks * heads_per_kv_head + member
+    num_q_blocks, num_q_heads, heads_per_kv_head, heads_at_once = problem[:4]
+    offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks = problem[4:]
+    member, group_row = task % heads_at_once, task // heads_at_once
+    batch_head = group_row // num_q_blocks * heads_at_once + member
     row = num_q_blocks - 1 - group_row % num_q_blocks
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     kv_head = head // heads_per_kv_head
@@ -217,7 +219,7 @@ def consume(
 ):  # fmt: skip
     """Attend from half of a query block to every listed block and store output and log-sum-exp, task by task."""
     _q_full, q_empty, q_tiles, _tasks = q_inbox
-    offset = problem[3]
+    offset = problem[4]
     DTYPE: gl.constexpr = q_tiles.dtype
     ROWS: gl.constexpr = q_tiles.shape[3]
     HEAD_DIM: gl.constexpr = q_tiles.shape[4]
@@ -280,13 +282,14 @@ def consume(
         task = wait_for_task(q_inbox, parity, CONSUMER)
 
 
-VARYING = ["num_q_heads", "heads_per_kv_head", "num_queries", "num_keys", "num_q_blocks", "max_blocks", "num_tasks"]
+VARYING = ["num_q_heads", "heads_per_kv_head", "heads_at_once", "num_queries", "num_keys", "num_q_blocks"]
+VARYING += ["max_blocks", "num_tasks"]
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, next_task_ptr,
-    stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, num_queries, num_keys,
+    stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
     num_q_blocks, max_blocks, num_tasks, scale,
 ):  # fmt: skip
     """One program computes one task after another; q_desc's tiles are half a query block, k_desc's a key block.
@@ -295,7 +298,8 @@ def hopper_forward_kernel(
     the first task of a program is its own number.
     """
     offset = num_keys - num_queries  # absolute position of query 0
-    problem = (num_q_blocks, num_q_heads, heads_per_kv_head, offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks)
+    heads = (num_q_heads, heads_per_kv_head, heads_at_once)
+    problem = (num_q_blocks,) + heads + (offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks)
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [NUM_CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # What ring is to K and V, this is to Q, with one slot for each consumer: full, empty, tiles, and whose they are.
@@ -317,6 +321,16 @@ def hopper_forward_kernel(
 def is_sm90(device: torch.device) -> bool:
     """Whether a CUDA device has compute capability 9.0."""
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def heads_at_once(num_keys: int, head_dim: int, num_kv_heads: int) -> int:
+    """How many KV heads of all batch entries are in turn, a divisor of their number: several where prompts are short.
+
+    Then all long tasks come before all short ones, and no multiprocessor begins a long one near the end.
+    """
+    most = max(1, BYTES_AT_ONCE // (2 * num_keys * head_dim * DTYPES[0].itemsize))
+    return max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= most)
 
 
 @cache
@@ -354,9 +368,18 @@ def tma_rows(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+@lru_cache(maxsize=4096)
+def checked_descriptor(shape: tuple, strides: tuple, dtype: torch.dtype, rows: int) -> TensorDescriptor:
+    """The descriptor of tensors like this, without one; kept, since its checks take the host some us."""
+    nowhere = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return TensorDescriptor.from_tensor(nowhere, [1, 1, rows, shape[-1]], TMA_LAYOUT)
+
+
 def tile_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Describes x [B, H, N, D] to TMA as tiles of `rows` rows of one head."""
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], TMA_LAYOUT)
+    """Describes x [B, H, N, D], as `tma_rows` gives it, to TMA as tiles of `rows` rows of one head."""
+    descriptor = object.__new__(TensorDescriptor)  # copy.copy takes three times as long
+    vars(descriptor).update(vars(checked_descriptor(x.shape, x.stride(), x.dtype, rows)), base=x)
+    return descriptor
 
 
 def sparse_forward(
@@ -390,6 +413,7 @@ def sparse_forward(
             *out.stride()[:3],
             num_q_heads,
             num_q_heads // num_kv_heads,
+            heads_at_once(num_keys, q.shape[3], batch * num_kv_heads) * (num_q_heads // num_kv_heads),
             num_queries,
             num_keys,
             num_q_blocks,

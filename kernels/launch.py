@@ -1,10 +1,12 @@
 """Launches: which compiled variant of a kernel fits its arguments is worked out once, not on every call.
 
 Triton looks at every argument of every call for that, which takes the host longer than a short prompt takes the GPU.
-Here the variant is remembered by the types of the tensors and by the numbers themselves.
+Here the variant is remembered by the types of the tensors and by the numbers themselves, and called without detours.
 """
 
 import torch
+from triton import knobs
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ALIGNMENT = 16  # bytes; a variant is compiled for addresses that are, or are not, multiples of it
@@ -22,11 +24,11 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **cons
         numbers: Ints and floats; an argument is always the one or always the other.
         constants: What is known when the kernel is compiled, with num_warps and its like.
     """
-    first = getattr(tensors[0], "base", tensors[0])  # what a descriptor describes
-    if first.is_cuda and first.get_device() != torch.cuda.current_device():
-        with torch.cuda.device_of(first):
+    device = getattr(tensors[0], "base", tensors[0]).get_device()  # base: what a descriptor describes; -1: the CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, **constants)
-    key = variant_key(kernel, tensors, numbers, constants)
+    key = variant_key(kernel, device, tensors, numbers, constants)
     if key is None:
         kernel[grid](*tensors, *numbers, **constants)
         return
@@ -37,10 +39,15 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **cons
         variant = kernel.warmup(*tensors, *numbers, grid=grid, **constants)
         VARIANTS[key] = variant, tuple(constants[name] for name in names)
     variant, in_order = VARIANTS[key]
-    variant[(*grid, 1, 1)[:3]](*tensors, *numbers, *in_order)
+    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler wants to be told
+        variant[(*grid, 1, 1)[:3]](*tensors, *numbers, *in_order)
+        return
+    run, (x, y, z) = variant.run, (*grid, 1, 1)[:3]  # `run` loads the variant, and so comes before its function
+    stream = driver.active.get_current_stream(device)
+    run(x, y, z, stream, variant.function, variant.packed_metadata, None, None, None, *tensors, *numbers, *in_order)
 
 
-def variant_key(kernel, tensors: tuple, numbers: tuple, constants: dict) -> tuple | None:
+def variant_key(kernel, device: int, tensors: tuple, numbers: tuple, constants: dict) -> tuple | None:
     """What decides the compiled variant; None where that is left to Triton: interpreted, or a tensor is not aligned."""
     if not isinstance(kernel, JITFunction):
         return None
@@ -56,4 +63,4 @@ def variant_key(kernel, tensors: tuple, numbers: tuple, constants: dict) -> tupl
         addresses |= x.data_ptr()
     if addresses % ALIGNMENT:
         return None
-    return (kernel.fn, torch.cuda.current_device(), *types, *numbers, *constants.values())
+    return (kernel.fn, device, *types, *numbers, *constants.values())

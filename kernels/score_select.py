@@ -1,20 +1,61 @@
 """Scores and selection of short prompts in one kernel: a program holds whole rows of scores, so it can select at once.
 
 This saves a launch, which is what bounds a short prompt. Longer rows are faster by score_blocks and select_topk, whose
-device functions these are.
+device functions these share.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .block_scores import PRECISION, operand_dtype, score_tile
+from .block_scores import PRECISION, finish_scores, operand_dtype
 from .block_select import row_size, select_rows
 from .launch import launch
 
 MAX_KV_BLOCKS = 32  # of a row; at 64, on an NVIDIA H200, two kernels are faster
 ROWS = 16  # query blocks of one program, of all heads that share a KV head
-DEPTH_TILE, WARPS, STAGES = 128, 4, 4  # of a product of 16-bit sums, its warps and the tiles in flight
+WARPS, STAGES = 4, 4  # of a program, and the tiles in flight
+DEPTH_TILE = 32  # of a warp's share of a product of 16-bit sums
+
+
+@triton.jit
+def load_shares(sums_ptr, blocks, exists, depth, PARTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns `depth` [WARPS, DEPTH_TILE] of some rows of a matrix of group sums, [WARPS, rows, DEPTH_TILE]."""
+    exists = exists[None, :, None] & (depth < DEPTH)[:, None, :]
+    offsets = blocks[None, :, None].to(tl.int64) * (PARTS * DEPTH) + depth[:, None, :]
+    return tl.load(sums_ptr + offsets, mask=exists, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def products_by_shares(
+    q_sums_ptr,
+    k_sums_ptr,
+    q_rows,
+    is_row,
+    kv_blocks,
+    is_block,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH_TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<q_sums, k_sums> of a few rows of each, [M, N]: a tile so small that each warp takes a share of the depth."""
+    products = tl.zeros([WARPS, q_rows.shape[0], kv_blocks.shape[0]], tl.float32)
+    shares = tl.arange(0, WARPS)[:, None] * DEPTH_TILE + tl.arange(0, DEPTH_TILE)[None, :]
+    for depth_start in range(0, DEPTH, WARPS * DEPTH_TILE):
+        depth = depth_start + shares
+        q_high = load_shares(q_sums_ptr, q_rows, is_row, depth, PARTS, DEPTH, DTYPE)  # [WARPS, M, DEPTH_TILE]
+        k_high = load_shares(k_sums_ptr, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)  # [WARPS, N, DEPTH_TILE]
+        k_high = tl.permute(k_high, [0, 2, 1])
+        products = tl.dot(q_high, k_high, products, input_precision=PRECISION)
+        if PARTS == 2:
+            k_low = load_shares(k_sums_ptr + DEPTH, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)
+            q_low = load_shares(q_sums_ptr + DEPTH, q_rows, is_row, depth, PARTS, DEPTH, DTYPE)
+            products = tl.dot(q_high, tl.permute(k_low, [0, 2, 1]), products, input_precision=PRECISION)
+            products = tl.dot(q_low, k_high, products, input_precision=PRECISION)
+    return tl.sum(products, axis=0)
 
 
 @triton.jit
@@ -37,6 +78,7 @@ def score_select_kernel(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
+    WARPS: tl.constexpr,
     DEPTH_TILE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -44,17 +86,20 @@ def score_select_kernel(
     """One program scores and selects ROWS query blocks of one KV head. Grid: (row tiles, B * Hkv)."""
     batch_kv_head = tl.program_id(1).to(tl.int64)
     flat_rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kv_blocks = tl.arange(0, ROW_SIZE)
-    first_q_block = num_kv_blocks - num_q_blocks
-    scores = score_tile(
-        q_sums_ptr, k_sums_ptr, value_bonus_ptr, batch_kv_head, flat_rows, kv_blocks, num_kv_blocks,
-        heads_per_kv_head, num_q_blocks, num_kv_blocks, first_q_block, scale,
-        DEPTH, PARTS, DEPTH_TILE, DTYPE, PRECISION,
-    )  # fmt: skip
     rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
+    kv_blocks = tl.arange(0, ROW_SIZE)
+    is_row, is_block = rows < num_q_blocks, kv_blocks < num_kv_blocks
     list_rows = (batch_kv_head * heads_per_kv_head + members) * num_q_blocks + rows
+    k_sums_ptr += batch_kv_head * num_kv_blocks * (PARTS * DEPTH)
+    products = products_by_shares(
+        q_sums_ptr, k_sums_ptr, list_rows, is_row, kv_blocks, is_block,
+        DEPTH, PARTS, WARPS, DEPTH_TILE, DTYPE, PRECISION,
+    )  # fmt: skip
+    q_blocks = num_kv_blocks - num_q_blocks + rows
+    value_bonus_ptr += batch_kv_head * num_kv_blocks
+    scores = finish_scores(products, value_bonus_ptr, q_blocks, kv_blocks, is_block, scale)
     select_rows(
-        scores, first_q_block + rows, kv_blocks, rows < num_q_blocks, list_rows, rows,
+        scores, q_blocks, kv_blocks, is_row, list_rows, rows,
         budget_ptr, kv_indices_ptr, kv_num_blocks_ptr, sink_blocks, local_blocks, max_blocks, ON_TOP,
     )  # fmt: skip
 
@@ -89,6 +134,7 @@ def score_select(
         PARTS=parts,
         ROWS=ROWS,
         ROW_SIZE=row_size(num_kv_blocks),
+        WARPS=WARPS,
         DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),
         PRECISION=PRECISION,

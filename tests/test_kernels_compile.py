@@ -104,8 +104,9 @@ def cases():
             name = f"score_blocks {dtype} {num_rows}"
             yield name, (block_scores.score_blocks_kernel, input_type, product, *options, sums_type)
         short = dict(ON_TOP=True, DEPTH=2048, PARTS=parts, ROWS=score_select.ROWS, ROW_SIZE=32, PRECISION="tf32x3")
-        short |= dict(DEPTH_TILE=128 if parts == 2 else 64, DTYPE=operands)
-        yield f"score_select {dtype}", (score_select.score_select_kernel, input_type, short, 8, 2, sums_type)
+        short |= dict(WARPS=score_select.WARPS, DEPTH_TILE=score_select.DEPTH_TILE // (2 // parts), DTYPE=operands)
+        warps, stages = score_select.WARPS, score_select.STAGES
+        yield f"score_select {dtype}", (score_select.score_select_kernel, input_type, short, warps, stages, sums_type)
     standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=block_scores.NORM_TILE // 16)
     yield "standardize", (block_scores.standardize_kernel, "fp32", standard)
     for on_top in (False, True):
