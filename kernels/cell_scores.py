@@ -6,6 +6,7 @@ because the softmax comes before the sum over a block, one cell with a peak is e
     cell_features     x [B, H, N, D] -> one row per cell: its mean, or with a peak its two corners
     pair_cells        logits of cell pairs, reduced at once to a log-sum-exp per query cell and key block
     pool_shares       softmax over the key blocks, mean or root mean square over the query cells of a block, logarithm
+    pair_tokens       the same as pair_cells for single queries and keys: the last blocks' shares of attention itself
 
 With a peak, a cell is read through corners, `peak` of the way from its mean to the largest and to the smallest value of
 each dimension, and a pair's logit is one dot product, 2 D wide: the positive part of the query's upper corner with the
@@ -38,6 +39,8 @@ UNROLL = 16  # rows of each cell that are in flight at once
 STAGES = 3  # key tiles in flight, where one product reads whole features of COLUMN_TILE cells
 WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
+PROGRAMS = 512  # that pair_cells splits the keys of few query cells into, enough to fill a GPU
+POOL_TILE = 4096  # log-sum-exps of some query cells and all key blocks that one step of pool_shares reads
 BUFFER_BYTES = 512 * 2**20  # of the log-sum-exps of one chunk of query blocks
 
 
@@ -200,6 +203,7 @@ def pair_cells_kernel(
     chunk_cells,
     first_position,
     kv_len,
+    split_cells,
     scale,
     DEPTH: tl.constexpr,
     Q_CELL: tl.constexpr,
@@ -212,8 +216,9 @@ def pair_cells_kernel(
     DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program pairs ROWS query cells of one head with all key cells that they see. Grid: (B * Hq, row tiles).
+    """One program pairs ROWS query cells of one head with those of split_cells key cells that they see.
 
+    Grid: (B * Hq, row tiles, splits of the keys).
     Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
     The longest rows come first. lse_ptr: [B * Hq, chunk_cells, nk], base-2 log-sum-exp over the key cells of a block
     that the query cell sees; of later blocks it is not written. For 16-bit features it is fp16, which rounds less than
@@ -238,7 +243,9 @@ def pair_cells_kernel(
     BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
 
     q_tile = load_features(q_features_ptr, first_cell + rows, num_q_cells, depth, DEPTH, DTYPE)
-    for first_column in tl.range(0, tl.cdiv(end, K_CELL), COLUMNS, num_stages=STAGES):
+    first_split = tl.program_id(2) * split_cells
+    stop = tl.minimum(tl.cdiv(end, K_CELL), first_split + split_cells)
+    for first_column in tl.range(first_split, stop, COLUMNS, num_stages=STAGES):
         columns = first_column + tl.arange(0, COLUMNS)
         k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
         logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")
@@ -259,6 +266,66 @@ def pair_cells_kernel(
 
 
 @triton.jit
+def pair_tokens_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    num_q_heads,
+    heads_per_kv_head,
+    num_kv_blocks,
+    first_block,
+    q_start,
+    kv_len,
+    split_blocks,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One program pairs the queries of one block with the keys of those of split_blocks key blocks that they see.
+
+    Grid: (B * Hq, query blocks from first_block on, splits of the keys). lse_ptr: [B * Hq, query blocks * BLOCK, nk] as
+    in pair_cells_kernel.
+    """
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch, head = batch_head // num_q_heads, batch_head % num_q_heads
+    q_block = first_block + tl.program_id(1)
+    lse_ptr += (batch_head * tl.num_programs(1) + tl.program_id(1)) * BLOCK * num_kv_blocks
+    q_ptr += batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + head // heads_per_kv_head * stride_kh
+
+    in_block, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    positions = q_block * BLOCK + in_block
+    rows = positions - q_start
+    exists = ((rows >= 0) & (positions < kv_len))[:, None] & (dims < HEAD_DIM)[None, :]
+    q_pointers = q_ptr + rows.to(tl.int64)[:, None] * stride_qn + dims[None, :] * stride_qd
+    q_tile = tl.load(q_pointers, mask=exists, other=0.0).to(DTYPE)
+    first_split = tl.program_id(2) * split_blocks
+    for block in tl.range(first_split, tl.minimum(q_block + 1, first_split + split_blocks)):
+        keys = block * BLOCK + in_block
+        exists = (keys < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
+        k_pointers = k_ptr + keys.to(tl.int64)[:, None] * stride_kn + dims[None, :] * stride_kd
+        k_tile = tl.load(k_pointers, mask=exists, other=0.0).to(DTYPE)
+        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2_E)
+        if block == q_block:
+            logits = tl.where(keys[None, :] <= positions[:, None], logits, float("-inf"))
+        largest = tl.max(logits, axis=1)  # [BLOCK]; finite, because a block's first key is never in the future
+        lse = largest + tl.log2(tl.sum(tl.exp2(logits - largest[:, None]), axis=1))
+        if lse_ptr.dtype.element_ty == tl.float16:
+            lse = tl.clamp(lse, -LARGEST_HALF, LARGEST_HALF)
+        tl.store(lse_ptr + in_block * num_kv_blocks + block, lse)
+
+
+@triton.jit
 def pool_shares(
     lse_ptr,
     value_bonus_ptr,
@@ -276,12 +343,13 @@ def pool_shares(
     kv_len,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
+    CELL_TILE: tl.constexpr,
     RMS: tl.constexpr,
 ):
     """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
 
     lse_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
-    kv_len on) do not count. value_bonus_ptr may be None.
+    kv_len on) do not count. value_bonus_ptr may be None. CELL_TILE cells are read at once.
     """
     causal = blocks <= num_kv_blocks - num_q_blocks + row
     lse_ptr += (batch_head * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
@@ -291,16 +359,19 @@ def pool_shares(
         bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + blocks, mask=causal, other=0.0) * LOG2_E
     shares = tl.zeros([blocks.shape[0]], tl.float32)
     num_counted = 0
-    for cell in range(CELLS):
-        first_token = first_position + (row * CELLS + cell) * CELL
-        if (first_token + CELL > q_start) & (first_token < kv_len):
-            lse = tl.load(lse_ptr + cell * num_kv_blocks + blocks, mask=causal, other=float("-inf")).to(tl.float32)
-            if value_bonus_ptr is not None:
-                lse += bonus
-            weights = tl.exp2(lse - tl.max(lse, axis=0))
-            weights /= tl.sum(weights, axis=0)
-            shares += weights * weights if RMS else weights
-            num_counted += 1
+    for first_cell in range(0, CELLS, CELL_TILE):
+        cells = first_cell + tl.arange(0, CELL_TILE)
+        first_tokens = first_position + (row * CELLS + cells) * CELL
+        counted = (first_tokens + CELL > q_start) & (first_tokens < kv_len)  # [CELL_TILE]
+        offsets = cells[:, None] * num_kv_blocks + blocks[None, :]
+        lse = tl.load(lse_ptr + offsets, mask=causal[None, :], other=float("-inf")).to(tl.float32)
+        if value_bonus_ptr is not None:
+            lse += bonus[None, :]
+        weights = tl.exp2(lse - tl.max(lse, axis=1)[:, None])
+        weights /= tl.sum(weights, axis=1)[:, None]
+        weights = tl.where(counted[:, None], weights, 0.0)  # [CELL_TILE, N]
+        shares += tl.sum(weights * weights if RMS else weights, axis=0)
+        num_counted += tl.sum(counted.to(tl.int32), axis=0)
     if RMS:
         shares = tl.sqrt(shares)
         shares /= tl.sum(shares, axis=0)
@@ -325,6 +396,7 @@ def pool_shares_kernel(
     kv_len,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
+    CELL_TILE: tl.constexpr,
     RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
@@ -334,7 +406,7 @@ def pool_shares_kernel(
     scores = pool_shares(
         lse_ptr, value_bonus_ptr, batch_head, row, blocks,
         num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
-        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, RMS,
+        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
     )  # fmt: skip
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
@@ -473,11 +545,14 @@ def pair_cells(
     chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // row_bytes))
     chunk_cells = chunk_rows * cells.query_cells
     lse = q.new_empty(heads, chunk_cells, num_kv_blocks, dtype=lse_dtype)
+    num_columns = -(-k_features.shape[2] // columns)
     for first_row in range(0, num_q_blocks, chunk_rows):
         rows = min(chunk_rows, num_q_blocks - first_row)
+        row_tiles = -(-rows * cells.query_cells // ROW_TILE)
+        columns_per_program = -(-num_columns // -(-PROGRAMS // (heads * row_tiles)))
         launch(
             pair_cells_kernel,
-            (heads, -(-rows * cells.query_cells // ROW_TILE)),
+            (heads, row_tiles, -(-num_columns // columns_per_program)),
             (q_features, k_features, lse),
             (
                 num_q_heads,
@@ -489,6 +564,7 @@ def pair_cells(
                 chunk_cells,
                 cells.first_position,
                 cells.kv_len,
+                columns_per_program * columns,
                 float(scale * cells.stride),
             ),
             DEPTH=depth,
@@ -508,20 +584,75 @@ def pair_cells(
         yield rows, lse, (*numbers, first_row, chunk_cells, cells.first_position, cells.q_start, cells.kv_len)
 
 
+def pair_tokens(
+    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, count: int
+) -> tuple[int, torch.Tensor, tuple[int, ...]]:
+    """Log-sum-exps of single queries, those of the last `count` query blocks or of all, and single keys.
+
+    Returns:
+        What pair_cells yields, for cells of one token and these query blocks.
+    """
+    (batch, num_q_heads, _, head_dim), num_kv_heads = q.shape, k.shape[1]
+    heads, size, num_kv_blocks = batch * num_q_heads, cells.block_size, cells.num_kv_blocks
+    count = min(count, cells.num_q_blocks)
+    operand = operand_dtype(torch.float32 if triton.knobs.runtime.interpret else q.dtype)
+    lse_dtype = torch.float32 if operand == tl.float32 else torch.float16
+    lse = q.new_empty(heads, count * size, num_kv_blocks, dtype=lse_dtype)
+    blocks_per_program = -(-num_kv_blocks // -(-PROGRAMS // (heads * count)))
+    first_block = num_kv_blocks - count
+    numbers = num_q_heads, num_q_heads // num_kv_heads
+    launch(
+        pair_tokens_kernel,
+        (heads, count, -(-num_kv_blocks // blocks_per_program)),
+        (q, k, lse),
+        (
+            *q.stride(),
+            *k.stride(),
+            *numbers,
+            num_kv_blocks,
+            first_block,
+            cells.q_start,
+            cells.kv_len,
+            blocks_per_program,
+            float(scale),
+        ),
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(SMALLEST_DOT, triton.next_power_of_2(head_dim)),
+        BLOCK=size,
+        DTYPE=operand,
+        num_warps=WARPS if size == 128 else WARPS // 2,
+        num_stages=STAGES,
+    )
+    first_row = cells.num_q_blocks - count
+    numbers += cells.num_q_blocks, num_kv_blocks, first_row, count * size
+    return count, lse, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
+
+
 def row_constants(cells: Cells) -> dict[str, int]:
     """What is known when a kernel that pools shares is compiled, and its warps."""
     row_size = triton.next_power_of_2(cells.num_kv_blocks)
     return dict(
         CELL=cells.q_cell,
         CELLS=cells.query_cells,
+        CELL_TILE=cell_tile(cells.query_cells, row_size),
         RMS=cells.rms,
         ROW_SIZE=row_size,
-        num_warps=min(16, max(1, row_size // 256)),
+        num_warps=min(16, max(4, row_size // 512)),
     )
 
 
+def cell_tile(num_cells: int, row_size: int) -> int:
+    """How many of a query block's cells pool_shares reads at once."""
+    return min(num_cells, max(1, POOL_TILE // row_size))
+
+
 def cell_scores(
-    q: torch.Tensor, k: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    value_bonus: torch.Tensor | None,
+    cells: Cells,
+    scale: float,
+    exact_last_blocks: int = 0,
 ) -> torch.Tensor:
     """Log of each key block's estimated share of its query block's attention.
 
@@ -531,6 +662,7 @@ def cell_scores(
         value_bonus: fp32 [B, Hkv, nk], added to the logits of a key block's cells; None is zero.
         cells: Of these lengths.
         scale: Softmax scale, >= 0 if peak > 0.
+        exact_last_blocks: Query blocks at the end that are read token by token.
     Returns:
         fp32 [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
@@ -538,4 +670,11 @@ def cell_scores(
     scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
     for rows, lse, numbers in pair_cells(q, k, cells, scale):
         launch(pool_shares_kernel, (rows, heads), (lse, value_bonus, scores), numbers, **row_constants(cells))
+    if exact_last_blocks:  # written anew
+        rows, lse, numbers = pair_tokens(q, k, cells, scale, exact_last_blocks)
+        size = cells.block_size
+        constants = row_constants(cells) | dict(
+            CELL=1, CELLS=size, CELL_TILE=cell_tile(size, triton.next_power_of_2(cells.num_kv_blocks))
+        )
+        launch(pool_shares_kernel, (rows, heads), (lse, value_bonus, scores), numbers, **constants)
     return scores

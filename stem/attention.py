@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stem.budget import block_budget, device_budget, keeps_every_block, scores_matter
+from stem.budget import BlockRows, device_budget, keeps_every_block, scores_matter
 from stem.cells import kernel_cells
 from stem.config import StemConfig
 from stem.dense import fused_attention
@@ -19,7 +19,7 @@ from stem.gather import gather_attention
 from stem.reference import masked_attention
 from stem.scores import block_scores, cell_bonus, routing_scale
 from stem.selection import BlockSelection, select_blocks
-from stem.validation import check_config, check_finite, check_impl, check_qkv, check_scale
+from stem.validation import check_config, check_finite, check_impl, check_prompt_length, check_qkv, check_scale
 
 IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
@@ -39,6 +39,7 @@ def stem_attention(
     impl: str | None = None,
     return_selection: bool = False,
     return_lse: bool = False,
+    prompt_length: int | None = None,
 ) -> Tensor | tuple:
     """Causal attention over the key blocks that Stem selects (Algorithm 1); the drop-in for SDPA's causal prefill.
 
@@ -50,6 +51,9 @@ def stem_attention(
         impl: See block_sparse_attention. With None, a dense kernel of torch attends where the budget keeps every block
             of every row and it is the faster one; where a block may be dropped, it never does.
         return_selection, return_lse: Also return the BlockSelection / the log-sum-exp, in this order.
+        prompt_length: Tokens of the whole prompt where these are a chunk of it, >= Nkv, default Nkv. The budget and
+            the blocks at the end are those of the whole prompt; so chunks of whole blocks together give what it gives,
+            but for a value term that is z-scored over the values so far.
     Returns:
         [B, Hq, Nq, D] like q, or a tuple. Gradients flow through the attention, not through the selection.
     Raises:
@@ -59,18 +63,17 @@ def stem_attention(
     check_qkv(q, k, v)
     check_config(config)
     scale = check_scale(scale, q.shape[-1])
-    num_kv_blocks = -(-k.shape[2] // config.block_size)
-    num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // config.block_size
+    check_prompt_length(prompt_length, k.shape[2])
     if torch.compiler.is_compiling():
         from stem import ops  # imports torch's compiler
 
-        selection = ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)])
+        selection = ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)], prompt_length)
         attended = _attend(q, k, v, selection, scale, impl)
-    elif impl is None and keeps_every_block(num_kv_blocks, num_q_blocks, config):
-        attended, selection = _attend_everything(q, k, v, config, scale, return_selection, return_lse)
+    elif impl is None and keeps_every_block(rows := _rows(q, k, config, prompt_length), config):
+        attended, selection = _attend_everything(q, k, v, config, rows, scale, return_selection, return_lse)
     else:
         impl = _choose(impl, q, config.block_size)
-        selection = select(q, k, v, config, scale, _STAGE_IMPL[impl])
+        selection = select(q, k, v, config, scale, _STAGE_IMPL[impl], prompt_length)
         attended = _RUN[impl](q, k, v, selection, scale)
     out, lse = attended
     extras = [selection] * return_selection + [lse] * return_lse
@@ -120,7 +123,14 @@ def _attend(
 
 
 def _attend_everything(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, return_selection: bool, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    rows: BlockRows,
+    scale: float,
+    return_selection: bool,
+    return_lse: bool,
 ) -> tuple[tuple[Tensor, Tensor | None], BlockSelection | None]:
     """stem_attention where every block is kept: nothing is scored, and a dense kernel attends where it is faster."""
     check_finite(q=q, k=k, v=v)
@@ -131,8 +141,8 @@ def _attend_everything(
     attended = None if lists_are_faster else fused_attention(q, k, v, scale, return_lse)
     if attended is not None and not return_selection:
         return attended, None
-    if -(-kv_len // size) <= SHORT_BLOCKS:
-        selection = _forced_selection(q, kv_len, config)
+    if rows.stop <= SHORT_BLOCKS:
+        selection = _forced_selection(q, kv_len, config, rows)
     else:
         selection = BlockSelection.every_block(batch, heads, q_len, kv_len, size, q.device)
     if attended is None:
@@ -140,47 +150,58 @@ def _attend_everything(
     return attended, selection
 
 
-def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
+def select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    scale: float,
+    impl: str | None,
+    prompt_length: int | None = None,
+) -> BlockSelection:
     """Scores, budget and selection of stem_attention, by Triton some rows at a time; no host synchronisation.
 
     Args:
-        q, k, v, config, scale: As there, checked.
+        q, k, v, config, scale, prompt_length: As there, checked.
         impl: "torch", "triton" or None (Triton on CUDA).
     Returns:
         Lists that are read only: where no score matters, all calls for some lengths share them.
     """
     impl = check_impl(impl, ("torch", "triton"), q)
-    num_kv_blocks = -(-k.shape[2] // config.block_size)
-    num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // config.block_size
-    if num_kv_blocks <= SHORT_BLOCKS and not scores_matter(num_kv_blocks, num_q_blocks, config):
+    rows = _rows(q, k, config, prompt_length)
+    if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
         check_finite(q=q, k=k, v=v)
-        return _forced_selection(q, k.shape[2], config)
+        return _forced_selection(q, k.shape[2], config, rows)
     by_share = config.allocation == "adaptive"
     if impl == "triton" and config.reduction == "mean" and not by_share:
-        return _select_by_budget(q, k, v, config, scale)
+        return _select_by_budget(q, k, v, config, rows, scale)
+    config_here = rows.at_the_end(config)
     if impl == "triton" and config.reduction == "softmax" and by_share:
-        return _select_by_share(q, k, v, config, scale)
-    budget = block_budget(num_kv_blocks, config)
-    scores = block_scores(q, k, v, config, scale=scale, impl=impl)
-    return select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2], impl=impl)
+        return _select_by_share(q, k, v, config_here, scale)
+    scores = block_scores(q, k, v, config_here, scale=scale, impl=impl)
+    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    return select_blocks(scores, rows.budget(config), config_here, impl=impl, **lengths)
 
 
-def _forced_selection(q: Tensor, kv_len: int, config: StemConfig) -> BlockSelection:
+def _rows(q: Tensor, k: Tensor, config: StemConfig, prompt_length: int | None) -> BlockRows:
+    return BlockRows.of(q.shape[2], k.shape[2], config.block_size, prompt_length)
+
+
+def _forced_selection(q: Tensor, kv_len: int, config: StemConfig, rows: BlockRows) -> BlockSelection:
     """The selection where no score matters: the forced blocks, or all of them."""
     batch, heads, q_len, _ = q.shape
-    num_kv_blocks = -(-kv_len // config.block_size)
-    num_q_blocks = num_kv_blocks - (kv_len - q_len) // config.block_size
     # configs with k_start=1 and with k_start=1.0 are equal, and so would be keys of the cache
     in_blocks = isinstance(config.k_start, Integral)
-    lists = _forced_lists(batch, heads, num_q_blocks, num_kv_blocks, config, in_blocks, q.device)
-    return BlockSelection(*lists, config.block_size, num_kv_blocks, q_len, kv_len)
+    lists = _forced_lists(batch, heads, rows, config, in_blocks, q.device)
+    return BlockSelection(*lists, config.block_size, rows.stop, q_len, kv_len)
 
 
 @cache  # for good: a CUDA graph may have the addresses
 def _forced_lists(
-    batch: int, heads: int, nq: int, nk: int, config: StemConfig, k_start_in_blocks: bool, device: torch.device
+    batch: int, heads: int, rows: BlockRows, config: StemConfig, k_start_in_blocks: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    selection = select_blocks(torch.zeros(batch, heads, nq, nk), block_budget(nk, config), config, impl="torch")
+    scores = torch.zeros(batch, heads, rows.stop - rows.first, rows.stop)
+    selection = select_blocks(scores, rows.budget(config), rows.at_the_end(config), impl="torch")
     return selection.kv_indices.to(device), selection.kv_num_blocks.to(device)
 
 
@@ -191,11 +212,14 @@ def _select_by_share(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale:
     q, k, v = q.detach(), k.detach(), v.detach()
     cells = kernel_cells(q.shape[2], k.shape[2], config)
     always = config.sink_blocks, config.local_blocks, config.dense_first_blocks, config.dense_last_blocks
-    lists = pool_select(q, k, cell_bonus(v, config, "triton"), cells, scale, config.threshold, *always)
+    rules = config.threshold, *always, config.exact_last_blocks
+    lists = pool_select(q, k, cell_bonus(v, config, "triton"), cells, scale, *rules)
     return BlockSelection(*lists, config.block_size, cells.num_kv_blocks, cells.q_len, cells.kv_len)
 
 
-def _select_by_budget(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float) -> BlockSelection:
+def _select_by_budget(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, rows: BlockRows, scale: float
+) -> BlockSelection:
     from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
     from stem.kernels.block_select import empty_lists, select_topk
     from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
@@ -203,9 +227,8 @@ def _select_by_budget(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale
     check_finite(q=q, k=k, v=v)
     (batch, heads, q_len), kv_len, size = q.shape[:3], k.shape[2], config.block_size
     offset = kv_len - q_len
-    num_kv_blocks, first_q_block = -(-kv_len // size), offset // size
-    num_q_blocks = num_kv_blocks - first_q_block
-    budget, width = device_budget(num_kv_blocks, num_q_blocks, config, q.device)
+    first_q_block, num_kv_blocks, num_q_blocks = rows.first, rows.stop, rows.stop - rows.first
+    budget, width = device_budget(rows, config, q.device)
     lists = empty_lists(batch, heads, num_q_blocks, width, q.device)
     scale = routing_scale(q.shape[3], config, scale)
     forced = config.sink_blocks, config.local_blocks, config.forced == "on_top"

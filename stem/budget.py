@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache, lru_cache
 from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,25 +37,46 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
     return torch.tensor(budget, dtype=torch.int32, device="cpu")
 
 
-def keeps_every_block(num_kv_blocks: int, num_q_blocks: int, config: StemConfig) -> bool:
-    """Whether the last query blocks keep all their causal blocks whatever the scores are (density 1)."""
-    return _keeps_every_block(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral))
+class BlockRows(NamedTuple):
+    """The query blocks of a call: rows first .. stop - 1 of a prompt; the keys end with block stop - 1."""
+
+    first: int
+    stop: int
+    prompt: int
+    """Blocks of the whole prompt, >= stop; what comes after `stop` has not been given yet."""
+
+    @classmethod
+    def of(cls, q_len: int, kv_len: int, block_size: int, prompt_length: int | None = None) -> BlockRows:
+        """Those of the last q_len of kv_len positions of a prompt of prompt_length tokens (default kv_len)."""
+        prompt = kv_len if prompt_length is None else prompt_length
+        return cls((kv_len - q_len) // block_size, -(-kv_len // block_size), -(-prompt // block_size))
+
+    def budget(self, config: StemConfig) -> Tensor:
+        """Budget of the whole prompt for the rows up to `stop`: int32 [stop], as `select_blocks` takes it."""
+        return block_budget(self.prompt, config)[: self.stop]
+
+    def at_the_end(self, config: StemConfig) -> StemConfig:
+        """The config whose last blocks are those of the prompt: for a chunk before its end, fewer or none."""
+        return config if self.prompt == self.stop else _fewer_last_blocks(config, self.prompt - self.stop)
 
 
-def scores_matter(num_kv_blocks: int, num_q_blocks: int, config: StemConfig) -> bool:
+def keeps_every_block(rows: BlockRows, config: StemConfig) -> bool:
+    """Whether these query blocks keep all their causal blocks whatever the scores are (density 1)."""
+    return _keeps_every_block(rows, config, isinstance(config.k_start, Integral))
+
+
+def scores_matter(rows: BlockRows, config: StemConfig) -> bool:
     """Whether a score can decide about a block: not if the forced blocks use up what a row may keep, in every row."""
-    return _scores_matter(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral))
+    return _scores_matter(rows, config, isinstance(config.k_start, Integral))
 
 
-def device_budget(
-    num_kv_blocks: int, num_q_blocks: int, config: StemConfig, device: torch.device
-) -> tuple[Tensor, int]:
-    """The budget of the last query blocks, int32 [nq] on a device, and the length of the longest list it can give.
+def device_budget(rows: BlockRows, config: StemConfig, device: torch.device) -> tuple[Tensor, int]:
+    """The budget of these query blocks, int32 [nq] on a device, and the length of the longest list it can give.
 
     Cached, so that only the first call for a length copies to the device, which waits for it; and for good, because a
     CUDA graph may have its address.
     """
-    return _device_budget(num_kv_blocks, num_q_blocks, config, isinstance(config.k_start, Integral), device)
+    return _device_budget(rows, config, isinstance(config.k_start, Integral), device)
 
 
 def causal_pairs(num_kv_blocks: int) -> int:
@@ -73,30 +95,36 @@ def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def _keeps_every_block(n: int, nq: int, config: StemConfig, k_start_in_blocks: bool) -> bool:
-    if config.allocation == "adaptive":
-        return n <= config.dense_first_blocks
-    budget = _budget(n, config, k_start_in_blocks)[-nq:]
-    return all(kept > row for row, kept in enumerate(budget, n - nq))
+def _fewer_last_blocks(config: StemConfig, missing: int) -> StemConfig:
+    last = dict(dense_last_blocks=config.dense_last_blocks, exact_last_blocks=config.exact_last_blocks)
+    return config.replace(**{name: max(0, count - missing) for name, count in last.items()})
 
 
 @lru_cache(maxsize=256)
-def _scores_matter(n: int, nq: int, config: StemConfig, k_start_in_blocks: bool) -> bool:
+def _keeps_every_block(rows: BlockRows, config: StemConfig, k_start_in_blocks: bool) -> bool:
     if config.allocation == "adaptive":
-        return not _keeps_every_block(n, nq, config, k_start_in_blocks)
-    budget = _budget(n, config, k_start_in_blocks)[-nq:]
+        return rows.stop <= config.dense_first_blocks
+    budget = _budget(rows.prompt, config, k_start_in_blocks)[rows.first : rows.stop]
+    return all(kept > row for row, kept in enumerate(budget, rows.first))
+
+
+@lru_cache(maxsize=256)
+def _scores_matter(rows: BlockRows, config: StemConfig, k_start_in_blocks: bool) -> bool:
+    if config.allocation == "adaptive":
+        return not _keeps_every_block(rows, config, k_start_in_blocks)
+    budget = _budget(rows.prompt, config, k_start_in_blocks)[rows.first : rows.stop]
     forced = config.sink_blocks + max(config.local_blocks, 1)
     free = 0 if config.forced == "on_top" else forced  # budget that goes to forced blocks
-    return any(forced <= row and free < kept <= row for row, kept in enumerate(budget, n - nq))
+    return any(forced <= row and free < kept <= row for row, kept in enumerate(budget, rows.first))
 
 
 @cache
 def _device_budget(
-    n: int, nq: int, config: StemConfig, k_start_in_blocks: bool, device: torch.device
+    rows: BlockRows, config: StemConfig, k_start_in_blocks: bool, device: torch.device
 ) -> tuple[Tensor, int]:
-    budget = _budget(n, config, k_start_in_blocks)[-nq:]
+    budget = _budget(rows.prompt, config, k_start_in_blocks)[rows.first : rows.stop]
     forced = config.sink_blocks + max(config.local_blocks, 1) if config.forced == "on_top" else 0
-    return torch.tensor(budget, dtype=torch.int32, device=device), min(n, max(budget) + forced)
+    return torch.tensor(budget, dtype=torch.int32, device=device), min(rows.stop, max(budget) + forced)
 
 
 @lru_cache(maxsize=256)

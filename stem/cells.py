@@ -21,13 +21,14 @@ def cell_scores(
     product of corners: each cell is read `score_peak` of the way from its mean to the largest and to the smallest value
     of each dimension, and a positive coordinate of the query meets the key's upper corner, a negative one the lower
     (all the way, with one query a cell: the bound of Quest, arXiv 2406.10774). Softmax over all key cells that a query
-    cell sees; sum over a key block's cells; mean or root mean square over a query block's cells, made to sum to 1.
+    cell sees; sum over a key block's cells; mean or root mean square over a query block's cells, made to sum to 1. The
+    last blocks of queries may be read in cells of one token, which gives the shares of attention itself.
 
     Args:
         q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), the last Nq positions.
         k: [B, Hkv, Nkv, D].
         bonus: [B, Hkv, nk], added to the logits of a key block's cells; None is zero.
-        config: block_size, score_cells, score_query_cells, score_stride, score_peak and score_pooling are used.
+        config: block_size, exact_last_blocks and the fields that begin with score_ are used.
         scale: Softmax scale, >= 0 if score_peak > 0.
         impl: "torch" or "triton".
     Returns:
@@ -36,9 +37,10 @@ def cell_scores(
     if scale < 0:  # the larger of two products is the smaller one of their negatives
         q, scale = -q, -scale
     if impl == "triton":
-        from stem.kernels import cell_scores
+        from stem.kernels.cell_scores import cell_scores as score_cells
 
-        return cell_scores.cell_scores(q, k, bonus, kernel_cells(q.shape[2], k.shape[2], config), scale)
+        cells = kernel_cells(q.shape[2], k.shape[2], config)
+        return score_cells(q, k, bonus, cells, scale, config.exact_last_blocks)
     size, stride, peak = config.block_size, config.score_stride, config.score_peak
     key_cells, query_cells = config.score_cells, config.score_query_cells or config.score_cells
     kv_len, q_cell, k_cell = k.shape[2], size // query_cells, size // key_cells
@@ -51,8 +53,9 @@ def cell_scores(
     begins = torch.arange(first * query_cells, nk * query_cells, device=q.device) * q_cell
     ends = (begins + q_cell).clamp_max(kv_len)  # of the query cells
     counts = (ends > q_start) & (ends > begins)  # cells that hold a query
-    if bonus is not None:
-        bonus = bonus.repeat_interleave(key_cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, key cells]
+    of_cells = (
+        None if bonus is None else bonus.repeat_interleave(key_cells, -1)[:, :, None, None]
+    )  # [B, Hkv, 1, 1, cells]
 
     scores = q_rows.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
     step = max(1, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * query_cells * key_cells * nk))
@@ -60,7 +63,7 @@ def cell_scores(
         rows, last = slice(row * query_cells, (row + step) * query_cells), min(row + step, nk - first) + first
         seen = slice(0, last * key_cells)
         logits = q_rows[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_rows[:, :, None, seen].mT
-        logits = logits if bonus is None else logits + bonus[..., seen]
+        logits = logits if of_cells is None else logits + of_cells[..., seen]
         logits = logits.flatten(1, 2).masked_fill_(starts[seen] >= ends[rows, None], -torch.inf)
         shares = logits.softmax(-1).unflatten(-1, (-1, key_cells)).sum(-1)  # [B, Hq, query cells, blocks]
         counted = counts[rows].unflatten(0, (-1, query_cells)).to(shares.dtype)
@@ -72,7 +75,15 @@ def cell_scores(
             shares = shares.sum(3) / counted.sum(1)[:, None]
         scores[:, :, row : row + step, :last] = shares.log()
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
-    return scores.masked_fill_(future, -torch.inf)
+    scores.masked_fill_(future, -torch.inf)
+    if config.exact_last_blocks:
+        block = max(first, nk - config.exact_last_blocks)  # where they begin
+        one_token = config.replace(
+            exact_last_blocks=0, score_cells=size, score_query_cells=None, score_stride=1, score_peak=0.0
+        )
+        last_q = q[:, :, max(0, block * size - q_start) :]
+        scores[:, :, block - first :] = cell_scores(last_q, k, bonus, one_token, scale)
+    return scores
 
 
 @lru_cache(maxsize=256)

@@ -53,8 +53,8 @@ REPETITIONS = 3  # of it
 WARM_UPS = {"cuda": 2, "cpu": 1}  # before it is timed: layers compile for a shape, then for all shapes
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
-# The preset, and the same with the last block of queries, in which the question stands, dense.
-ADAPTIVE = {"stem adaptive": {}, "stem adaptive, dense end": dict(dense_last_blocks=1)}
+# The preset, and the same with the last block of queries, in which the question stands, read as all others are.
+ADAPTIVE = {"stem adaptive": {}, "stem adaptive, cells alone": dict(exact_last_blocks=0)}
 SAME = ("method", "block_size", "asked", "measure", "task", "length", "start", "model")  # name what a row measured
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
@@ -141,8 +141,8 @@ def methods(
 
     Args:
         names: Of `stem.patterns`, and beside these "stem adaptive" (the preset: its score keeps peaks, one threshold
-            holds for all rows, heads and layers), "stem adaptive, dense end" (which also keeps all of the last query
-            block) and "stem softmax" (that score with equal rows).
+            holds for all rows, heads and layers, the last one scored exactly), "stem adaptive, cells alone" (which
+            scores it as the others) and "stem softmax" (that score with equal rows).
         densities, block_sizes: What to ask for; forced blocks are few (one sink, two local), so that low densities
             leave something to choose.
         calibrate: (density, config) -> StemConfig for both that adapt, or None where the forced blocks alone cost

@@ -49,6 +49,7 @@ PRESETS = {
         value_weight=0.0,
         sink_blocks=1,
         local_blocks=2,
+        exact_last_blocks=1,
     ),
 }
 
@@ -126,6 +127,10 @@ class StemConfig:
     """With reduction="softmax": a query block's share from its cells' shares, their mean or their root mean square
     ("rms"), in which a block that one cell looks for counts for more. Our choice."""
 
+    exact_last_blocks: int = 0
+    """With reduction="softmax": query blocks at the end of the prompt, where a question stands, whose shares are those
+    of attention itself, from cells of one token [blocks]. Our choice."""
+
     allocation: Allocation = "position_decay"
     """Shape of the budget over rows: Eq. 3, constant ("uniform"), or a threshold on each block's share ("adaptive")."""
 
@@ -140,7 +145,8 @@ class StemConfig:
             raise ValueError(
                 f"score_stride must divide block_size={self.block_size}, got score_stride={self.score_stride}"
             )
-        for name in ("min_blocks", "dense_first_blocks", "dense_last_blocks", "sink_blocks", "local_blocks"):
+        counts = ("min_blocks", "dense_first_blocks", "dense_last_blocks", "sink_blocks", "local_blocks")
+        for name in (*counts, "exact_last_blocks"):
             _integer(name, getattr(self, name), 0)
         self._check_budget()
         _number("decay", self.decay, 0.0, 1.0, open_below=True)
@@ -162,6 +168,12 @@ class StemConfig:
             raise ValueError(
                 "score_peak > 0 needs reduction='softmax' and score_stride=1, got "
                 f"score_peak={self.score_peak!r}, reduction={self.reduction!r}, score_stride={self.score_stride}"
+            )
+
+        if self.exact_last_blocks and self.reduction != "softmax":
+            raise ValueError(
+                "exact_last_blocks > 0 needs reduction='softmax', got "
+                f"exact_last_blocks={self.exact_last_blocks}, reduction={self.reduction!r}"
             )
 
         # stem.ops hands the config to operators as text, made here because torch.compile can read it but not make it

@@ -30,6 +30,7 @@ from stem.attention import IMPLS, block_sparse_attention, stem_attention
 from stem.config import StemConfig
 from stem.padding import rows_by_span, stem_mask, token_mask
 from stem.selection import BlockSelection
+from stem.validation import check_prompt_length
 
 NAME = "stem"  # the attention implementation under which both functions below are registered
 
@@ -60,6 +61,7 @@ class _Layer:
     index: int
     config: StemConfig | Selector | None
     impl: str | None
+    prompt_length: int | None  # tokens of the whole prompt, of which a call may give a chunk
     own: str | None  # why the layer keeps its own attention whatever its config: "sliding_attention", ...
     previous: str  # attention implementation that `disable` restores
     kept: Tensor | int = 0  # int64 [Hq], kept block pairs of each head since `enable`
@@ -117,6 +119,8 @@ def enable(
     model: nn.Module,
     config: StemConfig | Selector | Mapping[int, StemConfig | Selector | None] | Sequence | None = None,
     impl: str | None = None,
+    *,
+    prompt_length: int | None = None,
 ) -> None:
     """Make a model's prefill sparse; a second call replaces the config and starts the density counts anew.
 
@@ -127,19 +131,28 @@ def enable(
             Selector (q, k, v) -> BlockSelection chooses the blocks, for example
             functools.partial(stem.patterns.select, "xattention"); its q is scaled so that the softmax scale is D**-0.5.
         impl: See stem.block_sparse_attention.
+        prompt_length: Tokens of the whole prompt, left padding included, where it is given in chunks (generate's
+            `prefill_chunk_size`, a cached prefix): see stem.stem_attention. What comes after them counts as its end,
+            and so does the last token before padding on the right. Default: each call ends its prompt.
     Raises:
         TypeError: If model is no torch module or a config is no StemConfig.
-        ValueError: If the model has no attention that can be replaced, or config does not fit its layers.
+        ValueError: If the model has no attention that can be replaced, config does not fit its layers, or a Selector
+            is given a prompt_length.
     """
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     modules = _attention_modules(model)
     configs = _config_by_layer(StemConfig() if config is None else config, modules)
+    check_prompt_length(prompt_length, 1)
+    if prompt_length is not None and any(callable(entry) for entry in configs.values()):
+        raise ValueError(
+            f"prompt_length={prompt_length} is for a StemConfig; a Selector does not know the prompt's end"
+        )
     disable(model)
     for index, module in modules.items():
         implementation = module.config._attn_implementation
         previous = "sdpa" if implementation == NAME else implementation  # a config shared with an enabled model
-        module.stem_layer = _Layer(index, configs[index], impl, _own_attention(module), previous)
+        module.stem_layer = _Layer(index, configs[index], impl, prompt_length, _own_attention(module), previous)
     for module in modules.values():
         module.config._attn_implementation = NAME
 
@@ -152,10 +165,12 @@ def disable(model: nn.Module) -> None:
 
 
 @contextmanager
-def stem_prefill(model: nn.Module, config=None, impl: str | None = None) -> Iterator[Report]:
+def stem_prefill(
+    model: nn.Module, config=None, impl: str | None = None, *, prompt_length: int | None = None
+) -> Iterator[Report]:
     """`enable` for the length of a with block; yields the Report, which remains readable afterwards."""
     before = {module: module.stem_layer for module in _enabled_modules(model)}
-    enable(model, config, impl)
+    enable(model, config, impl, prompt_length=prompt_length)
     try:
         yield density(model)
     finally:
@@ -230,8 +245,11 @@ def _sparse_prefill(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
             continue
         queries = slice(first - offset, last - offset)
         index = slice(None) if len(rows) == q.shape[0] else rows
+        ended = layer.prompt_length is None or last < offset + q.shape[2]  # by padding on the right
+        length = None if ended else max(layer.prompt_length, last) - start
+        tensors = q[index, :, queries], k[index, :, start:last], v[index, :, start:last]
         with torch.cuda.device_of(q):  # layers of one model can be on several GPUs
-            attended = _attend(layer, q[index, :, queries], k[index, :, start:last], v[index, :, start:last], scale)
+            attended = _attend(layer, *tensors, scale, length)
         if attended.shape == q.shape:
             out = attended
             break
@@ -254,11 +272,12 @@ def _(q, k, v, mask, scale, handle):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-def _attend(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _attend(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, prompt_length: int | None) -> Tensor:
     if q.shape[2] == 1:  # the only token of its row here: decode, were it not for the others
         return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if isinstance(layer.config, StemConfig):
-        out, selection = stem_attention(q, k, v, layer.config, scale=scale, impl=layer.impl, return_selection=True)
+        options = dict(scale=scale, impl=layer.impl, prompt_length=prompt_length)
+        out, selection = stem_attention(q, k, v, layer.config, return_selection=True, **options)
     else:
         selection = layer.config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
         out = block_sparse_attention(q, k, v, selection, scale=scale, impl=layer.impl)

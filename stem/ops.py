@@ -21,9 +21,11 @@ from stem.gather import gather_attention, gather_gradients
 from stem.selection import BlockSelection
 
 
-def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None) -> BlockSelection:
+def select(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None, prompt_length: int | None
+) -> BlockSelection:
     """Scores, budget and selection as one operator; the lists have room for every key block, their length is data."""
-    lists = select_op(q, k, v, config.as_json, scale, impl or "")
+    lists = select_op(q, k, v, config.as_json, scale, impl or "", prompt_length)
     return BlockSelection(*lists, config.block_size, lists[0].shape[3], q.shape[2], k.shape[2])
 
 
@@ -36,16 +38,18 @@ def attend(
 
 
 @custom_op("stem::select_blocks", mutates_args=())
-def select_op(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, impl: str) -> tuple[Tensor, Tensor]:
+def select_op(
+    q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, impl: str, prompt_length: int | None
+) -> tuple[Tensor, Tensor]:
     from stem.attention import select
 
-    selection = select(q, k, v, _from_json(config), scale, impl or None)
+    selection = select(q, k, v, _from_json(config), scale, impl or None, prompt_length)
     kv_num_blocks, kv_indices = selection._padded_lists()
     return kv_indices.clone(), kv_num_blocks.clone()  # a compiled graph may write into what an operator returns
 
 
 @select_op.register_fake
-def _(q, k, v, config, scale, impl):
+def _(q, k, v, config, scale, impl, prompt_length):
     size = _from_json(config).block_size
     num_kv_blocks = (k.shape[2] + size - 1) // size
     num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // size

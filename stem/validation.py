@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -76,6 +76,16 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale!r}")
     return float(scale)
+
+
+def check_prompt_length(prompt_length: int | None, kv_len: int) -> None:
+    """Raise unless prompt_length is None or an int that the keys so far do not exceed."""
+    if prompt_length is None:
+        return
+    if not isinstance(prompt_length, Integral) or isinstance(prompt_length, bool):
+        raise TypeError(f"prompt_length must be an int or None, got {prompt_length!r}")
+    if prompt_length < kv_len:
+        raise ValueError(f"prompt_length must be at least k's {kv_len} tokens, got {prompt_length}")
 
 
 def check_impl(impl: str | None, accepted: tuple[str, ...], x: Tensor) -> str:

@@ -222,6 +222,58 @@ def test_chunks_of_whole_blocks_equal_the_whole_prompt(reduction, impl):
     torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
+OF_THE_WHOLE = {  # configs whose budget or last blocks depend on the length of the prompt
+    "density": StemConfig(block_size=16, density=0.4, sink_blocks=1, local_blocks=1),
+    "paper": StemConfig.preset("paper", block_size=16, min_blocks=5),
+    "on-top": StemConfig.preset(
+        "angelslim", block_size=16, density=0.3, sink_blocks=1, local_blocks=1, value_norm="log"
+    ),
+    "uniform-softmax": StemConfig.preset("adaptive", block_size=16, density=0.3, sink_blocks=1, local_blocks=1),
+    "adaptive": StemConfig.preset("adaptive", block_size=16, threshold=0.1, exact_last_blocks=2),
+    "dense-end": StemConfig.preset("adaptive", block_size=16, threshold=0.2, dense_last_blocks=3),
+}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", OF_THE_WHOLE)
+def test_chunks_that_know_the_length_of_the_prompt_equal_it(name, impl):
+    q, k, v = draw(1, 2, 1, 170, 170, 16)
+    q, config = 3 * q, OF_THE_WHOLE[name]
+    whole, selection = stem_attention(q, k, v, config, impl=impl, return_selection=True)
+    assert selection.density() < 0.9
+    for known in (True, False):
+        start, parts, masks = 0, [], []
+        for end in (48, 64, 144, 160, 170):
+            chunk, length = (q[:, :, start:end], k[:, :, :end], v[:, :, :end]), 170 if known else None
+            out, kept = stem_attention(*chunk, config, impl=impl, return_selection=True, prompt_length=length)
+            masks.append(torch.nn.functional.pad(kept.to_mask(), (0, 11 - kept.num_kv_blocks)))
+            parts.append(out)
+            start = end
+        assert torch.equal(torch.cat(masks, 2), selection.to_mask()) == known
+        if known:
+            torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
+def test_a_short_chunk_of_a_long_prompt_is_not_dense():
+    """The budget is that of a prompt of 12 blocks, which is not enough for its first 3."""
+    q, k, v = draw(1, 1, 1, 48, 48, 16)
+    config = StemConfig(block_size=16, density=0.2, sink_blocks=0, local_blocks=1)
+    for impl in (None, "reference"):
+        out, of_three = stem_attention(q, k, v, config.replace(density=1.0), impl=impl, return_selection=True)
+        out, of_twelve = stem_attention(q, k, v, config, impl=impl, return_selection=True, prompt_length=192)
+        assert of_twelve.kv_num_blocks[0, 0].tolist() == stem.block_budget(12, config)[:3].tolist()
+        assert of_three.density() == 1 > of_twelve.density()
+
+
+@pytest.mark.parametrize(
+    "length, error, message",
+    [(47, ValueError, "prompt_length.*at least k's 48.*47"), (64.0, TypeError, "prompt_length.*int or None.*64.0")],
+)
+def test_prompt_lengths_that_cannot_be(length, error, message):
+    with pytest.raises(error, match=message):
+        stem_attention(*draw(1, 1, 1, 48, 48, 16), StemConfig(block_size=16), prompt_length=length)
+
+
 @every_impl
 def test_batch_entries_are_independent(impl):
     q, k, v = draw(3, 2, 1, 80, 80, 16)

@@ -233,6 +233,48 @@ def test_chunks_equal_the_whole_prompt(family, cache, padding):
     assert chunked.isfinite().all()
 
 
+@pytest.mark.parametrize("padding", [0, 32])
+def test_chunks_that_know_the_length_of_the_prompt(padding):
+    """The budget of SPARSE, and the last blocks of the preset, are those of the whole prompt."""
+    model, ids = build(), tokens(150, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    real = mask.bool()
+    for config in (SPARSE, stem.StemConfig.preset("adaptive", block_size=16, threshold=0.1)):
+        hf.enable(model, config)
+        whole = logits(model, ids, attention_mask=mask)
+        found = []
+        for length in (150, None):
+            hf.enable(model, config, prompt_length=length)
+            past, parts = DynamicCache(config=model.config), []
+            for start in range(0, 150, 32):
+                stop = min(start + 32, 150)
+                options = dict(attention_mask=mask[:, :stop], past_key_values=past)
+                parts.append(logits(model, ids[:, start:stop], **options))
+            found.append(torch.cat(parts, 1))
+        known, unknown = found
+        torch.testing.assert_close(known[real], whole[real], atol=2e-5, rtol=1e-4)
+        assert not torch.allclose(unknown[real], whole[real], atol=1e-3)
+
+
+def test_what_comes_after_a_prompt_is_its_end():
+    """A second turn, longer than the prompt that was announced."""
+    model, ids = build(), tokens(100)
+    hf.enable(model, FIXED, prompt_length=64)
+    past = DynamicCache(config=model.config)
+    parts = [logits(model, part, past_key_values=past) for part in ids.split((64, 36), 1)]
+    hf.enable(model, FIXED)
+    torch.testing.assert_close(torch.cat(parts, 1), logits(model, ids), atol=2e-5, rtol=1e-4)
+
+
+def test_a_selector_cannot_know_the_length_of_the_prompt():
+    selector = partial(stem.patterns.select, "xattention", config=SPARSE)
+    with pytest.raises(ValueError, match="prompt_length=100.*Selector"):
+        hf.enable(build(), selector, prompt_length=100)
+    with pytest.raises(TypeError, match="prompt_length.*'100'"):
+        hf.enable(build(), SPARSE, prompt_length="100")
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_prefill_chunk_size_of_generate(cache):
     model, ids = build(), tokens(100)

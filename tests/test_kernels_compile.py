@@ -34,7 +34,7 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
             return "constexpr"
         if name.endswith("_ptr"):
             pointed = sums_type if name.endswith("sums_ptr") else POINTERS.get(name, "fp32")
-            pointed = lse_type if name == "lse_ptr" else pointed
+            pointed = lse_type if name.endswith("lse_ptr") else pointed
             return "*" + (input_type if pointed == "x" else pointed)
         if name.endswith("_source"):
             tile = f"{constants['BLOCK_N']}, {constants['HEAD_DIM']}"
@@ -129,7 +129,7 @@ def cell_cases():
         yield f"cell_features {peak}", (cell_scores.cell_features_kernel, "bf16", features)
     for name, depth, depth_tile, operand, columns, stages in (
         ("corners", 256, 256, "bf16", 64, 3),
-        ("tokens", 256, 256, "bf16", 128, 2),
+        ("one-token cells", 256, 256, "bf16", 128, 2),
         ("strided", 512, 128, "bf16", 64, 1),
         ("fp32", 256, 64, "fp32", 64, 1),
     ):
@@ -140,10 +140,17 @@ def cell_cases():
         wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=stages)
         options = cell_scores.WARPS, 2, "fp32", "fp16" if operand == "bf16" else "fp32"
         yield f"pair_cells {name}", (cell_scores.pair_cells_kernel, operand, tiles | wide, *options)
+    for size in (16, 64, 128):
+        tokens = dict(HEAD_DIM=128, BLOCK_D=128, BLOCK=size, DTYPE=tl.bfloat16, stride_qd=1, stride_kd=1)
+        options = 8 if size == 128 else 4, cell_scores.STAGES, "fp32", "fp16"
+        yield f"pair_tokens {size}", (cell_scores.pair_tokens_kernel, "bf16", tokens, *options)
     for rms, lse_type in ((False, "fp32"), (True, "fp16")):
-        row = dict(CELL=16, CELLS=8, RMS=rms, ROW_SIZE=8192)
+        row = dict(CELL=16, CELLS=8, CELL_TILE=1, RMS=rms, ROW_SIZE=8192)
         yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, "fp32", lse_type)
+        row |= dict(TOKEN_TILE=1)
         yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row, 16, 3, "fp32", lse_type)
+    short = dict(CELL=16, CELLS=8, CELL_TILE=8, TOKEN_TILE=64, RMS=True, ROW_SIZE=64)
+    yield "pool_select short", (share_select.pool_select_kernel, "fp32", short, 4, 3, "fp32", "fp16")
     row = dict(ROW_SIZE=8192)
     yield "select_above", (share_select.select_above_kernel, "fp32", row, 8192 // share_select.KEYS_PER_WARP)
 
@@ -155,7 +162,7 @@ def test_kernels_compile_for_sm90(tmp_path):
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     shared = json.loads(process.stdout)
-    assert len(shared) == 43
+    assert len(shared) == 47
     too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
     assert not too_large
 

@@ -49,7 +49,8 @@ def test_operators_pass_the_checks_of_torch(impl):
         torch.library.opcheck(
             ops.attention_backward_op, (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl), test_utils=CHECKS
         )
-        torch.library.opcheck(ops.select_op, (q, k, v, CONFIG.as_json, 0.25, impl))
+        for prompt_length in (None, 500):
+            torch.library.opcheck(ops.select_op, (q, k, v, CONFIG.as_json, 0.25, impl, prompt_length))
 
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -124,6 +124,31 @@ def test_softmax_over_cells(shape, cells, stride, peak, pooling):
     torch.testing.assert_close(kernel.double(), oracle, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("pooling", ["mean", "rms"])
+@pytest.mark.parametrize("q_len, kv_len, blocks", [(75, 75, 1), (70, 75, 2), (3, 75, 2), (75, 75, 99)])
+def test_the_last_blocks_score_what_attention_gives_them(q_len, kv_len, blocks, pooling, impl):
+    q, k, v = draw(2, 4, 2, q_len, kv_len, 16, torch.float32)
+    config = StemConfig.preset("adaptive", block_size=16, score_pooling=pooling, exact_last_blocks=blocks)
+    scores = block_scores(4 * q, k, v, config, impl=impl)
+    cells_alone = block_scores(4 * q, k, v, config.replace(exact_last_blocks=0), impl=impl)
+    positions = torch.arange(kv_len, device=q.device)
+    logits = (4 * q).double() @ k.double().repeat_interleave(2, 1).mT / 4
+    logits = logits.masked_fill(positions > positions[-q_len:, None], -torch.inf)
+    in_block = torch.nn.functional.one_hot(positions // 16).double()
+    mass = logits.softmax(-1) @ in_block  # [2, 4, q_len, 5]
+    exact = range(max(5 - blocks, (kv_len - q_len) // 16), 5)
+    for row in exact:
+        of_row = mass[:, :, positions[-q_len:] // 16 == row]
+        shares = of_row.mean(2) if pooling == "mean" else of_row.square().mean(2).sqrt()
+        expected = (shares / shares.sum(-1, keepdim=True)).log()[..., : row + 1]
+        found = scores[:, :, row - 5].double()
+        torch.testing.assert_close(found[..., : row + 1], expected, rtol=1e-4, atol=1e-4)
+        assert (found[..., row + 1 :] == -torch.inf).all()
+        assert not torch.allclose(cells_alone[:, :, row - 5, : row + 1].double(), expected, rtol=1e-3) or row == 0
+    torch.testing.assert_close(scores[:, :, : -len(exact)], cells_alone[:, :, : -len(exact)], rtol=1e-5, atol=1e-5)
+
+
 def test_corners_of_single_queries_bound_every_key_of_a_cell():
     """Quest's bound: with one query a cell and corners all the way, no logit of a cell's keys exceeds the cell's."""
     q, k, _ = draw(1, 2, 1, 64, 64, 16)
