@@ -40,7 +40,7 @@ STAGES = 3  # key tiles in flight, where one product reads whole features of COL
 WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
 PROGRAMS = 512  # that pair_cells splits the keys of few query cells into, enough to fill a GPU
-POOL_TILE = 4096  # log-sum-exps of some query cells and all key blocks that one step of pool_shares reads
+TOKEN_TILE = 8192  # log-sum-exps of some queries and all key blocks that one step of pool_shares reads
 BUFFER_BYTES = 512 * 2**20  # of the log-sum-exps of one chunk of query blocks
 
 
@@ -628,22 +628,19 @@ def pair_tokens(
     return count, lse, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
 
 
-def row_constants(cells: Cells) -> dict[str, int]:
-    """What is known when a kernel that pools shares is compiled, and its warps."""
+def cell_constants(cells: Cells) -> dict[str, int]:
+    """What is known when a kernel that pools the shares of cells is compiled, and its warps."""
     row_size = triton.next_power_of_2(cells.num_kv_blocks)
-    return dict(
-        CELL=cells.q_cell,
-        CELLS=cells.query_cells,
-        CELL_TILE=cell_tile(cells.query_cells, row_size),
-        RMS=cells.rms,
-        ROW_SIZE=row_size,
-        num_warps=min(16, max(4, row_size // 512)),
-    )
+    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, ROW_SIZE=row_size)
+    return constants | dict(num_warps=min(16, max(1, row_size // 256)))
 
 
-def cell_tile(num_cells: int, row_size: int) -> int:
-    """How many of a query block's cells pool_shares reads at once."""
-    return min(num_cells, max(1, POOL_TILE // row_size))
+def token_constants(cells: Cells) -> dict[str, int]:
+    """The same for single queries, which are many for the few programs that there are: they are read some at a time."""
+    constants = cell_constants(cells)
+    at_once = min(cells.block_size, max(1, TOKEN_TILE // constants["ROW_SIZE"]))
+    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once)
+    return constants | dict(num_warps=min(16, max(8, constants["ROW_SIZE"] // 256)))
 
 
 def cell_scores(
@@ -668,13 +665,12 @@ def cell_scores(
     """
     heads = q.shape[0] * q.shape[1]
     scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
-    for rows, lse, numbers in pair_cells(q, k, cells, scale):
-        launch(pool_shares_kernel, (rows, heads), (lse, value_bonus, scores), numbers, **row_constants(cells))
-    if exact_last_blocks:  # written anew
-        rows, lse, numbers = pair_tokens(q, k, cells, scale, exact_last_blocks)
-        size = cells.block_size
-        constants = row_constants(cells) | dict(
-            CELL=1, CELLS=size, CELL_TILE=cell_tile(size, triton.next_power_of_2(cells.num_kv_blocks))
-        )
+
+    def pool(rows: int, lse: torch.Tensor, numbers: tuple[int, ...], constants: dict[str, int]) -> None:
         launch(pool_shares_kernel, (rows, heads), (lse, value_bonus, scores), numbers, **constants)
+
+    for chunk in pair_cells(q, k, cells, scale):
+        pool(*chunk, cell_constants(cells))
+    if exact_last_blocks:  # writes these rows anew
+        pool(*pair_tokens(q, k, cells, scale, exact_last_blocks), token_constants(cells))
     return scores

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .block_select import empty_lists, is_forced
-from .cell_scores import Cells, cell_tile, pair_cells, pair_tokens, pool_shares, row_constants
+from .cell_scores import Cells, cell_constants, pair_cells, pair_tokens, pool_shares, token_constants
 from .launch import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -81,11 +81,9 @@ def select_above_kernel(
 @triton.jit
 def pool_select_kernel(
     lse_ptr,
-    token_lse_ptr,
     value_bonus_ptr,
     kv_indices_ptr,
     kv_num_blocks_ptr,
-    num_exact_rows,
     num_q_heads,
     heads_per_kv_head,
     num_q_blocks,
@@ -103,31 +101,17 @@ def pool_select_kernel(
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
-    TOKEN_TILE: tl.constexpr,
     RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
-    """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq).
-
-    token_lse_ptr: of the single queries of the last num_exact_rows query blocks, which are pooled in place of their
-    cells. The longest rows come first.
-    """
-    row, batch_head = first_row + tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq)."""
+    row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_blocks = tl.arange(0, ROW_SIZE)
-    first_exact_row = num_q_blocks - num_exact_rows
-    if row < first_exact_row:
-        scores = pool_shares(
-            lse_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
-            num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
-            first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
-        )  # fmt: skip
-    else:
-        scores = pool_shares(
-            token_lse_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
-            num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
-            first_exact_row, num_exact_rows * CELL * CELLS, first_position, q_start, kv_len,
-            1, CELL * CELLS, TOKEN_TILE, RMS,
-        )  # fmt: skip
+    scores = pool_shares(
+        lse_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
+        num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
+        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
+    )  # fmt: skip
     select_row(
         scores, kv_blocks, row, batch_head, kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks,
         sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
@@ -188,12 +172,13 @@ def pool_select(
     batch, num_heads = q.shape[:2]
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
-    constants = row_constants(cells)
-    constants |= dict(TOKEN_TILE=cell_tile(cells.block_size, constants["ROW_SIZE"]))
-    num_exact_rows, token_lse = 0, None  # then not read
-    if exact_last_blocks:
-        num_exact_rows, token_lse, _ = pair_tokens(q, k, cells, scale, exact_last_blocks)
-    for rows, lse, numbers in pair_cells(q, k, cells, scale):
-        tensors = lse, lse if token_lse is None else token_lse, value_bonus, *lists
-        launch(pool_select_kernel, (rows, batch * num_heads), tensors, (num_exact_rows, *numbers, *rules), **constants)
+
+    def select(rows: int, lse: torch.Tensor, numbers: tuple[int, ...], constants: dict[str, int]) -> None:
+        grid = rows, batch * num_heads
+        launch(pool_select_kernel, grid, (lse, value_bonus, *lists), (*numbers, *rules), **constants)
+
+    for chunk in pair_cells(q, k, cells, scale):
+        select(*chunk, cell_constants(cells))
+    if exact_last_blocks:  # writes these rows anew
+        select(*pair_tokens(q, k, cells, scale, exact_last_blocks), token_constants(cells))
     return lists

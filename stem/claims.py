@@ -217,23 +217,27 @@ def unread_errors(shape: Shape, impls, dtype, device, seed: int = 0) -> list[dic
     return rows
 
 
-def chunk_errors(config: StemConfig, ends, impls, device, seed: int = 0) -> list[dict]:
-    """A prompt fed in chunks that end at `ends` [tokens] against the whole prompt, in fp32."""
+def chunk_errors(
+    config: StemConfig, ends, impls, device, seed: int = 0, prompt_length: int | None = None
+) -> list[dict]:
+    """A prompt fed in chunks that end at `ends` [tokens], of which each is told prompt_length, against it, in fp32."""
     shape = Shape(2, 1, ends[-1], ends[-1], 32, config.block_size)
     q, k, v = qkv(shape, torch.float32, device, seed)
     oracle = stem_attention(q.double(), k.double(), v.double(), config, impl="reference")
+    case = f"ends {ends}, {config.allocation}" + (", told the length" if prompt_length else "")
     rows = []
     for impl in impls:
         if runs(impl, q, shape.block_size):
             whole = stem_attention(q, k, v, config, impl=impl)
             starts = (0, *ends[:-1])
+            options = dict(impl=impl, prompt_length=prompt_length)
             chunks = [
-                stem_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], config, impl=impl)
+                stem_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], config, **options)
                 for start, end in zip(starts, ends, strict=True)
             ]
             allowed = tolerance(whole, oracle, shape.longest_sum)
             error = (torch.cat(chunks, 2).double() - oracle).abs().max()
-            rows.append(row("chunks equal the whole prompt", f"ends {ends}", impl, torch.float32, error, allowed, seed))
+            rows.append(row("chunks equal the whole prompt", case, impl, torch.float32, error, allowed, seed))
     return rows
 
 

@@ -142,7 +142,7 @@ def methods(
     Args:
         names: Of `stem.patterns`, and beside these "stem adaptive" (the preset: its score keeps peaks, one threshold
             holds for all rows, heads and layers, the last one scored exactly), "stem adaptive, cells alone" (which
-            scores it as the others) and "stem softmax" (that score with equal rows).
+            scores it as the others) and "stem softmax" (that one with equal rows).
         densities, block_sizes: What to ask for; forced blocks are few (one sink, two local), so that low densities
             leave something to choose.
         calibrate: (density, config) -> StemConfig for both that adapt, or None where the forced blocks alone cost
@@ -160,7 +160,8 @@ def methods(
                 elif name in ADAPTIVE:
                     attention = calibrate(density, adaptive.replace(**ADAPTIVE[name]))
                 elif name == "stem softmax":
-                    attention = adaptive.replace(allocation="uniform", threshold=None, density=density)
+                    cells_alone = adaptive.replace(exact_last_blocks=0)
+                    attention = cells_alone.replace(allocation="uniform", threshold=None, density=density)
                 elif name == "stem":
                     attention = config
                 else:

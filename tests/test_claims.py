@@ -11,6 +11,7 @@ CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton runs
 SHAPES = (Shape(2, 1, 40, 72, 16, 32), Shape(1, 1, 1, 5, 256, 64))
 STEADY = StemConfig(block_size=32, k_start=2, decay=1.0)
+EVEN = STEADY.replace(k_start=None, density=0.5)
 COLUMNS = {"claim", "case", "impl", "dtype", "error", "tolerance", "passed", "seed"}
 
 CLAIMS = {
@@ -20,6 +21,7 @@ CLAIMS = {
     "causality": lambda: claims.causality_errors(STEADY, ("torch", "reference", "hopper"), torch.float16, CPU),
     "unread": lambda: claims.unread_errors(Shape(1, 1, 70, 70, 16, 16), ("torch",), torch.float32, CPU),
     "chunks": lambda: claims.chunk_errors(STEADY, (64, 96, 120), ("torch",), CPU),
+    "told": lambda: claims.chunk_errors(EVEN, (64, 96, 120), ("torch",), CPU, prompt_length=120),
     "gradients": lambda: claims.gradient_errors(SHAPES[:1], ("torch",), (torch.float32,), CPU),
     "fuzz": lambda: claims.attention_errors(claims.fuzzed_shapes(30, 100), ("torch",), (torch.float32,), CPU),
 }

@@ -147,10 +147,9 @@ def cell_cases():
     for rms, lse_type in ((False, "fp32"), (True, "fp16")):
         row = dict(CELL=16, CELLS=8, CELL_TILE=1, RMS=rms, ROW_SIZE=8192)
         yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, "fp32", lse_type)
-        row |= dict(TOKEN_TILE=1)
         yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row, 16, 3, "fp32", lse_type)
-    short = dict(CELL=16, CELLS=8, CELL_TILE=8, TOKEN_TILE=64, RMS=True, ROW_SIZE=64)
-    yield "pool_select short", (share_select.pool_select_kernel, "fp32", short, 4, 3, "fp32", "fp16")
+    short = dict(CELL=1, CELLS=128, CELL_TILE=128, RMS=True, ROW_SIZE=64)
+    yield "pool_select tokens", (share_select.pool_select_kernel, "fp32", short, 8, 3, "fp32", "fp16")
     row = dict(ROW_SIZE=8192)
     yield "select_above", (share_select.select_above_kernel, "fp32", row, 8192 // share_select.KEYS_PER_WARP)
 
