@@ -39,8 +39,8 @@ UNROLL = 16  # rows of each cell that are in flight at once
 STAGES = 3  # key tiles in flight, where one product reads whole features of COLUMN_TILE cells
 WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
-PROGRAMS = 512  # that pair_cells splits the keys of few query cells into, enough to fill a GPU
-TOKEN_TILE = 8192  # log-sum-exps of some queries and all key blocks that one step of pool_shares reads
+PROGRAMS = 256  # that the keys of few query cells are split into, enough to fill a GPU
+TOKEN_TILE = 16384  # log-sum-exps of some queries and all key blocks that one step of pool_shares reads
 BUFFER_BYTES = 512 * 2**20  # of the log-sum-exps of one chunk of query blocks
 
 
@@ -299,6 +299,7 @@ def pair_tokens_kernel(
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     q_block = first_block + tl.program_id(1)
+    scale_log2 = scale * LOG2_E
     lse_ptr += (batch_head * tl.num_programs(1) + tl.program_id(1)) * BLOCK * num_kv_blocks
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + head // heads_per_kv_head * stride_kh
@@ -309,17 +310,18 @@ def pair_tokens_kernel(
     exists = ((rows >= 0) & (positions < kv_len))[:, None] & (dims < HEAD_DIM)[None, :]
     q_pointers = q_ptr + rows.to(tl.int64)[:, None] * stride_qn + dims[None, :] * stride_qd
     q_tile = tl.load(q_pointers, mask=exists, other=0.0).to(DTYPE)
+    in_tile = in_block[:, None] * stride_kn + dims[None, :] * stride_kd
     first_split = tl.program_id(2) * split_blocks
     for block in tl.range(first_split, tl.minimum(q_block + 1, first_split + split_blocks)):
         keys = block * BLOCK + in_block
         exists = (keys < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
-        k_pointers = k_ptr + keys.to(tl.int64)[:, None] * stride_kn + dims[None, :] * stride_kd
-        k_tile = tl.load(k_pointers, mask=exists, other=0.0).to(DTYPE)
-        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2_E)
+        first_key = tl.zeros([], tl.int64) + block * BLOCK
+        k_tile = tl.load(k_ptr + first_key * stride_kn + in_tile, mask=exists, other=0.0).to(DTYPE)
+        products = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         if block == q_block:
-            logits = tl.where(keys[None, :] <= positions[:, None], logits, float("-inf"))
-        largest = tl.max(logits, axis=1)  # [BLOCK]; finite, because a block's first key is never in the future
-        lse = largest + tl.log2(tl.sum(tl.exp2(logits - largest[:, None]), axis=1))
+            products = tl.where(keys[None, :] <= positions[:, None], products, float("-inf"))
+        largest = tl.max(products, axis=1) * scale_log2  # [BLOCK]; finite: a block's first key is never in the future
+        lse = largest + tl.log2(tl.sum(tl.exp2(products * scale_log2 - largest[:, None]), axis=1))
         if lse_ptr.dtype.element_ty == tl.float16:
             lse = tl.clamp(lse, -LARGEST_HALF, LARGEST_HALF)
         tl.store(lse_ptr + in_block * num_kv_blocks + block, lse)
@@ -621,7 +623,7 @@ def pair_tokens(
         BLOCK=size,
         DTYPE=operand,
         num_warps=WARPS if size == 128 else WARPS // 2,
-        num_stages=STAGES,
+        num_stages=2,
     )
     first_row = cells.num_q_blocks - count
     numbers += cells.num_q_blocks, num_kv_blocks, first_row, count * size
@@ -632,7 +634,7 @@ def cell_constants(cells: Cells) -> dict[str, int]:
     """What is known when a kernel that pools the shares of cells is compiled, and its warps."""
     row_size = triton.next_power_of_2(cells.num_kv_blocks)
     constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, ROW_SIZE=row_size)
-    return constants | dict(num_warps=min(16, max(1, row_size // 256)))
+    return constants | dict(num_warps=min(16, max(1, row_size // 1024)))
 
 
 def token_constants(cells: Cells) -> dict[str, int]:
@@ -640,7 +642,7 @@ def token_constants(cells: Cells) -> dict[str, int]:
     constants = cell_constants(cells)
     at_once = min(cells.block_size, max(1, TOKEN_TILE // constants["ROW_SIZE"]))
     constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once)
-    return constants | dict(num_warps=min(16, max(8, constants["ROW_SIZE"] // 256)))
+    return constants | dict(num_warps=min(16, max(8, constants["ROW_SIZE"] // 512)))
 
 
 def cell_scores(
