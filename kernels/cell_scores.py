@@ -632,7 +632,7 @@ def pair_tokens(
 
 def cell_constants(cells: Cells) -> dict[str, int]:
     """What is known when a kernel that pools the shares of cells is compiled, and its warps."""
-    row_size = triton.next_power_of_2(cells.num_kv_blocks)
+    row_size = max(2, triton.next_power_of_2(cells.num_kv_blocks))
     constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, ROW_SIZE=row_size)
     return constants | dict(num_warps=min(16, max(1, row_size // 1024)))
 

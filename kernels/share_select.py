@@ -79,6 +79,26 @@ def select_above_kernel(
 
 
 @triton.jit
+def pool_select_row(
+    lse_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row,
+    num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position,
+    q_start, kv_len, sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
+    CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, RMS: tl.constexpr, ROW_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Pool the cells of one query block of one head and select among the first ROW_SIZE blocks, all that it sees."""
+    kv_blocks = tl.arange(0, ROW_SIZE)
+    scores = pool_shares(
+        lse_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
+        num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
+        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
+    )  # fmt: skip
+    select_row(
+        scores, kv_blocks, row, batch_head, kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks,
+        sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
+    )  # fmt: skip
+
+
+@triton.jit
 def pool_select_kernel(
     lse_ptr,
     value_bonus_ptr,
@@ -106,16 +126,24 @@ def pool_select_kernel(
 ):
     """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq)."""
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    kv_blocks = tl.arange(0, ROW_SIZE)
-    scores = pool_shares(
-        lse_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
-        num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
-        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
-    )  # fmt: skip
-    select_row(
-        scores, kv_blocks, row, batch_head, kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks,
-        sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
-    )  # fmt: skip
+    HALF: tl.constexpr = ROW_SIZE // 2
+    if num_kv_blocks - num_q_blocks + row < HALF:  # half the work for half of the rows
+        pool_select_row(
+            lse_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row, num_q_heads,
+            heads_per_kv_head, num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len,
+            sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
+            CELL, CELLS, CELL_TILE, RMS, HALF,
+        )  # fmt: skip
+        unseen = HALF + tl.arange(0, HALF)
+        list_row = batch_head * num_q_blocks + row
+        tl.store(kv_indices_ptr + list_row * num_kv_blocks + unseen, 0, mask=unseen < num_kv_blocks)
+    else:
+        pool_select_row(
+            lse_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row, num_q_heads,
+            heads_per_kv_head, num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len,
+            sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
+            CELL, CELLS, CELL_TILE, RMS, ROW_SIZE,
+        )  # fmt: skip
 
 
 def select_above(
