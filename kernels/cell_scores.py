@@ -587,16 +587,19 @@ def pair_cells(
 
 
 def pair_tokens(
-    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, count: int
+    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, exact_last_blocks: int
 ) -> tuple[int, torch.Tensor, tuple[int, ...]]:
-    """Log-sum-exps of single queries, those of the last `count` query blocks or of all, and single keys.
+    """Log-sum-exps of single queries, those of the last `exact_last_blocks` query blocks, and single keys.
+
+    A last block that is less than half full is one more.
 
     Returns:
         What pair_cells yields, for cells of one token and these query blocks.
     """
     (batch, num_q_heads, _, head_dim), num_kv_heads = q.shape, k.shape[1]
     heads, size, num_kv_blocks = batch * num_q_heads, cells.block_size, cells.num_kv_blocks
-    count = min(count, cells.num_q_blocks)
+    half_full = (cells.kv_len + size // 2) // size
+    count = min(exact_last_blocks + num_kv_blocks - half_full, cells.num_q_blocks)
     operand = operand_dtype(torch.float32 if triton.knobs.runtime.interpret else q.dtype)
     lse_dtype = torch.float32 if operand == tl.float32 else torch.float16
     lse = q.new_empty(heads, count * size, num_kv_blocks, dtype=lse_dtype)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stem.cells import blocks_at_least_half_full
 from stem.config import StemConfig
 from stem.validation import check_config
 
@@ -45,11 +46,15 @@ class BlockRows(NamedTuple):
     prompt: int
     """Blocks of the whole prompt, >= stop; what comes after `stop` has not been given yet."""
 
+    half_full: int
+    """Blocks of the whole prompt but for a last one that is less than half full."""
+
     @classmethod
     def of(cls, q_len: int, kv_len: int, block_size: int, prompt_length: int | None = None) -> BlockRows:
         """Those of the last q_len of kv_len positions of a prompt of prompt_length tokens (default kv_len)."""
         prompt = kv_len if prompt_length is None else prompt_length
-        return cls((kv_len - q_len) // block_size, -(-kv_len // block_size), -(-prompt // block_size))
+        blocks = -(-prompt // block_size), blocks_at_least_half_full(prompt, block_size)
+        return cls((kv_len - q_len) // block_size, -(-kv_len // block_size), *blocks)
 
     def budget(self, config: StemConfig) -> Tensor:
         """Budget of the whole prompt for the rows up to `stop`: int32 [stop], as `select_blocks` takes it."""
@@ -57,7 +62,9 @@ class BlockRows(NamedTuple):
 
     def at_the_end(self, config: StemConfig) -> StemConfig:
         """The config whose last blocks are those of the prompt: for a chunk before its end, fewer or none."""
-        return config if self.prompt == self.stop else _fewer_last_blocks(config, self.prompt - self.stop)
+        if self.prompt == self.stop:
+            return config
+        return _fewer_last_blocks(config, self.prompt - self.stop, self.half_full - self.stop)
 
 
 def keeps_every_block(rows: BlockRows, config: StemConfig) -> bool:
@@ -95,9 +102,11 @@ def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def _fewer_last_blocks(config: StemConfig, missing: int) -> StemConfig:
-    last = dict(dense_last_blocks=config.dense_last_blocks, exact_last_blocks=config.exact_last_blocks)
-    return config.replace(**{name: max(0, count - missing) for name, count in last.items()})
+def _fewer_last_blocks(config: StemConfig, missing: int, missing_half_full: int) -> StemConfig:
+    return config.replace(
+        dense_last_blocks=max(0, config.dense_last_blocks - missing),
+        exact_last_blocks=max(0, config.exact_last_blocks - missing_half_full),
+    )
 
 
 @lru_cache(maxsize=256)

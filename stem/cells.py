@@ -77,13 +77,18 @@ def cell_scores(
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
     scores.masked_fill_(future, -torch.inf)
     if config.exact_last_blocks:
-        block = max(first, nk - config.exact_last_blocks)  # where they begin
+        block = max(first, blocks_at_least_half_full(kv_len, size) - config.exact_last_blocks)  # where they begin
         one_token = config.replace(
             exact_last_blocks=0, score_cells=size, score_query_cells=None, score_stride=1, score_peak=0.0
         )
         last_q = q[:, :, max(0, block * size - q_start) :]
         scores[:, :, block - first :] = cell_scores(last_q, k, bonus, one_token, scale)
     return scores
+
+
+def blocks_at_least_half_full(tokens: int, size: int) -> int:
+    """Blocks of a prompt but for a last one that is less than half full, from which exact_last_blocks are counted."""
+    return (tokens + size // 2) // size
 
 
 @lru_cache(maxsize=256)

@@ -53,8 +53,12 @@ REPETITIONS = 3  # of it
 WARM_UPS = {"cuda": 2, "cpu": 1}  # before it is timed: layers compile for a shape, then for all shapes
 SAVE_EVERY_S = 10
 SOURCES = ("paper", "angelslim", "hpc_ops")
-# The preset, and the same with the last block of queries, in which the question stands, read as all others are.
-ADAPTIVE = {"stem adaptive": {}, "stem adaptive, cells alone": dict(exact_last_blocks=0)}
+# The preset; and with the last block of queries, in which the question stands, scored as all others, or kept whole.
+ADAPTIVE = {
+    "stem adaptive": {},
+    "stem adaptive, cells alone": dict(exact_last_blocks=0),
+    "stem adaptive, dense end": dict(exact_last_blocks=0, dense_last_blocks=1),
+}
 SAME = ("method", "block_size", "asked", "measure", "task", "length", "start", "model")  # name what a row measured
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
@@ -142,7 +146,8 @@ def methods(
     Args:
         names: Of `stem.patterns`, and beside these "stem adaptive" (the preset: its score keeps peaks, one threshold
             holds for all rows, heads and layers, the last one scored exactly), "stem adaptive, cells alone" (which
-            scores it as the others) and "stem softmax" (that one with equal rows).
+            scores it as the others), "stem adaptive, dense end" (which keeps all of it) and "stem softmax" (cells alone
+            and equal rows).
         densities, block_sizes: What to ask for; forced blocks are few (one sink, two local), so that low densities
             leave something to choose.
         calibrate: (density, config) -> StemConfig for both that adapt, or None where the forced blocks alone cost

@@ -129,7 +129,8 @@ class StemConfig:
 
     exact_last_blocks: int = 0
     """With reduction="softmax": query blocks at the end of the prompt, where a question stands, whose shares are those
-    of attention itself, from cells of one token [blocks]. Our choice."""
+    of attention itself, from cells of one token; a last one that is less than half full does not count as one, but is
+    [blocks]. Our choice."""
 
     allocation: Allocation = "position_decay"
     """Shape of the budget over rows: Eq. 3, constant ("uniform"), or a threshold on each block's share ("adaptive")."""

@@ -235,16 +235,17 @@ OF_THE_WHOLE = {  # configs whose budget or last blocks depend on the length of 
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("total", [164, 170])
 @pytest.mark.parametrize("name", OF_THE_WHOLE)
-def test_chunks_that_know_the_length_of_the_prompt_equal_it(name, impl):
-    q, k, v = draw(1, 2, 1, 170, 170, 16)
+def test_chunks_that_know_the_length_of_the_prompt_equal_it(name, total, impl):
+    q, k, v = draw(1, 2, 1, total, total, 16)
     q, config = 3 * q, OF_THE_WHOLE[name]
     whole, selection = stem_attention(q, k, v, config, impl=impl, return_selection=True)
     assert selection.density() < 0.9
     for known in (True, False):
         start, parts, masks = 0, [], []
-        for end in (48, 64, 144, 160, 170):
-            chunk, length = (q[:, :, start:end], k[:, :, :end], v[:, :, :end]), 170 if known else None
+        for end in (48, 64, 144, 160, total):
+            chunk, length = (q[:, :, start:end], k[:, :, :end], v[:, :, :end]), total if known else None
             out, kept = stem_attention(*chunk, config, impl=impl, return_selection=True, prompt_length=length)
             masks.append(torch.nn.functional.pad(kept.to_mask(), (0, 11 - kept.num_kv_blocks)))
             parts.append(out)

@@ -226,21 +226,23 @@ def test_scores_matter_where_other_scores_select_other_blocks(config):
         future = torch.ones(nq, nk, dtype=torch.bool).triu(nk - nq + 1)
         scores = torch.randn(1, 64, nq, nk).masked_fill(future, -torch.inf)
         mask = select_blocks(scores, budget, config, impl="torch").to_mask()
-        assert scores_matter(BlockRows(nk - nq, nk, nk), config) == bool((mask != mask[:, :1]).any()), (nk, nq)
+        assert scores_matter(BlockRows(nk - nq, nk, nk, nk), config) == bool((mask != mask[:, :1]).any()), (nk, nq)
 
 
 def test_scores_matter_to_a_threshold():
     config = StemConfig(allocation="adaptive", threshold=0.1, dense_first_blocks=4)
-    assert [scores_matter(BlockRows(0, n, n), config) for n in (4, 5)] == [False, True]
+    assert [scores_matter(BlockRows(0, n, n, n), config) for n in (4, 5)] == [False, True]
 
 
 def test_rows_of_a_chunk():
     rows = BlockRows.of(q_len=50, kv_len=150, block_size=16, prompt_length=200)
-    assert rows == (6, 10, 13)
+    assert rows == (6, 10, 13, 13)
     config = StemConfig(k_start=5, decay=0.5, dense_last_blocks=2)
     assert rows.budget(config).tolist() == block_budget(13, config)[:10].tolist()
     assert rows.at_the_end(config).dense_last_blocks == 0
     config = StemConfig(reduction="softmax", dense_last_blocks=4, exact_last_blocks=5)
     here = rows.at_the_end(config)
     assert (here.dense_last_blocks, here.exact_last_blocks) == (1, 2)
+    here = BlockRows.of(50, 150, 16, 196).at_the_end(config)  # the thirteenth block holds 4 of its 16 tokens
+    assert (here.dense_last_blocks, here.exact_last_blocks) == (1, 3)
     assert BlockRows.of(50, 150, 16).at_the_end(config) is config

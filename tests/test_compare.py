@@ -145,14 +145,15 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
         return config.replace(threshold=0.1)
 
     found = compare.methods(compare.all_names(), (0.1, 0.5), (64, 128), calibrate)
-    assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1)) - 2
+    assert len(found) == 2 * (1 + 2 * (len(compare.all_names()) - 1)) - 3
     controls = [method for method in found if method.name == "window"]
-    assert [method.block_size for method in controls] == [64, 128] and asked == [0.1, 0.1, 0.5, 0.5] * 2
-    adaptive, cells_alone = (
+    assert [method.block_size for method in controls] == [64, 128] and asked == ([0.1] * 3 + [0.5] * 3) * 2
+    adaptive, cells_alone, dense_end = (
         next(method.attention for method in found if method.name == name) for name in compare.ADAPTIVE
     )
     assert adaptive.reduction == "softmax" and adaptive.threshold == 0.1
     assert adaptive.exact_last_blocks == 1 and cells_alone == adaptive.replace(exact_last_blocks=0)
+    assert dense_end == cells_alone.replace(dense_last_blocks=1)
     budget = stem.block_budget(20, compare.window_control(64))
     assert budget.tolist()[:4] == [1, 2, 3, 3] and budget[-1] == 3
 
@@ -198,12 +199,13 @@ def test_the_adaptive_preset_is_calibrated_when_it_is_first_used(rows, tokenizer
     options = dict(names=tuple(compare.ADAPTIVE), densities=(0.2, 0.5), block_sizes=(32,), asked_at=(0.5, 32))
     plan = Plan((256,), (1,), ("niah_multikey_2",), generates=None, **options)
     found = compare.run(plan, model, tokenizer, "tiny", show=lambda line: None)
-    adaptive, cells_alone, window = (
+    adaptive, cells_alone, dense_end, window = (
         {(row["asked"], row["density"]) for row in found if row["method"] == name and row["measure"] == "answer"}
         for name in (*compare.ADAPTIVE, "window")
     )
-    assert sorted(asked) == [(256, 0.2)] * 2 + [(256, 0.5)] * 2
+    assert sorted(asked) == [(256, 0.2)] * 3 + [(256, 0.5)] * 3
     assert window == {(None, 0.5833)} and adaptive == cells_alone == {(0.5, 0.5833)}  # the forced blocks
+    assert dense_end == {(0.5, 0.7222)}  # 26 of 36 pairs: those 21, and all 8 of the last row
 
 
 def test_a_measurement_that_fails_is_raised_after_the_others(rows, tokenizer, model, monkeypatch):
