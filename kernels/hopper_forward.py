@@ -323,7 +323,7 @@ def is_sm90(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def heads_at_once(num_keys: int, head_dim: int, num_kv_heads: int) -> int:
     """How many KV heads of all batch entries are in turn, a divisor of their number: several where prompts are short.
 

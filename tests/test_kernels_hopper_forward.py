@@ -28,6 +28,18 @@ def forward(q, k, v, mask, scale):
     return sparse_forward(q, k, v, *lists_of(mask), BLOCK_SIZE, scale)
 
 
+@pytest.mark.parametrize(
+    "num_keys, head_dim, num_kv_heads, expected",
+    [(1024, 128, 8, 8), (2048, 128, 8, 4), (2048, 64, 6, 6), (2048, 128, 6, 3), (8192, 128, 8, 1), (2**17, 128, 7, 1)],
+)
+def test_heads_in_turn_divide_all_heads_and_fit(num_keys, head_dim, num_kv_heads, expected):
+    from stem.kernels.hopper_forward import BYTES_AT_ONCE, heads_at_once
+
+    found = heads_at_once(num_keys, head_dim, num_kv_heads)
+    assert found == expected and num_kv_heads % found == 0
+    assert found == 1 or found * 2 * 2 * num_keys * head_dim <= BYTES_AT_ONCE
+
+
 @pytest.fixture
 def check(assert_close_to_oracle):
     """Run the kernel on q, k, v and a block mask, and compare out and lse with the oracle."""
