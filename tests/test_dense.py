@@ -6,7 +6,7 @@ import torch
 
 import stem
 from stem import StemConfig
-from stem.budget import device_budget, keeps_every_block
+from stem.budget import BlockRows, device_budget, keeps_every_block
 from stem.dense import fused_attention
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -94,6 +94,11 @@ def test_non_finite_input_is_refused():
         stem.stem_attention(q, k, v, DENSE["density"])
 
 
+def rows_of(num_kv_blocks, num_q_blocks):
+    """The last query blocks of a whole prompt."""
+    return BlockRows(num_kv_blocks - num_q_blocks, num_kv_blocks, num_kv_blocks, num_kv_blocks)
+
+
 @pytest.mark.parametrize("preset", ["paper", "angelslim", "hpc_ops", None])
 def test_it_keeps_every_block_where_the_budget_says_so(preset):
     configs = [StemConfig.preset(preset)] if preset else [StemConfig(density=1.0), StemConfig(k_start=3), StemConfig()]
@@ -102,27 +107,27 @@ def test_it_keeps_every_block_where_the_budget_says_so(preset):
             budget = stem.block_budget(n, config)
             for nq in {1, (n + 1) // 2, n}:
                 kept = bool((budget[n - nq :] == torch.arange(n - nq + 1, n + 1)).all())
-                assert keeps_every_block(n, nq, config) == kept
+                assert keeps_every_block(rows_of(n, nq), config) == kept
 
 
 def test_a_threshold_is_no_budget():
-    assert not keeps_every_block(4, 4, StemConfig(allocation="adaptive", threshold=0.01))
+    assert not keeps_every_block(rows_of(4, 4), StemConfig(allocation="adaptive", threshold=0.01))
 
 
 def test_k_start_in_blocks_and_as_a_share_are_told_apart():
-    assert keeps_every_block(5, 5, StemConfig(k_start=1.0, decay=1.0))
-    assert not keeps_every_block(5, 5, StemConfig(k_start=1, decay=1.0))
-    whole, one = (device_budget(5, 5, StemConfig(k_start=k, decay=1.0), torch.device("cpu")) for k in (1.0, 1))
+    assert keeps_every_block(rows_of(5, 5), StemConfig(k_start=1.0, decay=1.0))
+    assert not keeps_every_block(rows_of(5, 5), StemConfig(k_start=1, decay=1.0))
+    whole, one = (device_budget(rows_of(5, 5), StemConfig(k_start=k, decay=1.0), torch.device("cpu")) for k in (1.0, 1))
     assert whole[0].tolist() == [1, 2, 3, 4, 5] and one[0].tolist() == [1] * 5
 
 
 def test_the_budget_on_the_device():
     config = StemConfig(k_start=3, decay=1.0, sink_blocks=2, local_blocks=0)
-    rows, longest = device_budget(9, 4, config, torch.device("cpu"))
+    rows, longest = device_budget(rows_of(9, 4), config, torch.device("cpu"))
     assert rows.tolist() == [3] * 4 and rows.dtype == torch.int32 and longest == 3
-    assert device_budget(9, 4, config.replace(forced="on_top"), torch.device("cpu"))[1] == 6
-    assert device_budget(5, 4, config.replace(forced="on_top"), torch.device("cpu"))[1] == 5
-    assert device_budget(9, 4, config, torch.device("cpu"))[0] is rows
+    assert device_budget(rows_of(9, 4), config.replace(forced="on_top"), torch.device("cpu"))[1] == 6
+    assert device_budget(rows_of(5, 4), config.replace(forced="on_top"), torch.device("cpu"))[1] == 5
+    assert device_budget(rows_of(9, 4), config, torch.device("cpu"))[0] is rows
 
 
 @needs_cuda
