@@ -56,6 +56,7 @@ def store_features(
     num_cells,
     front,
     peak,
+    scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CELL: tl.constexpr,
@@ -68,7 +69,7 @@ def store_features(
     """Features of one stride group of CELLS cells of a head. Row 0 of x stands `front` rows into cell 0.
 
     Group sums are divided by the rows of the whole cell, so that the product of two rows, times STRIDE, is the mean
-    logit of the sampled pairs. With PEAK, STRIDE is 1.
+    logit of the sampled pairs. With PEAK, STRIDE is 1. The features are multiplied by `scale` before they are rounded.
     """
     cells = first_cell + tl.arange(0, CELLS)
     dims = tl.arange(0, BLOCK_D)
@@ -93,15 +94,15 @@ def store_features(
     exists = (cells < num_cells)[:, None] & (dims < HEAD_DIM)[None, :]
     if not PEAK:
         slot = STRIDE - 1 - group if QUERIES else group  # equal slots of queries and keys pair along the antidiagonal
-        tl.store(features_ptr + slot * HEAD_DIM + offsets, means, mask=exists)
+        tl.store(features_ptr + slot * HEAD_DIM + offsets, means * scale, mask=exists)
     else:
         empty = (rows_in_cell <= 0)[:, None]
         upper = means + peak * (tl.where(empty, 0.0, largest) - means)
         lower = means + peak * (tl.where(empty, 0.0, smallest) - means)
         if QUERIES:
             upper, lower = tl.maximum(upper, 0.0), tl.minimum(lower, 0.0)
-        tl.store(features_ptr + offsets, upper, mask=exists)
-        tl.store(features_ptr + HEAD_DIM + offsets, lower, mask=exists)
+        tl.store(features_ptr + offsets, upper * scale, mask=exists)
+        tl.store(features_ptr + HEAD_DIM + offsets, lower * scale, mask=exists)
 
 
 @triton.jit
@@ -127,6 +128,7 @@ def cell_features_kernel(
     num_q_programs,
     front,
     peak,
+    scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     Q_CELL: tl.constexpr,
@@ -149,7 +151,7 @@ def cell_features_kernel(
         x_ptr = q_ptr + batch_head // num_q_heads * stride_qb + batch_head % num_q_heads * stride_qh
         store_features(
             x_ptr, q_features_ptr + batch_head * num_q_cells * WIDTH, first_cell, group,
-            stride_qn, stride_qd, num_queries, num_q_cells, front, peak,
+            stride_qn, stride_qd, num_queries, num_q_cells, front, peak, scale * LOG2_E,
             HEAD_DIM, BLOCK_D, Q_CELL, STRIDE, True, PEAK, CELLS, UNROLL,
         )  # fmt: skip
     else:
@@ -158,7 +160,7 @@ def cell_features_kernel(
         x_ptr = k_ptr + batch_head // num_kv_heads * stride_kb + batch_head % num_kv_heads * stride_kh
         store_features(
             x_ptr, k_features_ptr + batch_head * num_k_cells * WIDTH, first_cell, group,
-            stride_kn, stride_kd, num_keys, num_k_cells, 0, peak,
+            stride_kn, stride_kd, num_keys, num_k_cells, 0, peak, 1.0,
             HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS, UNROLL,
         )  # fmt: skip
 
@@ -204,7 +206,6 @@ def pair_cells_kernel(
     first_position,
     kv_len,
     split_cells,
-    scale,
     DEPTH: tl.constexpr,
     Q_CELL: tl.constexpr,
     K_CELL: tl.constexpr,
@@ -253,7 +254,6 @@ def pair_cells_kernel(
             q_later = load_features(q_features_ptr, first_cell + rows, num_q_cells, later + depth, DEPTH, DTYPE)
             k_later = load_features(k_features_ptr, columns, num_k_cells, later + depth, DEPTH, DTYPE)
             logits = tl.dot(q_later, k_later.T, logits, input_precision="ieee")
-        logits *= scale * LOG2_E
         if first_column + COLUMNS > all_see:
             visible = columns[None, :] * K_CELL <= last_positions[:, None]
             logits = tl.where(visible, logits, float("-inf"))
@@ -471,13 +471,16 @@ class Cells:
         return self.block_size // self.key_cells
 
 
-def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose products, times `cells.stride`, are the logits of cell pairs.
+def cell_features(
+    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose products are the logits of cell pairs, in powers of two.
 
     Args:
         q: [B, Hq, Nq, D], any strides.
         k: [B, Hkv, Nkv, D].
         cells: Group g of a cell averages its rows g, g + stride, ... (all of them if stride is 1).
+        scale: Softmax scale, of which the queries' features take care.
     Returns:
         Features of the query cells and of the key cells, [B, H, cells, stride * D] (2 * D wide if peak > 0) like q,
         fp32 under Triton's interpreter. Those of queries have their groups in reverse order, or the positive and
@@ -507,6 +510,7 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells) -> tuple[torch
             num_q_programs,
             front,
             float(cells.peak),
+            float(scale * cells.stride),
         ),
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
@@ -534,7 +538,7 @@ def pair_cells(
     """
     (batch, num_q_heads), num_kv_heads = q.shape[:2], k.shape[1]
     num_q_blocks, num_kv_blocks = cells.num_q_blocks, cells.num_kv_blocks
-    q_features, k_features = cell_features(q, k, cells)
+    q_features, k_features = cell_features(q, k, cells, scale)
     depth = q_features.shape[-1]
     operand = operand_dtype(q_features.dtype)
     depth_tile, item_bytes = triton.next_power_of_2(depth), operand.primitive_bitwidth // 8
@@ -567,7 +571,6 @@ def pair_cells(
                 cells.first_position,
                 cells.kv_len,
                 columns_per_program * columns,
-                float(scale * cells.stride),
             ),
             DEPTH=depth,
             Q_CELL=cells.q_cell,

@@ -8,8 +8,14 @@ until none is left. Its warps have three roles, one partition each:
 
 The producer runs ahead, into the next task too, until the rings are full. `full` barriers tell the consumers that a
 tile has landed, `empty` barriers tell the producer that it has been read. A consumer issues QK^T of a block and PV of
-the block before it back to back, both asynchronous, and looks for the row maxima of the one while the other still runs;
-while it computes exponentials, the tensor cores work for the other consumer. Weights stay in registers up to PV.
+the block before it back to back, both asynchronous; while it computes exponentials, the tensor cores work for the other
+consumer. Weights stay in registers up to PV.
+
+Weights are powers of two relative to a reference of their row. The online softmax takes the running maximum, so that
+no weight exceeds 1, and pays for it with a maximum and a rescaled accumulator per tile. Any other reference gives the
+same quotient as long as nothing overflows, and fp32 and bf16 reach 2^127. So here it is the maximum of the row's first
+tile, once and for all. Where a row's sum says that this was too low, the task is noted, and done again with the online
+softmax when no other is left; fp16, which ends at 2^16, is done so from the start.
 """
 
 from functools import cache, lru_cache
@@ -39,6 +45,9 @@ NUM_STAGES = gl.constexpr(2)  # tiles in each ring; three are no faster
 LAUNCH_REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
+
+LARGEST_SUM = gl.constexpr(2.0**64)  # of a row's weights; leaves values up to 2^63 room in the accumulator
+SUMS = gl.constexpr(8)  # partial sums of a row's weights: as many as keep every addition inside a thread
 
 BYTES_AT_ONCE = 4 << 20  # of keys and values of the heads in turn; with more, an NVIDIA H200 is slower at 8K and above
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
@@ -124,13 +133,23 @@ def mask_future(logits, first_position, first_key):
 
 
 @gluon.jit
-def online_softmax(logits, running_max, running_sum, scale_log2, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights of a tile as the first operand of PV, the new row maxima and sums, and what rescales the old ones."""
-    new_max = gl.maximum(running_max, gl.max(logits, axis=1))  # [M]
-    rescale = gl.exp2((running_max - new_max) * scale_log2)
-    weights = gl.exp2(logits * scale_log2 - (new_max * scale_log2)[:, None])  # [M, BLOCK_SIZE]
-    running_sum = running_sum * rescale + gl.sum(weights, axis=1)
-    return gl.convert_layout(weights.to(DTYPE), WEIGHTS), new_max, running_sum, rescale
+def row_maxima(logits, scale_log2):
+    """The largest logit of each row, in powers of two: [M]."""
+    return gl.max(logits, axis=1) * scale_log2
+
+
+@gluon.jit
+def exponentials(logits, reference, scale_log2, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
+    """Weights of a tile relative to 2^reference, as the first operand of PV, and the parts of their row sums [M, SUMS]."""
+    weights = gl.exp2(logits * scale_log2 - reference[:, None])  # [M, BLOCK_SIZE]
+    sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // SUMS, SUMS]), axis=1)
+    return gl.convert_layout(weights.to(DTYPE), WEIGHTS), sums
+
+
+@gluon.jit
+def scale_rows(x, factors):
+    """x [M, N] times factors [M]."""
+    return x * gl.convert_layout(factors, gl.SliceLayout(1, x.type.layout))[:, None]
 
 
 @gluon.jit
@@ -166,12 +185,23 @@ def find_task(task, problem, BLOCK: gl.constexpr):
 
 
 @gluon.jit
+def write_number(number, place, WARPS: gl.constexpr):
+    """Store an int32 in shared memory."""
+    place.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])))
+
+
+@gluon.jit
+def read_number(place, WARPS: gl.constexpr):
+    """Load an int32 from shared memory."""
+    return gl.max(place.load(gl.BlockedLayout([1], [32], [WARPS], [0])), axis=0)
+
+
+@gluon.jit
 def announce_task(q_inbox, parity, task, CONSUMER: gl.constexpr):
     """Producer: once the consumer has read its queries, write down the task that the next ones belong to."""
     _, q_empty, _, tasks = q_inbox
     mbarrier.wait(q_empty.index(CONSUMER), parity ^ 1)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [PRODUCER_WARPS], [0])
-    tasks.index(CONSUMER).store(gl.full([1], task, gl.int32, LAYOUT))
+    write_number(task, tasks.index(CONSUMER), PRODUCER_WARPS)
 
 
 @gluon.jit
@@ -179,107 +209,175 @@ def wait_for_task(q_inbox, parity, CONSUMER: gl.constexpr):
     """Consumer: the next task, once its queries have landed."""
     q_full, _, _, tasks = q_inbox
     mbarrier.wait(q_full.index(CONSUMER), parity)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [CONSUMER_WARPS], [0])
-    return gl.max(tasks.index(CONSUMER).load(LAYOUT), axis=0)
+    return read_number(tasks.index(CONSUMER), CONSUMER_WARPS)
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, next_task_ptr, q_inbox, k_ring, v_ring, num_tasks, problem):
-    """Copy the halves of a query block, then K and V of every listed block from the last to the first, task by task."""
+def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem):
+    """Copy the halves of a query block, then K and V of every listed block from the last to the first; their number."""
     q_full, _, q_tiles, _ = q_inbox
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
-    parity = 0
-    steps_before = 0  # of all tasks so far
-    task = gl.program_id(0)
-    while task < num_tasks:
-        _batch_head, batch, head, kv_head, first_query, list_ptr, num_blocks = find_task(task, problem, BLOCK)
-        kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 1, 0))
-        for consumer in gl.static_range(NUM_CONSUMERS):
-            announce_task(q_inbox, parity, task, consumer)
-            first_row = first_query + consumer * ROWS
-            copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
-        for step in range(num_blocks):
-            first_key = kv_block * BLOCK
-            kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 2 - step, 0))  # arrives while the rings are full
-            fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, first_key)
-            fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, first_key)
-        parity ^= 1
-        steps_before += num_blocks
-        task = gl.num_programs(0) + gl.atomic_add(next_task_ptr, 1)
+    _batch_head, batch, head, kv_head, first_query, list_ptr, num_blocks = find_task(task, problem, BLOCK)
+    kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 1, 0))
     for consumer in gl.static_range(NUM_CONSUMERS):
         announce_task(q_inbox, parity, task, consumer)
+        first_row = first_query + consumer * ROWS
+        copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
+    for step in range(num_blocks):
+        first_key = kv_block * BLOCK
+        kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 2 - step, 0))  # arrives while the rings are full
+        fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, first_key)
+        fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, first_key)
+    return num_blocks
+
+
+@gluon.jit
+def announce_end(q_inbox, parity, num_tasks):
+    """Tell the consumers that no task is left."""
+    q_full, _, _, _ = q_inbox
+    for consumer in gl.static_range(NUM_CONSUMERS):
+        announce_task(q_inbox, parity, num_tasks, consumer)
         mbarrier.arrive(q_full.index(consumer))
 
 
 @gluon.jit
-def consume(
-    CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, num_tasks, problem,
-    out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2,
-):  # fmt: skip
-    """Attend from half of a query block to every listed block and store output and log-sum-exp, task by task."""
-    _q_full, q_empty, q_tiles, _tasks = q_inbox
-    offset = problem[4]
-    DTYPE: gl.constexpr = q_tiles.dtype
-    ROWS: gl.constexpr = q_tiles.shape[3]
-    HEAD_DIM: gl.constexpr = q_tiles.shape[4]
+def produce(q_desc, k_desc, v_desc, next_task_ptr, q_inbox, k_ring, v_ring, redo, num_tasks, problem):
+    """Feed task after task to the consumers, then once more those that they have noted."""
+    _, q_empty, _, _ = q_inbox
+    last_noted, redo_ptr = redo
+    parity = 0
+    steps_before = 0  # of all tasks so far
+    task = gl.program_id(0)
+    while task < num_tasks:
+        steps_before += feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem)
+        parity ^= 1
+        task = gl.num_programs(0) + gl.atomic_add(next_task_ptr, 1)
+    announce_end(q_inbox, parity, num_tasks)
+    parity ^= 1
+    for consumer in gl.static_range(NUM_CONSUMERS):
+        mbarrier.wait(q_empty.index(consumer), parity ^ 1)  # it has heard of the end
+    for consumer in gl.static_range(NUM_CONSUMERS):
+        task = read_number(last_noted.index(consumer), PRODUCER_WARPS)
+        while task >= 0:
+            steps_before += feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem)
+            parity ^= 1
+            task = gl.load(redo_ptr + consumer * num_tasks + task)
+    announce_end(q_inbox, parity, num_tasks)
+
+
+@gluon.jit
+def attend(q_tile, q_read, k_ring, v_ring, first_step, num_blocks, first_position, last_key, scale_log2, ONLINE: gl.constexpr):
+    """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
+
+    `q_read` hears when the queries are needed no more. ONLINE: the reference follows the running maximum; otherwise it
+    is that of the first tile.
+    """
+    DTYPE: gl.constexpr = q_tile.dtype
+    ROWS: gl.constexpr = q_tile.shape[0]
+    HEAD_DIM: gl.constexpr = q_tile.shape[1]
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, k_width=2)
-    LOGITS_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+    accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
+    reference = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
+    row_sums = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, LOGITS))
+    if num_blocks > 0:
+        # The last block of the list: the diagonal one if that is listed, and then the only one that needs a mask.
+        logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
+        logits = hopper.warpgroup_mma_wait(0, [logits])
+        release_tile(k_ring, first_step)
+        logits = mask_future(logits, first_position, last_key)
+        reference = row_maxima(logits, scale_log2)
+        weights, sums = exponentials(logits, reference, scale_log2, WEIGHTS, DTYPE)
+        for step in range(first_step + 1, first_step + num_blocks):
+            logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
+            v_tile = wait_for_tile(v_ring, step - 1)
+            accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+            logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
+            release_tile(k_ring, step)
+            if ONLINE:
+                before = reference
+                reference = gl.maximum(reference, row_maxima(logits, scale_log2))
+            weights, tile_sums = exponentials(logits, reference, scale_log2, WEIGHTS, DTYPE)
+            accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+            release_tile(v_ring, step - 1)
+            if ONLINE:
+                rescale = gl.exp2(before - reference)
+                accumulator = scale_rows(accumulator, rescale)
+                sums = scale_rows(sums, rescale)
+            sums += tile_sums
+        mbarrier.arrive(q_read)  # from here on the next task's queries can come
+        v_tile = wait_for_tile(v_ring, first_step + num_blocks - 1)
+        accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+        accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+        release_tile(v_ring, first_step + num_blocks - 1)
+        row_sums = gl.convert_layout(gl.sum(sums, axis=1), row_sums.type.layout)
+    else:
+        mbarrier.arrive(q_read)
+    return accumulator, reference, row_sums
 
-    q_tile = as_matrix(q_tiles.index(CONSUMER))
-    parity = 0
-    first_step = 0
+
+@gluon.jit
+def consume_round(
+    parity, first_step, CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
+    out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, ONLINE: gl.constexpr,
+):  # fmt: skip
+    """Task by task until the end is announced: attend, store output and log-sum-exp; without ONLINE, note overflows.
+
+    Gives back the parity and the first step after it.
+    """
+    _q_full, q_empty, q_tiles, _tasks = q_inbox
+    last_noted, redo_ptr = redo
+    offset = problem[4]
+    ROWS: gl.constexpr = q_tiles.shape[3]
+    BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
+    q_tile, q_read = as_matrix(q_tiles.index(CONSUMER)), q_empty.index(CONSUMER)
+    noted = -1  # the task that was noted last; redo_ptr says for each which was noted before it
     task = wait_for_task(q_inbox, parity, CONSUMER)
     while task < num_tasks:
         batch_head, batch, head, _kv_head, first_query, list_ptr, num_blocks = find_task(task, problem, BLOCK)
         first_row = first_query + CONSUMER * ROWS
-        accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
-        running_max = gl.full([ROWS], float("-inf"), gl.float32, LOGITS_ROW)
-        running_sum = gl.full([ROWS], 0.0, gl.float32, LOGITS_ROW)
-        if num_blocks > 0:
-            # The last block of the list: the diagonal one if that is listed, and then the only one that needs a mask.
-            logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
-            logits = hopper.warpgroup_mma_wait(0, [logits])
-            release_tile(k_ring, first_step)
-            logits = mask_future(logits, offset + first_row, gl.load(list_ptr + num_blocks - 1) * BLOCK)
-            weights, running_max, running_sum, _ = online_softmax(
-                logits, running_max, running_sum, scale_log2, WEIGHTS, DTYPE
-            )
-            for step in range(first_step + 1, first_step + num_blocks):
-                logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
-                v_tile = wait_for_tile(v_ring, step - 1)
-                accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-                logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
-                release_tile(k_ring, step)
-                weights, running_max, running_sum, rescale = online_softmax(
-                    logits, running_max, running_sum, scale_log2, WEIGHTS, DTYPE
-                )
-                accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-                release_tile(v_ring, step - 1)
-                accumulator = accumulator * gl.convert_layout(rescale, OUT_ROW)[:, None]
-            mbarrier.arrive(q_empty.index(CONSUMER))  # from here on the next task's queries can come
-            v_tile = wait_for_tile(v_ring, first_step + num_blocks - 1)
-            accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-            accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-            release_tile(v_ring, first_step + num_blocks - 1)
-        else:
-            mbarrier.arrive(q_empty.index(CONSUMER))
+        last_key = gl.load(list_ptr + gl.maximum(num_blocks - 1, 0)) * BLOCK
+        accumulator, reference, row_sums = attend(
+            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, offset + first_row, last_key, scale_log2, ONLINE
+        )
+        if not ONLINE:
+            if gl.max((row_sums >= LARGEST_SUM).to(gl.int32), axis=0) > 0:
+                gl.store(redo_ptr + CONSUMER * num_tasks + task, noted)
+                noted = task
 
-        running_sum = gl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf
-        rows = first_row + gl.arange(0, ROWS, LOGITS_ROW)
-        lse = running_max * (scale_log2 * LN_2) + gl.log(running_sum)
+        row_sums = gl.where(row_sums == 0.0, 1.0, row_sums)  # an empty list gives out 0 and lse -inf
+        rows = first_row + gl.arange(0, ROWS, row_sums.type.layout)
         lse_pointers = lse_ptr + batch_head.to(gl.int64) * num_queries + rows
-        gl.store(lse_pointers, lse, mask=(rows >= 0) & (rows < num_queries))
-        out_tile = accumulator / gl.convert_layout(running_sum, OUT_ROW)[:, None]
+        gl.store(lse_pointers, reference * LN_2 + gl.log(row_sums), mask=(rows >= 0) & (rows < num_queries))
+        out_tile = scale_rows(accumulator, 1 / row_sums)
         head_ptr = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
-        store_rows(head_ptr, out_tile.to(DTYPE), first_row, num_queries, stride_on)
+        store_rows(head_ptr, out_tile.to(q_tile.dtype), first_row, num_queries, stride_on)
         parity ^= 1
         first_step += num_blocks
         task = wait_for_task(q_inbox, parity, CONSUMER)
+    write_number(noted, last_noted.index(CONSUMER), CONSUMER_WARPS)
+    mbarrier.arrive(q_read)  # the producer can read it, and announce a task
+    return parity ^ 1, first_step
+
+
+@gluon.jit
+def consume(
+    CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
+    out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2,
+):  # fmt: skip
+    """Attend from half of a query block to every listed block: all tasks, then once more those that were noted."""
+    NO_ROOM: gl.constexpr = q_inbox[2].dtype == gl.float16
+    parity, first_step = consume_round(
+        gl.to_tensor(0), gl.to_tensor(0), CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
+        out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, NO_ROOM,
+    )  # fmt: skip
+    consume_round(
+        parity, first_step, CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
+        out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, True,
+    )  # fmt: skip
 
 
 VARYING = ["num_q_heads", "heads_per_kv_head", "heads_at_once", "num_queries", "num_keys", "num_q_blocks"]
@@ -288,23 +386,25 @@ VARYING += ["max_blocks", "num_tasks"]
 
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, next_task_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, next_task_ptr, redo_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
     num_q_blocks, max_blocks, num_tasks, scale,
 ):  # fmt: skip
     """One program computes one task after another; q_desc's tiles are half a query block, k_desc's a key block.
 
     Grid: any number of programs, of which a multiprocessor holds one. next_task_ptr: an int32 counter, 0 at the start;
-    the first task of a program is its own number.
+    the first task of a program is its own number. redo_ptr: room for an int32 of every task and consumer.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
     problem = (num_q_blocks,) + heads + (offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks)
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [NUM_CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
-    tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER)
+    redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), redo_ptr)
     # What ring is to K and V, this is to Q, with one slot for each consumer: full, empty, tiles, and whose they are.
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
-    shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), num_tasks, problem)
+    shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), redo, num_tasks, problem)
     outputs = (out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale * LOG2_E)
     gl.warp_specialize(
         [
@@ -405,10 +505,11 @@ def sparse_forward(
     q_tiles = tile_descriptor(q, block_size // NUM_CONSUMERS.value)
     k_tiles, v_tiles = tile_descriptor(k, block_size), tile_descriptor(v, block_size)
     next_task = torch.zeros(1, dtype=torch.int32, device=q.device)
+    redo = torch.empty(NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=q.device)
     launch(
         hopper_forward_kernel,
         (num_programs,),
-        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), next_task),
+        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), next_task, redo),
         (
             *out.stride()[:3],
             num_q_heads,

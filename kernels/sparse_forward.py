@@ -2,6 +2,11 @@
 
 A list is ascending, so the diagonal block, the only one that needs a mask, is the last one when it is listed at all.
 Keys and values are copied by tensor descriptors where the hardware has them (TMA), else loaded through pointers.
+
+The weights of a softmax may be relative to any reference of their row, as long as nothing overflows. The online softmax
+takes the running maximum, and pays for it with a maximum and a rescaled accumulator per tile. fp32 and bf16 reach 2^127,
+so here it is the maximum of the first tile; where a sum says that this was too low, the program starts over with the
+online softmax, as fp16, which ends at 2^16, does from the start.
 """
 
 from functools import cache
@@ -15,6 +20,8 @@ from .launch import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 
+LARGEST_SUM = tl.constexpr(2.0**64)  # of a row's weights; leaves values up to 2^63 room in the accumulator
+SUMS = tl.constexpr(8)  # partial sums of a row's weights: as many as keep every addition inside a thread
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
 TMA_BYTES = 16  # alignment of addresses and strides
 SMALLEST_DOT = 16  # columns of the smallest product
@@ -89,6 +96,21 @@ def online_softmax_update(logits, v_tile, accumulator, running_max, running_sum,
 
 
 @triton.jit
+def softmax_update(logits, v_tile, accumulator, reference, sums, scale_log2):
+    """The same with weights relative to a given reference [M], and with row sums in parts [M, SUMS]."""
+    weights = tl.exp2(logits * scale_log2 - (reference * scale_log2)[:, None])  # [M, N]
+    sums += tl.sum(weights.reshape(weights.shape[0], weights.shape[1] // SUMS, SUMS), axis=1)
+    return tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee"), sums
+
+
+@triton.jit
+def nothing_attended(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where a softmax starts: accumulator, running_max, running_sum and sums."""
+    row = tl.zeros([BLOCK_M], tl.float32)
+    return tl.zeros([BLOCK_M, BLOCK_D], tl.float32), row - float("inf"), row, tl.zeros([BLOCK_M, SUMS], tl.float32)
+
+
+@triton.jit
 def attend_tile(
     q_tile,
     q_positions,
@@ -104,14 +126,19 @@ def attend_tile(
     accumulator,
     running_max,
     running_sum,
+    sums,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    ONLINE: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Attend to BLOCK_N keys from first_key on; only in the diagonal block can a key be in the future or missing."""
+    """Attend to BLOCK_N keys from first_key on; only in the diagonal block can a key be in the future or missing.
+
+    ONLINE updates running_max and adds to running_sum; otherwise the one is the reference and `sums` takes the other.
+    """
     k_tile = load_keys(
         k_source, batch, kv_head, first_key, num_keys, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL, TMA
     )
@@ -122,7 +149,52 @@ def attend_tile(
     if DIAGONAL:
         key_positions = first_key + tl.arange(0, BLOCK_N)
         logits = tl.where(key_positions[None, :] <= q_positions[:, None], logits, float("-inf"))
-    return online_softmax_update(logits, v_tile, accumulator, running_max, running_sum, scale_log2)
+    if ONLINE:
+        accumulator, running_max, running_sum = online_softmax_update(
+            logits, v_tile, accumulator, running_max, running_sum, scale_log2
+        )
+    else:
+        accumulator, sums = softmax_update(logits, v_tile, accumulator, running_max, sums, scale_log2)
+    return accumulator, running_max, running_sum, sums
+
+
+@triton.jit
+def attend_tiles(
+    first,
+    last,
+    kv_indices_ptr,
+    q_tile,
+    q_positions,
+    k_source,
+    v_source,
+    batch,
+    kv_head,
+    num_keys,
+    stride_kn,
+    stride_vn,
+    scale_log2,
+    accumulator,
+    running_max,
+    running_sum,
+    sums,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ONLINE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Attend to tiles first .. last - 1 of the listed blocks, none of them the diagonal one; see attend_tile."""
+    TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N  # of a block
+    for tile in range(first, last):
+        first_key = tl.load(kv_indices_ptr + tile // TILES) * BLOCK_SIZE + tile % TILES * BLOCK_N
+        accumulator, running_max, running_sum, sums = attend_tile(
+            q_tile, q_positions, k_source, v_source, batch, kv_head, first_key, num_keys,
+            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
+            BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=False, ONLINE=ONLINE, TMA=TMA,
+        )  # fmt: skip
+    return accumulator, running_max, running_sum, sums
 
 
 @triton.jit
@@ -193,24 +265,35 @@ def sparse_forward_kernel(
     has_diagonal = (last_block == q_block).to(tl.int32)
 
     scale_log2 = scale * LOG2_E
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    for step in range((num_blocks - has_diagonal) * tiles_per_kv_block):
-        kv_block = tl.load(kv_indices_ptr + step // tiles_per_kv_block)
-        first_key = kv_block * BLOCK_SIZE + step % tiles_per_kv_block * BLOCK_N
-        accumulator, running_max, running_sum = attend_tile(
-            q_tile, offset + queries, k_source, v_source, batch.to(tl.int32), kv_head.to(tl.int32), first_key, num_keys,
-            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum,
-            BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=False, TMA=TMA,
+    num_tiles = (num_blocks - has_diagonal) * tiles_per_kv_block
+    online_tiles = num_tiles if DTYPE == tl.float16 else tl.minimum(num_tiles, 1)
+    positions, batch, kv_head = offset + queries, batch.to(tl.int32), kv_head.to(tl.int32)
+    accumulator, running_max, running_sum, sums = nothing_attended(BLOCK_M, BLOCK_D)
+    accumulator, running_max, running_sum, sums = attend_tiles(
+        0, online_tiles, kv_indices_ptr, q_tile, positions, k_source, v_source, batch, kv_head, num_keys,
+        stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
+        BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, ONLINE=True, TMA=TMA,
+    )  # fmt: skip
+    accumulator, running_max, running_sum, sums = attend_tiles(
+        online_tiles, num_tiles, kv_indices_ptr, q_tile, positions, k_source, v_source, batch, kv_head, num_keys,
+        stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
+        BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, ONLINE=False, TMA=TMA,
+    )  # fmt: skip
+    running_sum += tl.sum(sums, axis=1)
+    if tl.max((running_sum >= LARGEST_SUM).to(tl.int32), axis=0) > 0:
+        accumulator, running_max, running_sum, sums = nothing_attended(BLOCK_M, BLOCK_D)
+        accumulator, running_max, running_sum, sums = attend_tiles(
+            0, num_tiles, kv_indices_ptr, q_tile, positions, k_source, v_source, batch, kv_head, num_keys,
+            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
+            BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, ONLINE=True, TMA=TMA,
         )  # fmt: skip
     visible_tiles = ((tile_in_block + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N  # of the diagonal block
     for step in range(has_diagonal * visible_tiles):
         first_key = q_block * BLOCK_SIZE + step * BLOCK_N
-        accumulator, running_max, running_sum = attend_tile(
-            q_tile, offset + queries, k_source, v_source, batch.to(tl.int32), kv_head.to(tl.int32), first_key, num_keys,
-            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum,
-            BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=True, TMA=TMA,
+        accumulator, running_max, running_sum, sums = attend_tile(
+            q_tile, positions, k_source, v_source, batch, kv_head, first_key, num_keys,
+            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
+            BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=True, ONLINE=True, TMA=TMA,
         )  # fmt: skip
 
     running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf

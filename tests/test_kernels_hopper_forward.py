@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from test_kernels_sparse_forward import DEVICE, eager, lists_of, oracle, random_inputs, random_mask
+from test_kernels_sparse_forward import DEVICE, eager, inputs_with_late_maxima, lists_of, oracle
+from test_kernels_sparse_forward import random_inputs, random_mask
 
 import stem
 
@@ -94,6 +95,22 @@ def test_rows_without_the_diagonal_and_without_any_block(check):
 def test_long_lists_go_round_the_rings_often(check):
     q, k, v = random_inputs(1, 1, 5000, 5000, 128, torch.bfloat16)
     check(q, k, v, random_mask(1, 1, 5000, 5000, BLOCK_SIZE, keep=2))
+
+
+@needs_sm90
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [300, 3000])
+@pytest.mark.parametrize("boost", [8, 30, 100])
+def test_rows_whose_maximum_comes_late(check, boost, num_tokens, dtype):
+    q, k, v = inputs_with_late_maxima(boost, num_tokens, 64, dtype)
+    check(q, k, v, random_mask(1, 2, num_tokens, num_tokens, BLOCK_SIZE))
+
+
+@needs_sm90
+def test_many_tasks_of_a_program_are_done_again(check):
+    q, k, v = random_inputs(40, 20, 1500, 1500, 128, torch.bfloat16)
+    k[:, ::2, :200] *= 40  # half of the heads, all of their rows but the first
+    check(q, k, v, random_mask(1, 40, 1500, 1500, BLOCK_SIZE, keep=2))
 
 
 @needs_sm90
@@ -191,7 +208,7 @@ def compile_for_sm90(head_dim):
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
-        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", next_task_ptr="*i32", scale="fp32",
+        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", next_task_ptr="*i32", redo_ptr="*i32", scale="fp32",
     )  # fmt: skip
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, {}, aligned)

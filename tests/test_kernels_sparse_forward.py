@@ -1,5 +1,7 @@
 """Block-sparse attention, forward, against a token mask and an fp64 softmax."""
 
+import math
+
 import pytest
 import torch
 from stem.kernels import sparse_forward as module
@@ -141,6 +143,25 @@ def test_large_logits_do_not_overflow():
     assert expected_lse.max() > 10_000  # where one fp32 rounding of a logit is about 1e-3
     torch.testing.assert_close(out.cpu().double(), expected_out, rtol=0, atol=1e-2)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=0)
+
+
+def inputs_with_late_maxima(boost, num_tokens, head_dim, dtype):
+    """q, k, v whose keys in the middle have `boost` times the logits of the others, which are around 0."""
+    q, k, v = random_inputs(2, 1, num_tokens, num_tokens, head_dim, dtype)
+    k[:, :, num_tokens // 2 : num_tokens // 2 + 5] *= boost
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("boost", [8, 30, 100])
+def test_rows_whose_maximum_comes_late(check, boost, dtype):
+    q, k, v = inputs_with_late_maxima(boost, 300, 64, dtype)
+    mask = random_mask(1, 2, 300, 300, 32)
+    logits = masked_logits(q.cpu().double(), k.cpu().double(), mask, 32, 64**-0.5)
+    growth = (logits.amax(-1) - logits[..., :32].amax(-1)) / math.log(2)
+    growth = growth[growth.isfinite()].max()
+    assert growth < 60 if boost == 8 else growth > 70  # on either side of LARGEST_SUM = 2**64
+    check(q, k, v, mask, 32)
 
 
 def test_inputs_without_a_unit_stride(check):
