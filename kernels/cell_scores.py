@@ -4,9 +4,12 @@ A cell is a run of consecutive tokens inside a block. One product per pair of ce
 because the softmax comes before the sum over a block, one cell with a peak is enough to be seen.
 
     cell_features     x [B, H, N, D] -> one row per cell: its mean, or with a peak its two corners
-    pair_cells        logits of cell pairs, reduced at once to a log-sum-exp per query cell and key block
-    pool_shares       softmax over the key blocks, mean or root mean square over the query cells of a block, logarithm
+    pair_cells        weights of cell pairs, reduced at once to a sum per query cell and key block
+    pool_shares       shares of the key blocks, mean or root mean square over the query cells of a block, logarithm
     pair_tokens       the same as pair_cells for single queries and keys: the last blocks' shares of attention itself
+
+Weights are powers of two relative to the largest logit of their row in the first tile of keys, not in all of them: only
+quotients of a row's sums matter, and fp32 and bf16 have room for 2^100 and less than 2^-100 of that.
 
 With a peak, a cell is read through corners, `peak` of the way from its mean to the largest and to the smallest value of
 each dimension, and a pair's logit is one dot product, 2 D wide: the positive part of the query's upper corner with the
@@ -27,7 +30,7 @@ from .sparse_forward import operand_dtype
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1e-37)  # stands for a share of 0, whose logarithm would be -inf
-LARGEST_HALF = tl.constexpr(65504.0)  # of fp16
+LARGEST_POWER = tl.constexpr(100.0)  # of two, of a weight; a row's sums stay finite
 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
 DEPTH_BYTES = 256  # of the part of a wider row that one product reads
@@ -40,8 +43,8 @@ STAGES = 3  # key tiles in flight, where one product reads whole features of COL
 WARPS = 8
 SMALLEST_DOT = 16  # columns of the smallest product
 PROGRAMS = 256  # that the keys of few query cells are split into, enough to fill a GPU
-TOKEN_TILE = 16384  # log-sum-exps of some queries and all key blocks that one step of pool_shares reads
-BUFFER_BYTES = 512 * 2**20  # of the log-sum-exps of one chunk of query blocks
+TOKEN_TILE = 16384  # sums of some queries and all key blocks that one step of pool_shares reads
+BUFFER_BYTES = 512 * 2**20  # of the sums of one chunk of query blocks
 
 
 @triton.jit
@@ -175,27 +178,43 @@ def load_features(features_ptr, cells, num_cells, depth, DEPTH: tl.constexpr, DT
 
 
 @triton.jit
-def sum_weights(logits, CELLS_PER_BLOCK: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr):
-    """Base-2 log-sum-exp of logits [ROWS, COLUMNS] over each block's CELLS_PER_BLOCK columns: [ROWS, SUMS].
+def cell_logits(
+    q_tile, q_features_ptr, k_features_ptr, rows, first_column, num_q_cells, num_k_cells, last_positions, all_see,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Logits of query cells `rows`, whose first features are q_tile, and COLUMNS key cells; -inf where not seen."""
+    columns, depth = first_column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH_TILE)
+    k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
+    logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+    for later in range(DEPTH_TILE, DEPTH, DEPTH_TILE):  # features too wide for one product
+        q_later = load_features(q_features_ptr, rows, num_q_cells, later + depth, DEPTH, DTYPE)
+        k_later = load_features(k_features_ptr, columns, num_k_cells, later + depth, DEPTH, DTYPE)
+        logits = tl.dot(q_later, k_later.T, logits, input_precision="ieee")
+    if first_column + COLUMNS > all_see:
+        visible = columns[None, :] * K_CELL <= last_positions[:, None]
+        logits = tl.where(visible, logits, float("-inf"))
+    return logits
 
-    Weights are relative to the row's largest logit; a product with the 0-1 matrix of which cell is in which block adds
-    them up, far cheaper than sums along a part of an axis.
+
+@triton.jit
+def sum_weights(logits, reference, CELLS_PER_BLOCK: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr):
+    """Sums of 2^(logits - reference), [ROWS, COLUMNS], over each block's CELLS_PER_BLOCK columns: [ROWS, SUMS].
+
+    A product with the 0-1 matrix of which cell is in which block adds them up, far cheaper than sums along a part of an
+    axis.
     """
     WEIGHTS: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.bfloat16
-    largest = tl.max(logits, axis=1)  # [ROWS]
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    weights = tl.exp2(logits - largest[:, None]).to(WEIGHTS)
+    weights = tl.exp2(tl.minimum(logits - reference[:, None], LARGEST_POWER)).to(WEIGHTS)
     cell_block = tl.arange(0, logits.shape[1]) // CELLS_PER_BLOCK
     member = (cell_block[:, None] == tl.arange(0, SUMS)[None, :]).to(WEIGHTS)  # [COLUMNS, SUMS]
-    sums = tl.dot(weights, member, input_precision="ieee")
-    return largest[:, None] + tl.log2(tl.maximum(sums, TINY))
+    return tl.dot(weights, member, input_precision="ieee")
 
 
 @triton.jit
 def pair_cells_kernel(
     q_features_ptr,
     k_features_ptr,
-    lse_ptr,
+    sums_ptr,
     num_q_heads,
     heads_per_kv_head,
     num_q_cells,
@@ -221,16 +240,15 @@ def pair_cells_kernel(
 
     Grid: (B * Hq, row tiles, splits of the keys).
     Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
-    The longest rows come first. lse_ptr: [B * Hq, chunk_cells, nk], base-2 log-sum-exp over the key cells of a block
-    that the query cell sees; of later blocks it is not written. For 16-bit features it is fp16, which rounds less than
-    bf16 features did and halves the traffic.
+    The longest rows come first. sums_ptr: [B * Hq, chunk_cells, nk], the weights of the key cells of a block that the
+    query cell sees; of later blocks it is not written. For 16-bit features it is bf16.
     """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     num_kv_heads = num_q_heads // heads_per_kv_head
     q_features_ptr += batch_head * num_q_cells * DEPTH
     k_features_ptr += (batch * num_kv_heads + head // heads_per_kv_head) * num_k_cells * DEPTH
-    lse_ptr += batch_head * chunk_cells * num_kv_blocks
+    sums_ptr += batch_head * chunk_cells * num_kv_blocks
 
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
     rows = first_row + tl.arange(0, ROWS)
@@ -239,37 +257,50 @@ def pair_cells_kernel(
     last_positions = tl.minimum(first_token + (tl.arange(0, ROWS) + 1) * Q_CELL, kv_len) - 1
     end = tl.minimum(first_token + ROWS * Q_CELL, kv_len)
     all_see = (tl.minimum(first_token + Q_CELL, kv_len) - 1) // K_CELL + 1  # key cells that every row sees
-    depth = tl.arange(0, DEPTH_TILE)
     block_in_tile = tl.arange(0, SUMS)
     BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
 
-    q_tile = load_features(q_features_ptr, first_cell + rows, num_q_cells, depth, DEPTH, DTYPE)
+    q_cells = first_cell + rows
+    q_tile = load_features(q_features_ptr, q_cells, num_q_cells, tl.arange(0, DEPTH_TILE), DEPTH, DTYPE)
+    logits = cell_logits(
+        q_tile, q_features_ptr, k_features_ptr, q_cells, 0, num_q_cells, num_k_cells,
+        last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, DTYPE,
+    )  # fmt: skip
+    reference = tl.max(logits, axis=1)  # [ROWS]
     first_split = tl.program_id(2) * split_cells
     stop = tl.minimum(tl.cdiv(end, K_CELL), first_split + split_cells)
     for first_column in tl.range(first_split, stop, COLUMNS, num_stages=STAGES):
-        columns = first_column + tl.arange(0, COLUMNS)
-        k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
-        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        for later in range(DEPTH_TILE, DEPTH, DEPTH_TILE):  # features too wide for one product
-            q_later = load_features(q_features_ptr, first_cell + rows, num_q_cells, later + depth, DEPTH, DTYPE)
-            k_later = load_features(k_features_ptr, columns, num_k_cells, later + depth, DEPTH, DTYPE)
-            logits = tl.dot(q_later, k_later.T, logits, input_precision="ieee")
-        if first_column + COLUMNS > all_see:
-            visible = columns[None, :] * K_CELL <= last_positions[:, None]
-            logits = tl.where(visible, logits, float("-inf"))
-        lse = sum_weights(logits, CELLS_PER_BLOCK, SUMS, DTYPE)
-        if lse_ptr.dtype.element_ty == tl.float16:
-            lse = tl.clamp(lse, -LARGEST_HALF, LARGEST_HALF)
+        logits = cell_logits(
+            q_tile, q_features_ptr, k_features_ptr, q_cells, first_column, num_q_cells, num_k_cells,
+            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, DTYPE,
+        )  # fmt: skip
+        sums = sum_weights(logits, reference, CELLS_PER_BLOCK, SUMS, DTYPE)
         blocks = first_column // CELLS_PER_BLOCK + block_in_tile
         exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
-        tl.store(lse_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], lse, mask=exists)
+        tl.store(sums_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], sums, mask=exists)
+
+
+@triton.jit
+def token_products(
+    q_tile, k_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Products of the queries of q_block, at `positions`, and the keys of a block; -inf in the future."""
+    keys = block * BLOCK + in_block
+    exists = (keys < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
+    k_ptr += (tl.zeros([], tl.int64) + block * BLOCK) * stride_kn
+    k_tile = tl.load(k_ptr + in_block[:, None] * stride_kn + dims[None, :] * stride_kd, mask=exists, other=0.0)
+    products = tl.dot(q_tile, k_tile.to(DTYPE).T, input_precision="ieee")
+    if block == q_block:
+        products = tl.where(keys[None, :] <= positions[:, None], products, float("-inf"))
+    return products
 
 
 @triton.jit
 def pair_tokens_kernel(
     q_ptr,
     k_ptr,
-    lse_ptr,
+    sums_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -293,14 +324,14 @@ def pair_tokens_kernel(
 ):
     """One program pairs the queries of one block with the keys of those of split_blocks key blocks that they see.
 
-    Grid: (B * Hq, query blocks from first_block on, splits of the keys). lse_ptr: [B * Hq, query blocks * BLOCK, nk] as
+    Grid: (B * Hq, query blocks from first_block on, splits of the keys). sums_ptr: [B * Hq, query blocks * BLOCK, nk] as
     in pair_cells_kernel.
     """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     q_block = first_block + tl.program_id(1)
     scale_log2 = scale * LOG2_E
-    lse_ptr += (batch_head * tl.num_programs(1) + tl.program_id(1)) * BLOCK * num_kv_blocks
+    sums_ptr += (batch_head * tl.num_programs(1) + tl.program_id(1)) * BLOCK * num_kv_blocks
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + head // heads_per_kv_head * stride_kh
 
@@ -310,26 +341,23 @@ def pair_tokens_kernel(
     exists = ((rows >= 0) & (positions < kv_len))[:, None] & (dims < HEAD_DIM)[None, :]
     q_pointers = q_ptr + rows.to(tl.int64)[:, None] * stride_qn + dims[None, :] * stride_qd
     q_tile = tl.load(q_pointers, mask=exists, other=0.0).to(DTYPE)
-    in_tile = in_block[:, None] * stride_kn + dims[None, :] * stride_kd
-    first_split = tl.program_id(2) * split_blocks
-    for block in tl.range(first_split, tl.minimum(q_block + 1, first_split + split_blocks)):
-        keys = block * BLOCK + in_block
-        exists = (keys < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
-        first_key = tl.zeros([], tl.int64) + block * BLOCK
-        k_tile = tl.load(k_ptr + first_key * stride_kn + in_tile, mask=exists, other=0.0).to(DTYPE)
-        products = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if block == q_block:
-            products = tl.where(keys[None, :] <= positions[:, None], products, float("-inf"))
-        largest = tl.max(products, axis=1) * scale_log2  # [BLOCK]; finite: a block's first key is never in the future
-        lse = largest + tl.log2(tl.sum(tl.exp2(products * scale_log2 - largest[:, None]), axis=1))
-        if lse_ptr.dtype.element_ty == tl.float16:
-            lse = tl.clamp(lse, -LARGEST_HALF, LARGEST_HALF)
-        tl.store(lse_ptr + in_block * num_kv_blocks + block, lse)
+    first = tl.program_id(2) * split_blocks
+    products = token_products(
+        q_tile, k_ptr, positions, q_block, 0, in_block, dims, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK, DTYPE
+    )
+    reference = tl.max(products, axis=1) * scale_log2  # [BLOCK]
+    for block in tl.range(first, tl.minimum(q_block + 1, first + split_blocks)):
+        products = token_products(
+            q_tile, k_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+            HEAD_DIM, BLOCK, DTYPE,
+        )  # fmt: skip
+        weights = tl.exp2(tl.minimum(products * scale_log2 - reference[:, None], LARGEST_POWER))
+        tl.store(sums_ptr + in_block * num_kv_blocks + block, tl.sum(weights, axis=1))
 
 
 @triton.jit
 def pool_shares(
-    lse_ptr,
+    sums_ptr,
     value_bonus_ptr,
     batch_head,
     row,
@@ -350,15 +378,17 @@ def pool_shares(
 ):
     """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
 
-    lse_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
+    sums_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
     kv_len on) do not count. value_bonus_ptr may be None. CELL_TILE cells are read at once.
     """
     causal = blocks <= num_kv_blocks - num_q_blocks + row
-    lse_ptr += (batch_head * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
+    sums_ptr += (batch_head * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
     if value_bonus_ptr is not None:
         batch, head = batch_head // num_q_heads, batch_head % num_q_heads
         batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
-        bonus = tl.load(value_bonus_ptr + batch_kv_head * num_kv_blocks + blocks, mask=causal, other=0.0) * LOG2_E
+        bonus_ptr = value_bonus_ptr + batch_kv_head * num_kv_blocks
+        bonus = tl.load(bonus_ptr + blocks, mask=causal, other=float("-inf")) * LOG2_E
+        boost = tl.exp2(bonus - tl.max(bonus, axis=0))  # a logit's bonus is a factor of its weight
     shares = tl.zeros([blocks.shape[0]], tl.float32)
     num_counted = 0
     for first_cell in range(0, CELLS, CELL_TILE):
@@ -366,11 +396,10 @@ def pool_shares(
         first_tokens = first_position + (row * CELLS + cells) * CELL
         counted = (first_tokens + CELL > q_start) & (first_tokens < kv_len)  # [CELL_TILE]
         offsets = cells[:, None] * num_kv_blocks + blocks[None, :]
-        lse = tl.load(lse_ptr + offsets, mask=causal[None, :], other=float("-inf")).to(tl.float32)
+        weights = tl.load(sums_ptr + offsets, mask=causal[None, :], other=0.0).to(tl.float32)
         if value_bonus_ptr is not None:
-            lse += bonus[None, :]
-        weights = tl.exp2(lse - tl.max(lse, axis=1)[:, None])
-        weights /= tl.sum(weights, axis=1)[:, None]
+            weights *= boost[None, :]
+        weights *= (1 / tl.sum(weights, axis=1))[:, None]
         weights = tl.where(counted[:, None], weights, 0.0)  # [CELL_TILE, N]
         shares += tl.sum(weights * weights if RMS else weights, axis=0)
         num_counted += tl.sum(counted.to(tl.int32), axis=0)
@@ -384,7 +413,7 @@ def pool_shares(
 
 @triton.jit
 def pool_shares_kernel(
-    lse_ptr,
+    sums_ptr,
     value_bonus_ptr,
     scores_ptr,
     num_q_heads,
@@ -406,7 +435,7 @@ def pool_shares_kernel(
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.arange(0, ROW_SIZE)
     scores = pool_shares(
-        lse_ptr, value_bonus_ptr, batch_head, row, blocks,
+        sums_ptr, value_bonus_ptr, batch_head, row, blocks,
         num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
         first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
     )  # fmt: skip
@@ -528,12 +557,12 @@ def cell_features(
 def pair_cells(
     q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float
 ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
-    """Log-sum-exps of all cell pairs, some query blocks at a time.
+    """Sums of the weights of all cell pairs, some query blocks at a time.
 
     Args:
         q, k, scale: As in `cell_scores`.
     Yields:
-        How many query blocks the chunk has; lse, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; and
+        How many query blocks the chunk has; sums, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; and
         the numbers that pool_shares takes for it.
     """
     (batch, num_q_heads), num_kv_heads = q.shape[:2], k.shape[1]
@@ -546,11 +575,11 @@ def pair_cells(
         depth_tile = DEPTH_BYTES // item_bytes
     heads, heads_per_kv_head = batch * num_q_heads, num_q_heads // num_kv_heads
     columns = max(cells.key_cells, SMALLEST_DOT, min(COLUMN_TILE, BLOCK_TILE * cells.key_cells))
-    lse_dtype = torch.float32 if q_features.dtype == torch.float32 else torch.float16
-    row_bytes = lse_dtype.itemsize * heads * cells.query_cells * num_kv_blocks
+    sums_dtype = torch.float32 if q_features.dtype == torch.float32 else torch.bfloat16
+    row_bytes = sums_dtype.itemsize * heads * cells.query_cells * num_kv_blocks
     chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // row_bytes))
     chunk_cells = chunk_rows * cells.query_cells
-    lse = q.new_empty(heads, chunk_cells, num_kv_blocks, dtype=lse_dtype)
+    sums = q.new_empty(heads, chunk_cells, num_kv_blocks, dtype=sums_dtype)
     num_columns = -(-k_features.shape[2] // columns)
     for first_row in range(0, num_q_blocks, chunk_rows):
         rows = min(chunk_rows, num_q_blocks - first_row)
@@ -559,7 +588,7 @@ def pair_cells(
         launch(
             pair_cells_kernel,
             (heads, row_tiles, -(-num_columns // columns_per_program)),
-            (q_features, k_features, lse),
+            (q_features, k_features, sums),
             (
                 num_q_heads,
                 heads_per_kv_head,
@@ -586,13 +615,13 @@ def pair_cells(
             num_stages=2,
         )
         numbers = num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks
-        yield rows, lse, (*numbers, first_row, chunk_cells, cells.first_position, cells.q_start, cells.kv_len)
+        yield rows, sums, (*numbers, first_row, chunk_cells, cells.first_position, cells.q_start, cells.kv_len)
 
 
 def pair_tokens(
     q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, exact_last_blocks: int
 ) -> tuple[int, torch.Tensor, tuple[int, ...]]:
-    """Log-sum-exps of single queries, those of the last `exact_last_blocks` query blocks, and single keys.
+    """Sums of the weights of single queries, those of the last `exact_last_blocks` query blocks, and single keys.
 
     A last block that is less than half full is one more.
 
@@ -604,15 +633,15 @@ def pair_tokens(
     half_full = (cells.kv_len + size // 2) // size
     count = min(exact_last_blocks + num_kv_blocks - half_full, cells.num_q_blocks)
     operand = operand_dtype(torch.float32 if triton.knobs.runtime.interpret else q.dtype)
-    lse_dtype = torch.float32 if operand == tl.float32 else torch.float16
-    lse = q.new_empty(heads, count * size, num_kv_blocks, dtype=lse_dtype)
+    sums_dtype = torch.float32 if operand == tl.float32 else torch.bfloat16
+    sums = q.new_empty(heads, count * size, num_kv_blocks, dtype=sums_dtype)
     blocks_per_program = -(-num_kv_blocks // -(-PROGRAMS // (heads * count)))
     first_block = num_kv_blocks - count
     numbers = num_q_heads, num_q_heads // num_kv_heads
     launch(
         pair_tokens_kernel,
         (heads, count, -(-num_kv_blocks // blocks_per_program)),
-        (q, k, lse),
+        (q, k, sums),
         (
             *q.stride(),
             *k.stride(),
@@ -633,7 +662,7 @@ def pair_tokens(
     )
     first_row = cells.num_q_blocks - count
     numbers += cells.num_q_blocks, num_kv_blocks, first_row, count * size
-    return count, lse, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
+    return count, sums, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
 
 
 def cell_constants(cells: Cells) -> dict[str, int]:
@@ -674,8 +703,8 @@ def cell_scores(
     heads = q.shape[0] * q.shape[1]
     scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
 
-    def pool(rows: int, lse: torch.Tensor, numbers: tuple[int, ...], constants: dict[str, int]) -> None:
-        launch(pool_shares_kernel, (rows, heads), (lse, value_bonus, scores), numbers, **constants)
+    def pool(rows: int, sums: torch.Tensor, numbers: tuple[int, ...], constants: dict[str, int]) -> None:
+        launch(pool_shares_kernel, (rows, heads), (sums, value_bonus, scores), numbers, **constants)
 
     for chunk in pair_cells(q, k, cells, scale):
         pool(*chunk, cell_constants(cells))

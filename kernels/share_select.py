@@ -80,7 +80,7 @@ def select_above_kernel(
 
 @triton.jit
 def pool_select_row(
-    lse_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row,
+    sums_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row,
     num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position,
     q_start, kv_len, sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
     CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, RMS: tl.constexpr, ROW_SIZE: tl.constexpr,
@@ -88,7 +88,7 @@ def pool_select_row(
     """Pool the cells of one query block of one head and select among the first ROW_SIZE blocks, all that it sees."""
     kv_blocks = tl.arange(0, ROW_SIZE)
     scores = pool_shares(
-        lse_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
+        sums_ptr, value_bonus_ptr, batch_head, row, kv_blocks,
         num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
         first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def pool_select_row(
 
 @triton.jit
 def pool_select_kernel(
-    lse_ptr,
+    sums_ptr,
     value_bonus_ptr,
     kv_indices_ptr,
     kv_num_blocks_ptr,
@@ -129,7 +129,7 @@ def pool_select_kernel(
     HALF: tl.constexpr = ROW_SIZE // 2
     if num_kv_blocks - num_q_blocks + row < HALF:  # half the work for half of the rows
         pool_select_row(
-            lse_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row, num_q_heads,
+            sums_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row, num_q_heads,
             heads_per_kv_head, num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len,
             sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
             CELL, CELLS, CELL_TILE, RMS, HALF,
@@ -139,7 +139,7 @@ def pool_select_kernel(
         tl.store(kv_indices_ptr + list_row * num_kv_blocks + unseen, 0, mask=unseen < num_kv_blocks)
     else:
         pool_select_row(
-            lse_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row, num_q_heads,
+            sums_ptr, value_bonus_ptr, kv_indices_ptr, kv_num_blocks_ptr, batch_head, row, num_q_heads,
             heads_per_kv_head, num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len,
             sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
             CELL, CELLS, CELL_TILE, RMS, ROW_SIZE,
@@ -201,9 +201,9 @@ def pool_select(
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
 
-    def select(rows: int, lse: torch.Tensor, numbers: tuple[int, ...], constants: dict[str, int]) -> None:
+    def select(rows: int, sums: torch.Tensor, numbers: tuple[int, ...], constants: dict[str, int]) -> None:
         grid = rows, batch * num_heads
-        launch(pool_select_kernel, grid, (lse, value_bonus, *lists), (*numbers, *rules), **constants)
+        launch(pool_select_kernel, grid, (sums, value_bonus, *lists), (*numbers, *rules), **constants)
 
     for chunk in pair_cells(q, k, cells, scale):
         select(*chunk, cell_constants(cells))

@@ -23,7 +23,7 @@ POINTERS = {
 ALIGNED = ("_ptr", "b", "h", "n")
 
 
-def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, sums_type="fp32", lse_type="fp32"):
+def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, sums_type="fp32"):
     """Compile one specialisation, as a launch with aligned pointers and strides would; bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -34,7 +34,6 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
             return "constexpr"
         if name.endswith("_ptr"):
             pointed = sums_type if name.endswith("sums_ptr") else POINTERS.get(name, "fp32")
-            pointed = lse_type if name.endswith("lse_ptr") else pointed
             return "*" + (input_type if pointed == "x" else pointed)
         if name.endswith("_source"):
             tile = f"{constants['BLOCK_N']}, {constants['HEAD_DIM']}"
@@ -138,18 +137,18 @@ def cell_cases():
         tiles |= dict(ROWS=cell_scores.ROW_TILE, COLUMNS=columns, SUMS=16)
         operands = dict(bf16=tl.bfloat16, fp32=tl.float32)[operand]
         wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=stages)
-        options = cell_scores.WARPS, 2, "fp32", "fp16" if operand == "bf16" else "fp32"
+        options = cell_scores.WARPS, 2, operand
         yield f"pair_cells {name}", (cell_scores.pair_cells_kernel, operand, tiles | wide, *options)
     for size in (16, 64, 128):
         tokens = dict(HEAD_DIM=128, BLOCK_D=128, BLOCK=size, DTYPE=tl.bfloat16, stride_qd=1, stride_kd=1)
-        options = 8 if size == 128 else 4, 2, "fp32", "fp16"
+        options = 8 if size == 128 else 4, 2, "bf16"
         yield f"pair_tokens {size}", (cell_scores.pair_tokens_kernel, "bf16", tokens, *options)
-    for rms, lse_type in ((False, "fp32"), (True, "fp16")):
+    for rms, sums_type in ((False, "fp32"), (True, "bf16")):
         row = dict(CELL=16, CELLS=8, CELL_TILE=1, RMS=rms, ROW_SIZE=8192)
-        yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, "fp32", lse_type)
-        yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row, 16, 3, "fp32", lse_type)
+        yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, sums_type)
+        yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row, 16, 3, sums_type)
     short = dict(CELL=1, CELLS=128, CELL_TILE=128, RMS=True, ROW_SIZE=64)
-    yield "pool_select tokens", (share_select.pool_select_kernel, "fp32", short, 8, 3, "fp32", "fp16")
+    yield "pool_select tokens", (share_select.pool_select_kernel, "fp32", short, 8, 3, "bf16")
     row = dict(ROW_SIZE=8192)
     yield "select_above", (share_select.select_above_kernel, "fp32", row, 8192 // share_select.KEYS_PER_WARP)
 
