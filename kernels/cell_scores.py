@@ -324,8 +324,8 @@ def pair_tokens_kernel(
 ):
     """One program pairs the queries of one block with the keys of those of split_blocks key blocks that they see.
 
-    Grid: (B * Hq, query blocks from first_block on, splits of the keys). sums_ptr: [B * Hq, query blocks * BLOCK, nk] as
-    in pair_cells_kernel.
+    Grid: (B * Hq, query blocks from first_block on, splits of the keys). sums_ptr: [B * Hq, query blocks * BLOCK, nk]
+    as in pair_cells_kernel.
     """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
@@ -500,9 +500,7 @@ class Cells:
         return self.block_size // self.key_cells
 
 
-def cell_features(
-    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows whose products are the logits of cell pairs, in powers of two.
 
     Args:

@@ -140,7 +140,7 @@ def row_maxima(logits, scale_log2):
 
 @gluon.jit
 def exponentials(logits, reference, scale_log2, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights of a tile relative to 2^reference, as the first operand of PV, and the parts of their row sums [M, SUMS]."""
+    """Weights of a tile relative to 2^reference, as the first operand of PV, and their row sums in parts [M, SUMS]."""
     weights = gl.exp2(logits * scale_log2 - reference[:, None])  # [M, BLOCK_SIZE]
     sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // SUMS, SUMS]), axis=1)
     return gl.convert_layout(weights.to(DTYPE), WEIGHTS), sums
@@ -242,7 +242,7 @@ def announce_end(q_inbox, parity, num_tasks):
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, next_task_ptr, q_inbox, k_ring, v_ring, redo, num_tasks, problem):
+def produce(q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo, num_tasks, problem):
     """Feed task after task to the consumers, then once more those that they have noted."""
     _, q_empty, _, _ = q_inbox
     last_noted, redo_ptr = redo
@@ -252,7 +252,7 @@ def produce(q_desc, k_desc, v_desc, next_task_ptr, q_inbox, k_ring, v_ring, redo
     while task < num_tasks:
         steps_before += feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem)
         parity ^= 1
-        task = gl.num_programs(0) + gl.atomic_add(next_task_ptr, 1)
+        task = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
     announce_end(q_inbox, parity, num_tasks)
     parity ^= 1
     for consumer in gl.static_range(NUM_CONSUMERS):
@@ -264,10 +264,15 @@ def produce(q_desc, k_desc, v_desc, next_task_ptr, q_inbox, k_ring, v_ring, redo
             parity ^= 1
             task = gl.load(redo_ptr + consumer * num_tasks + task)
     announce_end(q_inbox, parity, num_tasks)
+    if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:  # the last program
+        gl.store(counters_ptr, 0)
+        gl.store(counters_ptr + 1, 0)
 
 
 @gluon.jit
-def attend(q_tile, q_read, k_ring, v_ring, first_step, num_blocks, first_position, last_key, scale_log2, ONLINE: gl.constexpr):
+def attend(
+    q_tile, q_read, k_ring, v_ring, first_step, num_blocks, first_position, last_key, scale_log2, ONLINE: gl.constexpr
+):
     """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
 
     `q_read` hears when the queries are needed no more. ONLINE: the reference follows the running maximum; otherwise it
@@ -386,14 +391,15 @@ VARYING += ["max_blocks", "num_tasks"]
 
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, next_task_ptr, redo_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, counters_ptr, redo_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
     num_q_blocks, max_blocks, num_tasks, scale,
 ):  # fmt: skip
     """One program computes one task after another; q_desc's tiles are half a query block, k_desc's a key block.
 
-    Grid: any number of programs, of which a multiprocessor holds one. next_task_ptr: an int32 counter, 0 at the start;
-    the first task of a program is its own number. redo_ptr: room for an int32 of every task and consumer.
+    Grid: any number of programs, of which a multiprocessor holds one. counters_ptr: two int32, 0 before and after: how
+    many tasks were taken beside the first of each program, which is its own number, and how many programs are done.
+    redo_ptr: room for an int32 of every task and consumer.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
@@ -410,7 +416,7 @@ def hopper_forward_kernel(
         [
             (consume, (0,) + shared + outputs),
             (consume, (1,) + shared + outputs),
-            (produce, (q_desc, k_desc, v_desc, next_task_ptr) + shared),
+            (produce, (q_desc, k_desc, v_desc, counters_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -437,6 +443,17 @@ def heads_at_once(num_keys: int, head_dim: int, num_kv_heads: int) -> int:
 def num_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def new_counters(device: torch.device) -> torch.Tensor:
+    """The two counters of a launch, 0."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@cache  # one launch of a stream follows the other and finds the zeros that it left: none has to write them first
+def stream_counters(stream: torch.cuda.Stream) -> torch.Tensor:
+    """The counters of all launches on a stream."""
+    return new_counters(stream.device)
 
 
 def unsupported(q: torch.Tensor, block_size: int) -> str:
@@ -504,12 +521,13 @@ def sparse_forward(
     num_programs = min(num_tasks, num_multiprocessors(q.device))
     q_tiles = tile_descriptor(q, block_size // NUM_CONSUMERS.value)
     k_tiles, v_tiles = tile_descriptor(k, block_size), tile_descriptor(v, block_size)
-    next_task = torch.zeros(1, dtype=torch.int32, device=q.device)
+    capturing = torch.cuda.is_current_stream_capturing()  # a graph may run on any stream
+    counters = new_counters(q.device) if capturing else stream_counters(torch.cuda.current_stream(q.device))
     redo = torch.empty(NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=q.device)
     launch(
         hopper_forward_kernel,
         (num_programs,),
-        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), next_task, redo),
+        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), counters, redo),
         (
             *out.stride()[:3],
             num_q_heads,

@@ -4,9 +4,9 @@ A list is ascending, so the diagonal block, the only one that needs a mask, is t
 Keys and values are copied by tensor descriptors where the hardware has them (TMA), else loaded through pointers.
 
 The weights of a softmax may be relative to any reference of their row, as long as nothing overflows. The online softmax
-takes the running maximum, and pays for it with a maximum and a rescaled accumulator per tile. fp32 and bf16 reach 2^127,
-so here it is the maximum of the first tile; where a sum says that this was too low, the program starts over with the
-online softmax, as fp16, which ends at 2^16, does from the start.
+takes the running maximum, and pays for it with a maximum and a rescaled accumulator per tile. fp32 and bf16 reach
+2^127, so here it is the maximum of the first tile; where a sum says that this was too low, the program starts over with
+the online softmax. fp16, which ends at 2^16, has that from the start.
 """
 
 from functools import cache
@@ -319,7 +319,7 @@ def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[di
         block_m, block_n = (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 128 else (16, 16)
         return (dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1),)
     if head_dim <= 64:
-        shapes = [(64, 128, 4, 2), (128, 64, 8, 3)]
+        shapes = [(64, 64, 4, 3), (64, 128, 4, 2)]
     elif head_dim <= 128:
         shapes = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3)]
     else:

@@ -211,8 +211,8 @@ def _select_by_share(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale:
     check_finite(q=q, k=k, v=v)
     q, k, v = q.detach(), k.detach(), v.detach()
     cells = kernel_cells(q.shape[2], k.shape[2], config)
-    always = config.sink_blocks, config.local_blocks, config.dense_first_blocks, config.dense_last_blocks
-    rules = config.threshold, *always, config.exact_last_blocks
+    dense = config.dense_blocks_of(cells.num_kv_blocks), config.dense_last_blocks
+    rules = config.threshold, config.sink_blocks, config.local_blocks, *dense, config.exact_last_blocks
     lists = pool_select(q, k, cell_bonus(v, config, "triton"), cells, scale, *rules)
     return BlockSelection(*lists, config.block_size, cells.num_kv_blocks, cells.q_len, cells.kv_len)
 

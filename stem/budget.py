@@ -61,10 +61,14 @@ class BlockRows(NamedTuple):
         return block_budget(self.prompt, config)[: self.stop]
 
     def at_the_end(self, config: StemConfig) -> StemConfig:
-        """The config whose last blocks are those of the prompt: for a chunk before its end, fewer or none."""
+        """The config that gives a prompt that ends here what the whole prompt's gives to these rows.
+
+        For a chunk before the end it has fewer or no last blocks, and is dense if the whole prompt is.
+        """
         if self.prompt == self.stop:
             return config
-        return _fewer_last_blocks(config, self.prompt - self.stop, self.half_full - self.stop)
+        dense = config.dense_blocks_of(self.prompt)
+        return _fewer_last_blocks(config, dense, self.prompt - self.stop, self.half_full - self.stop)
 
 
 def keeps_every_block(rows: BlockRows, config: StemConfig) -> bool:
@@ -102,8 +106,10 @@ def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def _fewer_last_blocks(config: StemConfig, missing: int, missing_half_full: int) -> StemConfig:
+def _fewer_last_blocks(config: StemConfig, dense: int, missing: int, missing_half_full: int) -> StemConfig:
     return config.replace(
+        dense_up_to=0,
+        dense_first_blocks=dense,
         dense_last_blocks=max(0, config.dense_last_blocks - missing),
         exact_last_blocks=max(0, config.exact_last_blocks - missing_half_full),
     )
@@ -112,7 +118,7 @@ def _fewer_last_blocks(config: StemConfig, missing: int, missing_half_full: int)
 @lru_cache(maxsize=256)
 def _keeps_every_block(rows: BlockRows, config: StemConfig, k_start_in_blocks: bool) -> bool:
     if config.allocation == "adaptive":
-        return rows.stop <= config.dense_first_blocks
+        return rows.stop <= config.dense_blocks_of(rows.prompt)
     budget = _budget(rows.prompt, config, k_start_in_blocks)[rows.first : rows.stop]
     return all(kept > row for row, kept in enumerate(budget, rows.first))
 
@@ -140,7 +146,7 @@ def _device_budget(
 def _budget(n: int, config: StemConfig, k_start_in_blocks: bool) -> tuple[int, ...]:
     # as keys of the cache, configs with k_start=1 and k_start=1.0 are equal; the last argument tells them apart
     causal = np.arange(1, n + 1)
-    if config.allocation == "adaptive":
+    if config.allocation == "adaptive" or n * config.block_size <= config.dense_up_to:
         budget = causal
     elif config.k_start is None and config.k_start_regimes is None:
         budget = _solve_density(n, config)

@@ -53,6 +53,12 @@ def calibrate(
     prompts = [prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts]
     if not prompts:
         raise ValueError("prompts must hold at least one tensor of token ids, got none")
+    shortest = min(prompt.shape[1] for prompt in prompts)
+    if config is not None and shortest <= config.dense_up_to:
+        raise ValueError(
+            f"prompts must be longer than config.dense_up_to={config.dense_up_to} tokens, up to which everything is "
+            f"kept, got one of {shortest}"
+        )
     base = (config or StemConfig()).replace(density=None, k_start=None, k_start_regimes=None, min_blocks=0)
 
     def realised(threshold: float) -> Calibration:

@@ -158,7 +158,7 @@ def methods(
         found.append(Method("window", window_control(block_size), block_size))
         for density in densities:
             config = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
-            adaptive = StemConfig.preset("adaptive", block_size=block_size)
+            adaptive = StemConfig.preset("adaptive", block_size=block_size, dense_up_to=0)
             for name in names:
                 if name == "dense" or (name in ADAPTIVE and calibrate is None):
                     continue

@@ -50,6 +50,7 @@ PRESETS = {
         sink_blocks=1,
         local_blocks=2,
         exact_last_blocks=1,
+        dense_up_to=2048,
     ),
 }
 
@@ -91,6 +92,10 @@ class StemConfig:
 
     dense_last_blocks: int = 0
     """Query blocks at the end of the prompt that keep everything [blocks]. Our choice."""
+
+    dense_up_to: int = 0
+    """Prompts of at most this many tokens keep everything, because to choose would take longer than to attend to all of
+    it [tokens]. Our choice."""
 
     sink_blocks: int = 4
     """First key blocks, always kept [blocks]."""
@@ -147,7 +152,7 @@ class StemConfig:
                 f"score_stride must divide block_size={self.block_size}, got score_stride={self.score_stride}"
             )
         counts = ("min_blocks", "dense_first_blocks", "dense_last_blocks", "sink_blocks", "local_blocks")
-        for name in (*counts, "exact_last_blocks"):
+        for name in (*counts, "exact_last_blocks", "dense_up_to"):
             _integer(name, getattr(self, name), 0)
         self._check_budget()
         _number("decay", self.decay, 0.0, 1.0, open_below=True)
@@ -185,9 +190,9 @@ class StemConfig:
         """The settings of a source, "paper" (v1), "angelslim" or "hpc_ops", or this repository's extension, "adaptive".
 
         Keyword arguments replace fields. Giving `density` or `k_start` replaces the preset's schedule and its floor;
-        that of "adaptive", one threshold for all rows, heads and layers, becomes a constant budget (`stem.calibrate`
-        finds the threshold for a density instead). In blocks of 64, "adaptive" reads cells of 4 tokens, which finds
-        more; in blocks of 128 cells of 16, which is cheap at 128K tokens.
+        that of "adaptive", one threshold for all rows, heads and layers, becomes a constant budget at every length
+        (`stem.calibrate` finds the threshold for a density instead). In blocks of 64, "adaptive" reads cells of 4
+        tokens, which finds more; in blocks of 128 cells of 16, which is cheap at 128K tokens.
 
         Raises:
             ValueError: If the name is unknown.
@@ -203,12 +208,16 @@ class StemConfig:
         if overrides.get("density") is not None or overrides.get("k_start") is not None:
             settings.update(k_start_regimes=None, min_blocks=0, threshold=None)
             if name == "adaptive":
-                settings["allocation"] = "uniform"
+                settings.update(allocation="uniform", dense_up_to=0)
         return cls(**{**settings, **overrides})
 
     def replace(self, **changes) -> StemConfig:
         """A copy with some fields changed; validated like a new one."""
         return replace(self, **changes)
+
+    def dense_blocks_of(self, num_kv_blocks: int) -> int:
+        """Query blocks at the start of a prompt of n key blocks that keep everything: all n up to `dense_up_to`."""
+        return num_kv_blocks if num_kv_blocks * self.block_size <= self.dense_up_to else self.dense_first_blocks
 
     def _check_cells(self, name: str) -> None:
         cells = getattr(self, name)

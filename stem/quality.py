@@ -108,7 +108,8 @@ def rows(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> 
 def selector(method: str, density: float, block_size: int, model, prompts) -> StemConfig | hf.Selector:
     """What `stem.hf.enable` takes for a method at a density; "adaptive" is calibrated on the prompts."""
     if method == ADAPTIVE:
-        return calibrate(model, prompts, density, StemConfig.preset(ADAPTIVE, block_size=block_size)).config
+        config = StemConfig.preset(ADAPTIVE, block_size=block_size, dense_up_to=0)
+        return calibrate(model, prompts, density, config).config
     config = StemConfig.preset("paper", block_size=block_size, density=density)
     return config if method == PUBLISHED else partial(patterns.select, method, config=config)
 

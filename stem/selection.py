@@ -171,8 +171,8 @@ def select_blocks(
     if impl == "triton":
         from stem.kernels.share_select import select_above
 
-        always = config.sink_blocks, config.local_blocks, config.dense_first_blocks, config.dense_last_blocks
-        lists = select_above(scores, config.threshold, *always)
+        dense = config.dense_blocks_of(nk), config.dense_last_blocks
+        lists = select_above(scores, config.threshold, config.sink_blocks, config.local_blocks, *dense)
         return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
     priority = _forced_priority(nq, nk, config, scores.device)
     forced = priority < 0
@@ -180,7 +180,7 @@ def select_blocks(
     if config.allocation == "adaptive":
         future = torch.ones_like(forced).triu(nk - nq + 1)
         kept = (scores.masked_fill(future, -torch.inf).softmax(-1) > config.threshold) | forced
-        kept[..., : max(0, config.dense_first_blocks - (nk - nq)), :] = True
+        kept[..., : max(0, config.dense_blocks_of(nk) - (nk - nq)), :] = True
         kept[..., max(0, nq - config.dense_last_blocks) :, :] = True
     else:
         rank = _rank(-scores)

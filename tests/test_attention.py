@@ -229,8 +229,8 @@ OF_THE_WHOLE = {  # configs whose budget or last blocks depend on the length of 
         "angelslim", block_size=16, density=0.3, sink_blocks=1, local_blocks=1, value_norm="log"
     ),
     "uniform-softmax": StemConfig.preset("adaptive", block_size=16, density=0.3, sink_blocks=1, local_blocks=1),
-    "adaptive": StemConfig.preset("adaptive", block_size=16, threshold=0.1, exact_last_blocks=2),
-    "dense-end": StemConfig.preset("adaptive", block_size=16, threshold=0.2, dense_last_blocks=3),
+    "adaptive": StemConfig.preset("adaptive", dense_up_to=0, block_size=16, threshold=0.1, exact_last_blocks=2),
+    "dense-end": StemConfig.preset("adaptive", dense_up_to=0, block_size=16, threshold=0.2, dense_last_blocks=3),
 }
 
 

@@ -115,7 +115,7 @@ def test_wrong_selections_are_refused(problem):
 
 
 def test_a_selection_by_another_threshold_is_refused():
-    config = stem.StemConfig.preset("adaptive", block_size=16, score_cells=4, threshold=0.055)
+    config = stem.StemConfig.preset("adaptive", dense_up_to=0, block_size=16, score_cells=4, threshold=0.055)
     problem = bench.Problem(SMALL, config, "cpu", "torch")
     arguments = problem.scores, problem.budget, config, problem.rows
     assert problem.selection.density() < 0.95 and gate.check_selection(problem.selection, *arguments) == 0
@@ -171,7 +171,9 @@ def test_rows_of_a_case(fast, monkeypatch):
 
 def test_configs_that_are_timed_briefly(fast, monkeypatch):
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
-    monkeypatch.setattr(bench, "BRIEFLY", {"brief": (stem.StemConfig.preset("adaptive", block_size=16), (300,))})
+    monkeypatch.setattr(
+        bench, "BRIEFLY", {"brief": (stem.StemConfig.preset("adaptive", dense_up_to=0, block_size=16), (300,))}
+    )
     rows = bench.case(SMALL, "cpu", impls=["torch"], dense=["sdpa_cpu"], briefly=["brief"])
     found = [(row["operation"], row["provider"], row["error"]) for row in rows if row["config"] == "brief"]
     assert found == [("attention", "stem_torch", ""), ("operator", "stem", "")]

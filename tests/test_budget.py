@@ -9,7 +9,7 @@ import torch
 
 import stem
 from stem import StemConfig, block_budget, select_blocks
-from stem.budget import BlockRows, causal_pairs, decay_cost, scores_matter, uniform_cost
+from stem.budget import BlockRows, causal_pairs, decay_cost, keeps_every_block, scores_matter, uniform_cost
 
 LENGTHS = [1, 2, 8, 32, 55, 56, 85, 128, 129, 159, 160, 256, 512, 1024]
 
@@ -232,6 +232,26 @@ def test_scores_matter_where_other_scores_select_other_blocks(config):
 def test_scores_matter_to_a_threshold():
     config = StemConfig(allocation="adaptive", threshold=0.1, dense_first_blocks=4)
     assert [scores_matter(BlockRows(0, n, n, n), config) for n in (4, 5)] == [False, True]
+
+
+@pytest.mark.parametrize("budget", [dict(k_start=4), dict(density=0.5), dict(allocation="adaptive", threshold=1.0)])
+def test_short_prompts_keep_everything(budget):
+    config = StemConfig(block_size=16, sink_blocks=1, local_blocks=1, dense_up_to=160, **budget)
+    assert block_budget(10, config).tolist() == list(range(1, 11))
+    for tokens, dense in ((150, True), (160, True), (161, False)):
+        rows = BlockRows.of(tokens, tokens, 16)
+        assert keeps_every_block(rows, config) is dense and scores_matter(rows, config) is not dense
+    q = torch.randn(1, 1, 161, 8)
+    for impl in ("torch", "triton"):
+        for prompt in (150, 161):  # the chunks of a prompt are dense if it is
+            of = [
+                stem.stem_attention(x, y, y, config, impl=impl, prompt_length=prompt, return_selection=True)[1]
+                for x, y in ((q[:, :, :96],) * 2, (q[:, :, 96:prompt], q[:, :, :prompt]))
+            ]
+            whole = stem.stem_attention(*(q[:, :, :prompt],) * 3, config, impl=impl, return_selection=True)[1]
+            assert (whole.density() == 1) is (prompt == 150)
+            lists = torch.cat([selection.kv_num_blocks for selection in of], 2)
+            assert torch.equal(lists, whole.kv_num_blocks)
 
 
 def test_rows_of_a_chunk():

@@ -228,7 +228,7 @@ def test_thresholds_are_solved_unless_the_forced_blocks_cost_more(tokenizer, mod
     monkeypatch.setattr(compare, "calibration_texts", lambda: [documents.prose()[:4000], documents.prose()[9000:13000]])
     told = []
     solve = compare.calibrator(model, tokenizer, 256, told.append)
-    config = stem.StemConfig.preset("adaptive", block_size=16)
+    config = stem.StemConfig.preset("adaptive", dense_up_to=0, block_size=16)
     assert solve(0.1, config) is None
     solved = solve(0.5, config)
     assert solved.allocation == "adaptive" and 0 < solved.threshold < 1 and told == []

@@ -63,6 +63,7 @@ def test_the_adaptive_preset_has_a_threshold_or_the_budget_that_is_asked_for():
     assert cells == [8, 16, 8] and StemConfig.preset("adaptive", block_size=64, score_cells=4).score_cells == 4
     config = StemConfig.preset("adaptive", density=0.5)
     assert (config.allocation, config.threshold, config.score_peak) == ("uniform", None, 0.3)
+    assert config.dense_up_to == 0 < StemConfig.preset("adaptive").dense_up_to
     assert stem.block_budget(64, config).sum() / (32 * 65) == pytest.approx(0.5, abs=0.01)
 
 
@@ -164,6 +165,8 @@ KNOBS = [  # (changed field, shared settings beside BASE, one value, another val
     ("decay_from", {}, "first_row", "k_start"),
     ("dense_first_blocks", {}, 0, 12),
     ("dense_first_blocks", dict(k_start=None, allocation="adaptive", threshold=0.2), 0, 6),
+    ("dense_up_to", {}, 0, 4096),
+    ("dense_up_to", dict(k_start=None, allocation="adaptive", threshold=0.2), 0, 4096),
     ("dense_last_blocks", {}, 0, 2),
     ("dense_last_blocks", dict(k_start=None, allocation="adaptive", threshold=0.2), 0, 2),
     ("exact_last_blocks", dict(reduction="softmax"), 0, 2),

@@ -240,7 +240,7 @@ def test_chunks_that_know_the_length_of_the_prompt(padding):
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
     real = mask.bool()
-    for config in (SPARSE, stem.StemConfig.preset("adaptive", block_size=16, threshold=0.1)):
+    for config in (SPARSE, stem.StemConfig.preset("adaptive", dense_up_to=0, block_size=16, threshold=0.1)):
         hf.enable(model, config)
         whole = logits(model, ids, attention_mask=mask)
         found = []

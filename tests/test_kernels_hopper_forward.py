@@ -10,8 +10,15 @@ import sys
 
 import pytest
 import torch
-from test_kernels_sparse_forward import DEVICE, eager, inputs_with_late_maxima, lists_of, oracle
-from test_kernels_sparse_forward import random_inputs, random_mask
+from test_kernels_sparse_forward import (
+    DEVICE,
+    eager,
+    inputs_with_late_maxima,
+    lists_of,
+    oracle,
+    random_inputs,
+    random_mask,
+)
 
 import stem
 
@@ -158,6 +165,22 @@ def test_repeated_runs_are_bit_equal():
 
 
 @needs_sm90
+def test_launches_leave_their_counters_at_zero():
+    from stem.kernels.hopper_forward import stream_counters
+
+    q, k, v = random_inputs(8, 2, 3000, 3000, 128, torch.bfloat16)
+    mask = random_mask(1, 8, 3000, 3000, BLOCK_SIZE)
+    expected, _ = forward(q, k, v, mask, 0.1)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            stream.wait_stream(torch.cuda.default_stream())
+            outs = [forward(q, k, v, mask, 0.1)[0] for _ in range(3)]
+        stream.synchronize()
+        assert all(torch.equal(out, expected) for out in outs)
+        assert not stream_counters(stream).any()
+
+
+@needs_sm90
 def test_it_is_the_default_where_it_applies(monkeypatch):
     from stem.kernels import hopper_forward
 
@@ -208,7 +231,7 @@ def compile_for_sm90(head_dim):
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
-        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", next_task_ptr="*i32", redo_ptr="*i32", scale="fp32",
+        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", counters_ptr="*i32", redo_ptr="*i32", scale="fp32",
     )  # fmt: skip
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, {}, aligned)

@@ -448,7 +448,7 @@ def test_a_given_parameter_wins_over_the_density():
     kept = {d: patterns.select("sliding_window", q, k, v, CONFIG.replace(density=d), window_blocks=2) for d in (0.2, 1)}
     assert torch.equal(kept[0.2].to_mask(), kept[1].to_mask())
     adaptive = StemConfig(block_size=BLOCK, score_stride=4, allocation="adaptive", threshold=0.1)
-    preset = StemConfig.preset("adaptive", block_size=BLOCK, threshold=0.1)
+    preset = StemConfig.preset("adaptive", dense_up_to=0, block_size=BLOCK, threshold=0.1)
     assert patterns.select("xattention", q, k, v, preset, tau=0.0).density() < 0.3
     for name, native in {"sliding_window": dict(window_blocks=2), "xattention": dict(tau=0.6)}.items():
         found = patterns.select(name, q, k, v, adaptive, **native).to_mask()

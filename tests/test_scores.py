@@ -129,7 +129,9 @@ def test_softmax_over_cells(shape, cells, stride, peak, pooling):
 @pytest.mark.parametrize("q_len, kv_len, blocks", [(75, 75, 1), (68, 68, 1), (70, 75, 2), (3, 75, 2), (75, 75, 99)])
 def test_the_last_blocks_score_what_attention_gives_them(q_len, kv_len, blocks, pooling, impl):
     q, k, v = draw(2, 4, 2, q_len, kv_len, 16, torch.float32)
-    config = StemConfig.preset("adaptive", block_size=16, score_pooling=pooling, exact_last_blocks=blocks)
+    config = StemConfig.preset(
+        "adaptive", dense_up_to=0, block_size=16, score_pooling=pooling, exact_last_blocks=blocks
+    )
     scores = block_scores(4 * q, k, v, config, impl=impl)
     cells_alone = block_scores(4 * q, k, v, config.replace(exact_last_blocks=0), impl=impl)
     positions = torch.arange(kv_len, device=q.device)

@@ -47,6 +47,7 @@ def uniform_budget(config: StemConfig, num_kv_blocks: int, row_blocks: int | Non
         threshold=None,
         k_start_regimes=None,
         min_blocks=0,
+        dense_up_to=0,
         dense_first_blocks=0,
         dense_last_blocks=0,
         decay_from="first_row",
