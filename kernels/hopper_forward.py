@@ -1,4 +1,4 @@
-"""Block-sparse causal attention, forward, for sm_90 in Gluon: the result of sparse_forward.py, about 1.5 times as fast.
+"""Block-sparse causal attention, forward, for sm_90 in Gluon: the result of sparse_forward.py, about 1.4 times as fast.
 
 A task is one query block of one head. One program runs on each multiprocessor and takes tasks from a common counter
 until none is left. Its warps have three roles, one partition each:

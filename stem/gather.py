@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
 
-CHUNK_KEYS = 1 << 20  # gathered key elements of one call of the flash kernel: 4 MiB in fp32
+CHUNK_KEYS = 1 << 21  # gathered key elements of one call of the flash kernel: 8 MiB in fp32
 CHUNK_LOGITS = 1 << 20  # logits of one chunk of rows: 4 MiB in fp32, so that softmax finds them in cache
 
 
