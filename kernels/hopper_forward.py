@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import launch
+from .launch import current_stream, launch
 
 LOG2_E = gl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -451,9 +451,9 @@ def new_counters(device: torch.device) -> torch.Tensor:
 
 
 @cache  # one launch of a stream follows the other and finds the zeros that it left: none has to write them first
-def stream_counters(stream: torch.cuda.Stream) -> torch.Tensor:
-    """The counters of all launches on a stream."""
-    return new_counters(stream.device)
+def stream_counters(device: torch.device, stream: int) -> torch.Tensor:
+    """The counters of all launches on a stream, the current one."""
+    return new_counters(device)
 
 
 def unsupported(q: torch.Tensor, block_size: int) -> str:
@@ -522,7 +522,7 @@ def sparse_forward(
     q_tiles = tile_descriptor(q, block_size // NUM_CONSUMERS.value)
     k_tiles, v_tiles = tile_descriptor(k, block_size), tile_descriptor(v, block_size)
     capturing = torch.cuda.is_current_stream_capturing()  # a graph may run on any stream
-    counters = new_counters(q.device) if capturing else stream_counters(torch.cuda.current_stream(q.device))
+    counters = new_counters(q.device) if capturing else stream_counters(q.device, current_stream(q.get_device()))
     redo = torch.empty(NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=q.device)
     launch(
         hopper_forward_kernel,

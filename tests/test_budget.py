@@ -11,6 +11,7 @@ import stem
 from stem import StemConfig, block_budget, select_blocks
 from stem.budget import BlockRows, causal_pairs, decay_cost, keeps_every_block, scores_matter, uniform_cost
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, 8, 32, 55, 56, 85, 128, 129, 159, 160, 256, 512, 1024]
 
 
@@ -241,7 +242,7 @@ def test_short_prompts_keep_everything(budget):
     for tokens, dense in ((150, True), (160, True), (161, False)):
         rows = BlockRows.of(tokens, tokens, 16)
         assert keeps_every_block(rows, config) is dense and scores_matter(rows, config) is not dense
-    q = torch.randn(1, 1, 161, 8)
+    q = torch.randn(1, 1, 161, 8, device=DEVICE)
     for impl in ("torch", "triton"):
         for prompt in (150, 161):  # the chunks of a prompt are dense if it is
             of = [

@@ -177,7 +177,7 @@ def test_launches_leave_their_counters_at_zero():
             outs = [forward(q, k, v, mask, 0.1)[0] for _ in range(3)]
         stream.synchronize()
         assert all(torch.equal(out, expected) for out in outs)
-        assert not stream_counters(stream).any()
+        assert not stream_counters(q.device, stream.cuda_stream).any()
 
 
 @needs_sm90
