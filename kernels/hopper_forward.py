@@ -391,15 +391,15 @@ VARYING += ["max_blocks", "num_tasks"]
 
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, counters_ptr, redo_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
     num_q_blocks, max_blocks, num_tasks, scale,
 ):  # fmt: skip
     """One program computes one task after another; q_desc's tiles are half a query block, k_desc's a key block.
 
-    Grid: any number of programs, of which a multiprocessor holds one. counters_ptr: two int32, 0 before and after: how
-    many tasks were taken beside the first of each program, which is its own number, and how many programs are done.
-    redo_ptr: room for an int32 of every task and consumer.
+    Grid: any number of programs, of which a multiprocessor holds one. scratch_ptr: two int32, 0 before and after: how
+    many tasks were taken beside the first of each program, which is its own number, and how many programs are done;
+    then room for one of every task and consumer.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
@@ -407,7 +407,7 @@ def hopper_forward_kernel(
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [NUM_CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER)
-    redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), redo_ptr)
+    redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), scratch_ptr + 2)
     # What ring is to K and V, this is to Q, with one slot for each consumer: full, empty, tiles, and whose they are.
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
     shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), redo, num_tasks, problem)
@@ -416,7 +416,7 @@ def hopper_forward_kernel(
         [
             (consume, (0,) + shared + outputs),
             (consume, (1,) + shared + outputs),
-            (produce, (q_desc, k_desc, v_desc, counters_ptr) + shared),
+            (produce, (q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -445,15 +445,15 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def new_counters(device: torch.device) -> torch.Tensor:
-    """The two counters of a launch, 0."""
-    return torch.zeros(2, dtype=torch.int32, device=device)
+def new_scratch(device: torch.device, num_tasks: int) -> torch.Tensor:
+    """What a launch needs beside its inputs: two counters, 0, and room to note tasks."""
+    return torch.zeros(2 + NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=device)
 
 
-@cache  # one launch of a stream follows the other and finds the zeros that it left: none has to write them first
-def stream_counters(device: torch.device, stream: int) -> torch.Tensor:
-    """The counters of all launches on a stream, the current one."""
-    return new_counters(device)
+@lru_cache(maxsize=64)  # one launch of a stream follows the other and finds the zeros that it left: none writes them
+def stream_scratch(device: torch.device, stream: int, num_tasks: int) -> torch.Tensor:
+    """That of all launches of a size on a stream, the current one."""
+    return new_scratch(device, num_tasks)
 
 
 def unsupported(q: torch.Tensor, block_size: int) -> str:
@@ -522,12 +522,14 @@ def sparse_forward(
     q_tiles = tile_descriptor(q, block_size // NUM_CONSUMERS.value)
     k_tiles, v_tiles = tile_descriptor(k, block_size), tile_descriptor(v, block_size)
     capturing = torch.cuda.is_current_stream_capturing()  # a graph may run on any stream
-    counters = new_counters(q.device) if capturing else stream_counters(q.device, current_stream(q.get_device()))
-    redo = torch.empty(NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=q.device)
+    if capturing:
+        scratch = new_scratch(q.device, num_tasks)
+    else:
+        scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
     launch(
         hopper_forward_kernel,
         (num_programs,),
-        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), counters, redo),
+        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), scratch),
         (
             *out.stride()[:3],
             num_q_heads,

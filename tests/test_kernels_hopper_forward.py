@@ -166,7 +166,7 @@ def test_repeated_runs_are_bit_equal():
 
 @needs_sm90
 def test_launches_leave_their_counters_at_zero():
-    from stem.kernels.hopper_forward import stream_counters
+    from stem.kernels.hopper_forward import stream_scratch
 
     q, k, v = random_inputs(8, 2, 3000, 3000, 128, torch.bfloat16)
     mask = random_mask(1, 8, 3000, 3000, BLOCK_SIZE)
@@ -177,7 +177,7 @@ def test_launches_leave_their_counters_at_zero():
             outs = [forward(q, k, v, mask, 0.1)[0] for _ in range(3)]
         stream.synchronize()
         assert all(torch.equal(out, expected) for out in outs)
-        assert not stream_counters(q.device, stream.cuda_stream).any()
+        assert not stream_scratch(q.device, stream.cuda_stream, 8 * mask.shape[2])[:2].any()
 
 
 @needs_sm90
@@ -231,7 +231,7 @@ def compile_for_sm90(head_dim):
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
-        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", counters_ptr="*i32", redo_ptr="*i32", scale="fp32",
+        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32",
     )  # fmt: skip
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, {}, aligned)
