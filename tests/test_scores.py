@@ -288,3 +288,13 @@ def test_bad_input(arguments, error, words):
     q, k, v = draw(1, 1, 1, 32, 32, 16)
     with pytest.raises(error, match=words):
         block_scores(q, k, v, **{"config": StemConfig(block_size=32), **arguments})
+
+
+def test_a_peak_far_above_the_first_tile_stays_finite_in_the_kernels():
+    config = StemConfig.preset("adaptive", block_size=16, dense_up_to=0, exact_last_blocks=2)
+    q, k = torch.randn(2, 1, 2, 300, 8).abs()
+    k[:, :, 160:176] *= 300  # block 10: hundreds of powers of two above the first tile of cells and of tokens
+    kernel, expected = (block_scores(q, k, k, config, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(kernel.exp().sum(-1), torch.ones_like(kernel[..., 0]))
+    for scores in (kernel, expected):
+        assert (scores[:, :, 10:].argmax(-1) == 10).all()
