@@ -11,36 +11,31 @@ from torch.utils.checkpoint import checkpoint
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
 
-CHUNK_KEYS = 1 << 21  # gathered key elements of one call of the flash kernel: 8 MiB in fp32
+CHUNK_PAIRS = 256  # pairs of blocks in one product
 CHUNK_LOGITS = 1 << 20  # logits of one chunk of rows: 4 MiB in fp32, so that softmax finds them in cache
+LARGEST_SUM = 2.0**64  # of a row's weights exp(logit); and its inverse is the smallest
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks, a few query blocks at a time; see stem.block_sparse_attention.
 
-    Query blocks of all heads are sorted by the length of their lists, so that a chunk wastes little on padding. With
-    gradients each chunk is recomputed in the backward pass. Without gradients on the CPU, torch's own flash kernel does
-    the work, which keeps no logits at all.
+    Without gradients on the CPU, most query blocks need no softmax; see _plain_attention. The others, and all of them
+    elsewhere, take one. With gradients each chunk is recomputed in the backward pass.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type == "cpu" and not needs_grad:
-        return _flash_attention(q, k, v, selection, scale)
     size, offset = selection.block_size, k.shape[2] - q.shape[2]
-    q_blocks, k_blocks, v_blocks = _blocks(q, size, offset) * scale, _blocks(k, size), _blocks(v, size)
-    order, widths = _sorted_rows(selection)
-    first = widths.count(0)  # rows without blocks come first and give zeros
-    chunks = [(q_blocks[order[:first]] * 0, q_blocks.new_full((first, size), -torch.inf))]
-    for rows, *kept in _chunked_lists(selection, k.shape[1], order, widths):
-        args = (q_blocks[rows], k_blocks, v_blocks, *kept)
-        if needs_grad:
-            chunks.append(checkpoint(_attend, *args, use_reentrant=False))
-        else:
-            chunks.append(_attend(*args))
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=q.device))
+    blocks = _blocks(q, size, offset), _blocks(k, size), _blocks(v, size)
+    if q.device.type == "cpu" and not needs_grad:
+        out, lse, rest = _plain_attention(*blocks, selection, k.shape[1], scale)
+        if len(rest):
+            out[rest], lse[rest] = _softmax_attention(*blocks, selection, k.shape[1], scale, rest)
+    else:
+        everything = torch.arange(len(blocks[0]), device=q.device)
+        out, lse = _softmax_attention(*blocks, selection, k.shape[1], scale, everything, needs_grad)
     heads_and_blocks = (*q.shape[:2], selection.num_q_blocks)
     queries = slice(offset % size, offset % size + q.shape[2])
-    out, lse = (torch.cat(x)[inverse].unflatten(0, heads_and_blocks).flatten(2, 3) for x in zip(*chunks, strict=True))
-    return out[:, :, queries].to(q.dtype), lse[:, :, queries]
+    out, lse = (x.unflatten(0, heads_and_blocks).flatten(2, 3)[:, :, queries] for x in (out, lse))
+    return out.to(q.dtype), lse
 
 
 def gather_gradients(
@@ -54,7 +49,8 @@ def gather_gradients(
     q_blocks, k_blocks, v_blocks = _blocks(q, size, offset) * scale, _blocks(k, size), _blocks(v, size)
     dout_blocks, dlse_blocks = _blocks(dout, size, offset), _blocks(dlse[..., None], size, offset)  # [M, size, D or 1]
     dq, dk, dv = torch.zeros_like(q_blocks), torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
-    for rows, blocks, future, unused in _chunked_lists(selection, k.shape[1], *_sorted_rows(selection)):
+    order, widths = _sorted_rows(selection, torch.arange(len(q_blocks), device=q.device))
+    for rows, blocks, future, unused in _chunked_lists(selection, k.shape[1], order, widths):
         k_rows, v_rows = (_gathered(x, blocks, len(rows)) for x in (k_blocks, v_blocks))  # [R, W * size, D]
         weights = _masked_logits(q_blocks[rows], k_rows, future, unused).softmax(-1)
         dweights = torch.bmm(dout_blocks[rows], v_rows.mT)
@@ -68,54 +64,66 @@ def gather_gradients(
     return tuple(x[:, :, i : i + y.shape[2]].to(y.dtype) for x, y, i in zip(blocks_of, (q, k, v), starts, strict=True))
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    """The same on the CPU without gradients: the diagonal blocks in one causal call, then the others, merged by lse.
+def _plain_attention(
+    q_blocks: Tensor, k_blocks: Tensor, v_blocks: Tensor, selection: BlockSelection, kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights exp(logit), relative to nothing: out and lse [M, size], and the query blocks where that does not do.
 
-    Blocks before the diagonal need no mask, so rows with equally many of them go together without padding. The operator
-    is the one behind SDPA on the CPU, called by name because SDPA does not return the log-sum-exp. Keys and values are
-    gathered into the same memory again and again: fresh pages would cost several times the copy.
+    No maximum is looked for or subtracted. A sum out of range tells that a weight may have been; only its query block
+    is left to a softmax. Rows with equally long lists go together without padding, and what they read is gathered into
+    the same memory again and again: fresh pages would cost several times the copy.
     """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    size, offset = selection.block_size, k.shape[2] - q.shape[2]
-    q_blocks, k_blocks, v_blocks = _blocks(q, size, offset), _blocks(k, size), _blocks(v, size)  # [M, size, D]
+    size, dim = q_blocks.shape[1:]
+    kv_blocks = torch.cat((k_blocks, v_blocks), -1)  # [B * Hkv * nk, size, 2 D]
     counts = selection.kv_num_blocks.flatten().long()
-    diagonal, kv_start = _rows(selection, k.shape[1])
-    blocks = selection.kv_indices.flatten(0, 2) + kv_start[:, None]  # [M, max], rows of k_blocks
-    diagonal = diagonal + kv_start
-    has_diagonal = (blocks.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0] == diagonal) & (counts > 0)
-    earlier = counts - has_diagonal.long()  # blocks before the diagonal
-    block_keys = size * q.shape[3]  # elements of a block
-    rooms = [k_blocks.new_empty(max(CHUNK_KEYS, (int(earlier.max()) or 1) * block_keys)) for _ in range(2)]
+    diagonal, kv_start = _rows(selection, kv_heads)
+    lists = selection.kv_indices.flatten(0, 2)  # [M, max]
+    has_diagonal = (lists.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0] == diagonal) & (counts > 0)
+    blocks = lists + kv_start[:, None]  # rows of kv_blocks
+    most = max(CHUNK_PAIRS, int(counts.max()))
+    kv_room, weights_room = (q_blocks.new_empty(most * size * columns) for columns in (2 * dim, size))
+    out, sums = torch.empty_like(q_blocks), q_blocks.new_empty(*q_blocks.shape[:2], 1)
+    kinds = 2 * counts + has_diagonal
+    order = kinds.argsort(stable=True)
+    kinds, repeats = kinds[order].unique_consecutive(return_counts=True)
+    for kind, group in zip(kinds.tolist(), order.split(repeats.tolist()), strict=True):
+        width, causal = kind // 2, kind % 2
+        for rows in group.split(max(1, CHUNK_PAIRS // max(1, width))):
+            kv = kv_room[: len(rows) * width * size * 2 * dim].view(-1, size, 2 * dim)
+            torch.index_select(kv_blocks, 0, blocks[rows, :width].flatten(), out=kv)
+            k, v = kv.view(len(rows), width * size, 2 * dim).split(dim, -1)
+            weights = weights_room[: len(rows) * width * size**2].view(len(rows), size, width * size)
+            q = q_blocks.index_select(0, rows)
+            torch.baddbmm(weights, q, k.mT, beta=0, alpha=scale, out=weights).exp_()
+            if causal:
+                weights[..., -size:].tril_()
+            total = weights.sum(-1, keepdim=True)
+            sums.index_copy_(0, rows, total)
+            out.index_copy_(0, rows, torch.bmm(weights, v).div_(total.clamp_min(1 / LARGEST_SUM)))
+    within = ((sums >= 1 / LARGEST_SUM) & (sums <= LARGEST_SUM)).flatten(1).all(1)
+    return out, sums.log_()[..., 0], (~within & (counts > 0)).nonzero()[:, 0]
 
-    def attend(rows: Tensor, columns: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        """Query blocks `rows` [R] over key blocks `columns` [R, W]: out [R, size, D] and lse [R, size, 1]."""
-        chosen = []
-        for x, room in zip((k_blocks, v_blocks), rooms, strict=True):
-            gathered = room[: columns.numel() * block_keys].view(-1, *x.shape[1:])
-            torch.index_select(x, 0, columns.flatten(), out=gathered)
-            chosen.append(gathered.view(len(rows), 1, columns.shape[1] * size, -1))
-        out, lse = flash(q_blocks.index_select(0, rows)[:, None], *chosen, is_causal=causal, scale=scale)
-        return out[:, 0], lse.view(len(rows), size, 1)
 
-    out, lse = torch.empty_like(q_blocks), q_blocks.new_empty(*q_blocks.shape[:2], 1)
-    for rows in torch.arange(len(counts)).split(max(1, CHUNK_KEYS // block_keys)):
-        out[rows[0] : rows[-1] + 1], lse[rows[0] : rows[-1] + 1] = attend(rows, diagonal[rows, None], True)
-    out.masked_fill_(~has_diagonal[:, None, None], 0)
-    lse.masked_fill_(~has_diagonal[:, None, None], -torch.inf)
-    order = earlier.argsort(stable=True)
-    widths, repeats = earlier[order].unique_consecutive(return_counts=True)
-    for width, group in zip(widths.tolist(), order.split(repeats.tolist()), strict=True):
-        for rows in group.split(max(1, CHUNK_KEYS // (width * block_keys))) if width else ():
-            new_out, new_lse = attend(rows, blocks[rows, :width], False)
-            old_out, old_lse = out.index_select(0, rows), lse.index_select(0, rows)
-            total = torch.logaddexp(old_lse, new_lse)
-            lse.index_copy_(0, rows, total)
-            old_out.mul_((old_lse - total).exp_()).addcmul_(new_out, (new_lse - total).exp_())
-            out.index_copy_(0, rows, old_out)
-    heads_and_blocks = (*q.shape[:2], selection.num_q_blocks)
-    queries = slice(offset % size, offset % size + q.shape[2])
-    out, lse = (x.unflatten(0, heads_and_blocks).flatten(2, 3)[:, :, queries] for x in (out, lse))
-    return out.to(q.dtype), lse[..., 0]
+def _softmax_attention(
+    q_blocks: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    selection: BlockSelection,
+    kv_heads: int,
+    scale: float,
+    rows: Tensor,
+    needs_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Out and lse [R, size] of the query blocks `rows`, in chunks sorted by the lengths of their lists."""
+    order, widths = _sorted_rows(selection, rows)
+    first = widths.count(0)  # rows without blocks come first and give zeros
+    chunks = [(q_blocks[order[:first]] * 0, q_blocks.new_full((first, q_blocks.shape[1]), -torch.inf))]
+    for chunk, *kept in _chunked_lists(selection, kv_heads, order, widths):
+        args = (q_blocks[chunk] * scale, k_blocks, v_blocks, *kept)
+        chunks.append(checkpoint(_attend, *args, use_reentrant=False) if needs_grad else _attend(*args))
+    inverse = order.argsort()  # `rows` is ascending
+    out, lse = (torch.cat(x)[inverse] for x in zip(*chunks, strict=True))
+    return out, lse
 
 
 def _attend(
@@ -145,11 +153,11 @@ def _blocks(x: Tensor, size: int, offset: int = 0) -> Tensor:
     return pad_to_grid(x, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2)
 
 
-def _sorted_rows(selection: BlockSelection) -> tuple[Tensor, list[int]]:
-    """The B * Hq * nq query blocks in the order of their lists' lengths, int64, and these lengths."""
-    counts = selection.kv_num_blocks.flatten().long()
+def _sorted_rows(selection: BlockSelection, rows: Tensor) -> tuple[Tensor, list[int]]:
+    """Some of the B * Hq * nq query blocks, int64 [R], in the order of their lists' lengths, and these lengths."""
+    counts = selection.kv_num_blocks.flatten()[rows]
     order = counts.argsort(stable=True)
-    return order, counts[order].tolist()
+    return rows[order], counts[order].tolist()
 
 
 def _chunked_lists(

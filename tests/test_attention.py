@@ -398,7 +398,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_impl_torch_builds_nothing_of_size_n_squared(backward, monkeypatch):
     monkeypatch.setattr(stem.gather, "CHUNK_LOGITS", 1 << 14)
-    monkeypatch.setattr(stem.gather, "CHUNK_KEYS", 1 << 14)
+    monkeypatch.setattr(stem.gather, "CHUNK_PAIRS", 16)
     config = StemConfig(block_size=16, k_start=4, decay=1.0)
     elements = []
     for length in (1024, 2048):
@@ -418,10 +418,31 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     whole = block_sparse_attention(q, k, v, selection, impl="torch")
     for elements in (1, 5000, 20000):
         monkeypatch.setattr(stem.gather, "CHUNK_LOGITS", elements)
-        monkeypatch.setattr(stem.gather, "CHUNK_KEYS", elements)
+        monkeypatch.setattr(stem.gather, "CHUNK_PAIRS", elements // 16**2)
         for needs_grad in (False, True):  # each has a path of its own
             chunked = block_sparse_attention(q.requires_grad_(needs_grad), k, v, selection, impl="torch")
             torch.testing.assert_close(chunked.detach(), whole)
+
+
+@pytest.mark.parametrize("factor", [40.0, -40.0], ids=["large", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_query_blocks_whose_sums_leave_the_range_get_a_softmax(factor, dtype, monkeypatch):
+    """Every fourth query block points along all keys, or against them: with logits near +-160."""
+    q, k, v = (x.to(dtype) for x in draw(2, 4, 2, 200, 200, 16))
+    k = 1 + k / 4
+    q[:, :, torch.arange(200) // 16 % 4 == 2] += factor
+    selection, left = random_selection(q, k, 16), []
+    softmax_attention = stem.gather._softmax_attention
+    monkeypatch.setattr(
+        stem.gather, "_softmax_attention", lambda *args: left.append(args[-1]) or softmax_attention(*args)
+    )
+    found = block_sparse_attention(q, k, v, selection, impl="torch", return_lse=True)
+    wanted = block_sparse_attention(q.double(), k.double(), v.double(), selection, impl="reference", return_lse=True)
+    (rows,) = left
+    listed = selection.kv_num_blocks.flatten()[rows]
+    assert (rows % 13 % 4 == 2).all() and (listed > 0).all() and len(rows) >= 2 * 4
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-4)
 
 
 QKV = dict(zip("qkv", (torch.zeros(1, 4, 32, 16), *torch.zeros(2, 1, 2, 48, 16)), strict=True))
