@@ -159,6 +159,13 @@ def attend_tile(
 
 
 @triton.jit
+def first_key_of(tile, kv_indices_ptr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile of the listed blocks begins."""
+    TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N  # of a block
+    return tl.load(kv_indices_ptr + tile // TILES) * BLOCK_SIZE + tile % TILES * BLOCK_N
+
+
+@triton.jit
 def attend_tiles(
     first,
     last,
@@ -186,15 +193,63 @@ def attend_tiles(
     TMA: tl.constexpr,
 ):
     """Attend to tiles first .. last - 1 of the listed blocks, none of them the diagonal one; see attend_tile."""
-    TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N  # of a block
     for tile in range(first, last):
-        first_key = tl.load(kv_indices_ptr + tile // TILES) * BLOCK_SIZE + tile % TILES * BLOCK_N
+        first_key = first_key_of(tile, kv_indices_ptr, BLOCK_SIZE, BLOCK_N)
         accumulator, running_max, running_sum, sums = attend_tile(
             q_tile, q_positions, k_source, v_source, batch, kv_head, first_key, num_keys,
             stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
             BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=False, ONLINE=ONLINE, TMA=TMA,
         )  # fmt: skip
     return accumulator, running_max, running_sum, sums
+
+
+@triton.jit
+def attend_tiles_ahead(
+    first,
+    last,
+    kv_indices_ptr,
+    q_tile,
+    k_source,
+    v_source,
+    batch,
+    kv_head,
+    num_keys,
+    stride_kn,
+    stride_vn,
+    scale_log2,
+    accumulator,
+    reference,
+    sums,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The same relative to a reference; the tensor cores have the next tile's logits to do during a tile's softmax."""
+    if first < last:
+        first_key = first_key_of(first, kv_indices_ptr, BLOCK_SIZE, BLOCK_N)
+        k_tile = load_keys(
+            k_source, batch, kv_head, first_key, num_keys, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, False, TMA
+        )
+        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [M, BLOCK_N]
+        for tile in range(first + 1, last):
+            next_key = first_key_of(tile, kv_indices_ptr, BLOCK_SIZE, BLOCK_N)
+            k_tile = load_keys(
+                k_source, batch, kv_head, next_key, num_keys, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, False, TMA
+            )
+            v_tile = load_keys(
+                v_source, batch, kv_head, first_key, num_keys, stride_vn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, False, TMA
+            )
+            next_logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            accumulator, sums = softmax_update(logits, v_tile, accumulator, reference, sums, scale_log2)
+            logits, first_key = next_logits, next_key
+        v_tile = load_keys(
+            v_source, batch, kv_head, first_key, num_keys, stride_vn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, False, TMA
+        )
+        accumulator, sums = softmax_update(logits, v_tile, accumulator, reference, sums, scale_log2)
+    return accumulator, sums
 
 
 @triton.jit
@@ -232,12 +287,14 @@ def sparse_forward_kernel(
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of one query block of one head.
 
     Grid: (nq * BLOCK_SIZE / BLOCK_M, B * Hq): the query tiles of a head are neighbours, so that its keys and values
     stay in the L2 cache, and the last tiles start first. BLOCK_M and BLOCK_N divide BLOCK_SIZE. TMA: k_source and
-    v_source are descriptors of [B, Hkv, Nkv, D] with tiles of BLOCK_N rows, else pointers.
+    v_source are descriptors of [B, Hkv, Nkv, D] with tiles of BLOCK_N rows, else pointers. AHEAD: see
+    attend_tiles_ahead; without it another program of the multiprocessor has to fill the pauses of the tensor cores.
     """
     tiles_per_q_block: tl.constexpr = BLOCK_SIZE // BLOCK_M
     tiles_per_kv_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
@@ -274,11 +331,18 @@ def sparse_forward_kernel(
         stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
         BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, ONLINE=True, TMA=TMA,
     )  # fmt: skip
-    accumulator, running_max, running_sum, sums = attend_tiles(
-        online_tiles, num_tiles, kv_indices_ptr, q_tile, positions, k_source, v_source, batch, kv_head, num_keys,
-        stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
-        BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, ONLINE=False, TMA=TMA,
-    )  # fmt: skip
+    if AHEAD:
+        accumulator, sums = attend_tiles_ahead(
+            online_tiles, num_tiles, kv_indices_ptr, q_tile, k_source, v_source, batch, kv_head, num_keys,
+            stride_kn, stride_vn, scale_log2, accumulator, running_max, sums,
+            BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, TMA=TMA,
+        )  # fmt: skip
+    else:
+        accumulator, running_max, running_sum, sums = attend_tiles(
+            online_tiles, num_tiles, kv_indices_ptr, q_tile, positions, k_source, v_source, batch, kv_head, num_keys,
+            stride_kn, stride_vn, scale_log2, accumulator, running_max, running_sum, sums,
+            BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, ONLINE=False, TMA=TMA,
+        )  # fmt: skip
     running_sum += tl.sum(sums, axis=1)
     if tl.max((running_sum >= LARGEST_SUM).to(tl.int32), axis=0) > 0:
         accumulator, running_max, running_sum, sums = nothing_attended(BLOCK_M, BLOCK_D)
@@ -310,25 +374,26 @@ def sparse_forward_kernel(
 
 @cache
 def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
-    """Rows, keys, warps and pipeline stages of one program: a short list, the default first (our choice, for sm_90).
+    """Rows, keys, order, warps and pipeline stages of a program: a short list, the default first (ours, for sm_90).
 
     fp16 and bf16 run on tensor cores, 16 rows and 128 dimensions a warp; fp32 has no exact tensor-core product, so
     registers bound its tiles when it is compiled.
     """
     if dtype == torch.float32 and not triton.knobs.runtime.interpret:
         block_m, block_n = (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 128 else (16, 16)
-        return (dict(BLOCK_M=min(block_size, block_m), BLOCK_N=min(block_size, block_n), num_warps=8, num_stages=1),)
+        block_m, block_n = min(block_size, block_m), min(block_size, block_n)
+        return (dict(BLOCK_M=block_m, BLOCK_N=block_n, AHEAD=False, num_warps=8, num_stages=1),)
     if head_dim <= 64:
-        shapes = [(64, 64, 4, 3), (64, 128, 4, 2)]
+        shapes = [(64, 64, False, 4, 3), (64, 128, False, 4, 2)]
     elif head_dim <= 128:
-        shapes = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3)]
+        shapes = [(64, 64, True, 4, 2), (128, 128, False, 8, 3), (128, 128, False, 8, 2), (128, 64, False, 8, 3)]
     else:
-        shapes = [(128, 64, 8, 2)]
-    cut = [(min(block_size, rows), min(block_size, keys), warps, stages) for rows, keys, warps, stages in shapes]
+        shapes = [(128, 64, False, 8, 2)]
+    cut = [(min(block_size, rows), min(block_size, keys), *other) for rows, keys, *other in shapes]
     per_warp = 16 if head_dim <= 128 else 8  # rows
     return tuple(
-        dict(BLOCK_M=rows, BLOCK_N=keys, num_warps=min(warps, rows // per_warp), num_stages=stages)
-        for rows, keys, warps, stages in dict.fromkeys(cut)
+        dict(BLOCK_M=rows, BLOCK_N=keys, AHEAD=ahead, num_warps=min(warps, rows // per_warp), num_stages=stages)
+        for rows, keys, ahead, warps, stages in dict.fromkeys(cut)
     )
 
 
