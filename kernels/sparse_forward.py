@@ -25,7 +25,8 @@ SUMS = tl.constexpr(8)  # partial sums of a row's weights: as many as keep every
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
 TMA_BYTES = 16  # alignment of addresses and strides
 SMALLEST_DOT = 16  # columns of the smallest product
-TUNING_TOKENS, TUNING_HEADS, TUNING_BLOCKS = 4096, 16, 8  # the problem on which tile sizes are compared
+# The problem on which tile sizes are compared, large enough to take the GPU longer than its launch takes the host.
+TUNING_TOKENS, TUNING_HEADS, TUNING_WINDOW = 8192, 16, 2048
 FASTEST: dict[tuple, dict[str, int]] = {}  # kind of problem -> tiles that were the fastest
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -412,20 +413,22 @@ def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch
 
 
 def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Place in `tile_choices` of the fastest one, on a prompt of TUNING_TOKENS with a local window."""
+    """Place in `tile_choices` of the fastest one, on a prompt of TUNING_TOKENS with a window of TUNING_WINDOW."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     rows = torch.arange(TUNING_TOKENS // block_size, dtype=torch.int32, device=device)
-    counts = (rows + 1).clamp_max(TUNING_BLOCKS).expand(1, TUNING_HEADS, -1)
-    window = torch.arange(TUNING_BLOCKS, dtype=torch.int32, device=device)
-    lists = ((rows + 1 - TUNING_BLOCKS).clamp_min(0)[:, None] + window).expand(1, TUNING_HEADS, -1, -1)
-    x = torch.zeros(1, TUNING_HEADS, TUNING_TOKENS, head_dim, dtype=dtype, device=device)
+    blocks = max(1, TUNING_WINDOW // block_size)
+    counts = (rows + 1).clamp_max(blocks).expand(1, TUNING_HEADS, -1)
+    window = torch.arange(blocks, dtype=torch.int32, device=device)
+    lists = ((rows + 1 - blocks).clamp_min(0)[:, None] + window).expand(1, TUNING_HEADS, -1, -1)
+    generator = torch.Generator(device).manual_seed(0)  # zeros would draw too little power to slow the clocks down
+    x = torch.randn(1, TUNING_HEADS, TUNING_TOKENS, head_dim, generator=generator, dtype=dtype, device=device)
 
     def time_of(tiles: dict[str, int]) -> float:
         try:
             return do_bench(
-                lambda: forward_with_tiles(x, x, x, lists, counts, block_size, 1.0, tiles), warmup=5, rep=20
+                lambda: forward_with_tiles(x, x, x, lists, counts, block_size, 0.1, tiles), warmup=20, rep=80
             )
         except OutOfResources:  # the list is for sm_90, other cards have less shared memory
             return float("inf")
