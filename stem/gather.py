@@ -74,14 +74,13 @@ def _plain_attention(
     the same memory again and again: fresh pages would cost several times the copy.
     """
     size, dim = q_blocks.shape[1:]
-    kv_blocks = torch.cat((k_blocks, v_blocks), -1)  # [B * Hkv * nk, size, 2 D]
     counts = selection.kv_num_blocks.flatten().long()
     diagonal, kv_start = _rows(selection, kv_heads)
     lists = selection.kv_indices.flatten(0, 2)  # [M, max]
     has_diagonal = (lists.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0] == diagonal) & (counts > 0)
-    blocks = lists + kv_start[:, None]  # rows of kv_blocks
+    blocks = lists + kv_start[:, None]  # rows of k_blocks and v_blocks
     most = max(CHUNK_PAIRS, int(counts.max()))
-    kv_room, weights_room = (q_blocks.new_empty(most * size * columns) for columns in (2 * dim, size))
+    k_room, v_room, weights_room = (q_blocks.new_empty(most * size * columns) for columns in (dim, dim, size))
     out, sums = torch.empty_like(q_blocks), q_blocks.new_empty(*q_blocks.shape[:2], 1)
     kinds = 2 * counts + has_diagonal
     order = kinds.argsort(stable=True)
@@ -89,10 +88,12 @@ def _plain_attention(
     for kind, group in zip(kinds.tolist(), order.split(repeats.tolist()), strict=True):
         width, causal = kind // 2, kind % 2
         for rows in group.split(max(1, CHUNK_PAIRS // max(1, width))):
-            kv = kv_room[: len(rows) * width * size * 2 * dim].view(-1, size, 2 * dim)
-            torch.index_select(kv_blocks, 0, blocks[rows, :width].flatten(), out=kv)
-            k, v = kv.view(len(rows), width * size, 2 * dim).split(dim, -1)
-            weights = weights_room[: len(rows) * width * size**2].view(len(rows), size, width * size)
+            kept, keys = blocks[rows, :width].flatten(), len(rows) * width * size
+            k, v = (room[: keys * dim].view(-1, size, dim) for room in (k_room, v_room))
+            torch.index_select(k_blocks, 0, kept, out=k)
+            torch.index_select(v_blocks, 0, kept, out=v)
+            k, v = (x.view(len(rows), width * size, dim) for x in (k, v))
+            weights = weights_room[: keys * size].view(len(rows), size, width * size)
             q = q_blocks.index_select(0, rows)
             torch.baddbmm(weights, q, k.mT, beta=0, alpha=scale, out=weights).exp_()
             if causal:
