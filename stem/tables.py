@@ -365,7 +365,8 @@ def _nothing(notebook: str) -> str:
 
 
 def _by_device(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
-    return rows.groupby("device", sort=True)
+    """The rows of each device, those of the one with most rows first."""
+    return sorted(rows.groupby("device", sort=True), key=lambda group: -len(group[1]))
 
 
 def _where(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
