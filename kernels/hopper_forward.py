@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import current_stream, launch
+from .launch import Tiles, current_stream, launch
 
 LOG2_E = gl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -485,18 +485,9 @@ def tma_rows(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@lru_cache(maxsize=4096)
-def checked_descriptor(shape: tuple, strides: tuple, dtype: torch.dtype, rows: int) -> TensorDescriptor:
-    """The descriptor of tensors like this, without one; kept, since its checks take the host some us."""
-    nowhere = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    return TensorDescriptor.from_tensor(nowhere, [1, 1, rows, shape[-1]], TMA_LAYOUT)
-
-
-def tile_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Describes x [B, H, N, D], as `tma_rows` gives it, to TMA as tiles of `rows` rows of one head."""
-    descriptor = object.__new__(TensorDescriptor)  # copy.copy takes three times as long
-    vars(descriptor).update(vars(checked_descriptor(x.shape, x.stride(), x.dtype, rows)), base=x)
-    return descriptor
+def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
+    """Gluon's descriptor of x [B, H, N, D], as `tma_rows` gives it, in tiles of a shape."""
+    return TensorDescriptor.from_tensor(x, list(shape), TMA_LAYOUT)
 
 
 def sparse_forward(
@@ -512,15 +503,15 @@ def sparse_forward(
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
     q, k, v = tma_rows(q), tma_rows(k), tma_rows(v)
-    batch, num_q_heads, num_queries, _ = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
-    num_q_blocks, max_blocks = kv_indices.shape[2:]
+    batch, num_q_heads, num_queries, head_dim = q.shape
+    _, num_kv_heads, num_keys, _ = k.shape
+    _, _, num_q_blocks, max_blocks = kv_indices.shape
     out = torch.empty_like(q)
     lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
     num_tasks = num_q_blocks * batch * num_q_heads
     num_programs = min(num_tasks, num_multiprocessors(q.device))
-    q_tiles = tile_descriptor(q, block_size // NUM_CONSUMERS.value)
-    k_tiles, v_tiles = tile_descriptor(k, block_size), tile_descriptor(v, block_size)
+    q_tiles = Tiles(q, (1, 1, block_size // NUM_CONSUMERS.value, head_dim), describe_tiles)
+    k_tiles, v_tiles = (Tiles(x, (1, 1, block_size, head_dim), describe_tiles) for x in (k, v))
     capturing = torch.cuda.is_current_stream_capturing()  # a graph may run on any stream
     if capturing:
         scratch = new_scratch(q.device, num_tasks)
@@ -534,7 +525,7 @@ def sparse_forward(
             *out.stride()[:3],
             num_q_heads,
             num_q_heads // num_kv_heads,
-            heads_at_once(num_keys, q.shape[3], batch * num_kv_heads) * (num_q_heads // num_kv_heads),
+            heads_at_once(num_keys, head_dim, batch * num_kv_heads) * (num_q_heads // num_kv_heads),
             num_queries,
             num_keys,
             num_q_blocks,

@@ -1,17 +1,46 @@
 """Launches: which compiled variant of a kernel fits its arguments is worked out once, not on every call.
 
 Triton looks at every argument of every call for that, which takes the host longer than a short prompt takes the GPU.
-Here the variant is remembered by the types of the tensors and by the numbers themselves, and called without detours.
+Here the variant is remembered by the types of the tensors and by the numbers themselves, and started by the driver.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from .driver import DirectLaunch
+
 ALIGNMENT = 16  # bytes; a variant is compiled for addresses that are, or are not, multiples of it
 MOST_VARIANTS = 4096  # remembered; each new length of a prompt adds one to every kernel
-VARIANTS: dict[tuple, tuple] = {}  # see `variant_key` -> (compiled variant, its constants in order)
+VARIANTS: dict[tuple, Variant] = {}
+
+
+class Tiles(NamedTuple):
+    """A tensor that a kernel reads tile by tile, by TMA: what it takes as a tensor descriptor."""
+
+    base: torch.Tensor
+    shape: tuple[int, ...]
+    """Of a tile."""
+
+    describe: Callable
+    """Triton's or Gluon's way to make the descriptor: describe(base, shape)."""
+
+
+class Variant(NamedTuple):
+    """A compiled kernel."""
+
+    compiled: object
+    constants: tuple
+    """Its constant arguments in order."""
+
+    direct: DirectLaunch | None
+    """Starts it without Triton, where that is possible."""
 
 
 def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **constants) -> None:
@@ -20,31 +49,26 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **cons
     Args:
         kernel: A kernel of Triton or Gluon.
         grid: Programs along up to three axes.
-        tensors: Tensors and tensor descriptors, the first of them no None.
+        tensors: Tensors, `Tiles` and None; the first is no None.
         numbers: Ints and floats; an argument is always the one or always the other.
         constants: What is known when the kernel is compiled, with num_warps and its like.
     """
-    device = getattr(tensors[0], "base", tensors[0]).get_device()  # base: what a descriptor describes; -1: the CPU
+    first = tensors[0]
+    device = (first.base if type(first) is Tiles else first).get_device()  # -1: the CPU
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, **constants)
-    key = variant_key(kernel, device, tensors, numbers, constants)
+    key, addresses = variant_key(kernel, device, tensors, numbers, constants)
     if key is None:
-        kernel[grid](*tensors, *numbers, **constants)
+        kernel[grid](*with_descriptors(tensors), *numbers, **constants)
         return
-    if key not in VARIANTS:
-        if len(VARIANTS) == MOST_VARIANTS:
-            VARIANTS.clear()
-        names = kernel.arg_names[len(tensors) + len(numbers) :]
-        variant = kernel.warmup(*tensors, *numbers, grid=grid, **constants)
-        VARIANTS[key] = variant, tuple(constants[name] for name in names)
-    variant, in_order = VARIANTS[key]
-    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler wants to be told
-        variant[(*grid, 1, 1)[:3]](*tensors, *numbers, *in_order)
-        return
-    run, (x, y, z) = variant.run, (*grid, 1, 1)[:3]  # `run` loads the variant, and so comes before its function
-    stream = current_stream(device)
-    run(x, y, z, stream, variant.function, variant.packed_metadata, None, None, None, *tensors, *numbers, *in_order)
+    variant = VARIANTS.get(key) or remember(key, kernel, grid, tensors, numbers, constants)
+    grid = (*grid, 1, 1)[:3]
+    runtime = knobs.runtime
+    watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # a profiler wants to be told
+    # where the driver reports an error, Triton meets it too, and raises it
+    if watched or variant.direct is None or variant.direct(grid, current_stream(device), tensors, addresses):
+        variant.compiled[grid](*with_descriptors(tensors), *numbers, *variant.constants)
 
 
 def current_stream(device: int) -> int:
@@ -52,20 +76,40 @@ def current_stream(device: int) -> int:
     return driver.active.get_current_stream(device)
 
 
-def variant_key(kernel, device: int, tensors: tuple, numbers: tuple, constants: dict) -> tuple | None:
-    """What decides the compiled variant; None where that is left to Triton: interpreted, or a tensor is not aligned."""
-    if not isinstance(kernel, JITFunction):
-        return None
-    types, addresses = [], 0
+def variant_key(kernel, device: int, tensors: tuple, numbers: tuple, constants: dict) -> tuple[tuple | None, list[int]]:
+    """What decides the compiled variant, and the tensors' addresses, 0 for None.
+
+    The key is None where the variant is left to Triton: interpreted, or a tensor is not aligned.
+    """
+    types, addresses, all_bits = [], [], 0
     for x in tensors:
         if x is None:
             types.append(None)
+            addresses.append(0)
             continue
-        if not isinstance(x, torch.Tensor):
-            types.extend(x.block_shape)
+        if type(x) is Tiles:
+            types.append(x.shape)
             x = x.base
         types.append(x.dtype)
-        addresses |= x.data_ptr()
-    if addresses % ALIGNMENT:
-        return None
-    return (kernel.fn, device, *types, *numbers, *constants.values())
+        address = x.data_ptr()
+        addresses.append(address)
+        all_bits |= address
+    if all_bits % ALIGNMENT or not isinstance(kernel, JITFunction):
+        return None, addresses
+    return (kernel.fn, device, *types, *numbers, *constants.values()), addresses
+
+
+def remember(key: tuple, kernel, grid: tuple, tensors: tuple, numbers: tuple, constants: dict) -> Variant:
+    """Let Triton compile and load the variant for these arguments, and keep it."""
+    if len(VARIANTS) == MOST_VARIANTS:
+        VARIANTS.clear()
+    compiled = kernel.warmup(*with_descriptors(tensors), *numbers, grid=grid, **constants)
+    compiled.run  # noqa: B018 - loads the variant, whose function is there only then
+    in_order = tuple(constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
+    VARIANTS[key] = Variant(compiled, in_order, DirectLaunch.of(compiled, tensors, numbers))
+    return VARIANTS[key]
+
+
+def with_descriptors(tensors: tuple) -> list:
+    """The tensors as Triton takes them."""
+    return [x.describe(x.base, x.shape) if type(x) is Tiles else x for x in tensors]

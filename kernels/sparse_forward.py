@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import launch
+from .launch import Tiles, launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 
@@ -468,6 +468,11 @@ def can_describe(x: torch.Tensor) -> bool:
     return aligned and x.shape[-1] == padded_dim(x.shape[-1])
 
 
+def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
+    """Triton's descriptor of x [B, H, N, D], for which `can_describe` holds, in tiles of a shape."""
+    return TensorDescriptor.from_tensor(x, list(shape))
+
+
 def sparse_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -512,11 +517,11 @@ def forward_with_tiles(
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
     tma = can_describe(k) and can_describe(v) if tma is None else tma
-    tile = [1, 1, tiles["BLOCK_N"], head_dim]
+    tile = 1, 1, tiles["BLOCK_N"], head_dim
     out = torch.empty_like(q)
     lse = torch.empty(batch, num_q_heads, num_queries, dtype=torch.float32, device=q.device)
     grid = (num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)
-    k_source, v_source = (TensorDescriptor.from_tensor(x, tile) if tma else x for x in (k, v))
+    k_source, v_source = (Tiles(x, tile, describe_tiles) if tma else x for x in (k, v))
     launch(
         sparse_forward_kernel,
         grid,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import cache, lru_cache
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -142,7 +141,7 @@ def _attend_everything(
     if attended is not None and not return_selection:
         return attended, None
     if rows.stop <= SHORT_BLOCKS:
-        selection = _forced_selection(q, kv_len, config, rows)
+        selection = _forced_selection(batch, heads, q_len, kv_len, config, rows, q.device)
     else:
         selection = BlockSelection.every_block(batch, heads, q_len, kv_len, size, q.device)
     if attended is None:
@@ -171,7 +170,7 @@ def select(
     rows = _rows(q, k, config, prompt_length)
     if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
         check_finite(q=q, k=k, v=v)
-        return _forced_selection(q, k.shape[2], config, rows)
+        return _forced_selection(*q.shape[:3], k.shape[2], config, rows, q.device)
     by_share = config.allocation == "adaptive"
     if impl == "triton" and config.reduction == "mean" and not by_share:
         return _select_by_budget(q, k, v, config, rows, scale)
@@ -187,18 +186,18 @@ def _rows(q: Tensor, k: Tensor, config: StemConfig, prompt_length: int | None) -
     return BlockRows.of(q.shape[2], k.shape[2], config.block_size, prompt_length)
 
 
-def _forced_selection(q: Tensor, kv_len: int, config: StemConfig, rows: BlockRows) -> BlockSelection:
+@lru_cache(maxsize=4096)
+def _forced_selection(
+    batch: int, heads: int, q_len: int, kv_len: int, config: StemConfig, rows: BlockRows, device: torch.device
+) -> BlockSelection:
     """The selection where no score matters: the forced blocks, or all of them."""
-    batch, heads, q_len, _ = q.shape
-    # configs with k_start=1 and with k_start=1.0 are equal, and so would be keys of the cache
-    in_blocks = isinstance(config.k_start, Integral)
-    lists = _forced_lists(batch, heads, rows, config, in_blocks, q.device)
+    lists = _forced_lists(batch, heads, config, rows, device)
     return BlockSelection(*lists, config.block_size, rows.stop, q_len, kv_len)
 
 
 @cache  # for good: a CUDA graph may have the addresses
 def _forced_lists(
-    batch: int, heads: int, rows: BlockRows, config: StemConfig, k_start_in_blocks: bool, device: torch.device
+    batch: int, heads: int, config: StemConfig, rows: BlockRows, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     scores = torch.zeros(batch, heads, rows.stop - rows.first, rows.stop)
     selection = select_blocks(scores, rows.budget(config), rows.at_the_end(config), impl="torch")

@@ -34,8 +34,7 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
     if num_kv_blocks < 1:
         raise ValueError(f"num_kv_blocks must be >= 1, got {num_kv_blocks}")
     check_config(config)
-    budget = _budget(num_kv_blocks, config, isinstance(config.k_start, Integral))
-    return torch.tensor(budget, dtype=torch.int32, device="cpu")
+    return torch.tensor(_budget(num_kv_blocks, config), dtype=torch.int32, device="cpu")
 
 
 class BlockRows(NamedTuple):
@@ -50,6 +49,7 @@ class BlockRows(NamedTuple):
     """Blocks of the whole prompt but for a last one that is less than half full."""
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def of(cls, q_len: int, kv_len: int, block_size: int, prompt_length: int | None = None) -> BlockRows:
         """Those of the last q_len of kv_len positions of a prompt of prompt_length tokens (default kv_len)."""
         prompt = kv_len if prompt_length is None else prompt_length
@@ -71,23 +71,36 @@ class BlockRows(NamedTuple):
         return _fewer_last_blocks(config, dense, self.prompt - self.stop, self.half_full - self.stop)
 
 
+@lru_cache(maxsize=4096)
 def keeps_every_block(rows: BlockRows, config: StemConfig) -> bool:
     """Whether these query blocks keep all their causal blocks whatever the scores are (density 1)."""
-    return _keeps_every_block(rows, config, isinstance(config.k_start, Integral))
+    if config.allocation == "adaptive":
+        return rows.stop <= config.dense_blocks_of(rows.prompt)
+    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
+    return all(kept > row for row, kept in enumerate(budget, rows.first))
 
 
+@lru_cache(maxsize=4096)
 def scores_matter(rows: BlockRows, config: StemConfig) -> bool:
     """Whether a score can decide about a block: not if the forced blocks use up what a row may keep, in every row."""
-    return _scores_matter(rows, config, isinstance(config.k_start, Integral))
+    if config.allocation == "adaptive":
+        return not keeps_every_block(rows, config)
+    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
+    forced = config.sink_blocks + max(config.local_blocks, 1)
+    free = 0 if config.forced == "on_top" else forced  # budget that goes to forced blocks
+    return any(forced <= row and free < kept <= row for row, kept in enumerate(budget, rows.first))
 
 
+@cache
 def device_budget(rows: BlockRows, config: StemConfig, device: torch.device) -> tuple[Tensor, int]:
     """The budget of these query blocks, int32 [nq] on a device, and the length of the longest list it can give.
 
     Cached, so that only the first call for a length copies to the device, which waits for it; and for good, because a
     CUDA graph may have its address.
     """
-    return _device_budget(rows, config, isinstance(config.k_start, Integral), device)
+    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
+    forced = config.sink_blocks + max(config.local_blocks, 1) if config.forced == "on_top" else 0
+    return torch.tensor(budget, dtype=torch.int32, device=device), min(rows.stop, max(budget) + forced)
 
 
 def causal_pairs(num_kv_blocks: int) -> int:
@@ -116,35 +129,7 @@ def _fewer_last_blocks(config: StemConfig, dense: int, missing: int, missing_hal
 
 
 @lru_cache(maxsize=256)
-def _keeps_every_block(rows: BlockRows, config: StemConfig, k_start_in_blocks: bool) -> bool:
-    if config.allocation == "adaptive":
-        return rows.stop <= config.dense_blocks_of(rows.prompt)
-    budget = _budget(rows.prompt, config, k_start_in_blocks)[rows.first : rows.stop]
-    return all(kept > row for row, kept in enumerate(budget, rows.first))
-
-
-@lru_cache(maxsize=256)
-def _scores_matter(rows: BlockRows, config: StemConfig, k_start_in_blocks: bool) -> bool:
-    if config.allocation == "adaptive":
-        return not _keeps_every_block(rows, config, k_start_in_blocks)
-    budget = _budget(rows.prompt, config, k_start_in_blocks)[rows.first : rows.stop]
-    forced = config.sink_blocks + max(config.local_blocks, 1)
-    free = 0 if config.forced == "on_top" else forced  # budget that goes to forced blocks
-    return any(forced <= row and free < kept <= row for row, kept in enumerate(budget, rows.first))
-
-
-@cache
-def _device_budget(
-    rows: BlockRows, config: StemConfig, k_start_in_blocks: bool, device: torch.device
-) -> tuple[Tensor, int]:
-    budget = _budget(rows.prompt, config, k_start_in_blocks)[rows.first : rows.stop]
-    forced = config.sink_blocks + max(config.local_blocks, 1) if config.forced == "on_top" else 0
-    return torch.tensor(budget, dtype=torch.int32, device=device), min(rows.stop, max(budget) + forced)
-
-
-@lru_cache(maxsize=256)
-def _budget(n: int, config: StemConfig, k_start_in_blocks: bool) -> tuple[int, ...]:
-    # as keys of the cache, configs with k_start=1 and k_start=1.0 are equal; the last argument tells them apart
+def _budget(n: int, config: StemConfig) -> tuple[int, ...]:
     causal = np.arange(1, n + 1)
     if config.allocation == "adaptive" or n * config.block_size <= config.dense_up_to:
         budget = causal

@@ -182,8 +182,18 @@ class StemConfig:
                 f"exact_last_blocks={self.exact_last_blocks}, reduction={self.reduction!r}"
             )
 
+        for name in ("density", "decay", "value_weight", "score_peak", "threshold"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one config here
         # stem.ops hands the config to operators as text, made here because torch.compile can read it but not make it
         object.__setattr__(self, "as_json", json.dumps(asdict(self), default=lambda number: number.item()))
+
+    def __eq__(self, other) -> bool:
+        """Whether all settings are equal; k_start=1, a block, is not k_start=1.0, every block."""
+        return self.as_json == other.as_json if isinstance(other, StemConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.as_json)  # a text remembers its own; that of all fields takes some us a call
 
     @classmethod
     def preset(cls, name: str, **overrides) -> StemConfig:

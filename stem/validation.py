@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from numbers import Integral, Real
 
 import torch
@@ -19,27 +20,43 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        shape = x.shape
+    # torch.compile reads through the cache, and would warn
+    check = _check_layouts.__wrapped__ if torch.compiler.is_compiling() else _check_layouts
+    check(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+
+
+@lru_cache(maxsize=4096)
+def _check_layouts(
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    q_device: torch.device,
+    k_device: torch.device,
+    v_device: torch.device,
+) -> None:
+    """check_qkv by what it depends on; what passed once is not looked at again."""
+    for name, shape, dtype in (("q", q_shape, q_dtype), ("k", k_shape, k_dtype), ("v", v_shape, v_dtype)):
         if len(shape) != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         if 0 in shape:
             raise ValueError(f"{name} must have no empty dimension, got shape {tuple(shape)}")
-    dtype, device = q.dtype, q.device
-    (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = q.shape, k.shape
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != dtype:
-            raise TypeError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
-        x_batch, _, _, x_head_dim = x.shape
-        if x_batch != batch:
-            raise ValueError(f"{name} must have q's batch size {batch}, got {x_batch}")
-        if x_head_dim != head_dim:
-            raise ValueError(f"{name} must have q's head_dim {head_dim}, got {x_head_dim}")
-    if k.shape != v.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = q_shape, k_shape
+    for name, shape, dtype, device in (("k", k_shape, k_dtype, k_device), ("v", v_shape, v_dtype, v_device)):
+        if dtype != q_dtype:
+            raise TypeError(f"{name} must have q's dtype {q_dtype}, got {dtype}")
+        if device != q_device:
+            raise ValueError(f"{name} must be on q's device {q_device}, got {device}")
+        if shape[0] != batch:
+            raise ValueError(f"{name} must have q's batch size {batch}, got {shape[0]}")
+        if shape[3] != head_dim:
+            raise ValueError(f"{name} must have q's head_dim {head_dim}, got {shape[3]}")
+    if k_shape != v_shape:
+        raise ValueError(f"v must have k's shape {tuple(k_shape)}, got {tuple(v_shape)}")
     if q_heads % kv_heads:
         raise ValueError(f"q's heads must be a multiple of k's heads {kv_heads}, got {q_heads}")
     if q_len > kv_len:

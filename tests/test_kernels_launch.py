@@ -60,16 +60,17 @@ def test_tensors_that_are_not_aligned():
 @on_gpu
 def test_what_decides_the_variant():
     x = draw(64)
-    same = variant_key(scale_kernel, 0, (x, None), (1, 2.0), dict(SIZE=16))
-    assert same == variant_key(scale_kernel, 0, (draw(64), None), (1, 2.0), dict(SIZE=16))
-    assert variant_key(scale_kernel, 0, (x[1:], None), (1, 2.0), dict(SIZE=16)) is None
+    same, addresses = variant_key(scale_kernel, 0, (x, None), (1, 2.0), dict(SIZE=16))
+    assert addresses == [x.data_ptr(), 0]
+    assert same == variant_key(scale_kernel, 0, (draw(64), None), (1, 2.0), dict(SIZE=16))[0]
+    assert variant_key(scale_kernel, 0, (x[1:], None), (1, 2.0), dict(SIZE=16))[0] is None
     others = (
         ((x.half(), None), (1, 2.0), dict(SIZE=16)),
         ((x, x), (1, 2.0), dict(SIZE=16)),
         ((x, None), (2, 2.0), dict(SIZE=16)),
         ((x, None), (1, 2.0), dict(SIZE=32)),
     )
-    assert same not in [variant_key(scale_kernel, 0, *arguments) for arguments in others]
+    assert same not in [variant_key(scale_kernel, 0, *arguments)[0] for arguments in others]
 
 
 @on_gpu
