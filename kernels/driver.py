@@ -50,10 +50,9 @@ class DirectLaunch:
         self.shared_bytes = variant.metadata.shared
         self.slots, self.boxes = slots, boxes
         self._memory = ctypes.create_string_buffer(slots.size + len(numbers) + SLOT)
-        start = -ctypes.addressof(self._memory) % MAP_ALIGNMENT
-        self._buffer = memoryview(self._memory)[start:]
-        self._buffer[slots.size : slots.size + len(numbers)] = numbers
-        first = ctypes.addressof(self._memory) + start
+        self._start_of_slots = -ctypes.addressof(self._memory) % MAP_ALIGNMENT
+        struct.pack_into(f"{len(numbers)}s", self._memory, self._start_of_slots + slots.size, numbers)
+        first = ctypes.addressof(self._memory) + self._start_of_slots
         self._parameters = (ctypes.c_void_p * len(places))(*[first + place for place in places])
         self._lock = threading.Lock()  # from writing the buffer until the driver has read it
         self._start = cuda_driver().cuLaunchKernel
@@ -111,14 +110,19 @@ class DirectLaunch:
         packed += bytes(8)
         return cls(variant, slots, packed, places, boxes) if parameter_sizes(variant.function) == sizes else None
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, tensors: tuple, addresses: list[int]) -> int:
-        """Start the kernel; returns the driver's error, 0 for none. addresses: of all tensors, 0 for None."""
+    def __call__(self, grid: tuple[int, int, int], stream: int, addresses: list[int], layouts: list) -> int:
+        """Start the kernel; returns the driver's error, 0 for none.
+
+        Args:
+            addresses: Of all tensors, 0 for None.
+            layouts: (shape, strides, dtype) of what the kernel takes as a tensor descriptor, None for other tensors.
+        """
         values = [
-            described(address, x.base.shape, x.base.stride(), x.base.dtype, *box) if box else address
-            for x, address, box in zip(tensors, addresses, self.boxes, strict=True)
+            described(address, *layout, *box) if box else address
+            for address, layout, box in zip(addresses, layouts, self.boxes, strict=True)
         ]
         with self._lock:
-            self.slots.pack_into(self._buffer, 0, *values)
+            self.slots.pack_into(self._memory, self._start_of_slots, *values)
             return self._start(
                 self.function, *grid, self.threads, 1, 1, self.shared_bytes, stream, self._parameters, None
             )

@@ -7,6 +7,7 @@ Here the variant is remembered by the types of the tensors and by the numbers th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from .driver import DirectLaunch
 ALIGNMENT = 16  # bytes; a variant is compiled for addresses that are, or are not, multiples of it
 MOST_VARIANTS = 4096  # remembered; each new length of a prompt adds one to every kernel
 VARIANTS: dict[tuple, Variant] = {}
+ON_LAUNCH: ContextVar[Callable | None] = ContextVar("ON_LAUNCH", default=None)
+"""Called after each launch of this thread: note(its DirectLaunch or None, grid, tensors)."""
 
 
 class Tiles(NamedTuple):
@@ -59,16 +62,24 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **cons
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, **constants)
     key, addresses = variant_key(kernel, device, tensors, numbers, constants)
-    if key is None:
+    variant = key and (VARIANTS.get(key) or remember(key, kernel, grid, tensors, numbers, constants))
+    if variant is None:
         kernel[grid](*with_descriptors(tensors), *numbers, **constants)
-        return
-    variant = VARIANTS.get(key) or remember(key, kernel, grid, tensors, numbers, constants)
-    grid = (*grid, 1, 1)[:3]
+    else:
+        grid = (*grid, 1, 1)[:3]
+        start, layouts = variant.direct, [layout(x) for x in tensors]
+        # where the driver reports an error, Triton meets it too, and raises it
+        if start is None or is_watched() or start(grid, current_stream(device), addresses, layouts):
+            variant.compiled[grid](*with_descriptors(tensors), *numbers, *variant.constants)
+    note = ON_LAUNCH.get()
+    if note:
+        note(variant and variant.direct, grid, tensors)
+
+
+def is_watched() -> bool:
+    """Whether a profiler wants Triton to tell it of launches."""
     runtime = knobs.runtime
-    watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # a profiler wants to be told
-    # where the driver reports an error, Triton meets it too, and raises it
-    if watched or variant.direct is None or variant.direct(grid, current_stream(device), tensors, addresses):
-        variant.compiled[grid](*with_descriptors(tensors), *numbers, *variant.constants)
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def current_stream(device: int) -> int:
@@ -108,6 +119,11 @@ def remember(key: tuple, kernel, grid: tuple, tensors: tuple, numbers: tuple, co
     in_order = tuple(constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
     VARIANTS[key] = Variant(compiled, in_order, DirectLaunch.of(compiled, tensors, numbers))
     return VARIANTS[key]
+
+
+def layout(x: torch.Tensor | Tiles | None) -> tuple | None:
+    """(shape, strides, dtype) of a tensor that a kernel takes as a tensor descriptor; None for others."""
+    return (x.base.shape, x.base.stride(), x.base.dtype) if type(x) is Tiles else None
 
 
 def with_descriptors(tensors: tuple) -> list:

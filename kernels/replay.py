@@ -1,0 +1,172 @@
+"""Calls that are recorded once and then repeated: the same launches, with the addresses of other tensors.
+
+To check a short prompt's inputs, look up its budget, allocate what lies between two kernels and launch them takes the
+host longer than the kernels take the GPU. All of it depends on shapes, strides and options alone; so where a call comes
+again, its launches are started one after the other and nothing else is done, as from a CUDA graph, whose inputs would
+have to stay at one address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .driver import DirectLaunch
+from .launch import ALIGNMENT, ON_LAUNCH, Tiles, current_stream, is_watched, layout
+
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
+PLACE_BYTES = 256  # alignment of what lies between two kernels, as torch's allocator has it
+MOST_RECORDINGS = 1024
+RECORDINGS: dict[tuple, Recording | str | None] = {}  # MET after a first call; None where a call cannot be repeated
+MET = "met once"
+
+
+class Launch(NamedTuple):
+    """One launch of a recording."""
+
+    start: DirectLaunch
+    grid: tuple[int, int, int]
+    places: list[tuple[int, int]]
+    """Where each tensor begins: (which of the memories, bytes from there)."""
+
+    layouts: list
+    """See DirectLaunch."""
+
+
+class Recording(NamedTuple):
+    """A call as its launches. Its memories are the inputs, the outputs, the workspace, and all memory at 0."""
+
+    launches: list[Launch]
+    outputs: list[tuple | None]
+    """(shape, strides, dtype) of each output; None for an output that is None."""
+
+    workspace_bytes: int
+    """Memory of all that lies between two kernels."""
+
+    device: torch.device
+    kept: list[Tensor]
+    """What stays where it is from call to call, tables for example."""
+
+    def repeat(self, addresses: list[int], stream: int) -> list[Tensor | None] | None:
+        """The outputs for inputs at these addresses; None if the driver refuses a launch."""
+        outputs = [
+            made and torch.empty_strided(made[0], made[1], dtype=made[2], device=self.device) for made in self.outputs
+        ]
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
+        memories = [*addresses, *(0 if x is None else x.data_ptr() for x in outputs), workspace.data_ptr(), 0]
+        for start, grid, places, layouts in self.launches:
+            if start(grid, stream, [memories[memory] + offset for memory, offset in places], layouts):
+                return None
+        return outputs
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what happens inside it: allocations, launches, and whether there was anything else, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[Tensor] = []  # kept until the end, so that no address is used twice
+        self.launches: list[tuple] = []
+        self.complete = True
+
+    def __enter__(self) -> Recorder:
+        self._token = ON_LAUNCH.set(self.note)
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        ON_LAUNCH.reset(self._token)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in ALLOCATIONS:
+            self.allocated.append(result)
+        elif not func.is_view:
+            self.complete = False
+        return result
+
+    def note(self, start: DirectLaunch | None, grid: tuple[int, int, int], tensors: tuple) -> None:
+        """See ON_LAUNCH."""
+        self.launches.append((start, grid, tensors))
+        self.complete = self.complete and start is not None
+
+    def recording(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, ...]) -> Recording | None:
+        """What was noted of a call with these inputs and outputs; None if that is not all that it takes."""
+        own = {x.untyped_storage().data_ptr(): x for x in self.allocated}
+        places = {x.data_ptr(): (memory, 0) for memory, x in enumerate(inputs)}
+        if not (self.complete and self.launches) or len(places) < len(inputs):
+            return None
+        of_inputs = {x.untyped_storage().data_ptr() for x in inputs}
+        of_outputs = {}
+        for memory, x in enumerate(outputs, len(inputs)):
+            if x is not None:
+                of_outputs[x.data_ptr()] = (memory, 0)
+                if own.pop(x.data_ptr(), None) is None:  # not the output's very own memory
+                    return None
+        workspace, between = 0, {}
+        for start, x in own.items():
+            between[start] = workspace
+            workspace += -(-x.untyped_storage().nbytes() // PLACE_BYTES) * PLACE_BYTES
+        kept = []
+
+        def place(x: Tensor | None) -> tuple[int, int] | None:
+            if x is None:
+                return len(inputs) + len(outputs) + 1, 0
+            address, memory = x.data_ptr(), x.untyped_storage().data_ptr()
+            if address in places or address in of_outputs:
+                return places.get(address) or of_outputs[address]
+            if memory in between:
+                return len(inputs) + len(outputs), between[memory] + address - memory
+            if memory in of_inputs or memory in of_outputs:  # a part of one
+                return None
+            kept.append(x)
+            return len(inputs) + len(outputs) + 1, address
+
+        launches = []
+        for start, grid, tensors in self.launches:
+            found = [place(x.base if type(x) is Tiles else x) for x in tensors]
+            if None in found:
+                return None
+            launches.append(Launch(start, grid, found, [layout(x) for x in tensors]))
+        made = [x if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
+        return Recording(launches, made, workspace, inputs[0].device, kept)
+
+
+def replay(inputs: tuple[Tensor, ...], options: tuple, call: Callable[[], tuple]) -> tuple:
+    """call(), from its second repetition on as a recording where it can be one.
+
+    Args:
+        inputs: All tensors that differ from call to call, on one CUDA device.
+        options: Hashable: what else decides what `call` does.
+        call: Returns tensors that it allocates, or None, whose values depend on the inputs alone.
+    """
+    addresses = [x.data_ptr() for x in inputs]
+    device = inputs[0].get_device()
+    if (
+        any(address % ALIGNMENT for address in addresses)
+        or device != torch.cuda.current_device()
+        or torch.cuda.is_current_stream_capturing()
+        or is_watched()
+    ):
+        return call()
+    stream = current_stream(device)
+    key = (device, stream, options, *((x.dtype, x.shape, x.stride()) for x in inputs))
+    recording = RECORDINGS.get(key, "")
+    if type(recording) is Recording:
+        return recording.repeat(addresses, stream) or call()
+    if recording is None:
+        return call()
+    if recording == MET:
+        with Recorder() as recorder:
+            outputs = call()
+        RECORDINGS[key] = recorder.recording(inputs, outputs)
+        return outputs
+    if len(RECORDINGS) >= MOST_RECORDINGS:
+        RECORDINGS.clear()
+    RECORDINGS[key] = MET  # what a first call does once, compiling for example, is not recorded
+    return call()
