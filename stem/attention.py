@@ -66,47 +66,48 @@ def stem_attention(
     scale = check_scale(scale, q.shape[-1])
     check_prompt_length(prompt_length, k.shape[2])
 
-    def call() -> tuple[Tensor, Tensor | None, BlockSelection | None]:
-        (out, lse), selection = _operate(q, k, v, config, scale, impl, prompt_length, return_selection, return_lse)
+    def choose() -> BlockSelection:
+        if torch.compiler.is_compiling():
+            from stem import ops  # imports torch's compiler
+
+            return ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)], prompt_length)
+        return select(q, k, v, config, scale, _STAGE_IMPL[_choose(impl, q, config.block_size)], prompt_length)
+
+    def attend() -> tuple[Tensor, Tensor | None, BlockSelection | None]:
+        selection = choose()
+        out, lse = _attend(q, k, v, selection, scale, impl)
         return out, lse if return_lse else None, selection if return_selection else None
 
-    if not return_selection and _is_repeatable(q, k, v, impl):
+    if impl is None and (dense := _attend_densely(q, k, v, config, scale, prompt_length, return_lse)):
+        out, lse = dense
+        selection = choose() if return_selection else None
+    elif not return_selection and _is_repeatable(q, k, v, impl):
         from stem.kernels.replay import replay
 
-        out, lse, selection = replay((q, k, v), (config, scale, impl, prompt_length, bool(return_lse)), call)
+        out, lse, selection = replay((q, k, v), (config, scale, impl, prompt_length, bool(return_lse)), attend)
     else:
-        out, lse, selection = call()
+        out, lse, selection = attend()
     extras = [selection] * bool(return_selection) + [lse] * bool(return_lse)
     return (out, *extras) if extras else out
+
+
+def _attend_densely(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_length: int | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """(out, lse) by a dense kernel of torch, or None: where a block may be dropped, or lists of all are faster."""
+    if torch.compiler.is_compiling() or not keeps_every_block(_rows(q, k, config, prompt_length), config):
+        return None
+    batch, heads, q_len, _ = q.shape
+    long = k.shape[2] >= LISTS_TOKENS and batch * heads * q_len >= LISTS_ROWS
+    if long and _choose(None, q, config.block_size) == "hopper" and not _needs_operator(q, k, v):
+        return None
+    check_finite(q=q, k=k, v=v)
+    return fused_attention(q, k, v, scale, return_lse)
 
 
 def _is_repeatable(q: Tensor, k: Tensor, v: Tensor, impl: str | None) -> bool:
     """Whether the launches of a call are worth keeping: by kernels alone, for a short prompt."""
     return q.is_cuda and k.shape[2] <= REPEATED_TOKENS and impl in REPEATED_IMPLS and not _needs_operator(q, k, v)
-
-
-def _operate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    scale: float,
-    impl: str | None,
-    prompt_length: int | None,
-    return_selection: bool,
-    return_lse: bool,
-) -> tuple[tuple[Tensor, Tensor | None], BlockSelection | None]:
-    """stem_attention after its checks: (out, lse) and the selection, None where none was made or wanted."""
-    if torch.compiler.is_compiling():
-        from stem import ops  # imports torch's compiler
-
-        selection = ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)], prompt_length)
-        return _attend(q, k, v, selection, scale, impl), selection
-    if impl is None and keeps_every_block(rows := _rows(q, k, config, prompt_length), config):
-        return _attend_everything(q, k, v, config, rows, scale, return_selection, return_lse)
-    impl = _choose(impl, q, config.block_size)
-    selection = select(q, k, v, config, scale, _STAGE_IMPL[impl], prompt_length)
-    return _RUN[impl](q, k, v, selection, scale), selection
 
 
 def block_sparse_attention(
@@ -151,34 +152,6 @@ def _attend(
     return _RUN[_choose(impl, q, selection.block_size)](q, k, v, selection, scale)
 
 
-def _attend_everything(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    rows: BlockRows,
-    scale: float,
-    return_selection: bool,
-    return_lse: bool,
-) -> tuple[tuple[Tensor, Tensor | None], BlockSelection | None]:
-    """stem_attention where every block is kept: nothing is scored, and a dense kernel attends where it is faster."""
-    check_finite(q=q, k=k, v=v)
-    batch, heads, q_len, _ = q.shape
-    kv_len, size = k.shape[2], config.block_size
-    long = kv_len >= LISTS_TOKENS and batch * heads * q_len >= LISTS_ROWS
-    lists_are_faster = long and _choose(None, q, size) == "hopper" and not _needs_operator(q, k, v)
-    attended = None if lists_are_faster else fused_attention(q, k, v, scale, return_lse)
-    if attended is not None and not return_selection:
-        return attended, None
-    if rows.stop <= SHORT_BLOCKS:
-        selection = _forced_selection(batch, heads, q_len, kv_len, config, rows, q.device)
-    else:
-        selection = BlockSelection.every_block(batch, heads, q_len, kv_len, size, q.device)
-    if attended is None:
-        attended = _RUN[_choose(None, q, size)](q, k, v, selection, scale)
-    return attended, selection
-
-
 def select(
     q: Tensor,
     k: Tensor,
@@ -201,6 +174,9 @@ def select(
     if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
         check_finite(q=q, k=k, v=v)
         return _forced_selection(*q.shape[:3], k.shape[2], config, rows, q.device)
+    if keeps_every_block(rows, config):
+        check_finite(q=q, k=k, v=v)
+        return BlockSelection.every_block(*q.shape[:3], k.shape[2], config.block_size, q.device)
     by_share = config.allocation == "adaptive"
     if impl == "triton" and config.reduction == "mean" and not by_share:
         return _select_by_budget(q, k, v, config, rows, scale)

@@ -28,7 +28,8 @@ def draw(q_len, kv_len, dtype=torch.float32, heads=(4, 2), dim=16, device="cpu")
 @pytest.fixture
 def no_scores(monkeypatch):
     """Scoring fails, so whoever passes did without."""
-    monkeypatch.setattr(stem.attention, "select", lambda *_: pytest.fail("scores were computed"))
+    for name in ("block_scores", "_select_by_budget", "_select_by_share"):
+        monkeypatch.setattr(stem.attention, name, lambda *_, **__: pytest.fail("scores were computed"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,10 +45,14 @@ def test_it_is_dense_attention(name, lengths, dtype, no_scores):
     torch.testing.assert_close(stem.stem_attention(q, k, v, DENSE[name]), out)
 
 
-def test_the_selection_is_the_one_that_scores_would_give():
-    q, k, v = draw(50, 133)
-    _, found = stem.stem_attention(q, k, v, DENSE["density"], return_selection=True)
-    _, expected = stem.stem_attention(q, k, v, DENSE["density"], impl="torch", return_selection=True)
+@pytest.mark.parametrize("short_blocks", [64, 1])
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_the_selection_is_the_one_that_scores_would_give(impl, short_blocks, no_scores, monkeypatch):
+    monkeypatch.setattr(stem.attention, "SHORT_BLOCKS", short_blocks)
+    (q, k, v), config = draw(50, 133), DENSE["density"]
+    _, found = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
+    scores, budget = stem.block_scores(q, k, v, config), stem.block_budget(9, config)
+    expected = stem.select_blocks(scores, budget, config, q_len=50, kv_len=133)
     assert torch.equal(found.kv_indices, expected.kv_indices)
     assert torch.equal(found.kv_num_blocks, expected.kv_num_blocks)
     assert (found.q_len, found.kv_len, found.num_kv_blocks) == (50, 133, 9)

@@ -1,10 +1,13 @@
 """stem.kernels.launch: a launch does what kernel[grid] does, whatever was launched before it."""
 
+import threading
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from stem.kernels import launch as module
+from stem.kernels.driver import DirectLaunch
 from stem.kernels.launch import launch, variant_key
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,6 +85,54 @@ def test_few_variants_are_remembered(monkeypatch):
         out = scaled(x, None, 1.0, 0.0, count=count)
         assert torch.equal(out[:count], x[:count])
         assert 1 <= len(module.VARIANTS) <= 2
+
+
+@on_gpu
+@pytest.mark.parametrize("start", [None, lambda *_: 1], ids=["not understood", "refused by the driver"])
+def test_triton_launches_what_the_driver_does_not(monkeypatch, start):
+    monkeypatch.setattr(module, "VARIANTS", {})
+    monkeypatch.setattr(DirectLaunch, "of", lambda *_: start)
+    x, bias = draw(100), draw(100)
+    torch.testing.assert_close(scaled(x, bias, 2.0), 2 * x + 1 + bias)
+    assert [variant.direct for variant in module.VARIANTS.values()] == [start]
+
+
+@on_gpu
+def test_the_driver_launches_what_triton_compiled(monkeypatch):
+    monkeypatch.setattr(module, "VARIANTS", {})
+    for count in (1, 16, 100):
+        scaled(draw(100), None, 2.0, count=count)
+    assert [type(variant.direct) for variant in module.VARIANTS.values()] == [DirectLaunch] * 3
+
+
+@on_gpu
+def test_profilers_are_told(monkeypatch):
+    names, hook = [], triton.knobs.runtime.launch_enter_hook
+    hook.add(told := lambda metadata: names.append(metadata.get()["name"]))
+    try:
+        x = draw(64)
+        torch.testing.assert_close(scaled(x, None, 2.0, 0.0), 2 * x)
+    finally:
+        hook.remove(told)
+    assert names == ["scale_kernel"]
+
+
+@on_gpu
+def test_threads_that_launch_one_variant():
+    wrong = []
+
+    def work(seed):
+        for turn in range(200):
+            x = torch.full((64,), float(200 * seed + turn), device=DEVICE)
+            if not torch.equal(scaled(x, None, 2.0, 0.0), 2 * x):
+                wrong.append((seed, turn))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
