@@ -27,6 +27,14 @@ def test_defaults_are_those_of_the_design():
     assert (config.density, config.k_start, config.forced) == (None, None, "inside")
 
 
+def test_configs_are_equal_where_they_mean_the_same():
+    one = StemConfig(decay=1, value_weight=0, density=np.float64(0.5))
+    same = StemConfig(decay=1.0, value_weight=0.0, density=0.5)
+    assert one == same and hash(one) == hash(same) and one != StemConfig() and one != "StemConfig"
+    assert StemConfig(k_start=1) != StemConfig(k_start=1.0)  # a block, and every block
+    assert StemConfig(k_start=np.int64(3)) == StemConfig(k_start=3)
+
+
 def test_without_a_budget_a_quarter_is_kept():
     assert torch.equal(stem.block_budget(100, StemConfig()), stem.block_budget(100, StemConfig(density=0.25)))
 

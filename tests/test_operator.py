@@ -53,7 +53,7 @@ def test_where_no_score_matters_the_forced_blocks_are_taken_unscored(lengths, im
 
 
 def test_lists_that_no_score_decides_tell_blocks_from_shares():
-    """k_start=1 is one block and k_start=1.0 is all of them, though the two configs are equal."""
+    """k_start=1 is one block and k_start=1.0 is all of them."""
     q, k, v = (torch.randn(1, 1, 80, 16, device=DEVICE) for _ in range(3))
     for k_start, density in ((1, 5 / 15), (1.0, 1.0), (1, 5 / 15)):
         config = StemConfig(block_size=16, k_start=k_start, decay=1.0)
