@@ -16,7 +16,10 @@ import torch
 
 SLOT = 192  # bytes of a tensor's parameters: an address, or a tensor map with shape and strides of up to 5 dimensions
 MAP_BYTES, MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
+ADDRESS_BYTES = 8
 NUMBERS = {"i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}  # Triton's types as formats of struct
+NUMBER_BYTES = 8  # of the buffer, for each number
+WARP = 32  # threads
 # Values of the driver's enumerations (cuda.h).
 MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 NOT_INTERLEAVED, PROMOTION_128_BYTES, FILL_WITH_ZEROS = 0, 2, 0
@@ -45,17 +48,17 @@ class DirectLaunch:
     The buffer holds a slot for every tensor, which each call writes, then the numbers, which belong to the variant.
     """
 
-    def __init__(self, variant, slots: struct.Struct, numbers: bytes, places: list[int], boxes: list) -> None:
-        self.function, self.threads = variant.function, 32 * variant.metadata.num_warps
-        self.shared_bytes = variant.metadata.shared
-        self.slots, self.boxes = slots, boxes
-        self._memory = ctypes.create_string_buffer(slots.size + len(numbers) + SLOT)
-        self._start_of_slots = -ctypes.addressof(self._memory) % MAP_ALIGNMENT
-        struct.pack_into(f"{len(numbers)}s", self._memory, self._start_of_slots + slots.size, numbers)
-        first = ctypes.addressof(self._memory) + self._start_of_slots
-        self._parameters = (ctypes.c_void_p * len(places))(*[first + place for place in places])
+    def __init__(self, variant, layout: Parameters) -> None:
+        self._function, self._threads = variant.function, WARP * variant.metadata.num_warps
+        self._shared_bytes = variant.metadata.shared
+        self._boxes, self._slots = layout.boxes, struct.Struct(layout.slot_format())
+        self._memory = ctypes.create_string_buffer(self._slots.size + len(layout.numbers) + MAP_ALIGNMENT)
+        self._first = -ctypes.addressof(self._memory) % MAP_ALIGNMENT
+        struct.pack_into(f"{len(layout.numbers)}s", self._memory, self._first + self._slots.size, layout.numbers)
+        start = ctypes.addressof(self._memory) + self._first
+        self._parameters = (ctypes.c_void_p * len(layout.places))(*[start + place for place in layout.places])
         self._lock = threading.Lock()  # from writing the buffer until the driver has read it
-        self._start = cuda_driver().cuLaunchKernel
+        self._launch = cuda_driver().cuLaunchKernel
 
     @classmethod
     def of(cls, variant, tensors: tuple, numbers: tuple) -> DirectLaunch | None:
@@ -68,47 +71,11 @@ class DirectLaunch:
         """
         metadata = variant.metadata
         scratch = metadata.global_scratch_size or metadata.profile_scratch_size
-        if not cuda_driver() or scratch or metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
+        special = metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl
+        if not cuda_driver() or scratch or special:
             return None
-        if metadata.launch_pdl:
-            return None
-        types = list(variant.src.signature.values())
-        maps = iter(getattr(metadata, "tensordesc_meta", None) or ())
-        formats, places, sizes, boxes = [], [], [], []
-        for slot, (x, kind) in enumerate(zip(tensors, types, strict=False)):
-            place, box = slot * SLOT, None
-            if kind.startswith("tensordesc"):
-                description = next(maps, None)
-                if description is None or description.get("fp4_padded") or x.base.dtype not in MAP_TYPES:
-                    return None
-                box = description["swizzle"], tuple(description["block_size"])
-                rank = x.base.ndim
-                strides = MAP_BYTES + -(-4 * rank // 8) * 8
-                places += [place, *(place + MAP_BYTES + 4 * i for i in range(rank))]
-                places += [place + strides + 8 * i for i in range(rank)]
-                sizes += [MAP_BYTES, *[4] * rank, *[8] * rank]
-            elif kind.startswith("*"):
-                places.append(place)
-                sizes.append(8)
-            elif kind != "constexpr":  # a missing tensor is one
-                return None
-            formats.append(f"{SLOT}s" if box else f"Q{SLOT - 8}x")
-            boxes.append(box)
-        slots = struct.Struct("=" + "".join(formats))
-        packed = b""
-        for number, kind in zip(numbers, types[len(tensors) :], strict=False):
-            if kind == "constexpr":  # 1 is one
-                continue
-            if kind not in NUMBERS:
-                return None
-            places.append(slots.size + len(packed))
-            sizes.append(struct.calcsize(NUMBERS[kind]))
-            packed += struct.pack(NUMBERS[kind], number).ljust(8, b"\0")
-        for _scratch in range(2):  # two addresses that Triton appends, none here
-            places.append(slots.size + len(packed))
-            sizes.append(8)
-        packed += bytes(8)
-        return cls(variant, slots, packed, places, boxes) if parameter_sizes(variant.function) == sizes else None
+        layout = Parameters.of(variant, tensors, numbers)
+        return cls(variant, layout) if layout and parameter_sizes(variant.function) == layout.sizes else None
 
     def __call__(self, grid: tuple[int, int, int], stream: int, addresses: list[int], layouts: list) -> int:
         """Start the kernel; returns the driver's error, 0 for none.
@@ -119,19 +86,83 @@ class DirectLaunch:
         """
         values = [
             described(address, *layout, *box) if box else address
-            for address, layout, box in zip(addresses, layouts, self.boxes, strict=True)
+            for address, layout, box in zip(addresses, layouts, self._boxes, strict=True)
         ]
         with self._lock:
-            self.slots.pack_into(self._memory, self._start_of_slots, *values)
-            return self._start(
-                self.function, *grid, self.threads, 1, 1, self.shared_bytes, stream, self._parameters, None
+            self._slots.pack_into(self._memory, self._first, *values)
+            return self._launch(
+                self._function, *grid, self._threads, 1, 1, self._shared_bytes, stream, self._parameters, None
             )
+
+
+class Parameters:
+    """Which parameters a variant takes, in its order, and where in the buffer each is."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.sizes: list[int] = []
+        self.boxes: list[tuple | None] = []
+        """For each tensor (swizzle, box) of its tensor map, see `described`; None where its address is taken."""
+        self.numbers = b""
+
+    @classmethod
+    def of(cls, variant, tensors: tuple, numbers: tuple) -> Parameters | None:
+        """Those of a variant, see `DirectLaunch.of`; None if it takes anything else than is known here."""
+        self, types = cls(), list(variant.src.signature.values())
+        maps = iter(getattr(variant.metadata, "tensordesc_meta", None) or ())
+        for x, kind in zip(tensors, types, strict=False):
+            if kind.startswith("tensordesc"):
+                tensor_map = next(maps, None)
+                if tensor_map is None or tensor_map.get("fp4_padded") or x.base.dtype not in MAP_TYPES:
+                    return None
+                self.add_tensor_map(x.base.ndim, tensor_map["swizzle"], tuple(tensor_map["block_size"]))
+            elif kind.startswith("*") or kind == "constexpr":  # a missing tensor is no parameter
+                self.add_address(missing=kind == "constexpr")
+            else:
+                return None
+        kinds = [(number, kind) for number, kind in zip(numbers, types[len(tensors) :], strict=False)]
+        for number, kind in kinds:
+            if kind in NUMBERS:
+                self.add_number(NUMBERS[kind], number)
+            elif kind != "constexpr":  # 1 is no parameter
+                return None
+        for _ in range(2):
+            self.add_number("Q", 0)  # two addresses of scratch memory that Triton appends, none here
+        return self
+
+    def add_address(self, missing: bool) -> None:
+        """The parameter of a tensor, or none where it is None."""
+        if not missing:
+            self.places.append(len(self.boxes) * SLOT)
+            self.sizes.append(ADDRESS_BYTES)
+        self.boxes.append(None)
+
+    def add_tensor_map(self, rank: int, swizzle: int, box: tuple[int, ...]) -> None:
+        """The parameters of a tensor descriptor, as `described` packs them: its map, its shape, its strides."""
+        place = len(self.boxes) * SLOT
+        shape = place + MAP_BYTES
+        strides = place + MAP_BYTES + struct.calcsize(f"{rank}i0q")
+        self.places += [place, *(shape + 4 * i for i in range(rank)), *(strides + 8 * i for i in range(rank))]
+        self.sizes += [MAP_BYTES, *[4] * rank, *[8] * rank]
+        self.boxes.append((swizzle, box))
+
+    def add_number(self, form: str, number: float) -> None:
+        """A parameter that is the same at every call, in a format of struct."""
+        self.places.append(len(self.boxes) * SLOT + len(self.numbers))
+        self.sizes.append(struct.calcsize(form))
+        self.numbers += struct.pack(form, number).ljust(NUMBER_BYTES, b"\0")
+
+    def slot_format(self) -> str:
+        """What a call writes, as a format of struct."""
+        slots = (f"{SLOT}s" if box else f"Q{SLOT - ADDRESS_BYTES}x" for box in self.boxes)
+        return "=" + "".join(slots)
 
 
 def parameter_sizes(function: int) -> list[int]:
     """Bytes of each parameter that a loaded kernel takes."""
     sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
-    while not cuda_driver().cuFuncGetParamInfo(function, len(sizes), ctypes.byref(offset), ctypes.byref(size)):
+    pointers = ctypes.byref(offset), ctypes.byref(size)
+    while not cuda_driver().cuFuncGetParamInfo(function, len(sizes), *pointers):
         sizes.append(size.value)
     return sizes
 
@@ -151,9 +182,9 @@ def described(
     """
     rank = len(shape)
     memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
-    start = -ctypes.addressof(memory) % MAP_ALIGNMENT
+    first = -ctypes.addressof(memory) % MAP_ALIGNMENT
     error = cuda_driver().cuTensorMapEncodeTiled(
-        ctypes.addressof(memory) + start,
+        ctypes.addressof(memory) + first,
         MAP_TYPES[dtype],
         rank,
         address,
@@ -168,4 +199,4 @@ def described(
     )
     if error:
         raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for shape {tuple(shape)}, strides {strides}")
-    return memory[start : start + MAP_BYTES] + struct.pack(f"{rank}i{rank}q", *shape, *strides)
+    return memory[first : first + MAP_BYTES] + struct.pack(f"{rank}i{rank}q", *shape, *strides)

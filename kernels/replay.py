@@ -22,8 +22,8 @@ aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
 PLACE_BYTES = 256  # alignment of what lies between two kernels, as torch's allocator has it
 MOST_RECORDINGS = 1024
+NEVER_MET, MET = "never met", "met once"
 RECORDINGS: dict[tuple, Recording | str | None] = {}  # MET after a first call; None where a call cannot be repeated
-MET = "met once"
 
 
 class Launch(NamedTuple):
@@ -54,10 +54,9 @@ class Recording(NamedTuple):
 
     def repeat(self, addresses: list[int], stream: int) -> list[Tensor | None] | None:
         """The outputs for inputs at these addresses; None if the driver refuses a launch."""
-        outputs = [
-            made and torch.empty_strided(made[0], made[1], dtype=made[2], device=self.device) for made in self.outputs
-        ]
-        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
+        on_device = dict(device=self.device)
+        outputs = [made and torch.empty_strided(made[0], made[1], dtype=made[2], **on_device) for made in self.outputs]
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, **on_device)
         memories = [*addresses, *(0 if x is None else x.data_ptr() for x in outputs), workspace.data_ptr(), 0]
         for start, grid, places, layouts in self.launches:
             if start(grid, stream, [memories[memory] + offset for memory, offset in places], layouts):
@@ -97,76 +96,77 @@ class Recorder(TorchDispatchMode):
 
     def recording(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, ...]) -> Recording | None:
         """What was noted of a call with these inputs and outputs; None if that is not all that it takes."""
-        own = {x.untyped_storage().data_ptr(): x for x in self.allocated}
-        places = {x.data_ptr(): (memory, 0) for memory, x in enumerate(inputs)}
-        if not (self.complete and self.launches) or len(places) < len(inputs):
+        starts = {x.data_ptr(): (memory, 0) for memory, x in enumerate(inputs)}
+        if not self.complete or not self.launches or len(starts) < len(inputs):  # two of them at one address
             return None
-        of_inputs = {x.untyped_storage().data_ptr() for x in inputs}
-        of_outputs = {}
+        allocated = {storage(x): x for x in self.allocated}
+        owned = {}  # where memory begins that the call allocated -> its place
         for memory, x in enumerate(outputs, len(inputs)):
+            if x is not None and allocated.pop(x.data_ptr(), None) is None:  # not a whole allocation, or used twice
+                return None
             if x is not None:
-                of_outputs[x.data_ptr()] = (memory, 0)
-                if own.pop(x.data_ptr(), None) is None:  # not the output's very own memory
-                    return None
-        workspace, between = 0, {}
-        for start, x in own.items():
-            between[start] = workspace
-            workspace += -(-x.untyped_storage().nbytes() // PLACE_BYTES) * PLACE_BYTES
-        kept = []
+                owned[x.data_ptr()] = memory, 0
+        workspace, everything = len(inputs) + len(outputs), len(inputs) + len(outputs) + 1
+        workspace_bytes = 0
+        for start, x in allocated.items():
+            owned[start] = workspace, workspace_bytes
+            workspace_bytes += -(-x.untyped_storage().nbytes() // PLACE_BYTES) * PLACE_BYTES
+        of_inputs, kept = {storage(x) for x in inputs}, []
 
         def place(x: Tensor | None) -> tuple[int, int] | None:
             if x is None:
-                return len(inputs) + len(outputs) + 1, 0
-            address, memory = x.data_ptr(), x.untyped_storage().data_ptr()
-            if address in places or address in of_outputs:
-                return places.get(address) or of_outputs[address]
-            if memory in between:
-                return len(inputs) + len(outputs), between[memory] + address - memory
-            if memory in of_inputs or memory in of_outputs:  # a part of one
+                return everything, 0
+            if x.data_ptr() in starts:
+                return starts[x.data_ptr()]
+            if storage(x) in owned:
+                memory, offset = owned[storage(x)]
+                return memory, offset + x.data_ptr() - storage(x)
+            if storage(x) in of_inputs:  # a part of one: of which, is not known
                 return None
             kept.append(x)
-            return len(inputs) + len(outputs) + 1, address
+            return everything, x.data_ptr()
 
         launches = []
         for start, grid, tensors in self.launches:
-            found = [place(x.base if type(x) is Tiles else x) for x in tensors]
-            if None in found:
+            places = [place(x.base if type(x) is Tiles else x) for x in tensors]
+            if None in places:
                 return None
-            launches.append(Launch(start, grid, found, [layout(x) for x in tensors]))
-        made = [x if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
-        return Recording(launches, made, workspace, inputs[0].device, kept)
+            launches.append(Launch(start, grid, places, [layout(x) for x in tensors]))
+        made = [None if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
+        return Recording(launches, made, workspace_bytes, inputs[0].device, kept)
+
+
+def storage(x: Tensor) -> int:
+    """Where the memory begins that x is, or is a part of."""
+    return x.untyped_storage().data_ptr()
 
 
 def replay(inputs: tuple[Tensor, ...], options: tuple, call: Callable[[], tuple]) -> tuple:
-    """call(), from its second repetition on as a recording where it can be one.
+    """call(), from the third time on as a recording where it can be one.
 
     Args:
         inputs: All tensors that differ from call to call, on one CUDA device.
-        options: Hashable: what else decides what `call` does.
-        call: Returns tensors that it allocates, or None, whose values depend on the inputs alone.
+        options: Hashable: what else decides what `call` does, beside the inputs' types, shapes and strides.
+        call: Returns tensors that it allocates, or None.
     """
     addresses = [x.data_ptr() for x in inputs]
     device = inputs[0].get_device()
-    if (
-        any(address % ALIGNMENT for address in addresses)
-        or device != torch.cuda.current_device()
-        or torch.cuda.is_current_stream_capturing()
-        or is_watched()
-    ):
+    aligned = not any(address % ALIGNMENT for address in addresses)
+    if not aligned or device != torch.cuda.current_device() or torch.cuda.is_current_stream_capturing() or is_watched():
         return call()
     stream = current_stream(device)
     key = (device, stream, options, *((x.dtype, x.shape, x.stride()) for x in inputs))
-    recording = RECORDINGS.get(key, "")
+    recording = RECORDINGS.get(key, NEVER_MET)
     if type(recording) is Recording:
         return recording.repeat(addresses, stream) or call()
-    if recording is None:
+    if recording is NEVER_MET:  # what a first call does once, compiling for example, is not recorded
+        if len(RECORDINGS) >= MOST_RECORDINGS:
+            RECORDINGS.clear()
+        RECORDINGS[key] = MET
         return call()
-    if recording == MET:
+    if recording is MET:
         with Recorder() as recorder:
             outputs = call()
         RECORDINGS[key] = recorder.recording(inputs, outputs)
         return outputs
-    if len(RECORDINGS) >= MOST_RECORDINGS:
-        RECORDINGS.clear()
-    RECORDINGS[key] = MET  # what a first call does once, compiling for example, is not recorded
     return call()

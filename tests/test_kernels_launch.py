@@ -1,14 +1,18 @@
 """stem.kernels.launch: a launch does what kernel[grid] does, whatever was launched before it."""
 
+import ctypes
+import struct
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from stem.kernels import driver
 from stem.kernels import launch as module
 from stem.kernels.driver import DirectLaunch
-from stem.kernels.launch import launch, variant_key
+from stem.kernels.launch import Tiles, launch, variant_key
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter has no variants")
@@ -85,6 +89,28 @@ def test_few_variants_are_remembered(monkeypatch):
         out = scaled(x, None, 1.0, 0.0, count=count)
         assert torch.equal(out[:count], x[:count])
         assert 1 <= len(module.VARIANTS) <= 2
+
+
+def test_parameters_are_where_the_kernel_finds_them(monkeypatch):
+    """A descriptor, an address, a missing tensor, 7, a 1 that is a constant, and 0.5; then two scratch memories."""
+    x, y = torch.empty(2, 3, 64, 128, dtype=torch.float16), torch.empty(4)
+    kinds = ["tensordesc<fp16[1,1,64,64]>", "*fp32", "constexpr", "i32", "constexpr", "fp32", "constexpr"]
+    metadata = SimpleNamespace(tensordesc_meta=[dict(swizzle=3, block_size=[1, 1, 64, 64], fp4_padded=False)])
+    variant = SimpleNamespace(src=SimpleNamespace(signature=dict(enumerate(kinds))), metadata=metadata)
+    tensors = Tiles(x, (1, 1, 64, 64), None), y, None
+    parameters = driver.Parameters.of(variant, tensors, (7, 1, 0.5))
+
+    encode = SimpleNamespace(cuTensorMapEncodeTiled=lambda place, *_: ctypes.memset(place, 5, 128) and 0)
+    monkeypatch.setattr(driver, "cuda_driver", lambda: encode)
+    tensor_map = driver.described.__wrapped__(x.data_ptr(), x.shape, x.stride(), x.dtype, *parameters.boxes[0])
+    slots = struct.pack(parameters.slot_format(), tensor_map, y.data_ptr(), 0) + parameters.numbers
+    found = [slots[a : a + size] for a, size in zip(parameters.places, parameters.sizes, strict=True)]
+    forms = "128s4i4qQifQQ"
+    values = [b"\5" * 128, *x.shape, *x.stride(), y.data_ptr(), 7, 0.5, 0, 0]
+    assert b"".join(found) == struct.pack("=" + forms, *values)
+    assert parameters.places[0] % driver.MAP_ALIGNMENT == 0
+    variant.src.signature[3] = "fp8"
+    assert driver.Parameters.of(variant, tensors, (7, 1, 0.5)) is None
 
 
 @on_gpu
