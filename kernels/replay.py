@@ -22,6 +22,7 @@ aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
 PLACE_BYTES = 256  # alignment of what lies between two kernels, as torch's allocator has it
 MOST_RECORDINGS = 1024
+MOST_BYTES = 256 << 20  # allocated by a call that is recorded; where it is more, nobody sees the host's time
 NEVER_MET, MET = "never met", "met once"
 RECORDINGS: dict[tuple, Recording | str | None] = {}  # MET after a first call; None where a call cannot be repeated
 
@@ -71,7 +72,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.allocated: list[Tensor] = []  # kept until the end, so that no address is used twice
         self.launches: list[tuple] = []
-        self.complete = True
+        self.complete, self.bytes = True, 0
 
     def __enter__(self) -> Recorder:
         self._token = ON_LAUNCH.set(self.note)
@@ -85,8 +86,12 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in ALLOCATIONS:
             self.allocated.append(result)
+            self.bytes += result.untyped_storage().nbytes()
         elif not func.is_view:
             self.complete = False
+        if not self.complete or self.bytes > MOST_BYTES:
+            self.complete = False
+            self.allocated.clear()
         return result
 
     def note(self, start: DirectLaunch | None, grid: tuple[int, int, int], tensors: tuple) -> None:
@@ -145,18 +150,19 @@ def replay(inputs: tuple[Tensor, ...], options: tuple, call: Callable[[], tuple]
     """call(), from the third time on as a recording where it can be one.
 
     Args:
-        inputs: All tensors that differ from call to call, on one CUDA device.
+        inputs: All tensors that differ from call to call, the first on a CUDA device.
         options: Hashable: what else decides what `call` does, beside the inputs' types, shapes and strides.
         call: Returns tensors that it allocates, or None.
     """
-    addresses = [x.data_ptr() for x in inputs]
     device = inputs[0].get_device()
-    aligned = not any(address % ALIGNMENT for address in addresses)
-    if not aligned or device != torch.cuda.current_device() or torch.cuda.is_current_stream_capturing() or is_watched():
-        return call()
     stream = current_stream(device)
-    key = (device, stream, options, *((x.dtype, x.shape, x.stride()) for x in inputs))
+    key = (stream, options, *((x.device, x.dtype, x.shape, x.stride()) for x in inputs))
     recording = RECORDINGS.get(key, NEVER_MET)
+    if recording is None or not is_quiet(device):
+        return call()
+    addresses = [x.data_ptr() for x in inputs]
+    if any(address % ALIGNMENT for address in addresses):
+        return call()
     if type(recording) is Recording:
         return recording.repeat(addresses, stream) or call()
     if recording is NEVER_MET:  # what a first call does once, compiling for example, is not recorded
@@ -164,9 +170,12 @@ def replay(inputs: tuple[Tensor, ...], options: tuple, call: Callable[[], tuple]
             RECORDINGS.clear()
         RECORDINGS[key] = MET
         return call()
-    if recording is MET:
-        with Recorder() as recorder:
-            outputs = call()
-        RECORDINGS[key] = recorder.recording(inputs, outputs)
-        return outputs
-    return call()
+    with Recorder() as recorder:
+        outputs = call()
+    RECORDINGS[key] = recorder.recording(inputs, outputs)
+    return outputs
+
+
+def is_quiet(device: int) -> bool:
+    """Whether a launch on a device is just that: the device is the current one, and no graph or profiler takes part."""
+    return device == torch.cuda.current_device() and not (torch.cuda.is_current_stream_capturing() or is_watched())

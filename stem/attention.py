@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import cache, lru_cache
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ CHUNK_SCORES = 1 << 26  # block scores held at a time by the Triton path: 256 Mi
 SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are kept: there launches are what costs
 # With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 32 heads).
 LISTS_TOKENS, LISTS_ROWS = 1024, 32 * 1024  # tokens of the prompt; queries of all heads and batch entries
-REPEATED_TOKENS = 16384  # up to which a call is repeated from its launches, because the host's time could be seen
 REPEATED_IMPLS = (None, "triton", "hopper")
 
 
@@ -61,6 +61,46 @@ def stem_attention(
         ValueError, TypeError: For bad shapes, dtypes, devices or names, and for non-finite input on the CPU.
     """
     config = DEFAULT if config is None else config
+
+    def call() -> tuple[Tensor, Tensor | None, BlockSelection | None]:
+        return _stem_attention(q, k, v, config, scale, impl, prompt_length, return_selection, return_lse)
+
+    if not return_selection and _is_repeatable(q, k, v, config, scale, impl, prompt_length):
+        from stem.kernels.replay import replay
+
+        outputs = replay((q, k, v), (config, scale, impl, prompt_length, bool(return_lse)), call)
+    else:
+        outputs = call()
+    wanted = [x for x in outputs if x is not None]
+    return tuple(wanted) if len(wanted) > 1 else wanted[0]
+
+
+def _is_repeatable(q, k, v, config, scale, impl, prompt_length) -> bool:
+    """Whether a call is made of kernels alone; these arguments have not been checked."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and q.is_cuda
+        and impl in REPEATED_IMPLS
+        and type(config) is StemConfig
+        and type(scale) in (NoneType, float)
+        and type(prompt_length) in (NoneType, int)
+        and not _needs_operator(q, k, v)
+    )
+
+
+def _stem_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    scale: float | None,
+    impl: str | None,
+    prompt_length: int | None,
+    return_selection: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None, BlockSelection | None]:
+    """stem_attention: the output, the selection and the log-sum-exp, None where not wanted."""
     check_qkv(q, k, v)
     check_config(config)
     scale = check_scale(scale, q.shape[-1])
@@ -73,22 +113,10 @@ def stem_attention(
             return ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)], prompt_length)
         return select(q, k, v, config, scale, _STAGE_IMPL[_choose(impl, q, config.block_size)], prompt_length)
 
-    def attend() -> tuple[Tensor, Tensor | None, BlockSelection | None]:
-        selection = choose()
-        out, lse = _attend(q, k, v, selection, scale, impl)
-        return out, lse if return_lse else None, selection if return_selection else None
-
-    if impl is None and (dense := _attend_densely(q, k, v, config, scale, prompt_length, return_lse)):
-        out, lse = dense
-        selection = choose() if return_selection else None
-    elif not return_selection and _is_repeatable(q, k, v, impl):
-        from stem.kernels.replay import replay
-
-        out, lse, selection = replay((q, k, v), (config, scale, impl, prompt_length, bool(return_lse)), attend)
-    else:
-        out, lse, selection = attend()
-    extras = [selection] * bool(return_selection) + [lse] * bool(return_lse)
-    return (out, *extras) if extras else out
+    dense = _attend_densely(q, k, v, config, scale, prompt_length, return_lse) if impl is None else None
+    selection = choose() if return_selection or dense is None else None
+    out, lse = dense or _attend(q, k, v, selection, scale, impl)
+    return out, selection if return_selection else None, lse if return_lse else None
 
 
 def _attend_densely(
@@ -103,11 +131,6 @@ def _attend_densely(
         return None
     check_finite(q=q, k=k, v=v)
     return fused_attention(q, k, v, scale, return_lse)
-
-
-def _is_repeatable(q: Tensor, k: Tensor, v: Tensor, impl: str | None) -> bool:
-    """Whether the launches of a call are worth keeping: by kernels alone, for a short prompt."""
-    return q.is_cuda and k.shape[2] <= REPEATED_TOKENS and impl in REPEATED_IMPLS and not _needs_operator(q, k, v)
 
 
 def block_sparse_attention(

@@ -124,6 +124,16 @@ def test_what_cannot_be_repeated(call):
     assert record(call, draw(128) if call is reads_a_part else draw()) is None
 
 
+def test_a_call_that_allocates_much_is_not_recorded(monkeypatch):
+    monkeypatch.setattr(module, "MOST_BYTES", 3 * BYTES - 1)  # it takes three times as much
+    assert record(copy_by_way, draw()) is None
+    with Recorder() as recorder:
+        copy_by_way(draw())
+    assert recorder.allocated == []  # and holds no memory longer than the call does
+    monkeypatch.setattr(module, "MOST_BYTES", 3 * BYTES)
+    assert record(copy_by_way, draw()) is not None
+
+
 def test_inputs_at_one_address_are_not_told_apart():
     def copy_second(x, y):
         return copy_by_way(y)
