@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
 
-CHUNK_PAIRS = 256  # pairs of blocks in one product
-CHUNK_LOGITS = 1 << 20  # logits of one chunk of rows: 4 MiB in fp32, so that softmax finds them in cache
+PIECE_KEYS = 512  # keys of a row in one product
+PIECE_NUMBERS = 1 << 21  # weights, keys and values of one product: 8 MiB in fp32, so that exp2 finds them in cache
+CHUNK_LOGITS = 1 << 20  # of one chunk of rows: 4 MiB in fp32, so that softmax finds them in cache
 LARGEST_SUM = 2.0**64  # of a row's weights exp(logit); and its inverse is the smallest
 
 
@@ -69,9 +71,10 @@ def _plain_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights exp(logit), relative to nothing: out and lse [M, size], and the query blocks where that does not do.
 
-    No maximum is looked for or subtracted. A sum out of range tells that a weight may have been; only its query block
-    is left to a softmax. Rows with equally long lists go together without padding, and what they read is gathered into
-    the same memory again and again: fresh pages would cost several times the copy.
+    No maximum is looked for or subtracted, so lists can be taken piece by piece. A sum out of range tells that a weight
+    may have been; only its query block is left to a softmax. Rows with equally long lists go together without padding,
+    and what they read is gathered into the same memory again and again: fresh pages would cost several times the copy.
+    exp2, because PyTorch's exp can take three times as long on a CPU.
     """
     size, dim = q_blocks.shape[1:]
     counts = selection.kv_num_blocks.flatten().long()
@@ -79,7 +82,8 @@ def _plain_attention(
     lists = selection.kv_indices.flatten(0, 2)  # [M, max]
     has_diagonal = (lists.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0] == diagonal) & (counts > 0)
     blocks = lists + kv_start[:, None]  # rows of k_blocks and v_blocks
-    most = max(CHUNK_PAIRS, int(counts.max()))
+    wide = max(1, PIECE_KEYS // size)  # blocks of a row in one product
+    most = max(wide, PIECE_NUMBERS // (size * (size + 2 * dim)))  # pairs of blocks in one product
     k_room, v_room, weights_room = (q_blocks.new_empty(most * size * columns) for columns in (dim, dim, size))
     out, sums = torch.empty_like(q_blocks), q_blocks.new_empty(*q_blocks.shape[:2], 1)
     kinds = 2 * counts + has_diagonal
@@ -87,20 +91,24 @@ def _plain_attention(
     kinds, repeats = kinds[order].unique_consecutive(return_counts=True)
     for kind, group in zip(kinds.tolist(), order.split(repeats.tolist()), strict=True):
         width, causal = kind // 2, kind % 2
-        for rows in group.split(max(1, CHUNK_PAIRS // max(1, width))):
-            kept, keys = blocks[rows, :width].flatten(), len(rows) * width * size
-            k, v = (room[: keys * dim].view(-1, size, dim) for room in (k_room, v_room))
-            torch.index_select(k_blocks, 0, kept, out=k)
-            torch.index_select(v_blocks, 0, kept, out=v)
-            k, v = (x.view(len(rows), width * size, dim) for x in (k, v))
-            weights = weights_room[: keys * size].view(len(rows), size, width * size)
+        for rows in group.split(most // max(1, min(width, wide))):
             q = q_blocks.index_select(0, rows)
-            torch.baddbmm(weights, q, k.mT, beta=0, alpha=scale, out=weights).exp_()
-            if causal:
-                weights[..., -size:].tril_()
-            total = weights.sum(-1, keepdim=True)
+            total, weighted = q.new_zeros(len(rows), size, 1), torch.zeros_like(q)
+            for start in range(0, width, wide):
+                piece = blocks[rows, start : min(start + wide, width)]
+                keys = piece.shape[1] * size
+                k, v = (room[: len(rows) * keys * dim].view(-1, size, dim) for room in (k_room, v_room))
+                torch.index_select(k_blocks, 0, piece.flatten(), out=k)
+                torch.index_select(v_blocks, 0, piece.flatten(), out=v)
+                k, v = (x.view(len(rows), keys, dim) for x in (k, v))
+                weights = weights_room[: len(rows) * size * keys].view(len(rows), size, keys)
+                torch.baddbmm(weights, q, k.mT, beta=0, alpha=scale * math.log2(math.e), out=weights).exp2_()
+                if causal and start + wide >= width:
+                    weights[..., -size:].tril_()
+                total += weights.sum(-1, keepdim=True)
+                weighted.baddbmm_(weights, v)
             sums.index_copy_(0, rows, total)
-            out.index_copy_(0, rows, torch.bmm(weights, v).div_(total.clamp_min(1 / LARGEST_SUM)))
+            out.index_copy_(0, rows, weighted.div_(total.clamp_min(1 / LARGEST_SUM)))
     within = ((sums >= 1 / LARGEST_SUM) & (sums <= LARGEST_SUM)).flatten(1).all(1)
     return out, sums.log_()[..., 0], (~within & (counts > 0)).nonzero()[:, 0]
 

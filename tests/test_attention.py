@@ -398,7 +398,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_impl_torch_builds_nothing_of_size_n_squared(backward, monkeypatch):
     monkeypatch.setattr(stem.gather, "CHUNK_LOGITS", 1 << 14)
-    monkeypatch.setattr(stem.gather, "CHUNK_PAIRS", 16)
+    monkeypatch.setattr(stem.gather, "PIECE_NUMBERS", 1 << 14)
     config = StemConfig(block_size=16, k_start=4, decay=1.0)
     elements = []
     for length in (1024, 2048):
@@ -418,7 +418,8 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     whole = block_sparse_attention(q, k, v, selection, impl="torch")
     for elements in (1, 5000, 20000):
         monkeypatch.setattr(stem.gather, "CHUNK_LOGITS", elements)
-        monkeypatch.setattr(stem.gather, "CHUNK_PAIRS", elements // 16**2)
+        monkeypatch.setattr(stem.gather, "PIECE_NUMBERS", elements)
+        monkeypatch.setattr(stem.gather, "PIECE_KEYS", elements // 100)
         for needs_grad in (False, True):  # each has a path of its own
             chunked = block_sparse_attention(q.requires_grad_(needs_grad), k, v, selection, impl="torch")
             torch.testing.assert_close(chunked.detach(), whole)
