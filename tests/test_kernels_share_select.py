@@ -58,20 +58,20 @@ def test_both_implementations_of_select_blocks_agree(dense):
     assert 0 < int((~torch_mask).sum())
 
 
-@pytest.mark.parametrize("q_len, kv_len", [(200, 200), (75, 203)])
+@pytest.mark.parametrize("q_len, kv_len", [(120, 120), (43, 123)])
 @pytest.mark.parametrize("stride, peak, rms", [(1, 0.3, True), (2, 0.0, False)])
 @pytest.mark.parametrize("weighted, dense_last, exact_last", [(False, 1, 0), (True, 0, 2), (True, 1, 99)])
 def test_pooling_and_selecting_at_once_is_one_after_the_other(
     q_len, kv_len, stride, peak, rms, weighted, dense_last, exact_last, monkeypatch
 ):
-    monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", 4096)  # some rows at a time
-    q, k = torch.randn(2, 4, q_len, 16, device=DEVICE), torch.randn(2, 2, kv_len, 16, device=DEVICE)
+    monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", 1024)  # some rows at a time
+    q, k = torch.randn(2, 2, q_len, 16, device=DEVICE), torch.randn(2, 1, kv_len, 16, device=DEVICE)
     cells = Cells(16, query_cells=4, key_cells=2, stride=stride, peak=peak, rms=rms, q_len=q_len, kv_len=kv_len)
-    bonus = torch.rand(2, 2, cells.num_kv_blocks, device=DEVICE) if weighted else None
+    bonus = torch.rand(2, 1, cells.num_kv_blocks, device=DEVICE) if weighted else None
     rules = 0.08, 1, 2, 3, dense_last
     expected = select_above(cell_scores(q, k, bonus, cells, 0.5, exact_last), *rules)
     found = pool_select(q, k, bonus, cells, 0.5, *rules, exact_last)
     kept = int(found[1].sum())
-    assert q_len // 16 * 8 < kept < 8 * cells.num_q_blocks * cells.num_kv_blocks
+    assert q_len // 16 * 4 < kept < 4 * cells.num_q_blocks * cells.num_kv_blocks
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a, b)
