@@ -14,8 +14,9 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from .launch import launch
+from .launch import can_overlap, launch
 
 MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program keeps in registers
 DIM_TILE = 64  # dimensions of V that are squared and added at a time
@@ -123,6 +124,7 @@ def score_inputs_kernel(
     num_q_blocks,
     num_kv_blocks,
     num_kv_programs,
+    first_q_block,
     offset,
     value_weight,
     HEAD_DIM: tl.constexpr,
@@ -133,6 +135,7 @@ def score_inputs_kernel(
     GROUPS: tl.constexpr,
     PARTS: tl.constexpr,
     LOG_TERM: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
 ):
     """One program reads one block of v, of k or of q.
 
@@ -147,7 +150,7 @@ def score_inputs_kernel(
         program -= 2 * num_kv_programs
         block, batch_head = program % num_q_blocks, program // num_q_blocks
         batch, head = split_pair(batch_head, num_q_heads)
-        first_row = (offset // BLOCK_SIZE + block).to(tl.int64) * BLOCK_SIZE - offset
+        first_row = (offset // BLOCK_SIZE + first_q_block + block).to(tl.int64) * BLOCK_SIZE - offset
         add_groups(
             q_ptr + batch * stride_qb + head * stride_qh, q_sums_ptr + program.to(tl.int64) * PARTS * depth,
             first_row, first_group, num_queries, stride_qn, stride_qd,
@@ -174,6 +177,8 @@ def score_inputs_kernel(
             else:
                 num_groups: tl.constexpr = BLOCK_SIZE // STRIDE
                 tl.store(values_ptr + kv_program.to(tl.int64) * num_groups + tl.arange(0, num_groups), norms)
+    if CAN_OVERLAP:  # at the end: the next kernel's programs would crowd the multiprocessors that are free first
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -408,6 +413,7 @@ def score_inputs(
     stride: int,
     value_norm: str,
     value_weight: float,
+    first_q_block: int = 0,
     num_q_blocks: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Group sums of queries and keys and the weighted value term: what `score_blocks` takes, in one pass over q, k, v.
@@ -419,7 +425,7 @@ def score_inputs(
         stride: Tokens between samples; divides block_size.
         value_norm: "log", "zscore" or "zscore_padded", see stem.scores.value_term.
         value_weight: Factor of the value term.
-        num_q_blocks: Only the sums of so many first query blocks; default all.
+        first_q_block, num_q_blocks: Only the sums of so many query blocks from one on; default all.
     Returns:
         q_sums, k_sums: As from `block_sums`. value_bonus: fp32 [B, Hkv, nk].
     """
@@ -428,7 +434,7 @@ def score_inputs(
     num_kv_blocks = -(-num_keys // block_size)
     offset = num_keys - num_queries
     if num_q_blocks is None:
-        num_q_blocks = num_kv_blocks - offset // block_size
+        num_q_blocks = num_kv_blocks - offset // block_size - first_q_block
     constants = group_constants(head_dim, block_size, stride, q.dtype)
     q_sums = empty_sums(batch, num_q_heads, num_q_blocks, stride * head_dim, q)
     k_sums = empty_sums(batch, num_kv_heads, num_kv_blocks, stride * head_dim, k)
@@ -453,11 +459,13 @@ def score_inputs(
             num_q_blocks,
             num_kv_blocks,
             num_kv_programs,
+            first_q_block,
             offset,
             float(value_weight),
         ),
         DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
         LOG_TERM=log_term,
+        CAN_OVERLAP=can_overlap(q.device),
         **constants,
     )
     if not log_term:

@@ -23,6 +23,10 @@ WARP = 32  # threads
 # Values of the driver's enumerations (cuda.h).
 MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 NOT_INTERLEAVED, PROMOTION_128_BYTES, FILL_WITH_ZEROS = 0, 2, 0
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+# As formats of struct: CUlaunchConfig (grid, block, bytes of shared memory, stream, attributes, how many), and one
+# CUlaunchAttribute.
+LAUNCH_CONFIG, LAUNCH_ATTRIBUTE = struct.Struct("7I4xQQI4x"), struct.Struct("I4xi60x")
 
 
 @cache
@@ -32,11 +36,12 @@ def cuda_driver() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL("libcuda.so.1")
-        launch, param_info, encode = library.cuLaunchKernel, library.cuFuncGetParamInfo, library.cuTensorMapEncodeTiled
+        launch, param_info = library.cuLaunchKernelEx, library.cuFuncGetParamInfo
+        encode = library.cuTensorMapEncodeTiled
     except (OSError, AttributeError):
         return None
     number, pointer = ctypes.c_uint, ctypes.c_void_p
-    launch.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    launch.argtypes = [pointer] * 4
     param_info.argtypes = [pointer, ctypes.c_size_t, pointer, pointer]
     encode.argtypes = [pointer, number, number, *[pointer] * 5, *[number] * 4]
     return library
@@ -57,8 +62,11 @@ class DirectLaunch:
         struct.pack_into(f"{len(layout.numbers)}s", self._memory, self._first + self._slots.size, layout.numbers)
         start = ctypes.addressof(self._memory) + self._first
         self._parameters = (ctypes.c_void_p * len(layout.places))(*[start + place for place in layout.places])
-        self._lock = threading.Lock()  # from writing the buffer until the driver has read it
-        self._launch = cuda_driver().cuLaunchKernel
+        self._config = ctypes.create_string_buffer(LAUNCH_CONFIG.size)
+        self._overlap = ctypes.create_string_buffer(LAUNCH_ATTRIBUTE.pack(PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+        self._attributes = ctypes.addressof(self._overlap)
+        self._lock = threading.Lock()  # from writing the buffers until the driver has read them
+        self._launch = cuda_driver().cuLaunchKernelEx
 
     @classmethod
     def of(cls, variant, tensors: tuple, numbers: tuple) -> DirectLaunch | None:
@@ -77,12 +85,15 @@ class DirectLaunch:
         layout = Parameters.of(variant, tensors, numbers)
         return cls(variant, layout) if layout and parameter_sizes(variant.function) == layout.sizes else None
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, addresses: list[int], layouts: list) -> int:
+    def __call__(
+        self, grid: tuple[int, int, int], stream: int, addresses: list[int], layouts: list, overlap: bool
+    ) -> int:
         """Start the kernel; returns the driver's error, 0 for none.
 
         Args:
             addresses: Of all tensors, 0 for None.
             layouts: (shape, strides, dtype) of what the kernel takes as a tensor descriptor, None for other tensors.
+            overlap: See stem.kernels.launch.launch.
         """
         values = [
             described(address, *layout, *box) if box else address
@@ -90,9 +101,10 @@ class DirectLaunch:
         ]
         with self._lock:
             self._slots.pack_into(self._memory, self._first, *values)
-            return self._launch(
-                self._function, *grid, self._threads, 1, 1, self._shared_bytes, stream, self._parameters, None
-            )
+            block = self._threads, 1, 1
+            attributes = self._attributes, int(overlap)
+            LAUNCH_CONFIG.pack_into(self._config, 0, *grid, *block, self._shared_bytes, stream, *attributes)
+            return self._launch(self._config, self._function, self._parameters, None)
 
 
 class Parameters:

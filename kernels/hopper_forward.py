@@ -18,6 +18,7 @@ tile, once and for all. Where a row's sum says that this was too low, the task i
 softmax when no other is left; fp16, which ends at 2^16, is done so from the start.
 """
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -26,6 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from .launch import Tiles, current_stream, launch
 
@@ -165,23 +167,46 @@ def store_rows(out_ptr, out_tile, first_row, num_rows, stride_n):
 
 
 @gluon.jit
+def row_in_turn(turn, num_q_blocks, full_rows, rows_ahead):
+    """Which query block of a head comes at a turn: the last one first, but `rows_ahead` of the full ones before it."""
+    others = num_q_blocks - full_rows
+    row = num_q_blocks - 1 - turn
+    row = gl.where(turn < rows_ahead + others, row + rows_ahead, row)
+    return gl.where(turn < rows_ahead, full_rows - 1 - turn, row)
+
+
+@gluon.jit
 def find_task(task, problem, BLOCK: gl.constexpr):
-    """Which query block of which head a task is: (batch_head, batch, head, kv_head, first_query, list_ptr, num_blocks).
+    """Which query block of which head a task is: (batch_head, batch, head, kv_head, first_query, kv_list).
 
     As many heads are in turn as `heads_at_once` says, each with its last query block, then the one before: what is read
-    at the same time stays in the L2 cache, and the tasks that end the whole run are short.
+    at the same time stays in the L2 cache, and the tasks that end the whole run are short. kv_list: (where it is, how
+    many blocks, whether it is read at all; otherwise it is 0, 1, ...). Waits for it.
     """
     num_q_blocks, num_q_heads, heads_per_kv_head, heads_at_once = problem[:4]
-    offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks = problem[4:]
+    offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks, full_rows, rows_ahead = problem[4:]
     member, group_row = task % heads_at_once, task // heads_at_once
     batch_head = group_row // num_q_blocks * heads_at_once + member
-    row = num_q_blocks - 1 - group_row % num_q_blocks
+    rows_ahead = gl.where(group_row < num_q_blocks, rows_ahead, 0)
+    row = row_in_turn(group_row % num_q_blocks, num_q_blocks, full_rows, rows_ahead)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     kv_head = head // heads_per_kv_head
     first_query = (offset // BLOCK + row) * BLOCK - offset  # negative if the first query block is partial
     list_row = batch_head.to(gl.int64) * num_q_blocks + row
-    num_blocks = gl.load(kv_num_blocks_ptr + list_row)
-    return batch_head, batch, head, kv_head, first_query, kv_indices_ptr + list_row * max_blocks, num_blocks
+    is_read = row >= full_rows
+    if is_read:
+        gdc_wait()
+    num_blocks = gl.load(kv_num_blocks_ptr + list_row, mask=is_read, other=offset // BLOCK + row + 1)
+    kv_list = (kv_indices_ptr + list_row * max_blocks, num_blocks, is_read)
+    return batch_head, batch, head, kv_head, first_query, kv_list
+
+
+@gluon.jit
+def load_block(kv_list, place):
+    """The key block at a place of a list, at its first place where there is none."""
+    list_ptr, _, is_read = kv_list
+    place = gl.maximum(place, 0)
+    return gl.load(list_ptr + place, mask=is_read, other=place)
 
 
 @gluon.jit
@@ -218,15 +243,16 @@ def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_be
     q_full, _, q_tiles, _ = q_inbox
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
-    _batch_head, batch, head, kv_head, first_query, list_ptr, num_blocks = find_task(task, problem, BLOCK)
-    kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 1, 0))
+    _batch_head, batch, head, kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
+    num_blocks = kv_list[1]
+    kv_block = load_block(kv_list, num_blocks - 1)
     for consumer in gl.static_range(NUM_CONSUMERS):
         announce_task(q_inbox, parity, task, consumer)
         first_row = first_query + consumer * ROWS
         copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
     for step in range(num_blocks):
         first_key = kv_block * BLOCK
-        kv_block = gl.load(list_ptr + gl.maximum(num_blocks - 2 - step, 0))  # arrives while the rings are full
+        kv_block = load_block(kv_list, num_blocks - 2 - step)  # arrives while the rings are full
         fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, first_key)
         fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, first_key)
     return num_blocks
@@ -342,9 +368,10 @@ def consume_round(
     noted = -1  # the task that was noted last; redo_ptr says for each which was noted before it
     task = wait_for_task(q_inbox, parity, CONSUMER)
     while task < num_tasks:
-        batch_head, batch, head, _kv_head, first_query, list_ptr, num_blocks = find_task(task, problem, BLOCK)
+        batch_head, batch, head, _kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
+        num_blocks = kv_list[1]
         first_row = first_query + CONSUMER * ROWS
-        last_key = gl.load(list_ptr + gl.maximum(num_blocks - 1, 0)) * BLOCK
+        last_key = load_block(kv_list, num_blocks - 1) * BLOCK
         accumulator, reference, row_sums = attend(
             q_tile, q_read, k_ring, v_ring, first_step, num_blocks, offset + first_row, last_key, scale_log2, ONLINE
         )
@@ -386,24 +413,26 @@ def consume(
 
 
 VARYING = ["num_q_heads", "heads_per_kv_head", "heads_at_once", "num_queries", "num_keys", "num_q_blocks"]
-VARYING += ["max_blocks", "num_tasks"]
+VARYING += ["max_blocks", "full_rows", "rows_ahead", "num_tasks"]
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
-    num_q_blocks, max_blocks, num_tasks, scale,
+    num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, scale,
 ):  # fmt: skip
     """One program computes one task after another; q_desc's tiles are half a query block, k_desc's a key block.
 
+    The lists of the first `full_rows` query blocks are not read, those of others only after gdc_wait.
     Grid: any number of programs, of which a multiprocessor holds one. scratch_ptr: two int32, 0 before and after: how
     many tasks were taken beside the first of each program, which is its own number, and how many programs are done;
     then room for one of every task and consumer.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
-    problem = (num_q_blocks,) + heads + (offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks)
+    lists = (kv_indices_ptr, kv_num_blocks_ptr, max_blocks, full_rows, rows_ahead)
+    problem = (num_q_blocks,) + heads + (offset,) + lists
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [NUM_CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER)
@@ -490,6 +519,65 @@ def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, list(shape), TMA_LAYOUT)
 
 
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """All of sparse_forward but its launch, so that this can follow the kernel that writes the lists at once.
+
+    Returns:
+        attend(kv_indices, kv_num_blocks, full_rows=0) -> out, lse. So many first query blocks keep all their causal
+        blocks, whatever the lists say. If there are any, the kernel launched last need not have ended when attention to
+        them begins; but what wrote q, k and v must have ended when that one began.
+    """
+    if scale < 0:  # the kernel takes row maxima before it scales
+        q, scale = -q, -scale
+    q, k, v = tma_rows(q), tma_rows(k), tma_rows(v)
+    batch, num_q_heads, num_queries, head_dim = q.shape
+    _, num_kv_heads, num_keys, _ = k.shape
+    num_q_blocks = -(-num_keys // BLOCK_SIZE) - (num_keys - num_queries) // BLOCK_SIZE
+    out = torch.empty_like(q)
+    lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
+    num_tasks = num_q_blocks * batch * num_q_heads
+    num_programs = min(num_tasks, num_multiprocessors(q.device))
+    heads = heads_at_once(num_keys, head_dim, batch * num_kv_heads) * (num_q_heads // num_kv_heads)
+    q_tiles = Tiles(q, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
+    k_tiles, v_tiles = (Tiles(x, (1, 1, BLOCK_SIZE, head_dim), describe_tiles) for x in (k, v))
+    capturing = torch.cuda.is_current_stream_capturing()  # a graph may run on any stream
+    if capturing:
+        scratch = new_scratch(q.device, num_tasks)
+    else:
+        scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
+
+    def attend(
+        kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, full_rows: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        launch(
+            hopper_forward_kernel,
+            (num_programs,),
+            (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), scratch),
+            (
+                *out.stride()[:3],
+                num_q_heads,
+                num_q_heads // num_kv_heads,
+                heads,
+                num_queries,
+                num_keys,
+                num_q_blocks,
+                kv_indices.shape[3],
+                full_rows,
+                min(full_rows, -(-num_programs // heads)),  # one task for each program while the lists are written
+                num_tasks,
+                max(float(scale), SMALLEST_SCALE),
+            ),
+            overlap=full_rows > 0,
+            num_warps=CONSUMER_WARPS.value,
+            maxnreg=LAUNCH_REGISTERS,
+        )
+        return out, lse
+
+    return attend
+
+
 def sparse_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -500,40 +588,4 @@ def sparse_forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See sparse_forward.py, whose arguments and results these are, for what `supports` accepts."""
-    if scale < 0:  # the kernel takes row maxima before it scales
-        q, scale = -q, -scale
-    q, k, v = tma_rows(q), tma_rows(k), tma_rows(v)
-    batch, num_q_heads, num_queries, head_dim = q.shape
-    _, num_kv_heads, num_keys, _ = k.shape
-    _, _, num_q_blocks, max_blocks = kv_indices.shape
-    out = torch.empty_like(q)
-    lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
-    num_tasks = num_q_blocks * batch * num_q_heads
-    num_programs = min(num_tasks, num_multiprocessors(q.device))
-    q_tiles = Tiles(q, (1, 1, block_size // NUM_CONSUMERS.value, head_dim), describe_tiles)
-    k_tiles, v_tiles = (Tiles(x, (1, 1, block_size, head_dim), describe_tiles) for x in (k, v))
-    capturing = torch.cuda.is_current_stream_capturing()  # a graph may run on any stream
-    if capturing:
-        scratch = new_scratch(q.device, num_tasks)
-    else:
-        scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
-    launch(
-        hopper_forward_kernel,
-        (num_programs,),
-        (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), scratch),
-        (
-            *out.stride()[:3],
-            num_q_heads,
-            num_q_heads // num_kv_heads,
-            heads_at_once(num_keys, head_dim, batch * num_kv_heads) * (num_q_heads // num_kv_heads),
-            num_queries,
-            num_keys,
-            num_q_blocks,
-            max_blocks,
-            num_tasks,
-            max(float(scale), SMALLEST_SCALE),
-        ),
-        num_warps=CONSUMER_WARPS.value,
-        maxnreg=LAUNCH_REGISTERS,
-    )
-    return out, lse
+    return prepare(q, k, v, scale)(kv_indices, kv_num_blocks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ ALIGNMENT = 16  # bytes; a variant is compiled for addresses that are, or are no
 MOST_VARIANTS = 4096  # remembered; each new length of a prompt adds one to every kernel
 VARIANTS: dict[tuple, Variant] = {}
 ON_LAUNCH: ContextVar[Callable | None] = ContextVar("ON_LAUNCH", default=None)
-"""Called after each launch of this thread: note(its DirectLaunch or None, grid, tensors)."""
+"""Called after each launch of this thread: note(its DirectLaunch or None, grid, tensors, overlap)."""
 
 
 class Tiles(NamedTuple):
@@ -46,7 +47,9 @@ class Variant(NamedTuple):
     """Starts it without Triton, where that is possible."""
 
 
-def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **constants) -> None:
+def launch(
+    kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, *, overlap: bool = False, **constants
+) -> None:
     """kernel[grid](*tensors, *numbers, **constants) on the device of the tensors, which the kernel takes in this order.
 
     Args:
@@ -54,13 +57,16 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **cons
         grid: Programs along up to three axes.
         tensors: Tensors, `Tiles` and None; the first is no None.
         numbers: Ints and floats; an argument is always the one or always the other.
+        overlap: Whether it may begin while the kernel launched before it still runs (programmatic dependent launch,
+            see `can_overlap`): once each program of that has called gdc_launch_dependents or ended. Then the kernel
+            itself calls gdc_wait before it reads what that one writes. Only a hint.
         constants: What is known when the kernel is compiled, with num_warps and its like.
     """
     first = tensors[0]
     device = (first.base if type(first) is Tiles else first).get_device()  # -1: the CPU
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, tensors, numbers, **constants)
+            return launch(kernel, grid, tensors, numbers, overlap=overlap, **constants)
     key, addresses = variant_key(kernel, device, tensors, numbers, constants)
     variant = key and (VARIANTS.get(key) or remember(key, kernel, grid, tensors, numbers, constants))
     if variant is None:
@@ -69,11 +75,17 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, **cons
         grid = (*grid, 1, 1)[:3]
         start, layouts = variant.direct, [layout(x) for x in tensors]
         # where the driver reports an error, Triton meets it too, and raises it
-        if start is None or is_watched() or start(grid, current_stream(device), addresses, layouts):
+        if start is None or is_watched() or start(grid, current_stream(device), addresses, layouts, overlap):
             variant.compiled[grid](*with_descriptors(tensors), *numbers, *variant.constants)
     note = ON_LAUNCH.get()
     if note:
-        note(variant and variant.direct, grid, tensors)
+        note(variant and variant.direct, grid, tensors, overlap)
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels on a device can be launched with `overlap`: NVIDIA GPUs from compute capability 9.0 on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def is_watched() -> bool:

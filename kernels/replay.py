@@ -36,7 +36,8 @@ class Launch(NamedTuple):
     """Where each tensor begins: (which of the memories, bytes from there)."""
 
     layouts: list
-    """See DirectLaunch."""
+    overlap: bool
+    """See DirectLaunch, both."""
 
 
 class Recording(NamedTuple):
@@ -59,8 +60,8 @@ class Recording(NamedTuple):
         outputs = [made and torch.empty_strided(made[0], made[1], dtype=made[2], **on_device) for made in self.outputs]
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, **on_device)
         memories = [*addresses, *(0 if x is None else x.data_ptr() for x in outputs), workspace.data_ptr(), 0]
-        for start, grid, places, layouts in self.launches:
-            if start(grid, stream, [memories[memory] + offset for memory, offset in places], layouts):
+        for start, grid, places, layouts, overlap in self.launches:
+            if start(grid, stream, [memories[memory] + offset for memory, offset in places], layouts, overlap):
                 return None
         return outputs
 
@@ -94,9 +95,9 @@ class Recorder(TorchDispatchMode):
             self.allocated.clear()
         return result
 
-    def note(self, start: DirectLaunch | None, grid: tuple[int, int, int], tensors: tuple) -> None:
+    def note(self, start: DirectLaunch | None, grid: tuple[int, int, int], tensors: tuple, overlap: bool) -> None:
         """See ON_LAUNCH."""
-        self.launches.append((start, grid, tensors))
+        self.launches.append((start, grid, tensors, overlap))
         self.complete = self.complete and start is not None
 
     def recording(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, ...]) -> Recording | None:
@@ -132,11 +133,11 @@ class Recorder(TorchDispatchMode):
             return everything, x.data_ptr()
 
         launches = []
-        for start, grid, tensors in self.launches:
+        for start, grid, tensors, overlap in self.launches:
             places = [place(x.base if type(x) is Tiles else x) for x in tensors]
             if None in places:
                 return None
-            launches.append(Launch(start, grid, places, [layout(x) for x in tensors]))
+            launches.append(Launch(start, grid, places, [layout(x) for x in tensors], overlap))
         made = [None if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
         return Recording(launches, made, workspace_bytes, inputs[0].device, kept)
 

@@ -7,10 +7,11 @@ device functions these share.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .block_scores import PRECISION, finish_scores, operand_dtype
 from .block_select import row_size, select_rows
-from .launch import launch
+from .launch import can_overlap, launch
 
 MAX_KV_BLOCKS = 32  # of a row; at 64, on an NVIDIA H200, two kernels are faster
 ROWS = 16  # query blocks of one program, of all heads that share a KV head
@@ -69,6 +70,7 @@ def score_select_kernel(
     heads_per_kv_head,
     num_q_blocks,
     num_kv_blocks,
+    first_scored,
     sink_blocks,
     local_blocks,
     max_blocks,
@@ -82,24 +84,32 @@ def score_select_kernel(
     DEPTH_TILE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
 ):
-    """One program scores and selects ROWS query blocks of one KV head. Grid: (row tiles, B * Hkv)."""
+    """One program scores and selects ROWS query blocks of one KV head, those before first_scored without scores.
+
+    Grid: (row tiles, B * Hkv).
+    """
+    if CAN_OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     batch_kv_head = tl.program_id(1).to(tl.int64)
     flat_rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
     kv_blocks = tl.arange(0, ROW_SIZE)
     is_row, is_block = rows < num_q_blocks, kv_blocks < num_kv_blocks
-    list_rows = (batch_kv_head * heads_per_kv_head + members) * num_q_blocks + rows
+    heads = batch_kv_head * heads_per_kv_head + members
+    q_rows = heads * (num_q_blocks - first_scored) + rows - first_scored
     k_sums_ptr += batch_kv_head * num_kv_blocks * (PARTS * DEPTH)
     products = products_by_shares(
-        q_sums_ptr, k_sums_ptr, list_rows, is_row, kv_blocks, is_block,
+        q_sums_ptr, k_sums_ptr, q_rows, is_row & (rows >= first_scored), kv_blocks, is_block,
         DEPTH, PARTS, WARPS, DEPTH_TILE, DTYPE, PRECISION,
     )  # fmt: skip
     q_blocks = num_kv_blocks - num_q_blocks + rows
     value_bonus_ptr += batch_kv_head * num_kv_blocks
     scores = finish_scores(products, value_bonus_ptr, q_blocks, kv_blocks, is_block, scale)
     select_rows(
-        scores, q_blocks, kv_blocks, is_row, list_rows, rows,
+        scores, q_blocks, kv_blocks, is_row, heads * num_q_blocks + rows, rows,
         budget_ptr, kv_indices_ptr, kv_num_blocks_ptr, sink_blocks, local_blocks, max_blocks, ON_TOP,
     )  # fmt: skip
 
@@ -117,18 +127,28 @@ def score_select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """select_topk(score_blocks(q_sums, k_sums, value_bonus, scale), budget, ...) for at most MAX_KV_BLOCKS key blocks.
 
-    Args are theirs; the sums are those of all query blocks, and so are the lists, from `empty_lists`.
+    Args are theirs; the lists, from `empty_lists`, are those of all query blocks, and q_sums those of the last ones.
+    What comes before has score 0, so its budget must be all of its causal blocks.
     """
-    batch, num_q_heads, num_q_blocks = q_sums.shape[:3]
+    batch, num_q_heads, num_q_blocks, max_blocks = lists[0].shape
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]
     parts = 2 if q_sums.dtype == torch.bfloat16 else 1
     heads_per_kv_head = num_q_heads // num_kv_heads
-    max_blocks = lists[0].shape[-1]
     launch(
         score_select_kernel,
         (-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads),
         (q_sums, k_sums, value_bonus, budget, *lists),
-        (heads_per_kv_head, num_q_blocks, num_kv_blocks, sink_blocks, local_blocks, max_blocks, float(scale)),
+        (
+            heads_per_kv_head,
+            num_q_blocks,
+            num_kv_blocks,
+            num_q_blocks - q_sums.shape[2],
+            sink_blocks,
+            local_blocks,
+            max_blocks,
+            float(scale),
+        ),
+        overlap=can_overlap(q_sums.device),
         ON_TOP=on_top,
         DEPTH=q_sums.shape[-1],
         PARTS=parts,
@@ -138,6 +158,7 @@ def score_select(
         DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),
         PRECISION=PRECISION,
+        CAN_OVERLAP=can_overlap(q_sums.device),
         num_warps=WARPS,
         num_stages=STAGES,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stem.budget import BlockRows, device_budget, keeps_every_block, scores_matter
+from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, scores_matter
 from stem.cells import kernel_cells
 from stem.config import StemConfig
 from stem.dense import fused_attention
@@ -114,8 +114,11 @@ def _stem_attention(
         return select(q, k, v, config, scale, _STAGE_IMPL[_choose(impl, q, config.block_size)], prompt_length)
 
     dense = _attend_densely(q, k, v, config, scale, prompt_length, return_lse) if impl is None else None
-    selection = choose() if return_selection or dense is None else None
-    out, lse = dense or _attend(q, k, v, selection, scale, impl)
+    if dense is None and _overlaps(q, k, v, config, impl, prompt_length):
+        out, lse, selection = _attend_while_choosing(q, k, v, config, _rows(q, k, config, prompt_length), scale)
+    else:
+        selection = choose() if return_selection or dense is None else None
+        out, lse = dense or _attend(q, k, v, selection, scale, impl)
     return out, selection if return_selection else None, lse if return_lse else None
 
 
@@ -131,6 +134,32 @@ def _attend_densely(
         return None
     check_finite(q=q, k=k, v=v)
     return fused_attention(q, k, v, scale, return_lse)
+
+
+def _overlaps(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, impl: str | None, prompt_length: int | None) -> bool:
+    """Whether attention can begin before all blocks are chosen: on Hopper, for a short prompt with full rows."""
+    if _needs_operator(q, k, v) or _choose(impl, q, config.block_size) != "hopper":
+        return False
+    from stem.kernels.score_select import MAX_KV_BLOCKS
+
+    rows = _rows(q, k, config, prompt_length)
+    full = full_rows(rows, config)
+    return 0 < full < rows.stop - rows.first and rows.stop <= MAX_KV_BLOCKS and _by_budget(rows, config)
+
+
+def _attend_while_choosing(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, rows: BlockRows, scale: float
+) -> tuple[Tensor, Tensor, BlockSelection]:
+    """Output, log-sum-exp and selection by kernels each of which begins before the one before it has ended.
+
+    Attention to the full rows waits for no list and comes first.
+    """
+    from stem.kernels.hopper_forward import prepare
+
+    check_finite(q=q, k=k, v=v)
+    attend = prepare(q, k, v, scale)  # may launch kernels of its own, so it comes first
+    selection = _select_by_budget(q, k, v, config, rows, scale)
+    return *attend(selection.kv_indices, selection.kv_num_blocks, full_rows(rows, config)), selection
 
 
 def block_sparse_attention(
@@ -194,21 +223,29 @@ def select(
     """
     impl = check_impl(impl, ("torch", "triton"), q)
     rows = _rows(q, k, config, prompt_length)
-    if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
+    if _all_forced(rows, config):
         check_finite(q=q, k=k, v=v)
         return _forced_selection(*q.shape[:3], k.shape[2], config, rows, q.device)
     if keeps_every_block(rows, config):
         check_finite(q=q, k=k, v=v)
         return BlockSelection.every_block(*q.shape[:3], k.shape[2], config.block_size, q.device)
-    by_share = config.allocation == "adaptive"
-    if impl == "triton" and config.reduction == "mean" and not by_share:
+    if impl == "triton" and _by_budget(rows, config):
         return _select_by_budget(q, k, v, config, rows, scale)
     config_here = rows.at_the_end(config)
-    if impl == "triton" and config.reduction == "softmax" and by_share:
+    if impl == "triton" and config.reduction == "softmax" and config.allocation == "adaptive":
         return _select_by_share(q, k, v, config_here, scale)
     scores = block_scores(q, k, v, config_here, scale=scale, impl=impl)
     lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
     return select_blocks(scores, rows.budget(config), config_here, impl=impl, **lengths)
+
+
+def _all_forced(rows: BlockRows, config: StemConfig) -> bool:
+    return rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config)
+
+
+def _by_budget(rows: BlockRows, config: StemConfig) -> bool:
+    """Whether the best blocks by mean score are kept, as many as the budget says."""
+    return config.reduction == "mean" and config.allocation != "adaptive" and not _all_forced(rows, config)
 
 
 def _rows(q: Tensor, k: Tensor, config: StemConfig, prompt_length: int | None) -> BlockRows:
@@ -262,11 +299,12 @@ def _select_by_budget(
     forced = config.sink_blocks, config.local_blocks, config.forced == "on_top"
 
     step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * num_kv_blocks)))
-    value = config.value_norm, config.value_weight
-    q_sums, k_sums, value_bonus = score_inputs(q, k, v, size, config.score_stride, *value, num_q_blocks=step)
+    args = q, k, v, size, config.score_stride, config.value_norm, config.value_weight
     if num_kv_blocks <= MAX_KV_BLOCKS and step == num_q_blocks:
-        score_select(q_sums, k_sums, value_bonus, scale, budget, *forced, lists)
+        inputs = score_inputs(*args, first_q_block=full_rows(rows, config))
+        score_select(*inputs, scale, budget, *forced, lists)
         return BlockSelection(*lists, size, num_kv_blocks, q_len, kv_len)
+    q_sums, k_sums, value_bonus = score_inputs(*args, num_q_blocks=step)
     for row in range(0, num_q_blocks, step):
         if row:
             start, stop = ((first_q_block + x) * size - offset for x in (row, row + step))

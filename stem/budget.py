@@ -72,12 +72,17 @@ class BlockRows(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
+def full_rows(rows: BlockRows, config: StemConfig) -> int:
+    """How many of these query blocks, from the first on, keep all their causal blocks whatever the scores are."""
+    if config.allocation == "adaptive":
+        return max(0, min(rows.stop, config.dense_blocks_of(rows.prompt)) - rows.first)
+    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
+    return next((row - rows.first for row, kept in enumerate(budget, rows.first) if kept <= row), len(budget))
+
+
 def keeps_every_block(rows: BlockRows, config: StemConfig) -> bool:
     """Whether these query blocks keep all their causal blocks whatever the scores are (density 1)."""
-    if config.allocation == "adaptive":
-        return rows.stop <= config.dense_blocks_of(rows.prompt)
-    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
-    return all(kept > row for row, kept in enumerate(budget, rows.first))
+    return full_rows(rows, config) == rows.stop - rows.first
 
 
 @lru_cache(maxsize=4096)

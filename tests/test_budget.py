@@ -9,7 +9,15 @@ import torch
 
 import stem
 from stem import StemConfig, block_budget, select_blocks
-from stem.budget import BlockRows, causal_pairs, decay_cost, keeps_every_block, scores_matter, uniform_cost
+from stem.budget import (
+    BlockRows,
+    causal_pairs,
+    decay_cost,
+    full_rows,
+    keeps_every_block,
+    scores_matter,
+    uniform_cost,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, 8, 32, 55, 56, 85, 128, 129, 159, 160, 256, 512, 1024]
@@ -253,6 +261,23 @@ def test_short_prompts_keep_everything(budget):
             assert (whole.density() == 1) is (prompt == 150)
             lists = torch.cat([selection.kv_num_blocks for selection in of], 2)
             assert torch.equal(lists, whole.kv_num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("config", "first", "stop", "expected"),
+    [
+        (StemConfig.preset("paper"), 0, 12, 9),  # floor(12 - 0.3 r) reaches r up to row 9
+        (StemConfig.preset("paper"), 7, 12, 2),
+        (StemConfig.preset("paper"), 10, 12, 0),
+        (StemConfig(k_start=1, dense_first_blocks=4, dense_last_blocks=2), 0, 12, 4),
+        (StemConfig.preset("angelslim"), 0, 12, 12),
+        (StemConfig.preset("adaptive", dense_up_to=0, dense_first_blocks=5), 3, 12, 2),
+        (StemConfig.preset("adaptive", dense_up_to=0, dense_first_blocks=5), 6, 12, 0),
+        (StemConfig.preset("adaptive"), 3, 12, 9),
+    ],
+)
+def test_rows_that_keep_everything(config, first, stop, expected):
+    assert full_rows(BlockRows(first, stop, 12, 12), config) == expected
 
 
 def test_rows_of_a_chunk():

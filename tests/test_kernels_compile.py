@@ -92,7 +92,7 @@ def cases():
         one = dict(stride_vd=1, GROUP_SIZE=16)
         yield f"value_norms {dtype}", (block_scores.value_norms_kernel, input_type, norms | one)
         for log_term in (False, True) if parts == 2 else (False,):
-            all_three = sums | norms | dict(stride_qd=1, stride_kd=1, stride_vd=1, LOG_TERM=log_term)
+            all_three = sums | norms | dict(stride_qd=1, stride_kd=1, stride_vd=1, LOG_TERM=log_term, CAN_OVERLAP=True)
             kernel = block_scores.score_inputs_kernel
             yield f"score_inputs {dtype} {log_term}", (kernel, input_type, all_three, 4, 3, sums_type)
         for num_rows in (32, 4096) if parts == 2 else (4096,):
@@ -104,6 +104,7 @@ def cases():
             yield name, (block_scores.score_blocks_kernel, input_type, product, *options, sums_type)
         short = dict(ON_TOP=True, DEPTH=2048, PARTS=parts, ROWS=score_select.ROWS, ROW_SIZE=32, PRECISION="tf32x3")
         short |= dict(WARPS=score_select.WARPS, DEPTH_TILE=score_select.DEPTH_TILE // (2 // parts), DTYPE=operands)
+        short |= dict(CAN_OVERLAP=True)
         warps, stages = score_select.WARPS, score_select.STAGES
         yield f"score_select {dtype}", (score_select.score_select_kernel, input_type, short, warps, stages, sums_type)
     standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=block_scores.NORM_TILE // 16)

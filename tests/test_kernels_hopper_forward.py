@@ -180,6 +180,40 @@ def test_launches_leave_their_counters_at_zero():
         assert not stream_scratch(q.device, stream.cuda_stream, 8 * mask.shape[2])[:2].any()
 
 
+def full_then_some(batch, num_q_heads, num_queries, num_keys, full_rows):
+    """A block mask whose first rows are causal and whose others are random."""
+    mask = random_mask(batch, num_q_heads, num_queries, num_keys, BLOCK_SIZE)
+    mask[:, :, :full_rows] = random_mask(batch, num_q_heads, num_queries, num_keys, BLOCK_SIZE, keep=2)[
+        :, :, :full_rows
+    ]
+    return mask
+
+
+@needs_sm90
+@pytest.mark.parametrize("full_rows", [0, 1, 5, 13, 19])
+@pytest.mark.parametrize(
+    ("batch", "num_q_heads", "num_kv_heads", "num_queries", "num_keys"),
+    [
+        (1, 32, 8, 2400, 2400),
+        (3, 9, 3, 2400, 2400),
+        (1, 2, 1, 2400, 2400),
+        (2, 32, 8, 2390, 2700),
+        (1, 3, 1, 2401, 2420),
+    ],
+)
+def test_lists_of_full_rows_are_not_read(batch, num_q_heads, num_kv_heads, num_queries, num_keys, full_rows):
+    from stem.kernels.hopper_forward import prepare
+
+    q, k, v = random_inputs(num_q_heads, num_kv_heads, num_queries, num_keys, 64, torch.bfloat16, batch=batch)
+    mask = full_then_some(batch, num_q_heads, num_queries, num_keys, full_rows)
+    expected = forward(q, k, v, mask, 0.1)
+    kv_indices, kv_num_blocks = lists_of(mask)
+    kv_indices[:, :, :full_rows] = 2**30
+    kv_num_blocks[:, :, :full_rows] = 2**30
+    found = prepare(q, k, v, 0.1)(kv_indices, kv_num_blocks, full_rows)
+    assert all(map(torch.equal, found, expected))
+
+
 @needs_sm90
 def test_it_is_the_default_where_it_applies(monkeypatch):
     from stem.kernels import hopper_forward

@@ -12,7 +12,8 @@ import triton.language as tl
 from stem.kernels import driver
 from stem.kernels import launch as module
 from stem.kernels.driver import DirectLaunch
-from stem.kernels.launch import Tiles, launch, variant_key
+from stem.kernels.launch import Tiles, can_overlap, launch, variant_key
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter has no variants")
@@ -25,6 +26,27 @@ def scale_kernel(x_ptr, bias_ptr, out_ptr, count, factor, SIZE: tl.constexpr, SH
     if bias_ptr is not None:
         x += tl.load(bias_ptr + lanes, mask=lanes < count, other=0.0)
     tl.store(out_ptr + lanes, x, mask=lanes < count)
+
+
+@triton.jit
+def slow_kernel(ready_ptr, ends_ptr, CAN_OVERLAP: tl.constexpr):
+    """Let the next kernel begin, take 0.2 ms, and write what it waits for, and when."""
+    if CAN_OVERLAP:
+        gdc_launch_dependents()
+    start = globaltimer()
+    while globaltimer() - start < 200_000:
+        pass
+    tl.store(ready_ptr + tl.program_id(0), 1)
+    tl.store(ends_ptr + tl.program_id(0), globaltimer())
+
+
+@triton.jit
+def next_kernel(ready_ptr, found_ptr, starts_ptr, CAN_OVERLAP: tl.constexpr):
+    """Write when it begins, and what the other kernel left."""
+    tl.store(starts_ptr + tl.program_id(0), globaltimer())
+    if CAN_OVERLAP:
+        gdc_wait()
+    tl.store(found_ptr + tl.program_id(0), tl.load(ready_ptr + tl.program_id(0)))
 
 
 def scaled(x, bias, factor, shift=1.0, size=16, count=None, **options):
@@ -159,6 +181,33 @@ def test_threads_that_launch_one_variant():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_what_can_overlap():
+    assert not can_overlap(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not can_overlap(torch.device(DEVICE)), reason="needs a GPU of compute capability 9.0 or newer")
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_kernel_begins_before_the_one_before_it_ends(overlap, in_graph):
+    ready, found = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
+    starts, ends = torch.zeros(2, 8, dtype=torch.int64, device=DEVICE)
+
+    def call():
+        launch(slow_kernel, (8,), (ready, ends), (), CAN_OVERLAP=True)
+        launch(next_kernel, (8,), (ready, found, starts), (), overlap=overlap, CAN_OVERLAP=True)
+
+    call()
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    for _ in range(3):
+        ready.zero_(), found.zero_()
+        graph.replay() if in_graph else call()
+        assert found.all()
+        assert bool(starts.max() < ends.min()) is overlap
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -16,7 +16,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BYTES = 64 * 4  # of the tensors that the stand-in for a kernel copies
 
 
-def start_copy(grid, stream, addresses, layouts):
+def start_copy(grid, stream, addresses, layouts, overlap):
     """What a DirectLaunch is to a kernel: copies one tensor into the other."""
     source, target = addresses
     ctypes.memmove(target, source, BYTES)
@@ -25,10 +25,10 @@ def start_copy(grid, stream, addresses, layouts):
 
 def copy(source, target, start=start_copy):
     """A launch of it."""
-    start_copy((1, 1, 1), 0, [source.data_ptr(), target.data_ptr()], [None, None])
+    start_copy((1, 1, 1), 0, [source.data_ptr(), target.data_ptr()], [None, None], False)
     note = ON_LAUNCH.get()
     if note:
-        note(start, (1, 1, 1), (source, target))
+        note(start, (1, 1, 1), (source, target), False)
 
 
 def record(call, *inputs):

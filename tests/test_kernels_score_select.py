@@ -32,6 +32,24 @@ def test_it_selects_what_two_kernels_select(num_q_heads, num_kv_heads, num_queri
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("on_top", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(150, 150), (70, 150)])
+def test_query_blocks_that_keep_everything_need_no_scores(num_queries, num_keys, on_top):
+    """Budgets of all causal blocks, whose rows have no sums."""
+    q = torch.randn(2, 6, num_queries, 16, device=DEVICE)
+    k, v = torch.randn(2, 2, 2, num_keys, 16, device=DEVICE)
+    causal = torch.arange(1, 11, dtype=torch.int32, device=DEVICE)[-(10 - (num_keys - num_queries) // 16) :]
+    full = len(causal) - 3
+    budget = torch.cat([causal[:full], causal[full:] - 2])
+    expected = select_topk(score_blocks(*score_inputs(q, k, v, 16, 8, "log", 0.2), 0.01), budget, 1, 2, on_top, 10)
+    inputs = score_inputs(q, k, v, 16, 8, "log", 0.2, first_q_block=full)
+    lists = empty_lists(2, 6, len(budget), 10, q.device)
+    found = score_select(*inputs, 0.01, budget, 1, 2, on_top, lists)
+    assert inputs[0].shape[2] == 3
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("value_norm", ["log", "zscore", "zscore_padded"])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(20, 20), (20, 45)])
 def test_score_inputs_are_the_sums_and_the_value_term(num_queries, num_keys, value_norm):
@@ -46,3 +64,5 @@ def test_score_inputs_are_the_sums_and_the_value_term(num_queries, num_keys, val
     torch.testing.assert_close(value_bonus.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     some, *_ = score_inputs(q, k, v, 16, 4, value_norm, 0.3, num_q_blocks=1)
     assert torch.equal(some, q_sums[:, :, :1])
+    some, *_ = score_inputs(q, k, v, 16, 4, value_norm, 0.3, first_q_block=1)
+    assert torch.equal(some, q_sums[:, :, 1:])

@@ -7,6 +7,10 @@ import stem
 from stem import StemConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_sm90 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 CONFIGS = {
     "default": StemConfig(),
@@ -99,6 +103,53 @@ def test_a_cuda_graph_replays_what_eager_code_computes(name, impl, dtype):
         graph.replay()
         for found, expected in zip(captured, attend(), strict=True):
             assert torch.equal(found, expected)
+
+
+@needs_sm90
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "heads", "lengths"),
+    [(1, (32, 8), (1536, 1536)), (1, (32, 8), (4090, 4090)), (3, (9, 3), (1500, 1700)), (1, (2, 1), (1900, 1900))],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["paper", "zscore", "strides that TMA cannot read"])
+def test_attention_that_begins_before_all_blocks_are_chosen(name, batch, heads, lengths, in_graph, monkeypatch):
+    """Scores of the inputs before, in the memory that all calls share, must never be what is attended by."""
+    changes = dict(value_norm="zscore", forced="on_top") if name == "zscore" else {}
+    config = StemConfig.preset("paper", **changes)
+    sizes = zip((heads[0], heads[1], heads[1]), lengths[:1] + 2 * lengths[1:], strict=True)
+    q, k, v = (torch.empty(batch, number, tokens, 128, dtype=torch.bfloat16, device="cuda") for number, tokens in sizes)
+    if name.startswith("strides"):
+        q, v = (x.mT.contiguous().mT for x in (q, v))
+
+    def fill(seed):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        for x in (q, k, v):
+            x.normal_(generator=generator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stem.attention, "_overlaps", lambda *_: False)
+        expected = []
+        for seed in range(5):
+            fill(seed)
+            out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
+            expected.append((out, selection.to_mask()))
+    assert selection.density() < 1
+    monkeypatch.setattr(stem.attention, "_attend", lambda *_: pytest.fail("one stage after the other"))
+    fill(0)
+    out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
+    for turn in range(25):
+        fill(turn % 5)
+        if in_graph:
+            graph.replay()
+        else:
+            out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
+        assert torch.equal(out, expected[turn % 5][0])
+        assert torch.equal(selection.to_mask(), expected[turn % 5][1])
 
 
 @needs_cuda
