@@ -25,8 +25,8 @@ IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 CHUNK_SCORES = 1 << 26  # block scores held at a time by the Triton path: 256 MiB
 SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are kept: there launches are what costs
-# With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 32 heads).
-LISTS_TOKENS, LISTS_ROWS = 1024, 32 * 1024  # tokens of the prompt; queries of all heads and batch entries
+# With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 9 to 64 heads).
+LISTS_TOKENS, LISTS_ROWS = 640, 20 * 1024  # tokens of the prompt; queries of all heads and batch entries
 REPEATED_IMPLS = (None, "triton", "hopper")
 
 

@@ -26,7 +26,7 @@ from stem import gate, metrics, records
 CONFIGS = {"released": stem.StemConfig.preset("angelslim"), "default": stem.StemConfig()}
 # Of these only attention and the whole operator are timed, on CUDA and at these lengths. "three_regime" is the released
 # schedule with its sink and local blocks inside the budget instead of on top; the presets show where sparse wins.
-SHORT = tuple(1024 * 2**n for n in range(5))
+SHORT = (1024, 1500, 2048, 3000, 4096, 5500, 8192, 12000, 16384)  # powers of two, and multiples of no block between
 BRIEFLY = {
     "three_regime": (stem.StemConfig.preset("angelslim", forced="inside"), (2**14, 2**15, 2**16, 2**17)),
     "paper": (stem.StemConfig.preset("paper"), SHORT),
@@ -42,7 +42,7 @@ DENSE = {
 IMPLS = {"cuda": ["triton", "hopper"], "cpu": ["torch"]}  # "hopper" only on sm_90
 BASELINES = ("sdpa_cudnn", "sdpa_flash", "sdpa_cpu")
 LENGTHS = {  # tokens of each profile
-    ("cuda", "full"): [1024 * 2**n for n in range(8)] + [2**20],
+    ("cuda", "full"): [*SHORT, *(2**n for n in range(15, 18)), 2**20],
     ("cuda", "smoke"): [2**13, 2**15, 2**17],
     ("cpu", "full"): [1024 * 2**n for n in range(6)],
     ("cpu", "smoke"): [1024 * 2**n for n in range(4)],

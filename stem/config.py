@@ -50,7 +50,7 @@ PRESETS = {
         sink_blocks=1,
         local_blocks=2,
         exact_last_blocks=1,
-        dense_up_to=3968,
+        dense_up_to=5120,
     ),
 }
 

@@ -81,8 +81,9 @@ def save(figure: Figure, experiment: str, name: str) -> Path:
 
 
 def tokens_axis(ax: Axes, tokens) -> None:
-    """A log2 x axis of tokens, labelled 1K, 2K, ... 1M at the lengths that were measured."""
-    ticks = sorted({int(n) for n in tokens})
+    """A log2 x axis of tokens, labelled 1K, 2K, ... 1M at the lengths that were measured; others only if all are."""
+    measured = sorted({int(n) for n in tokens})
+    ticks = [n for n in measured if n % 1024 == 0] or measured
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [tokens_label(n) for n in ticks], minor=False)
     ax.set_xlabel("tokens")

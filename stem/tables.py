@@ -374,9 +374,9 @@ def _where(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
 
 
 def _tokens(count: float) -> str:
-    if count < 1024:
+    if count % 1024:
         return f"{count:.0f}"
-    return f"{count / 1024:.0f}K" if count % 1024 == 0 and count < 2**20 else f"{count / 2**20:g}M"
+    return f"{count / 1024:.0f}K" if count < 2**20 else f"{count / 2**20:g}M"
 
 
 def _number(value: float, unit: str = "") -> str:

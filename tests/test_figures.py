@@ -156,6 +156,13 @@ def test_lines_shade_a_band_and_keep_the_order():
     assert ax.get_lines()[0].get_color() == "0.4" and len(ax.collections) == 2
 
 
+@pytest.mark.parametrize(("measured", "labels"), [((4096, 1024, 1500), ["1K", "4K"]), ((1500, 300), ["300", "1500"])])
+def test_an_axis_of_tokens_is_labelled_at_whole_k(measured, labels):
+    _, ax = figures.new()
+    figures.tokens_axis(ax, measured)
+    assert [label.get_text() for label in ax.get_xticklabels()] == labels
+
+
 @pytest.mark.parametrize(("tokens", "label"), [(1, "1"), (1000, "1000"), (1024, "1K"), (131072, "128K"), (2**20, "1M")])
 def test_token_labels(tokens, label):
     assert figures.tokens_label(tokens) == label

@@ -212,7 +212,7 @@ def test_readme_snippets():
     exec(on_tensors, names)
     assert names["out"].shape == names["q"].shape
 
-    tokens = SimpleNamespace(input_ids=torch.randint(64, (1, 4096)))
+    tokens = SimpleNamespace(input_ids=torch.randint(64, (1, 5200)))
     names |= {"model": tiny_llama(), "tokenizer": lambda text, return_tensors: tokens, "texts": ["one", "two"]}
     exec(calibrated, names)
     assert abs(names["density"] - 0.25) <= 0.005 and stem.hf.density(names["model"])

@@ -212,3 +212,7 @@ def test_correctness():
 def test_markers_and_sections_must_agree(text):
     with pytest.raises(ValueError, match="markers for"):
         tables.render(text)
+
+
+def test_lengths_are_whole_k_or_plain():
+    assert [tables._tokens(n) for n in (300, 1024, 1500, 131072, 2**20)] == ["300", "1K", "1500", "128K", "1M"]
