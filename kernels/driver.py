@@ -8,6 +8,7 @@ this file does not understand of a variant (`DirectLaunch.of` gives None then) T
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import threading
 from functools import cache, lru_cache
@@ -31,18 +32,16 @@ LAUNCH_CONFIG, LAUNCH_ATTRIBUTE = struct.Struct("7I4xQQI4x"), struct.Struct("I4x
 
 @cache
 def cuda_driver() -> ctypes.CDLL | None:
-    """The driver's library with the three functions that are called; None without CUDA, or before CUDA 12.4."""
+    """The driver's library with the two functions that are called; None without CUDA, or before CUDA 12."""
     if not torch.version.cuda:
         return None
     try:
         library = ctypes.CDLL("libcuda.so.1")
-        launch, param_info = library.cuLaunchKernelEx, library.cuFuncGetParamInfo
-        encode = library.cuTensorMapEncodeTiled
+        launch, encode = library.cuLaunchKernelEx, library.cuTensorMapEncodeTiled
     except (OSError, AttributeError):
         return None
     number, pointer = ctypes.c_uint, ctypes.c_void_p
     launch.argtypes = [pointer] * 4
-    param_info.argtypes = [pointer, ctypes.c_size_t, pointer, pointer]
     encode.argtypes = [pointer, number, number, *[pointer] * 5, *[number] * 4]
     return library
 
@@ -83,7 +82,7 @@ class DirectLaunch:
         if not cuda_driver() or scratch or special:
             return None
         layout = Parameters.of(variant, tensors, numbers)
-        return cls(variant, layout) if layout and parameter_sizes(variant.function) == layout.sizes else None
+        return cls(variant, layout) if layout and parameter_sizes(variant.asm["ptx"]) == layout.sizes else None
 
     def __call__(
         self, grid: tuple[int, int, int], stream: int, addresses: list[int], layouts: list, overlap: bool
@@ -170,13 +169,11 @@ class Parameters:
         return "=" + "".join(slots)
 
 
-def parameter_sizes(function: int) -> list[int]:
-    """Bytes of each parameter that a loaded kernel takes."""
-    sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
-    pointers = ctypes.byref(offset), ctypes.byref(size)
-    while not cuda_driver().cuFuncGetParamInfo(function, len(sizes), *pointers):
-        sizes.append(size.value)
-    return sizes
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter that the kernel of a PTX module takes."""
+    declared = re.search(r"\.entry\s+\w+\((.*?)\)", ptx, re.S)[1]
+    found = re.findall(r"\.param(?: \.align \d+)? \.[a-z](\d+)[^\[,]*(?:\[(\d+)\])?", declared)
+    return [int(bits) // 8 * int(length or 1) for bits, length in found]
 
 
 @lru_cache(maxsize=4096)

@@ -135,6 +135,22 @@ def test_parameters_are_where_the_kernel_finds_them(monkeypatch):
     assert driver.Parameters.of(variant, tensors, (7, 1, 0.5)) is None
 
 
+def test_sizes_of_parameters():
+    ptx = """
+.visible .func helper(.param .b32 one) { }
+.visible .entry some_kernel(
+	.param .align 64 .b8 some_kernel_param_0[128],
+	.param .u32 some_kernel_param_1,
+	.param .u64 .ptr .global .align 1 some_kernel_param_2,
+	.param .f32 some_kernel_param_3
+)
+.reqntid 128
+{ .param .b32 not_this; }
+"""
+    assert driver.parameter_sizes(ptx) == [128, 4, 8, 4]
+    assert driver.parameter_sizes(".entry nothing()\n{ }") == []
+
+
 @on_gpu
 @pytest.mark.parametrize("start", [None, lambda *_: 1], ids=["not understood", "refused by the driver"])
 def test_triton_launches_what_the_driver_does_not(monkeypatch, start):
