@@ -321,8 +321,8 @@ def never_slower(ratios: Mapping[str, pd.DataFrame], margin: float = 0.03) -> Fi
         ax.set_title(f"{how}: slowest {table[name][tokens]:.2f}×, {name} at {tokens_label(int(tokens))} tokens")
         ax.set(ylabel="speed-up over the fastest dense [times]")
         log_y(ax)
-        ax.legend(loc="lower right")
         tokens_axis(ax, table.index)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the last panel: lines fill all of them
     return figure
 
 
