@@ -1,0 +1,1 @@
+"""What the notebooks measure: one folder per experiment, and what all experiments share."""

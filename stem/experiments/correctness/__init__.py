@@ -1,0 +1,1 @@
+"""Notebook 03: claims that must hold, each with its tolerance."""

@@ -1,0 +1,1 @@
+"""Notebook 06: answers and losses of pretrained models on long prompts."""

@@ -1,0 +1,1 @@
+"""Notebook 01: information flow, the paper's equations, the explorer."""

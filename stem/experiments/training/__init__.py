@@ -1,0 +1,1 @@
+"""Notebook 05: small models trained with Stem."""

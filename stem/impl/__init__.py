@@ -1,0 +1,1 @@
+"""How a selection is attended to: one module per implementation."""
