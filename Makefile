@@ -33,22 +33,22 @@ lint: $(INSTALLED) ## ruff over code and notebooks
 	$(BIN)/ruff format --check .
 
 speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full LENGTHS="1024 2048"]
-	$(BIN)/python -m stem.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
+	$(BIN)/python -m stem.experiments.speed.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
 
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
-	$(BIN)/python -m stem.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+	$(BIN)/python -m stem.experiments.training.experiment --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/evaluation/  [PROFILE=smoke|full METHODS="stem xattention"]
-	$(BIN)/python -m stem.compare --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
+	$(BIN)/python -m stem.experiments.long_context.comparison --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
 
 quality: $(INSTALLED) ## compare every selection by the loss it costs and write results/selection_quality/  [PROFILE=smoke|full METHODS=adaptive]
-	$(BIN)/python -m stem.quality --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
+	$(BIN)/python -m stem.experiments.long_context.loss --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
 
 extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/extension/  [PROFILE=smoke|full]
-	$(BIN)/python -m stem.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+	$(BIN)/python -m stem.experiments.long_context.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 tables: $(INSTALLED) ## rewrite README's tables, sentences and picture from results/
-	$(BIN)/python -m stem.tables
+	$(BIN)/python -m stem.experiments.tables
 	$(BIN)/python scripts/overview.py
 
 notebooks: $(INSTALLED) ## run the smoke profile and put the executed copies into notebooks/

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import stem
-from stem import records
+from stem.experiments import records
 
 TOKENS, HEAD_DIM, BLOCK_SIZE = 4096, 64, 64
 

@@ -29,8 +29,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in {"bench", "documents", "evaluate", "figures", "flow", "hf", "pretrained", "records"}:  # heavy imports
+    if name in {"evaluate", "hf", "pretrained"}:  # they import transformers or lm-eval
         return import_module(f"stem.{name}")
     if name == "calibrate":
-        return import_module("stem.calibration").calibrate
+        return import_module("stem.hf.calibration").calibrate
     raise AttributeError(f"module 'stem' has no attribute {name!r}")

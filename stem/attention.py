@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, scores_matter
 from stem.cells import kernel_cells
 from stem.config import StemConfig
-from stem.dense import fused_attention
-from stem.gather import gather_attention
+from stem.impl.dense import fused_attention
+from stem.impl.gather import gather_attention
 from stem.reference import masked_attention
 from stem.scores import block_scores, cell_bonus, routing_scale
 from stem.selection import BlockSelection, select_blocks
@@ -108,9 +108,9 @@ def _stem_attention(
 
     def choose() -> BlockSelection:
         if torch.compiler.is_compiling():
-            from stem import ops  # imports torch's compiler
+            from stem.impl import operators  # imports torch's compiler
 
-            return ops.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)], prompt_length)
+            return operators.select(q, k, v, config, scale, _STAGE_IMPL[check_impl(impl, IMPLS, q)], prompt_length)
         return select(q, k, v, config, scale, _STAGE_IMPL[_choose(impl, q, config.block_size)], prompt_length)
 
     dense = _attend_densely(q, k, v, config, scale, prompt_length, return_lse) if impl is None else None
@@ -198,9 +198,9 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() and impl in (None, "torch", "triton", "hopper"):
-        from stem import ops
+        from stem.impl import operators
 
-        return ops.attend(q, k, v, selection, scale, impl)  # it chooses when it runs
+        return operators.attend(q, k, v, selection, scale, impl)  # it chooses when it runs
     return _RUN[_choose(impl, q, selection.block_size)](q, k, v, selection, scale)
 
 
@@ -321,9 +321,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     if _needs_operator(q, k, v):
-        from stem import ops
+        from stem.impl import operators
 
-        return ops.attend(q, k, v, selection, scale, "triton")
+        return operators.attend(q, k, v, selection, scale, "triton")
     from stem.kernels.sparse_forward import sparse_forward
 
     return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
@@ -331,16 +331,16 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: f
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     if _needs_operator(q, k, v):
-        from stem import ops
+        from stem.impl import operators
 
-        return ops.attend(q, k, v, selection, scale, "hopper")
+        return operators.attend(q, k, v, selection, scale, "hopper")
     from stem.kernels.hopper_forward import sparse_forward
 
     return sparse_forward(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
 
 
 def _needs_operator(*tensors: Tensor) -> bool:
-    """Whether the kernels are called through stem.ops; otherwise its cost on the host, some tens of us, is saved."""
+    """Whether the kernels are called through stem.impl.operators; otherwise its cost on the host, some tens of us, is saved."""
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return needs_gradients or torch.compiler.is_compiling()
 

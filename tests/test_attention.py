@@ -397,8 +397,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_impl_torch_builds_nothing_of_size_n_squared(backward, monkeypatch):
-    monkeypatch.setattr(stem.gather, "CHUNK_LOGITS", 1 << 14)
-    monkeypatch.setattr(stem.gather, "PIECE_NUMBERS", 1 << 14)
+    monkeypatch.setattr(stem.impl.gather, "CHUNK_LOGITS", 1 << 14)
+    monkeypatch.setattr(stem.impl.gather, "PIECE_NUMBERS", 1 << 14)
     config = StemConfig(block_size=16, k_start=4, decay=1.0)
     elements = []
     for length in (1024, 2048):
@@ -417,9 +417,9 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     selection = random_selection(q, k, 16)
     whole = block_sparse_attention(q, k, v, selection, impl="torch")
     for elements in (1, 5000, 20000):
-        monkeypatch.setattr(stem.gather, "CHUNK_LOGITS", elements)
-        monkeypatch.setattr(stem.gather, "PIECE_NUMBERS", elements)
-        monkeypatch.setattr(stem.gather, "PIECE_KEYS", elements // 100)
+        monkeypatch.setattr(stem.impl.gather, "CHUNK_LOGITS", elements)
+        monkeypatch.setattr(stem.impl.gather, "PIECE_NUMBERS", elements)
+        monkeypatch.setattr(stem.impl.gather, "PIECE_KEYS", elements // 100)
         for needs_grad in (False, True):  # each has a path of its own
             chunked = block_sparse_attention(q.requires_grad_(needs_grad), k, v, selection, impl="torch")
             torch.testing.assert_close(chunked.detach(), whole)
@@ -433,9 +433,9 @@ def test_query_blocks_whose_sums_leave_the_range_get_a_softmax(factor, dtype, mo
     k = 1 + k / 4
     q[:, :, torch.arange(200) // 16 % 4 == 2] += factor
     selection, left = random_selection(q, k, 16), []
-    softmax_attention = stem.gather._softmax_attention
+    softmax_attention = stem.impl.gather._softmax_attention
     monkeypatch.setattr(
-        stem.gather, "_softmax_attention", lambda *args: left.append(args[-1]) or softmax_attention(*args)
+        stem.impl.gather, "_softmax_attention", lambda *args: left.append(args[-1]) or softmax_attention(*args)
     )
     found = block_sparse_attention(q, k, v, selection, impl="torch", return_lse=True)
     wanted = block_sparse_attention(q.double(), k.double(), v.double(), selection, impl="reference", return_lse=True)

@@ -219,7 +219,7 @@ def test_readme_snippets():
 
 
 def test_readme_holds_what_the_rows_say(monkeypatch):
-    from stem import tables
+    from stem.experiments import tables
 
     monkeypatch.delenv("STEM_RESULTS", raising=False)
     changed = subprocess.run(["git", "status", "--porcelain", "results"], cwd=ROOT, capture_output=True, text=True)

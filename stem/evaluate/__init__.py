@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
-from stem import documents, hf, patterns, pretrained, ruler
+from stem import hf, patterns, pretrained
 from stem.config import StemConfig
-from stem.harness import resolved  # this import also registers the model name
-from stem.local_data import local_data
+from stem.evaluate.harness import resolved  # this import also registers the model name
+from stem.evaluate.local_data import local_data
+from stem.experiments import documents
+from stem.experiments.long_context import ruler
 
 MEASURES = ("generated", "teacher_forced")
 
@@ -50,9 +52,9 @@ def ruler_rows(
 
     Args:
         methods: Name -> what `stem.hf.enable` takes; None is the model's own dense attention.
-        tasks: Names of `stem.ruler.TASKS` (teacher-forced: of `stem.ruler.ONE_ANSWER`).
+        tasks: Names of `stem.experiments.long_context.ruler.TASKS` (teacher-forced: of `stem.experiments.long_context.ruler.ONE_ANSWER`).
         lengths: Longest prompt plus answer of each group of samples [tokens].
-        samples, seed: Samples per task and length, and where they come from; see `stem.ruler.build_samples`.
+        samples, seed: Samples per task and length, and where they come from; see `stem.experiments.long_context.ruler.build_samples`.
         model: A name for `stem.pretrained.load`, or a loaded (model, tokenizer).
         measures: "generated" (greedy answer, dense decode) and "teacher_forced" (answer in one sparse forward).
         max_new_tokens: Longest generated answer [tokens].
@@ -111,7 +113,7 @@ def document_loss_rows(
 
     Args:
         methods: As in `ruler_rows`.
-        texts: Name -> text of more than `length` tokens, see `stem.documents`.
+        texts: Name -> text of more than `length` tokens, see `stem.experiments.documents`.
         length: Tokens predicted in one forward, all of it prefill [tokens].
         bucket: Positions per row [tokens], a divisor of `length`.
         model: As in `ruler_rows`.
@@ -252,7 +254,7 @@ def paired_differences(
 def main() -> None:
     """lm-eval's command line, in which the model `stem` exists and the name smollm2 means the embedded model.
 
-    One option more: `--data_dir`, a folder with files that tasks would download, see `stem.local_data`.
+    One option more: `--data_dir`, a folder with files that tasks would download, see `stem.evaluate.local_data`.
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -298,7 +300,3 @@ def _scored(lm: HFLM, tasks: dict, config) -> tuple[dict, float]:
 
 def _density(report) -> float:
     return 1.0 if report is None else report.density()
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
-from stem import records
+from stem.experiments import records
 from stem.selection import BlockSelection
 
 PALETTE = sns.color_palette("colorblind")

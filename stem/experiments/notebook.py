@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from stem import records
+from stem.experiments import records
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ PROFILES = ("smoke", "full")
 PROVENANCE = (
     "machine", "device", "torch", "triton", "transformers", "python", "git_commit", "date", "profile",
 )  # fmt: skip
-_CHECKOUT = Path(__file__).resolve().parents[1]
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def repository_root() -> Path:

@@ -1,4 +1,4 @@
-"""README's tables and sentences, computed from the committed rows: `python -m stem.tables` rewrites them in place.
+"""README's tables and sentences, computed from the committed rows: `python -m stem.experiments.tables` rewrites them in place.
 
 README.md holds `<!-- begin:NAME -->` and `<!-- end:NAME -->` for each NAME in `SECTIONS`; what is between is replaced.
 Only rows of full runs are used, so a smoke run on somebody's laptop changes no table.
@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from stem import bench, records
 from stem.config import StemConfig
-from stem.training_report import adaptation_findings
+from stem.experiments import records
+from stem.experiments.speed import bench
+from stem.experiments.training.report import adaptation_findings
 
 BASELINES = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2", "sdpa_cpu": "SDPA"}
 CONFIGS = {

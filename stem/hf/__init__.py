@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stem.attention import IMPLS, block_sparse_attention, stem_attention
 from stem.config import StemConfig
-from stem.padding import rows_by_span, stem_mask, token_mask
+from stem.hf.padding import rows_by_span, stem_mask, token_mask
 from stem.selection import BlockSelection
 from stem.validation import check_prompt_length
 

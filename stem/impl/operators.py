@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from stem.config import StemConfig
-from stem.gather import gather_attention, gather_gradients
+from stem.impl.gather import gather_attention, gather_gradients
 from stem.selection import BlockSelection
 
 

@@ -19,7 +19,11 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from stem import documents, evaluate, harness, hf, paper, pretrained, ruler  # noqa: E402
+from stem import evaluate, hf, pretrained  # noqa: E402
+from stem.evaluate import harness  # noqa: E402
+from stem.experiments import documents  # noqa: E402
+from stem.experiments.long_context import ruler  # noqa: E402
+from stem.experiments.theory import paper  # noqa: E402
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 

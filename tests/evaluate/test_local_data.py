@@ -1,4 +1,4 @@
-"""stem.local_data: files of the user take the place of what lm-eval's tasks download."""
+"""stem.evaluate.local_data: files of the user take the place of what lm-eval's tasks download."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import datasets
 import pytest
 import requests
 
-from stem.local_data import SUBSETS, local_data
+from stem.evaluate.local_data import SUBSETS, local_data
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -1,4 +1,4 @@
-"""stem.figures: the claim in each title is computed from the rows, axes carry units, SVGs are reproducible."""
+"""stem.experiments.figures: the claim in each title is computed from the rows, axes carry units, SVGs are reproducible."""
 
 import matplotlib
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 import stem
 
 matplotlib.use("Agg")
-from stem import figures  # noqa: E402
+from stem.experiments import figures  # noqa: E402
 
 
 def made_up_rows():

@@ -1,4 +1,4 @@
-"""stem.records and stem.notebook: rows with provenance, and the helpers of the notebooks."""
+"""stem.experiments.records and stem.experiments.notebook: rows with provenance, and the helpers of the notebooks."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from stem import notebook, records
+from stem.experiments import notebook, records
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
-"""stem.tables: README sections from made-up rows, whichever of them exist."""
+"""stem.experiments.tables: README sections from made-up rows, whichever of them exist."""
 
 import pytest
 
-from stem import records, tables
+from stem.experiments import records, tables
 
 README = "".join(f"# {name}\n<!-- begin:{name} -->\nold\n<!-- end:{name} -->\nprose\n" for name in tables.SECTIONS)
 

@@ -59,6 +59,6 @@ def test_requests_that_cannot_be_met_are_named(model, prompts, monkeypatch):
     shortest = min(prompt.shape[-1] for prompt in prompts)
     with pytest.raises(ValueError, match=f"longer than config.dense_up_to={shortest} tokens.* got one of {shortest}"):
         stem.calibrate(model, prompts, 0.5, BASE.replace(dense_up_to=shortest))
-    monkeypatch.setattr(stem.calibration, "ROUNDS", 2)
+    monkeypatch.setattr(stem.hf.calibration, "ROUNDS", 2)
     with pytest.raises(ValueError, match="density=0.5 was not reached within tolerance=1e-09"):
         stem.calibrate(model, prompts, 0.5, BASE, tolerance=1e-9)

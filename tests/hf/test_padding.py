@@ -1,10 +1,10 @@
-"""stem.padding: spans say what SDPA's token mask says, in three numbers a row."""
+"""stem.hf.padding: spans say what SDPA's token mask says, in three numbers a row."""
 
 import pytest
 import torch
 from transformers.masking_utils import sdpa_mask
 
-from stem import padding
+from stem.hf import padding
 
 
 def sizes(mask, q_length, q_offset=0, kv_length=None):

@@ -7,7 +7,7 @@ import torch
 import stem
 from stem import StemConfig
 from stem.budget import BlockRows, device_budget, keeps_every_block
-from stem.dense import fused_attention
+from stem.impl.dense import fused_attention
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 2e-2}  # torch's kernels round the weights to the inputs' dtype

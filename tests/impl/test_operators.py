@@ -1,10 +1,11 @@
-"""stem.ops: operators that torch.compile can trace, with gradients by the kernels."""
+"""stem.impl.operators: operators that torch.compile can trace, with gradients by the kernels."""
 
 import pytest
 import torch
 
 import stem
-from stem import StemConfig, ops
+from stem import StemConfig
+from stem.impl import operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = StemConfig(block_size=16, density=0.5, sink_blocks=1, local_blocks=1)
@@ -42,15 +43,15 @@ def test_operators_pass_the_checks_of_torch(impl):
     qkv = draw()
     selection = select(qkv)
     lists = selection.kv_indices, selection.kv_num_blocks
-    torch.library.opcheck(ops.attention_op, (*qkv, *lists, 16, 0.25, impl))
+    torch.library.opcheck(operators.attention_op, (*qkv, *lists, 16, 0.25, impl))
     with torch.no_grad():
         q, k, v = (x.detach() for x in qkv)
-        out, lse = ops.attention_op(q, k, v, *lists, 16, 0.25, impl)
+        out, lse = operators.attention_op(q, k, v, *lists, 16, 0.25, impl)
         torch.library.opcheck(
-            ops.attention_backward_op, (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl), test_utils=CHECKS
+            operators.attention_backward_op, (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl), test_utils=CHECKS
         )
         for prompt_length in (None, 500):
-            torch.library.opcheck(ops.select_op, (q, k, v, CONFIG.as_json, 0.25, impl, prompt_length))
+            torch.library.opcheck(operators.select_op, (q, k, v, CONFIG.as_json, 0.25, impl, prompt_length))
 
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -68,10 +69,10 @@ def test_the_fake_operators_promise_the_strides_of_the_real_ones(layout, impl):
         q, k = (torch.cat([x, x], -1)[..., :16] for x in (q, k))
     selection = select((q, k, v))
     lists = selection.kv_indices, selection.kv_num_blocks
-    torch.library.opcheck(ops.attention_op, (q, k, v, *lists, 16, 0.25, impl), test_utils="test_faketensor")
-    out, lse = ops.attention_op(q, k, v, *lists, 16, 0.25, impl)
+    torch.library.opcheck(operators.attention_op, (q, k, v, *lists, 16, 0.25, impl), test_utils="test_faketensor")
+    out, lse = operators.attention_op(q, k, v, *lists, 16, 0.25, impl)
     arguments = (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl)
-    torch.library.opcheck(ops.attention_backward_op, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(operators.attention_backward_op, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("impl", [None, *IMPLS])
@@ -125,7 +126,8 @@ def test_a_module_compiles_into_one_graph_and_follows_its_config_and_length():
 
 
 def test_a_model_of_transformers_compiles_into_one_graph():
-    from stem import first_token, hf
+    from stem import hf
+    from stem.experiments.speed import first_token
 
     settings = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     model = first_token.random_llama(first_token.TINY | settings | dict(head_dim=16), DEVICE, torch.float32)
@@ -147,9 +149,9 @@ def test_a_graph_with_symbolic_lengths_serves_every_length():
 @pytest.mark.parametrize("preset", ["paper", "angelslim", "hpc_ops"])
 def test_configs_survive_their_way_through_an_operator(preset):
     config = StemConfig.preset(preset)
-    assert ops._from_json(config.as_json) == config
+    assert operators._from_json(config.as_json) == config
     for k_start in (1, 1.0):
-        decoded = ops._from_json(StemConfig(k_start=k_start).as_json).k_start
+        decoded = operators._from_json(StemConfig(k_start=k_start).as_json).k_start
         assert decoded == k_start and type(decoded) is type(k_start)
 
 

@@ -1,6 +1,6 @@
 """Every method on the same samples of a real model: teacher-forced answers and loss on long documents, as rows.
 
-`python -m stem.compare --profile full` writes results/evaluation/. A row is one mean over samples beside the mean of
+`python -m stem.experiments.long_context.comparison --profile full` writes results/evaluation/. A row is one mean over samples beside the mean of
 dense attention on the same ones; `low` and `high` bound their difference (95 %, bootstrap over samples). Each
 group of rows holds the control, a short window, which must fail: where it does not, the measure proves nothing.
 
@@ -35,11 +35,13 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import stem
-from stem import documents, hf, patterns, records, ruler
+from stem import hf, patterns
 from stem.budget import block_budget, causal_pairs
 from stem.config import StemConfig
+from stem.experiments import documents, records
+from stem.experiments.long_context import ruler
+from stem.experiments.long_context.plan import PLANS, Plan, deal
 from stem.metrics import block_attention_mass
-from stem.plan import PLANS, Plan, deal
 from stem.scores import block_scores
 from stem.selection import select_blocks
 
@@ -485,7 +487,7 @@ def run(
         model, tokenizer: From `stem.pretrained.load`.
         name: Of the model, for the rows.
         seed: Of the RULER samples and the bootstrap.
-        part: A share of the measurements, see `stem.plan.deal`; None is all.
+        part: A share of the measurements, see `stem.experiments.long_context.plan.deal`; None is all.
         wait: Called when all samples are prepared, before the model is used.
         limit_s: Leave out what has not begun after so many seconds; how much that was is shown.
         show: Called with progress lines.
@@ -567,7 +569,7 @@ def _swap_compiled(model, calls: Sequence) -> list:
 
 def main() -> None:
     """Measure and write results/evaluation/; with only some methods, the rows of the others stay."""
-    from stem import parts
+    from stem.experiments.long_context import processes
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
@@ -578,7 +580,7 @@ def main() -> None:
     add_options(parser)
     arguments = parser.parse_args()
     plan, same = PLANS[arguments.profile], SAME if arguments.methods else None
-    parts.measure(
+    processes.measure(
         replace(plan, names=tuple(arguments.methods or plan.names)),
         arguments.model,
         arguments.seed,

@@ -1,6 +1,6 @@
 """Longer contexts for a small pretrained model: a larger RoPE base and a few hundred steps on retrieval in long text.
 
-`python -m stem.extend --profile full` brings SmolLM2 (8K) to 32K on one GPU, saves it as a plain Hugging Face folder in
+`python -m stem.experiments.long_context.extend --profile full` brings SmolLM2 (8K) to 32K on one GPU, saves it as a plain Hugging Face folder in
 `$STEM_CACHE`, and compares attention methods at lengths that the original cannot read. Attention is dense in training.
 
 A training sequence is real text (source code that no evaluation reads) with facts hidden in it and questions about them
@@ -31,8 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stem import compare, documents, parts, pretrained, records
-from stem.plan import TASKS, Plan
+from stem import pretrained
+from stem.experiments import documents, records
+from stem.experiments.long_context import comparison
+from stem.experiments.long_context.plan import TASKS, Plan
 
 SMOKE = dict(stages=((512, 2, 1), (1024, 2, 1)), warmup=1, text_tokens=256)
 PLANS = {
@@ -373,7 +375,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training-limit", type=float, default=math.inf, help="seconds after which training stops")
     parser.add_argument("--evaluate-only", action="store_true", help="compare with the model that is there already")
-    compare.add_options(parser)
+    comparison.add_options(parser)
     arguments = parser.parse_args()
     full = arguments.profile == "full"
     config = ExtendConfig(seed=arguments.seed) if full else ExtendConfig(**SMOKE, seed=arguments.seed)
@@ -400,7 +402,7 @@ def main() -> None:
         eager = arguments.eager or of is only_dense  # a few samples are not worth the compilation
         left = arguments.limit - (time.monotonic() - started)
         options = dict(processes=processes, limit_s=left, eager=eager, show=show, save=write)
-        rows += parts.measure(of, name, arguments.seed, **options)
+        rows += processes.measure(of, name, arguments.seed, **options)
 
 
 if __name__ == "__main__":

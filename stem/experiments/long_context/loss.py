@@ -1,6 +1,6 @@
 """Selection quality: the loss that each method's blocks cost on documents, every layer sparse, beside its density.
 
-`python -m stem.quality --profile full` writes results/selection_quality/. Methods get the same densities, and the
+`python -m stem.experiments.long_context.loss --profile full` writes results/selection_quality/. Methods get the same densities, and the
 settings and forced blocks of the published method; "adaptive" is this repository's selection (StemConfig.preset
 "adaptive"), whose one threshold is solved on texts that no row reads.
 """
@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-from stem import compare, documents, hf, patterns, pretrained, records
+from stem import hf, patterns, pretrained
 from stem.attention import select, stem_attention
-from stem.calibration import calibrate
 from stem.config import StemConfig
+from stem.experiments import documents, records
+from stem.experiments.long_context import comparison
+from stem.hf.calibration import calibrate
 from stem.scores import block_scores
 
 PUBLISHED = "stem"  # the method of the paper: mean score, value term, Token Position-Decay
@@ -76,10 +78,10 @@ def rows(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> 
         loss and dense_loss (mean over all positions), gap, gap_late (of the last three quarters) [nats per token].
     """
     started = time.monotonic()
-    windows = compare.document_windows(tokenizer, plan.tokens, plan.windows, plan.kinds)
+    windows = comparison.document_windows(tokenizer, plan.tokens, plan.windows, plan.kinds)
     ids = torch.cat(list(windows.values()))
     with hf.stem_prefill(model, StemConfig(density=1.0)):  # through the same kernels as the sparse passes
-        dense = compare.document_losses(model, ids)
+        dense = comparison.document_losses(model, ids)
     prompts = calibration_prompts(tokenizer, plan.tokens, plan.windows)
     for block_size in plan.block_sizes:
         for method in plan.names:
@@ -91,7 +93,7 @@ def rows(plan: Plan, model, tokenizer, name: str, seed: int = 0, show=print) -> 
                     show(f"{method} at density {asked}, blocks of {block_size}: {error}")
                     continue
                 with hf.stem_prefill(model, attention) as report:
-                    losses = compare.document_losses(model, ids)
+                    losses = comparison.document_losses(model, ids)
                 about = dict(method=method, block_size=block_size, asked=asked, density=round(report.density(), 4))
                 threshold = getattr(attention, "threshold", None)
                 for index, kind in enumerate(windows):
@@ -116,7 +118,7 @@ def selector(method: str, density: float, block_size: int, model, prompts) -> St
 
 def calibration_prompts(tokenizer, tokens: int, count: int) -> list[torch.Tensor]:
     """Windows int64 [count, tokens] of each text that no row reads."""
-    texts = [tokenizer(text, verbose=False).input_ids for text in compare.calibration_texts()]
+    texts = [tokenizer(text, verbose=False).input_ids for text in comparison.calibration_texts()]
     return [torch.tensor(documents.windows(of, tokens, count)) for of in texts]
 
 
@@ -161,7 +163,9 @@ def main() -> None:
 
     With only some methods or block sizes, the rows of the others stay.
     """
-    parser = argparse.ArgumentParser(prog="python -m stem.quality", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m stem.experiments.long_context.loss", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--model", default="smollm2", help="a name for stem.pretrained.load")
     only = dict(nargs="+", help="only these; other rows stay")

@@ -38,7 +38,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Names of methods are those that `stem.compare.methods` takes.
+    """What to measure. Names of methods are those that `stem.experiments.long_context.comparison.methods` takes.
 
     At `asked_at` every method answers all tasks, reads documents, generates and is timed. At the other densities and
     block sizes it reads documents and answers the first tasks; the other tasks follow there when all that is done.

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from stem import compare, pretrained
-from stem.plan import Plan
+from stem import pretrained
+from stem.experiments.long_context import comparison
+from stem.experiments.long_context.plan import Plan
 
 POLL_S = 1.0
 SAVE_EVERY_S = 10.0
@@ -88,10 +89,10 @@ def _part(plan, model, seed, part, gpu, wait, limit_s, eager, show, save) -> lis
     if gpu is not None:
         torch.cuda.set_device(gpu)
     network, tokenizer = pretrained.load(model, dtype=torch.bfloat16 if cuda else torch.float32)
-    with nullcontext() if eager or not cuda else compare.fused(network):
+    with nullcontext() if eager or not cuda else comparison.fused(network):
         name = Path(network.name_or_path).name
         options = dict(part=part, wait=wait, limit_s=limit_s - (time.monotonic() - started), show=show, save=save)
-        return compare.run(plan, network, tokenizer, name, seed, **options)
+        return comparison.run(plan, network, tokenizer, name, seed, **options)
 
 
 def _write_part(plan, model, seed, part, gpu, wait, limit_s, eager, path) -> None:

@@ -1,4 +1,4 @@
-"""What the rows of stem.compare and stem.extend say: controls, tables, verdicts, figures. Reads rows, runs nothing.
+"""What the rows of stem.experiments.long_context.comparison and stem.experiments.long_context.extend say: controls, tables, verdicts, figures. Reads rows, runs nothing.
 
 Densities, block sizes, tasks and counts are those that the rows hold; what a run did not reach is left out.
 """
@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from stem import figures, records
+from stem.experiments import figures, records
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
 WORSE = {"answer": "high", "right": "high", "generated": "high", "loss": "low"}  # the end of the interval nearer to 0

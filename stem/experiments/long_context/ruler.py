@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stem import documents, pretrained
+from stem import pretrained
+from stem.experiments import documents
 
 # task -> (haystack, needle keys, needle values, further arguments), as lm-eval's niah_utils has them
 NEEDLES = {

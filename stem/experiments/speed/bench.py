@@ -1,6 +1,6 @@
-"""Speed: dense, FlexAttention and Stem on one machine, part by part, each row gated by stem.gate before it is timed.
+"""Speed: dense, FlexAttention and Stem on one machine, part by part, each row gated by stem.experiments.speed.gate before it is timed.
 
-`python -m stem.bench --profile full` measures, writes results/speed/<machine>.csv and prints a short table last.
+`python -m stem.experiments.speed.bench --profile full` measures, writes results/speed/<machine>.csv and prints a short table last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import stem
-from stem import gate, metrics, records
+from stem import metrics
+from stem.experiments import records
+from stem.experiments.speed import gate
 
 # "released" is the schedule that the method's public code ships with; "default" is StemConfig().
 CONFIGS = {"released": stem.StemConfig.preset("angelslim"), "default": stem.StemConfig()}
@@ -448,7 +450,7 @@ def captured_case(
         device, impls: As in `case`; the config is "default".
         seed: Of the sampled rows.
     """
-    from stem import flow
+    from stem.experiments.theory import flow
 
     found = []
     for layer in layers:
@@ -523,7 +525,8 @@ def beyond_the_operator(
 
     What matters most comes first, so that a run that is cut short has it.
     """
-    from stem import first_token, pretrained
+    from stem import pretrained
+    from stem.experiments.speed import first_token
 
     impls = default_impls(device) if impls is None else impls
 
@@ -555,7 +558,7 @@ def beyond_the_operator(
 
 def prompt(tokenizer, tokens: int) -> Tensor:
     """Token ids [1, tokens] of real text: the sources of the standard library."""
-    from stem.documents import stdlib_documents
+    from stem.experiments.documents import stdlib_documents
 
     text = "\n".join(stdlib_documents().values())[: 8 * tokens]  # more than enough characters
     return torch.tensor(tokenizer(text).input_ids[:tokens])[None]
@@ -565,7 +568,7 @@ def first_token_case(
     model: torch.nn.Module, tokens: int, device: str, *, configs: Iterable[str], seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of operation "ttft", time to first token, of one length: the dense back ends, and Stem with each config."""
-    from stem import first_token
+    from stem.experiments.speed import first_token
 
     settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
     heads = settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim
@@ -640,7 +643,7 @@ def table(rows: Iterable[dict[str, Any]] | pd.DataFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m stem.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m stem.experiments.speed.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke", help="lengths and file of the rows")
     parser.add_argument("--quick", action="store_true", help="the smoke lengths; same as --profile smoke")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="only these; other rows stay")

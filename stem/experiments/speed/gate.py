@@ -1,4 +1,4 @@
-"""The correctness gate of stem.bench: nothing is timed before it agrees with an fp64 reference on sampled rows."""
+"""The correctness gate of stem.experiments.speed.bench: nothing is timed before it agrees with an fp64 reference on sampled rows."""
 
 from __future__ import annotations
 

@@ -19,9 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from stem import figures, flow, hf, metrics, patterns
+from stem import hf, metrics, patterns
 from stem.attention import block_sparse_attention
 from stem.config import BlockSize, StemConfig
+from stem.experiments import figures
+from stem.experiments.theory import flow
 from stem.reference import dense_attention
 from stem.selection import BlockSelection
 
@@ -81,7 +83,7 @@ class Explorer:
         self._dense_loss: float | None = None
 
     def qkv(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of a layer in the dense pass, fp32; see stem.flow.capture."""
+        """q, k, v of a layer in the dense pass, fp32; see stem.experiments.theory.flow.capture."""
         if layer not in self._captured:
             self._captured[layer] = tuple(x.float() for x in flow.capture(self.model, self.ids, layer))
         return self._captured[layer]

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from stem import hf, pretrained
 from stem.config import StemConfig
-from stem.documents import LONG_MODULES, stdlib_documents
-from stem.train import learning_rate
-from stem.train_config import TrainConfig
+from stem.experiments.documents import LONG_MODULES, stdlib_documents
+from stem.experiments.training.config import TrainConfig
+from stem.experiments.training.train import learning_rate
 
 ARMS = ("dense", "stem")  # attention during the fine-tuning
 
@@ -128,7 +128,7 @@ def run_arm(plan: Plan, arm: str, seed: int, impl: str | None = None, say=print)
     """Fine-tune the model with one attention and read the held-out text before (seed 0 of "dense" only) and after.
 
     Returns:
-        Rows as of stem.probe: trained is "pretrained", "adapt_dense" or "adapt_stem", inferred "dense" or "stem"; task
+        Rows as of stem.experiments.training.probe: trained is "pretrained", "adapt_dense" or "adapt_stem", inferred "dense" or "stem"; task
         is "adaptation" (of the training: loss and grad_norm by step) or "held_out_<module>" (loss by position).
     """
     model, tokenizer = pretrained.load(plan.model)

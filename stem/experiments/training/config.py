@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from stem import patterns
 from stem.attention import IMPLS
 from stem.config import StemConfig
-from stem.distributed import PARALLEL
-from stem.model import ModelSize
-from stem.tasks import TASKS, VOCAB_SIZE
+from stem.experiments.training.distributed import PARALLEL
+from stem.experiments.training.model import ModelSize
+from stem.experiments.training.tasks import TASKS, VOCAB_SIZE
 
 LEAST = {
     "steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 32, "start_len": 0, "grow_steps": 0, "warmup": 0,
@@ -28,7 +28,7 @@ class TrainConfig:
     attention: str = "dense"
     """"dense" or one of stem.patterns.names()."""
     tasks: str = "text,recall"
-    """Names from stem.tasks.TASKS, taken in turn by the rows of a batch."""
+    """Names from stem.experiments.training.tasks.TASKS, taken in turn by the rows of a batch."""
     steps: int = 300
     """Optimizer steps in the whole schedule."""
     batch_size: int = 8
@@ -110,7 +110,9 @@ class TrainConfig:
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The run that a command line describes: one option for each field of TrainConfig, ModelSize and StemConfig."""
-    parser = argparse.ArgumentParser(prog="python -m stem.train", description="Train a small language model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m stem.experiments.training.train", description="Train a small language model."
+    )
     nested = {"size": ModelSize, "stem_config": StemConfig}
     for kind in (TrainConfig, *nested.values()):
         group = parser.add_argument_group(kind.__name__)

@@ -1,9 +1,9 @@
 """The experiment of notebook 05: one small model trained under several kinds of attention, as rows and figures.
 
-    python -m stem.training --profile full
+    python -m stem.experiments.training.experiment --profile full
 
 trains every arm with every seed (a process each, several side by side on one GPU), lets every model read at and beyond
-its training length with its own and with other attention, fine-tunes SmolLM2 with Stem on (stem.adapt), and measures
+its training length with its own and with other attention, fine-tunes SmolLM2 with Stem on (stem.experiments.training.adapt), and measures
 speed and memory in a pass of its own before. Each finished part is kept under `--folder`; the same command again goes
 on from there. Rows go to results/training/.
 """
@@ -22,12 +22,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from stem import adapt, probe, records, training_report
 from stem.config import StemConfig
-from stem.distributed import join_processes
-from stem.model import LanguageModel, ModelSize
-from stem.train import make_optimizer, take_step, train
-from stem.train_config import TrainConfig
+from stem.experiments import records
+from stem.experiments.training import adapt, probe, report
+from stem.experiments.training.config import TrainConfig
+from stem.experiments.training.distributed import join_processes
+from stem.experiments.training.model import LanguageModel, ModelSize
+from stem.experiments.training.train import make_optimizer, take_step, train
 
 # Arm -> pattern and what it changes in the plan's StemConfig; all but "dense" at the same density.
 ARMS = {
@@ -113,7 +114,7 @@ def run_arm(plan: Plan, arm: str, seed: int, out: Path, say=print) -> list[dict]
         out: Folder of its log and checkpoint.
         say: Takes progress lines.
     Returns:
-        Rows of stem.probe with trained, inferred (arms) and seed.
+        Rows of stem.experiments.training.probe with trained, inferred (arms) and seed.
     """
     config = arm_config(plan, arm, seed, out)
     start = time.perf_counter()
@@ -213,7 +214,7 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = (), seeds: Seque
     if missing := [part for part in wanted if not (folder / f"{part}.csv").exists()]:
         raise RuntimeError(f"parts failed: {', '.join(missing)}; the same command again goes on from the others")
     if profile == "full":  # kept beside the rows they were drawn from, as these are
-        _say(f"drawn: {', '.join(training_report.save_figures(pd.read_csv(path)))}")
+        _say(f"drawn: {', '.join(report.save_figures(pd.read_csv(path)))}")
     return path
 
 
@@ -252,7 +253,17 @@ def _in_processes(profile: str, folder: Path, names: Sequence[str], workers: int
 
 
 def _start(profile: str, folder: Path, part: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "stem.training", "--profile", profile, "--folder", str(folder), "--part", part]
+    command = [
+        sys.executable,
+        "-m",
+        "stem.experiments.training.experiment",
+        "--profile",
+        profile,
+        "--folder",
+        str(folder),
+        "--part",
+        part,
+    ]
     few = {"OMP_NUM_THREADS": "1"} if torch.cuda.is_available() else {}  # many processes share the cores
     return subprocess.Popen(command, env={**os.environ, **few})
 
@@ -263,7 +274,9 @@ def _say(line: str) -> None:
 
 def main() -> None:
     """Run a profile, or as a process of one, some of its parts."""
-    parser = argparse.ArgumentParser(prog="python -m stem.training", description="The experiment of notebook 05.")
+    parser = argparse.ArgumentParser(
+        prog="python -m stem.experiments.training.experiment", description="The experiment of notebook 05."
+    )
     parser.add_argument("--profile", choices=PLANS, default="smoke")
     parser.add_argument("--folder", default="runs/training", help="where finished parts are kept")
     parser.add_argument("--only", nargs="*", default=[], help="arms to run, or adapt_dense, adapt_stem")

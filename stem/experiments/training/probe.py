@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from stem.model import LanguageModel
-from stem.tasks import IGNORED, make_batch
-from stem.train import TrainConfig
+from stem.experiments.training.model import LanguageModel
+from stem.experiments.training.tasks import IGNORED, make_batch
+from stem.experiments.training.train import TrainConfig
 
 CURVES = ("loss_", "grad_norm")  # beginnings of the columns of a log that become rows
 SPIKE = 4.0  # a gradient norm this many times the median of the 25 steps before it counts as a spike
@@ -27,7 +27,7 @@ def read(
 
     Args:
         model: In eval mode.
-        task: Name from stem.tasks.TASKS.
+        task: Name from stem.experiments.training.tasks.TASKS.
         seq_len: Tokens in a row; may exceed the training length.
         num_rows: Rows, read one at a time.
         seed: Of the rows.

@@ -1,4 +1,4 @@
-"""What the rows of stem.training say: means and spreads over seeds, verdicts, figures. Reads rows, runs nothing.
+"""What the rows of stem.experiments.training.experiment say: means and spreads over seeds, verdicts, figures. Reads rows, runs nothing.
 
 A difference counts only if the seeds show it: `verdict` says "higher" or "lower" when the interval of the paired
 differences lies on one side of a tolerance, and "level" otherwise.
@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stem import figures, records, tasks
+from stem.experiments import figures, records
+from stem.experiments.training import tasks
 
 T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # number of seeds -> two-sided 95 % quantile of Student's t
 PANELS = {"loss_text": "text loss [nats]", "loss_recall": "recall loss [nats]", "grad_norm": "gradient norm"}
@@ -22,7 +23,7 @@ def seeds_of(
     """One number a seed: the mean of a measure weighted by counts.
 
     Args:
-        rows: Rows of stem.training, of one machine and profile.
+        rows: Rows of stem.experiments.training.experiment, of one machine and profile.
         measure, trained, inferred, seq_len: What to read.
         task: Beginning of the task's name; "" takes all.
         shortest: Leave out bins that start before this position or distance [tokens].

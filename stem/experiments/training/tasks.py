@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stem.documents import LONG_MODULES, stdlib_documents
+from stem.experiments.documents import LONG_MODULES, stdlib_documents
 
 VOCAB_SIZE = 256
 IGNORED = -100  # target of a position that asks nothing; the default of torch's cross entropy

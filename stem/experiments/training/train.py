@@ -1,7 +1,7 @@
 """Train the small language model: one CPU, one GPU or many, with the same script.
 
-    python -m stem.train --out runs/stem --attention stem --density 0.25 --block-size 32
-    torchrun --nproc-per-node=8 -m stem.train --out runs/stem --attention stem --bf16 --parallel fsdp
+    python -m stem.experiments.training.train --out runs/stem --attention stem --density 0.25 --block-size 32
+    torchrun --nproc-per-node=8 -m stem.experiments.training.train --out runs/stem --attention stem --bf16 --parallel fsdp
 
 Each step's batch is split over the processes and over `accumulate` parts, and the loss is the mean over all targets of
 the whole batch, so the curve does not depend on the split. A run that is started again in the same folder goes on from
@@ -22,11 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from stem.distributed import Processes, choose_device, gradient_sync, join_processes, share, whole
-from stem.model import LanguageModel
-from stem.runs import Log, check_settings, load_checkpoint, only_writer, save_checkpoint, training_state
-from stem.tasks import IGNORED, Batch, make_batch
-from stem.train_config import TrainConfig, parse_config
+from stem.experiments.training.checkpoints import (
+    Log,
+    check_settings,
+    load_checkpoint,
+    only_writer,
+    save_checkpoint,
+    training_state,
+)
+from stem.experiments.training.config import TrainConfig, parse_config
+from stem.experiments.training.distributed import Processes, choose_device, gradient_sync, join_processes, share, whole
+from stem.experiments.training.model import LanguageModel
+from stem.experiments.training.tasks import IGNORED, Batch, make_batch
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -240,7 +247,7 @@ def main() -> None:
     try:
         check_run(config)
     except ValueError as error:
-        raise SystemExit(f"stem.train: {error}") from error
+        raise SystemExit(f"stem.experiments.training.train: {error}") from error
     train(config, progress=True)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import stem
-from stem import StemConfig, claims
-from stem.claims import Shape
+from stem import StemConfig
+from stem.experiments.correctness import claims
+from stem.experiments.correctness.claims import Shape
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton runs

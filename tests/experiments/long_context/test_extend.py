@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stem import documents, extend, parts, pretrained, records
+from stem import pretrained
+from stem.experiments import documents, records
+from stem.experiments.long_context import extend, processes
 
 TEXT = "\n".join(documents.stdlib_documents(("argparse", "typing")).values())
 
@@ -140,7 +142,7 @@ def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monke
         save([dict(model=Path(model).name, asked=about)])
         return [dict(model=Path(model).name, asked=about)]
 
-    monkeypatch.setattr(parts, "measure", measure)
+    monkeypatch.setattr(processes, "measure", measure)
     monkeypatch.setattr(extend, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
     options = ["--seed", "7", "--limit", "9", "--processes", "2"]
     monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), *options])

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stem import StemConfig, compare, pretrained, quality, records
+from stem import StemConfig, pretrained
+from stem.experiments import records
+from stem.experiments.long_context import comparison, loss
 
 KINDS = ("prose", "licences")
-PLAN = quality.Plan(("stem", "sliding_window", "adaptive"), 320, 2, (0.5,), (16,), KINDS, adaptive_densities=(0.4,))
+PLAN = loss.Plan(("stem", "sliding_window", "adaptive"), 320, 2, (0.5,), (16,), KINDS, adaptive_densities=(0.4,))
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def found():
     torch.manual_seed(1)
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, initializer_range=0.3, **sizes)
-    return list(quality.rows(PLAN, LlamaForCausalLM(config).eval(), tokenizer, "tiny", show=lambda line: None))
+    return list(loss.rows(PLAN, LlamaForCausalLM(config).eval(), tokenizer, "tiny", show=lambda line: None))
 
 
 def test_rows_are_those_of_the_plan(found):
@@ -40,15 +42,15 @@ def test_densities_are_those_asked_for(found):
 
 def test_calibration_reads_other_texts_than_the_rows():
     tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
-    prompts = quality.calibration_prompts(tokenizer, 256, 2)
-    windows = compare.document_windows(tokenizer, 256, 2, KINDS)
+    prompts = loss.calibration_prompts(tokenizer, 256, 2)
+    windows = comparison.document_windows(tokenizer, 256, 2, KINDS)
     read = {tuple(ids.tolist()) for ids in torch.cat(list(windows.values()))}
     assert [prompt.shape for prompt in prompts] == [(2, 256), (2, 256)]
     assert not read & {tuple(ids.tolist()) for ids in torch.cat(prompts)}
 
 
 def test_the_published_method_is_the_paper_preset():
-    assert quality.selector("stem", 0.3, 64, None, None) == StemConfig.preset("paper", density=0.3, block_size=64)
+    assert loss.selector("stem", 0.3, 64, None, None) == StemConfig.preset("paper", density=0.3, block_size=64)
 
 
 def test_a_run_of_some_methods_and_block_sizes_leaves_the_other_rows(monkeypatch, tmp_path, capsys):
@@ -58,17 +60,17 @@ def test_a_run_of_some_methods_and_block_sizes_leaves_the_other_rows(monkeypatch
 
     def measured(*options):
         monkeypatch.setattr(sys, "argv", ["quality", "--profile", "full", *options])
-        quality.main()
+        loss.main()
         found = records.read_rows("selection_quality")
         return [*zip(found.method, found.block_size, strict=True)]
 
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path))
     monkeypatch.setattr(records, "machine_name", lambda: "made-up")
     monkeypatch.setattr(records, "repository_root", lambda: tmp_path)
-    monkeypatch.setattr(quality, "rows", rows)
-    monkeypatch.setattr(quality, "cost_rows", lambda: [dict(tokens=1)])
+    monkeypatch.setattr(loss, "rows", rows)
+    monkeypatch.setattr(loss, "cost_rows", lambda: [dict(tokens=1)])
     monkeypatch.setattr(pretrained, "load", lambda *_, **__: (SimpleNamespace(name_or_path="tiny"), None))
-    everything = [(name, size) for name in quality.PLANS["full"].names for size in (128, 64, 32)]
+    everything = [(name, size) for name in loss.PLANS["full"].names for size in (128, 64, 32)]
     assert measured() == everything
     again = [("stem", 64), ("adaptive", 64)]
     assert measured("--methods", "stem", "adaptive", "--block_sizes", "64") == [

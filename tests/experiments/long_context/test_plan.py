@@ -2,8 +2,8 @@
 
 import pytest
 
-from stem import compare
-from stem.plan import LATE, PLANS, Plan, deal
+from stem.experiments.long_context import comparison
+from stem.experiments.long_context.plan import LATE, PLANS, Plan, deal
 
 PLAN = Plan((1024, 2048), (1, 2), ("a", "b"), windows=3, generates="a")
 EARLY = ("answers", "loss", "generated", "time")
@@ -46,7 +46,7 @@ def test_parts_hold_every_job_once_and_about_as_much(name, parts):
     plan = PLANS[name]
     every = [
         job
-        for method in compare.all_names()[:: 1 if name == "full" else 5]
+        for method in comparison.all_names()[:: 1 if name == "full" else 5]
         for size in plan.block_sizes
         for density in plan.densities
         for job in plan.jobs(method, size, density)

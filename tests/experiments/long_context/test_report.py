@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from stem import evaluation_report as report
-from stem import records
+from stem.experiments import records
+from stem.experiments.long_context import report
 
 
 def row(method, nats, measure="answer", task="a", length=4096, asked=0.25, size=64, **others):

@@ -1,4 +1,4 @@
-"""stem.bench and stem.gate: wrong results are refused, rows say what they must, failures cost one row."""
+"""stem.experiments.speed.bench and stem.experiments.speed.gate: wrong results are refused, rows say what they must, failures cost one row."""
 
 import dataclasses
 import os
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import stem
-from stem import bench, first_token, gate, records
+from stem.experiments import records
+from stem.experiments.speed import bench, first_token, gate
 
 SMALL = bench.Shape(300, q_heads=4, kv_heads=2, head_dim=16, dtype="float32")
 CONFIG = stem.StemConfig(density=0.5, block_size=16, sink_blocks=1, local_blocks=1)
@@ -210,7 +211,7 @@ def test_graphs_of_the_operator_and_of_dense_attention_pass_their_gate(fast):
 
 def test_interpreted_kernels_pass_the_gate(fast, monkeypatch):
     if stem.TRITON_MODE != "interpret":
-        pytest.skip("the kernels are compiled here; python -m stem.bench is their test")
+        pytest.skip("the kernels are compiled here; python -m stem.experiments.speed.bench is their test")
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     shape = dataclasses.replace(SMALL, tokens=40, q_heads=2, kv_heads=1, dtype="float16")
     rows = bench.case(shape, "cpu", configs=["small"], impls=["triton"], dense=[])

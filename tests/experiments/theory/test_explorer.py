@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
 
 import stem  # noqa: E402
-from stem import evaluate, explorer, flow, hf, metrics, patterns  # noqa: E402
-from stem.explorer import Choice, Explorer, explore  # noqa: E402
+from stem import evaluate, hf, metrics, patterns  # noqa: E402
+from stem.experiments.theory import explorer, flow  # noqa: E402
+from stem.experiments.theory.explorer import Choice, Explorer, explore  # noqa: E402
 
 START = dict(layer=1, head=2, density=0.4, block_size=16)
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stem
-from stem import flow
+from stem.experiments.theory import flow
 from stem.reference import dense_attention
 
 CONFIG = stem.StemConfig(block_size=16, density=0.3, score_stride=8, sink_blocks=1, local_blocks=1)

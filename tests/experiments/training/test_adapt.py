@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import stem
-from stem import adapt
-from stem.documents import LONG_MODULES
+from stem.experiments.documents import LONG_MODULES
+from stem.experiments.training import adapt
 
 CONFIG = stem.StemConfig(block_size=16, score_stride=4, density=0.3, sink_blocks=1, local_blocks=1)
 PLAN = adapt.Plan(config=CONFIG, steps=3, length=96, read=128, bucket=64, lr=1e-2)

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import stem
-from stem import patterns, training
-from stem.model import LanguageModel, ModelSize
-from stem.train_config import TrainConfig
+from stem import patterns
+from stem.experiments.training import experiment
+from stem.experiments.training.config import TrainConfig
+from stem.experiments.training.model import LanguageModel, ModelSize
 
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.4, sink_blocks=1, local_blocks=1)
 SIZE = ModelSize(layers=1, width=32, heads=2, kv_heads=1, hidden=48)
-PLAN = training.Plan(
+PLAN = experiment.Plan(
     TrainConfig(steps=4, batch_size=2, seq_len=64, warmup=1, size=SIZE, stem_config=SPARSE, device="cpu"),
     seeds=(0, 1), arms=("dense", "stem"), lengths=(1, 2), num_rows=1, speed_steps=1,
 )  # fmt: skip
@@ -31,11 +32,11 @@ def in_this_process(monkeypatch, tmp_path):
 
     def start(profile, folder, part):
         with contextlib.suppress(FloatingPointError):  # as a process of its own would end
-            training.run_part(training.PLANS[profile], part, folder)
+            experiment.run_part(experiment.PLANS[profile], part, folder)
         return Done()
 
-    monkeypatch.setattr(training, "_start", start)
-    monkeypatch.setattr(training, "PLANS", {"smoke": PLAN})
+    monkeypatch.setattr(experiment, "_start", start)
+    monkeypatch.setattr(experiment, "PLANS", {"smoke": PLAN})
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -44,7 +45,7 @@ def in_this_process(monkeypatch, tmp_path):
 
 
 def test_the_run_writes_every_arm_seed_reading_and_length(tmp_path):
-    rows = pd.read_csv(training.run("smoke", tmp_path))
+    rows = pd.read_csv(experiment.run("smoke", tmp_path))
     read = rows[rows.measure.isin(["loss", "correct"])]
     found = set(read[["trained", "inferred", "seed", "seq_len"]].itertuples(index=False, name=None))
     pairs = [("dense", "dense"), ("dense", "stem"), ("dense", "sliding_window"), ("stem", "stem"), ("stem", "dense")]
@@ -55,49 +56,51 @@ def test_the_run_writes_every_arm_seed_reading_and_length(tmp_path):
 
 
 def test_finished_parts_are_kept_and_missing_ones_are_run_again(tmp_path, monkeypatch):
-    first = pd.read_csv(training.run("smoke", tmp_path))
+    first = pd.read_csv(experiment.run("smoke", tmp_path))
     (missing,) = tmp_path.glob("*/stem-1.csv")
     missing.unlink()
     ran = []
-    monkeypatch.setattr(training, "run_arm", lambda *a, **k: ran.append(a[1:3]) or [dict(trained="again")])
-    again = pd.read_csv(training.run("smoke", tmp_path))
+    monkeypatch.setattr(experiment, "run_arm", lambda *a, **k: ran.append(a[1:3]) or [dict(trained="again")])
+    again = pd.read_csv(experiment.run("smoke", tmp_path))
     assert ran == [("stem", 1)] and (again.trained == "again").sum() == 1
     kept = again[again.trained != "again"].reset_index(drop=True)
     assert kept.value.equals(first[(first.trained != "stem") | (first.seed != 1)].value.reset_index(drop=True))
-    with_seed = pd.read_csv(training.run("smoke", tmp_path, only=["stem"], seeds=[7]))
+    with_seed = pd.read_csv(experiment.run("smoke", tmp_path, only=["stem"], seeds=[7]))
     assert ran[1:] == [("stem", 7)] and (with_seed.trained == "again").sum() == 1
     other = dataclasses.replace(PLAN, num_rows=2)
-    assert training.part_folder(other, tmp_path) != training.part_folder(PLAN, tmp_path)
+    assert experiment.part_folder(other, tmp_path) != experiment.part_folder(PLAN, tmp_path)
 
 
 def test_a_failed_part_is_named_and_the_others_are_written(tmp_path, monkeypatch):
-    whole = training.run_arm
+    whole = experiment.run_arm
 
     def fail(plan, arm, seed, *rest, **options):
         if (arm, seed) == ("stem", 0):
             raise FloatingPointError
         return whole(plan, arm, seed, *rest, **options)
 
-    monkeypatch.setattr(training, "run_arm", fail)
+    monkeypatch.setattr(experiment, "run_arm", fail)
     with pytest.raises(RuntimeError, match="parts failed: stem-0;"):
-        training.run("smoke", tmp_path)
+        experiment.run("smoke", tmp_path)
     (written,) = (tmp_path / "results" / "training").glob("*.csv")
     read = pd.read_csv(written).query("place == 'position'")
     assert set(zip(read.trained, read.seed, strict=True)) == {("dense", 0), ("dense", 1), ("stem", 1)}
 
 
 def test_a_part_or_an_arm_that_does_not_exist_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["stem.training", "--part", "tortoise-0", "--folder", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["stem.experiments.training.experiment", "--part", "tortoise-0", "--folder", str(tmp_path)]
+    )
     with pytest.raises(ValueError, match="attention='tortoise'; accepted: 'dense'"):
-        training.main()
+        experiment.main()
     with pytest.raises(ValueError, match=r"unknown \['hare'\]; accepted: dense, stem"):
-        training.run("smoke", tmp_path, only=["hare"])
+        experiment.run("smoke", tmp_path, only=["hare"])
 
 
-@pytest.mark.parametrize("arm", [arm for arm in (*training.ARMS, training.CONTROL) if arm != "dense"])
+@pytest.mark.parametrize("arm", [arm for arm in (*experiment.ARMS, experiment.CONTROL) if arm != "dense"])
 def test_arms_differ_in_what_they_keep_and_not_in_how_much(arm):
     q, k, v = (torch.randn(1, 2, 1024, 32) for _ in range(3))
-    config = training.arm_config(PLAN, arm)
+    config = experiment.arm_config(PLAN, arm)
     selection = patterns.select(config.attention, q, k, v, config.stem_config)
     reference = patterns.select("stem", q, k, v, SPARSE)
     assert selection.density() == pytest.approx(reference.density(), abs=0.03)
@@ -106,7 +109,7 @@ def test_arms_differ_in_what_they_keep_and_not_in_how_much(arm):
 
 def test_a_model_reads_as_an_arm():
     model = LanguageModel(SIZE)
-    training.use(model, PLAN, "stem_softmax")
+    experiment.use(model, PLAN, "stem_softmax")
     assert (model.attention, model.stem_config.reduction, model.stem_config.allocation) == (
         "stem",
         "softmax",

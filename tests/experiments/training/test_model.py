@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import stem
-from stem import model as model_module
 from stem import patterns
-from stem.model import LanguageModel, ModelSize, rotary_angles, rotate
+from stem.experiments.training import model as model_module
+from stem.experiments.training.model import LanguageModel, ModelSize, rotary_angles, rotate
 
 SIZE = ModelSize(layers=2, width=64, heads=4, kv_heads=2, hidden=96)
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.4, sink_blocks=1, local_blocks=1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import stem
-from stem import probe, tasks
-from stem.model import LanguageModel, ModelSize
-from stem.train import TrainConfig, train
+from stem.experiments.training import probe, tasks
+from stem.experiments.training.model import LanguageModel, ModelSize
+from stem.experiments.training.train import TrainConfig, train
 
 SIZE = ModelSize(layers=1, width=32, heads=2, kv_heads=1, hidden=48)
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.4, sink_blocks=1, local_blocks=1)

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from stem import training_report as report
+from stem.experiments.training import report
 
 NAN = float("nan")
 

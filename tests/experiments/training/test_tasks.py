@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stem.tasks import ANSWER, IGNORED, NUM_VALUES, RECORD, TASKS, corpus, make_batch
+from stem.experiments.training.tasks import ANSWER, IGNORED, NUM_VALUES, RECORD, TASKS, corpus, make_batch
 
 SYNTHETIC = [name for name in TASKS if name != "text"]
 

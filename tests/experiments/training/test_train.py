@@ -18,10 +18,10 @@ from safetensors import safe_open
 from torch import are_deterministic_algorithms_enabled as deterministic_now
 
 import stem
-from stem.distributed import Processes, join_processes
-from stem.model import LanguageModel, ModelSize
-from stem.runs import load_checkpoint, save_checkpoint, training_state
-from stem.train import (
+from stem.experiments.training.checkpoints import load_checkpoint, save_checkpoint, training_state
+from stem.experiments.training.distributed import Processes, join_processes
+from stem.experiments.training.model import LanguageModel, ModelSize
+from stem.experiments.training.train import (
     TrainConfig,
     learning_rate,
     main,
@@ -112,7 +112,15 @@ def test_two_processes_give_the_curve_of_one(tmp_path, attention, parallel):
     train(one)
     with pytest.raises(Stop):
         train(two, on_step=stop_after(3))  # the last checkpoint is of step 2
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stem.train"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "stem.experiments.training.train",
+    ]
     result = subprocess.run([*torchrun, *options(two)], env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     torch.testing.assert_close(curve(two.out), curve(one.out), rtol=1e-5, atol=1e-6)
@@ -136,24 +144,24 @@ def test_the_distributed_model_dies_before_its_group(tmp_path, monkeypatch):
         left.extend(ref() is not None for ref in shared)
 
     left = []
-    monkeypatch.setattr("stem.train.share", Share)
-    monkeypatch.setattr("stem.train.join_processes", join)
+    monkeypatch.setattr("stem.experiments.training.train.share", Share)
+    monkeypatch.setattr("stem.experiments.training.train.join_processes", join)
     train(small(tmp_path))
     assert left == [False]
 
 
 KILLED_IN_WRITE = """
-import os, signal, stem.runs, stem.train
+import os, signal, stem.experiments.training.checkpoints, stem.experiments.training.train
 
-def save_half(tensors, path, metadata, whole=stem.runs.save_file, calls=[]):
+def save_half(tensors, path, metadata, whole=stem.experiments.training.checkpoints.save_file, calls=[]):
     whole(tensors, path, metadata)
     calls.append(path)
     if len(calls) == 4:
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-stem.runs.save_file = save_half
-stem.train.main()
+stem.experiments.training.checkpoints.save_file = save_half
+stem.experiments.training.train.main()
 """
 
 
@@ -164,7 +172,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     first = subprocess.run([sys.executable, "-c", KILLED_IN_WRITE, *options(killed)], **quiet)
     assert first.returncode == -signal.SIGKILL and len(curve(killed.out)) == 4
     assert (Path(killed.out) / "checkpoint.partial").exists()
-    process = subprocess.Popen([sys.executable, "-m", "stem.train", *options(killed)], **quiet)
+    process = subprocess.Popen([sys.executable, "-m", "stem.experiments.training.train", *options(killed)], **quiet)
     while process.poll() is None and len(curve(killed.out)) < 5:
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.3))
@@ -235,7 +243,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         Path(arguments[1]).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("stem.runs.save_file", disk_full)
+    monkeypatch.setattr("stem.experiments.training.checkpoints.save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(path, 2, config.settings(), training_state(model, optimizer))
     assert path.read_bytes() == before
@@ -354,14 +362,14 @@ def test_a_run_that_cannot_start_ends_with_one_line(tmp_path, monkeypatch):
         ({"accumulate": 3}, "batch_size=4 must be a mul"),
     ):
         value = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["stem.train", *options(small(tmp_path)), *value])
+        monkeypatch.setattr(sys, "argv", ["stem.experiments.training.train", *options(small(tmp_path)), *value])
         with pytest.raises(SystemExit, match=words):
             main()
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
     """A killed torchrun can leave its processes behind; a second start must not tear their log."""
-    script = "import sys, pathlib, stem.runs\nwith stem.runs.only_writer(pathlib.Path(sys.argv[1])): input()"
+    script = "import sys, pathlib, stem.experiments.training.checkpoints\nwith stem.experiments.training.checkpoints.only_writer(pathlib.Path(sys.argv[1])): input()"
     other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, env=environment())
     while not (tmp_path / "lock").exists():
         time.sleep(0.01)
