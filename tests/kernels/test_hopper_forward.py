@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_kernels_sparse_forward import (
+from sparse_inputs import (
     DEVICE,
     eager,
     inputs_with_late_maxima,
@@ -276,7 +277,11 @@ def compile_for_sm90(head_dim):
 @pytest.mark.slow
 def test_it_compiles_for_sm90(tmp_path):
     pytest.importorskip("triton.backends.nvidia")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     assert max(json.loads(process.stdout)) <= SHARED_MEMORY_BYTES

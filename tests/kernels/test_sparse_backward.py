@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from sparse_inputs import DEVICE, lists_of, random_inputs, random_mask
 from stem.kernels import sparse_backward as kernels
 from stem.kernels.sparse_forward import sparse_forward
-from test_kernels_sparse_forward import DEVICE, lists_of, random_inputs, random_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stem.reference import masked_attention
@@ -360,7 +361,11 @@ def compile_for(capability, dtype, head_dim, block_size, descriptors):
 @pytest.mark.slow
 def test_kernels_compile_without_a_gpu(tmp_path):
     pytest.importorskip("triton.backends.nvidia")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     for case, shared in zip(COMPILED, json.loads(process.stdout), strict=True):
