@@ -1,7 +1,8 @@
-"""Experiment rows on disk: one CSV per experiment and machine, each row with where it came from.
+"""Result rows on disk: one CSV per experiment and machine, with provenance in each row.
 
-results/<experiment>/<machine>.csv holds the rows of a full run (committed), <machine>-smoke.csv those of a smoke run
-(not committed). The environment variable STEM_RESULTS redirects writing; reading looks at both places.
+A full run writes results/<experiment>/<machine>.csv (committed), a smoke run <machine>-smoke.csv (not committed). An
+experiment with several tables names its part too: "long_context/answers" is results/long_context/answers/<machine>.csv.
+The environment variable STEM_RESULTS redirects writing. Reading looks at both places.
 """
 
 import io
@@ -90,7 +91,11 @@ def provenance(profile: str) -> dict[str, str]:
 
 
 def results_dir(experiment: str) -> Path:
-    """Folder that rows and figures of `experiment` are written to: STEM_RESULTS, or results/, then the name; made."""
+    """Create and return the folder of an experiment's rows and figures, under STEM_RESULTS or results/.
+
+    Args:
+        experiment: "speed", or an experiment and its part, "long_context/answers".
+    """
     folder = Path(os.environ.get("STEM_RESULTS") or repository_root() / "results") / _check_name(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -106,7 +111,7 @@ def write_rows(
     """Write this machine's rows of one experiment, replacing those of its last run with the same profile.
 
     Args:
-        experiment: Folder name under results/, for example "speed".
+        experiment: Folder under results/, for example "speed" or "long_context/answers".
         rows: Mappings (column -> value) or a DataFrame, at least one row; must not hold a column of `PROVENANCE`.
         profile: "smoke" (file <machine>-smoke.csv) or "full" (<machine>.csv).
         same: For a run of a part of the experiment, the columns that name what a row measured: only rows that agree
@@ -151,7 +156,7 @@ def read_rows(experiment: str) -> pd.DataFrame:
     """Every machine's rows of one experiment, smoke and full, with the columns of `PROVENANCE`.
 
     Args:
-        experiment: Folder name under results/.
+        experiment: Folder under results/, for example "speed" or "long_context/answers".
     Returns:
         All rows under one index; columns that a machine did not write are NaN there. Empty if nobody ran it yet.
         A file under STEM_RESULTS hides the file of the same name in results/.
@@ -167,8 +172,11 @@ def read_rows(experiment: str) -> pd.DataFrame:
 
 
 def _check_name(experiment: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", experiment):
-        raise ValueError(f"experiment must be a folder name of a-z, 0-9, _ and -, got {experiment!r}")
+    name = r"[a-z0-9][a-z0-9_-]*"
+    if not re.fullmatch(f"{name}(/{name})?", experiment):
+        raise ValueError(
+            f"experiment must be one or two folder names of a-z, 0-9, _ and -, joined by a slash, got {experiment!r}"
+        )
     return experiment
 
 

@@ -68,6 +68,17 @@ def test_reading_joins_machines_and_redirected_files_win(redirected, tmp_path):
     assert sorted(records.read_rows("speed").ms) == [7.0, 9.0]
 
 
+def test_parts_of_an_experiment_have_folders_of_their_own(redirected, tmp_path):
+    path = records.write_rows("long_context/answers", [{"correct": 1}], profile="full")
+    assert path == redirected / "long_context" / "answers" / f"{records.machine_name()}.csv"
+    assert records.read_rows("long_context/answers").correct.tolist() == [1]
+    assert records.read_rows("long_context").empty and records.read_rows("long_context/loss").empty
+    committed = tmp_path / "results" / "long_context" / "answers"
+    committed.mkdir(parents=True)
+    (committed / "another-machine.csv").write_text("correct,profile\n0,full\n")
+    assert sorted(records.read_rows("long_context/answers").correct) == [0, 1]
+
+
 def test_no_rows_yet():
     rows = records.read_rows("nothing")
     assert rows.empty and list(rows) == list(records.PROVENANCE)
@@ -78,10 +89,12 @@ def test_no_rows_yet():
     [
         (("speed", []), "'speed' are empty"),
         (("speed", [{"a": 1}], "medium"), "profile must be one of .* got 'medium'"),
-        (("../speed", [{"a": 1}]), "experiment must be a folder name .* got '../speed'"),
+        (("../speed", [{"a": 1}]), "experiment must be one or two folder names .* got '../speed'"),
+        (("long_context/a/b", [{"a": 1}]), "experiment must be one or two folder names .* got 'long_context/a/b'"),
+        (("/speed", [{"a": 1}]), "experiment must be one or two folder names .* got '/speed'"),
         (("speed", [{"a": 1, "date": "today"}]), r"hold the columns \['date'\]"),
     ],
-    ids=["empty", "profile", "name", "reserved"],
+    ids=["empty", "profile", "outside", "deep", "absolute", "reserved"],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
