@@ -38,13 +38,13 @@ speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=s
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.training.experiment --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
-evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/evaluation/  [PROFILE=smoke|full METHODS="stem xattention"]
+evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/long_context/answers/  [PROFILE=smoke|full METHODS="stem xattention"]
 	$(BIN)/python -m stem.experiments.long_context.comparison --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
 
-quality: $(INSTALLED) ## compare every selection by the loss it costs and write results/selection_quality/  [PROFILE=smoke|full METHODS=adaptive]
+quality: $(INSTALLED) ## compare every selection by the loss it costs and write results/long_context/loss/  [PROFILE=smoke|full METHODS=adaptive]
 	$(BIN)/python -m stem.experiments.long_context.loss --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
 
-extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/extension/  [PROFILE=smoke|full]
+extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/long_context/extension/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.long_context.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 tables: $(INSTALLED) ## rewrite README's tables, sentences and picture from results/

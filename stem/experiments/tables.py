@@ -1,4 +1,4 @@
-"""README's tables and sentences, computed from the committed rows: `python -m stem.experiments.tables` rewrites them in place.
+"""README's tables and sentences, computed from the committed rows: `python -m stem.experiments.tables`.
 
 README.md holds `<!-- begin:NAME -->` and `<!-- end:NAME -->` for each NAME in `SECTIONS`; what is between is replaced.
 Only rows of full runs are used, so a smoke run on somebody's laptop changes no table.
@@ -145,7 +145,7 @@ def beyond() -> str:
 
 def quality() -> str:
     """For each machine and block size that holds the published and this repository's selection: what each costs."""
-    rows = _full("selection_quality")
+    rows = _full("long_context/loss")
     if rows.empty:
         return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
     rows = rows[rows.groupby(["device", "block_size"]).method.transform(lambda of: {"adaptive", "stem"} <= set(of))]
@@ -188,7 +188,7 @@ def _quality_sentence(means: pd.DataFrame) -> str:
 
 def _cost_sentence(device: str) -> str:
     """What choosing the blocks costs at the longest length that was timed, beside Stem's own scores and selection."""
-    cost = _full("selection_cost")
+    cost = _full("long_context/selection_cost")
     cost = cost[cost.device == device] if len(cost) else cost
     if cost.empty:
         return ""
@@ -207,7 +207,7 @@ def _cost_sentence(device: str) -> str:
 
 def evaluation() -> str:
     """For each machine and model: what answers and documents lose against dense attention, by method."""
-    rows = pd.concat([_full("evaluation"), _full("extension")])
+    rows = pd.concat([_full("long_context/answers"), _full("long_context/extension")])
     if rows.empty:
         return _nothing("06_long_context_eval")
     rows = rows[rows.measure.isin(("answer", "loss", "generated", "time"))]

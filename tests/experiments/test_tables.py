@@ -107,7 +107,7 @@ def test_every_preset_over_the_fastest_dense():
 
 
 def test_evaluation():
-    records.write_rows("evaluation", evaluation_rows(), profile="full")
+    records.write_rows("long_context/answers", evaluation_rows(), profile="full")
     text = tables.evaluation()
     assert "**smollm2** on Made-up GPU, blocks of 64 tokens, asked for 25% of the block pairs" in text
     assert "| method | density | samples | ruler_vt, 4K |" in text and "| dense itself | 100.0% | 100 | 0.5 |" in text
@@ -136,7 +136,9 @@ def test_evaluation_says_how_long_a_prefill_takes():
         dict(about, method=m, asked=of, block_size=of and 64, length=n, value=ms, dense=20.0 if n == 4096 else 60.0)
         for m, of, n, ms in found
     ]
-    records.write_rows("evaluation", [*evaluation_rows(), *[dict(row, density=1.0) for row in found]], profile="full")
+    records.write_rows(
+        "long_context/answers", [*evaluation_rows(), *[dict(row, density=1.0) for row in found]], profile="full"
+    )
     text = tables.evaluation()
     assert "| method | 4K | 8K |" in text and "| dense [ms] | 20 | 60 |" in text
     assert text.index("| a | – | 6.00× |") < text.index("| stem | – | 2.50× |")  # fastest first
@@ -145,8 +147,8 @@ def test_evaluation_says_how_long_a_prefill_takes():
 def test_a_model_with_dense_rows_only_has_no_table_and_missing_cells_are_dashes():
     rows = [dict(row, model="other") for row in evaluation_rows()[:1]]
     longer = [dict(row, length=8192, count=24) for row in evaluation_rows() if row["method"] != "stem"]
-    records.write_rows("evaluation", evaluation_rows(), profile="full")
-    records.write_rows("extension", rows + longer, profile="full")
+    records.write_rows("long_context/answers", evaluation_rows(), profile="full")
+    records.write_rows("long_context/extension", rows + longer, profile="full")
     text = tables.evaluation()
     assert "other" not in text and "| stem | 25.0% | 100 | -2.0 [-3.0, -1.0] | – |" in text
     assert "| window | 10.0% | 24 to 100 | -18.0" in text
@@ -166,7 +168,7 @@ def test_quality_shows_block_sizes_that_hold_both_the_published_and_our_selectio
             (32, "stem", 0.31, 0.01),
         ]
     ]
-    records.write_rows("selection_quality", rows, profile="full")
+    records.write_rows("long_context/loss", rows, profile="full")
     text = tables.quality()
     assert "blocks of 128" in text and "blocks of 64" not in text and "blocks of 32" not in text
     assert "leaves 25% of the gap" in text and "25% at 16 %, and 75% of its gap at 31 %" in text

@@ -1,6 +1,7 @@
 """Every method on the same samples of a real model: teacher-forced answers and loss on long documents, as rows.
 
-`python -m stem.experiments.long_context.comparison --profile full` writes results/evaluation/. A row is one mean over samples beside the mean of
+`python -m stem.experiments.long_context.comparison --profile full` writes results/long_context/answers/.
+A row is one mean over samples beside the mean of
 dense attention on the same ones; `low` and `high` bound their difference (95 %, bootstrap over samples). Each
 group of rows holds the control, a short window, which must fail: where it does not, the measure proves nothing.
 
@@ -568,7 +569,7 @@ def _swap_compiled(model, calls: Sequence) -> list:
 
 
 def main() -> None:
-    """Measure and write results/evaluation/; with only some methods, the rows of the others stay."""
+    """Measure and write results/long_context/answers/; with only some methods, the rows of the others stay."""
     from stem.experiments.long_context import processes
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -588,7 +589,7 @@ def main() -> None:
         limit_s=arguments.limit,
         eager=arguments.eager,
         show=partial(print, flush=True),
-        save=partial(records.write_rows, "evaluation", profile=arguments.profile, same=same),
+        save=partial(records.write_rows, "long_context/answers", profile=arguments.profile, same=same),
     )
 
 

@@ -1,6 +1,6 @@
 """Longer contexts for a small pretrained model: a larger RoPE base and a few hundred steps on retrieval in long text.
 
-`python -m stem.experiments.long_context.extend --profile full` brings SmolLM2 (8K) to 32K on one GPU, saves it as a plain Hugging Face folder in
+`python -m stem.experiments.long_context.extend --profile full` brings SmolLM2 (8K) to 32K on one GPU, saves it in
 `$STEM_CACHE`, and compares attention methods at lengths that the original cannot read. Attention is dense in training.
 
 A training sequence is real text (source code that no evaluation reads) with facts hidden in it and questions about them
@@ -368,7 +368,7 @@ def curve_rows(config: ExtendConfig, log: Sequence[dict], num_bins: int = 40) ->
 
 
 def main() -> None:
-    """Train, save, compare attention methods, and write results/extension/."""
+    """Train, save, compare attention methods, and write results/long_context/extension/."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--out", help="folder of the model; default $STEM_CACHE/smollm2-32k, or -smoke")
@@ -397,7 +397,7 @@ def main() -> None:
         before = list(rows)
 
         def write(found: list[dict], before: list[dict] = before) -> None:
-            show("wrote", records.write_rows("extension", before + found, arguments.profile))
+            show("wrote", records.write_rows("long_context/extension", before + found, arguments.profile))
 
         eager = arguments.eager or of is only_dense  # a few samples are not worth the compilation
         left = arguments.limit - (time.monotonic() - started)

@@ -1,8 +1,8 @@
 """Selection quality: the loss that each method's blocks cost on documents, every layer sparse, beside its density.
 
-`python -m stem.experiments.long_context.loss --profile full` writes results/selection_quality/. Methods get the same densities, and the
-settings and forced blocks of the published method; "adaptive" is this repository's selection (StemConfig.preset
-"adaptive"), whose one threshold is solved on texts that no row reads.
+`python -m stem.experiments.long_context.loss --profile full` writes results/long_context/loss/. Methods get the same
+densities, and the settings and forced blocks of the published method; "adaptive" is this repository's selection
+(StemConfig.preset "adaptive"), whose one threshold is solved on texts that no row reads.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def cost_rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, 
 
 
 def main() -> None:
-    """Measure and write results/selection_quality/ and, on a GPU, results/selection_cost/.
+    """Measure and write results/long_context/loss/ and, on a GPU, results/long_context/selection_cost/.
 
     With only some methods or block sizes, the rows of the others stay.
     """
@@ -175,11 +175,11 @@ def main() -> None:
     plan, same = PLANS[options.profile], SAME if options.methods or options.block_sizes else None
     names, block_sizes = tuple(options.methods or plan.names), tuple(options.block_sizes or plan.block_sizes)
     plan = replace(plan, names=names, block_sizes=block_sizes)
-    write = partial(records.write_rows, "selection_quality", profile=options.profile, same=same)
+    write = partial(records.write_rows, "long_context/loss", profile=options.profile, same=same)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model, tokenizer = pretrained.load(options.model, dtype=dtype)
     if torch.cuda.is_available():
-        print("wrote", records.write_rows("selection_cost", cost_rows(), options.profile))
+        print("wrote", records.write_rows("long_context/selection_cost", cost_rows(), options.profile))
     found = []
     for row in rows(plan, model, tokenizer, Path(model.name_or_path).name):
         found.append(row)

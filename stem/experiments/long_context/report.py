@@ -1,4 +1,4 @@
-"""What the rows of stem.experiments.long_context.comparison and stem.experiments.long_context.extend say: controls, tables, verdicts, figures. Reads rows, runs nothing.
+"""Tables, verdicts and figures from the rows of results/long_context/answers/ and .../extension/; nothing is measured.
 
 Densities, block sizes, tasks and counts are those that the rows hold; what a run did not reach is left out.
 """
@@ -30,12 +30,12 @@ def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
     """Full rows of one device: the embedded model's, those of the extended one, and those of other models.
 
     Args:
-        device, extension_device: As in the column device; the second is that of results/extension/, default the first.
+        device, extension_device: As in the column device; the second is that of the extension, default the first.
     Returns:
         All columns of both experiments and "cell", task and length in one text.
     """
     parts = []
-    for experiment, of in (("evaluation", device), ("extension", extension_device or device)):
+    for experiment, of in (("long_context/answers", device), ("long_context/extension", extension_device or device)):
         found = records.read_rows(experiment)
         parts.append(found[(found.device == of) & (found.profile == "full")])
     found = pd.concat([part for part in parts if len(part)], ignore_index=True)

@@ -321,7 +321,7 @@ def test_a_run_of_some_methods_leaves_the_rows_of_the_others(monkeypatch, tmp_pa
         found = []
         monkeypatch.setattr(sys, "argv", ["compare", "--profile", "full", "--seed", str(seed), *options])
         comparison.main()
-    seeds = records.read_rows("evaluation").set_index("method").seed
+    seeds = records.read_rows("long_context/answers").set_index("method").seed
     assert seeds[["dense", "stem adaptive", "longformer"]].eq(1).all() and seeds.sum() == 3
     assert set(seeds.index) == {"dense", *comparison.all_names()}
     monkeypatch.setattr(sys, "argv", ["compare", "--methods", "sten"])

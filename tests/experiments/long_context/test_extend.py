@@ -147,7 +147,7 @@ def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monke
     options = ["--seed", "7", "--limit", "9", "--processes", "2"]
     monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), *options])
     extend.main()
-    rows = records.read_rows("extension").query("profile == 'smoke'")
+    rows = records.read_rows("long_context/extension").query("profile == 'smoke'")
     assert set(rows.measure.dropna()) == set(extend.LOSSES) and set(rows.seed.dropna()) == {7}
     assert dict(rows[["model", "asked"]].dropna().to_numpy()) == {
         Path(tiny).name: "(('dense',), 1, True, True)",

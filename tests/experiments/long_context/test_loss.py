@@ -61,7 +61,7 @@ def test_a_run_of_some_methods_and_block_sizes_leaves_the_other_rows(monkeypatch
     def measured(*options):
         monkeypatch.setattr(sys, "argv", ["quality", "--profile", "full", *options])
         loss.main()
-        found = records.read_rows("selection_quality")
+        found = records.read_rows("long_context/loss")
         return [*zip(found.method, found.block_size, strict=True)]
 
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path))

@@ -34,8 +34,8 @@ def rows(monkeypatch, tmp_path):
             for start, task in ((0, "all"), (length // 2, "all"), (length // 2, "prose")):
                 spans = dict(start=start, stop=length if start else length // 2)
                 found.append(row(method, METHODS[method] if start else 0, "loss", task, length, **spans))
-    records.write_rows("evaluation", found, "full")
-    records.write_rows("extension", [row("dense", 0, length=32768, model="smollm2-32k")], "full")
+    records.write_rows("long_context/answers", found, "full")
+    records.write_rows("long_context/extension", [row("dense", 0, length=32768, model="smollm2-32k")], "full")
     return report.rows("Made-up GPU")
 
 
