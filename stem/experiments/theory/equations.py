@@ -100,7 +100,7 @@ class Claims:
 def effect(losses: pd.DataFrame, method: str, before: str) -> str:
     """What a method does to the loss against another on the same text, in words, beyond two standard errors or not.
 
-    losses: rows of stem.evaluate.document_loss_rows.
+    losses: rows of stem.experiments.long_context.document_loss.document_loss_rows.
     """
     loss = losses.pivot(index=["document", "start"], columns="method", values="loss")
     change = loss[method] - loss[before]
