@@ -47,7 +47,7 @@ quality: $(INSTALLED) ## compare every selection by the loss it costs and write 
 extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/long_context/extension/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.long_context.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
-tables: $(INSTALLED) ## rewrite README's tables, sentences and picture from results/
+tables: $(INSTALLED) ## rewrite the tables and sentences of README.md and results/README.md, and the picture
 	$(BIN)/python -m stem.experiments.tables
 	$(BIN)/python scripts/overview.py
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from stem.experiments import records
+from stem.experiments.markdown import tokens_label
 from stem.selection import BlockSelection
 
 PALETTE = sns.color_palette("colorblind")
@@ -96,14 +97,6 @@ def log_y(ax: Axes) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def tokens_label(tokens: int) -> str:
-    """1024 -> "1K", 1048576 -> "1M", 1000 -> "1000"."""
-    for unit, name in ((2**20, "M"), (2**10, "K")):
-        if tokens >= unit and tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return str(tokens)
 
 
 @styled()

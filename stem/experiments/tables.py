@@ -1,16 +1,18 @@
-"""README's tables and sentences, computed from the committed rows: `python -m stem.experiments.tables`.
+"""Generated tables and sentences of README.md and results/README.md: `python -m stem.experiments.tables`.
 
-README.md holds `<!-- begin:NAME -->` and `<!-- end:NAME -->` for each NAME in `SECTIONS`; what is between is replaced.
-Only rows of full runs are used, so a smoke run on somebody's laptop changes no table.
+A file of `FILES` holds `<!-- begin:NAME -->` and `<!-- end:NAME -->` for each of its sections. The text between the two
+is computed from the committed rows of full runs.
 """
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
 from stem.config import StemConfig
-from stem.experiments import records
+from stem.experiments import records, scoreboard
+from stem.experiments.markdown import MISSING, by_device, full_rows, markdown_table, no_rows, number, tokens_label
 from stem.experiments.speed import bench
 from stem.experiments.training.report import adaptation_findings
 
@@ -21,31 +23,36 @@ CONFIGS = {
     "three_regime": "released schedule, forced blocks inside",
 }
 PRESETS = dict(zip(bench.PRESETS, ("paper", "angelslim", "hpc_ops", "adaptive"), strict=True))
-MISSING = "–"
 
 
-def render(text: str) -> str:
-    """A README with every section between markers computed anew.
+def render(text: str, file: str) -> str:
+    """The text of a file of `FILES` with each section between its markers computed again.
 
     Raises:
-        ValueError: If a marker has no section, or a section has no markers.
+        ValueError: If the markers in the text are not exactly those of the file's sections.
     """
     found = re.findall(r"<!-- begin:(\w+) -->", text)
-    if sorted(found) != sorted(SECTIONS):
-        raise ValueError(f"README has markers for {sorted(found)}, there are sections for {sorted(SECTIONS)}")
-    for name, section in SECTIONS.items():
+    if sorted(found) != sorted(FILES[file]):
+        raise ValueError(f"{file} has markers for {sorted(found)}, its sections are {sorted(FILES[file])}")
+    for name in FILES[file]:
         before, begin, rest = text.partition(f"<!-- begin:{name} -->\n")
         _, end, after = rest.partition(f"<!-- end:{name} -->")
-        text = f"{before}{begin}{section()}\n{end}{after}"
+        text = f"{before}{begin}{_links_from(file, SECTIONS[name]())}\n{end}{after}"
     return text
+
+
+def _links_from(file: str, section: str) -> str:
+    """Rewrite a section's links, which start at the repository's root, to start at the file's folder."""
+    folder = os.path.dirname(file) or "."
+    return re.sub(r"\]\((?!https?:|#)([^)#]*)", lambda link: f"]({os.path.relpath(link[1], folder)}", section)
 
 
 def speed() -> str:
     """For each machine, one sentence and one table: the whole operator against every dense back end."""
-    rows = _full("speed")
+    rows = full_rows("speed")
     if rows.empty:
-        return _nothing("04_speed")
-    return "\n\n".join(_speed_of(device, part) for device, part in _by_device(rows))
+        return no_rows("04_speed")
+    return "\n\n".join(_speed_of(device, part) for device, part in by_device(rows))
 
 
 def _speed_of(device: str, rows: pd.DataFrame) -> str:
@@ -60,15 +67,15 @@ def _speed_of(device: str, rows: pd.DataFrame) -> str:
     lines = []
     for row in stem.to_dict("records"):
         of = {name: dense[name].get(row["tokens"], float("nan")) for name in names}
-        times = [_number(of[name]) for name in names] + [_number(row["latency_ms"])]
-        ratios = [_number(of[name] / row["latency_ms"], "×") for name in names]
+        times = [number(of[name]) for name in names] + [number(row["latency_ms"])]
+        ratios = [number(of[name] / row["latency_ms"], "×") for name in names]
         config = CONFIGS.get(row["config"], row["config"])
-        lines.append([_tokens(row["tokens"]), config, f"{row['density']:.1%}", *times, *ratios])
+        lines.append([tokens_label(row["tokens"]), config, f"{row['density']:.1%}", *times, *ratios])
     shape = stem.iloc[0].to_dict()
     heads = f"{shape['q_heads']:.0f} query and {shape['kv_heads']:.0f} key-value heads of {shape['head_dim']:.0f}"
     told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape['batch']:.0f}, random normal inputs; medians; "
     told += "scoring and selection are part of Stem's time."
-    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{_markdown(header, lines)}{presets}"
+    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{markdown_table(header, lines)}{presets}"
 
 
 def _presets(rows: pd.DataFrame) -> str:
@@ -83,15 +90,15 @@ def _ratios(ratios: pd.DataFrame, told: str) -> str:
         return ""
     ratios = ratios.dropna(thresh=2)
     ratios = ratios[ratios.index <= max(bench.SHORT)]
-    lengths = [_tokens(tokens) for tokens in ratios.index[(ratios < 1 / 1.03).any(axis=1)]]
+    lengths = [tokens_label(tokens) for tokens in ratios.index[(ratios < 1 / 1.03).any(axis=1)]]
     told += (
         f"; at {', '.join(lengths)} some are more than 3 % slower:" if lengths else ", nowhere more than 3 % slower:"
     )
     lines = [
-        [_tokens(tokens), *(_number(x, "×") for x in line)]
+        [tokens_label(tokens), *(number(x, "×") for x in line)]
         for tokens, line in zip(ratios.index, ratios.values, strict=True)
     ]
-    return f"\n\n{told}\n\n{_markdown(['tokens', *(PRESETS[name] for name in ratios)], lines)}"
+    return f"\n\n{told}\n\n{markdown_table(['tokens', *(PRESETS[name] for name in ratios)], lines)}"
 
 
 def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str]) -> str:
@@ -101,7 +108,7 @@ def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str
     best = measured[measured.tokens == measured.tokens.max()].sort_values("latency_ms").iloc[0]
     ratios = {name: dense[name].get(best.tokens, float("nan")) / best.latency_ms for name in names}
     told = " and ".join(f"{ratio:.2g} times as fast as {BASELINES[n]}" for n, ratio in ratios.items() if ratio == ratio)
-    return f" At {_tokens(best.tokens)} tokens and density {best.density:.1%} the whole operator is {told}."
+    return f" At {tokens_label(best.tokens)} tokens and density {best.density:.1%} the whole operator is {told}."
 
 
 BEYOND = {
@@ -114,38 +121,38 @@ BEYOND = {
 
 def beyond() -> str:
     """For each machine: training, time to first token and a real model's tensors, against every dense back end."""
-    rows = _full("speed")
+    rows = full_rows("speed")
     rows = rows[rows.operation.isin(list(BEYOND)) & rows.latency_ms.notna()] if len(rows) else rows
     if rows.empty:
-        return _nothing("04_speed")
+        return no_rows("04_speed")
     parts = []
-    for device, part in _by_device(rows):
+    for device, part in by_device(rows):
         names = [name for name in BASELINES if f"speedup_vs_{name}" in part and name in set(part.provider)]
         lines = []
         for (operation, tokens), of in part.groupby(["operation", "tokens"]):
             own = of[of.config != "dense"].sort_values("latency_ms")
             for row in own.to_dict("records"):
                 speedups = [row[f"speedup_vs_{name}"] for name in names]
-                ratios = [_number(speedup, "×") for speedup in speedups]
-                dense = [_number(speedup * row["latency_ms"]) for speedup in speedups]
+                ratios = [number(speedup, "×") for speedup in speedups]
+                dense = [number(speedup * row["latency_ms"]) for speedup in speedups]
                 about = [
                     BEYOND[operation],
-                    _tokens(tokens),
+                    tokens_label(tokens),
                     row["provider"].replace("_", ", "),
                     f"{row['density']:.1%}",
                 ]
                 lines.append(
-                    [*about, *dense, _number(row["latency_ms"]), *ratios, _number(row["peak_memory_mib"] / 1024)]
+                    [*about, *dense, number(row["latency_ms"]), *ratios, number(row["peak_memory_mib"] / 1024)]
                 )
         header = ["what", "tokens", "sparse", "density", *(f"dense, {BASELINES[name]} [ms]" for name in names)]
         header += ["sparse [ms]", *(f"speed-up over {BASELINES[name]}" for name in names), "peak memory [GiB]"]
-        parts.append(f"**{device}**\n\n{_markdown(header, lines)}")
+        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 
 def quality() -> str:
     """For each machine and block size that holds the published and this repository's selection: what each costs."""
-    rows = _full("long_context/loss")
+    rows = full_rows("long_context/loss")
     if rows.empty:
         return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
     rows = rows[rows.groupby(["device", "block_size"]).method.transform(lambda of: {"adaptive", "stem"} <= set(of))]
@@ -154,7 +161,9 @@ def quality() -> str:
         tokens, texts = part.tokens.max(), sorted(part.text.unique())
         asked = sorted(part[part.method == "stem"].asked.unique())
         told = f"**{part.model.iloc[0]}** on {device}, every layer sparse, blocks of {size:.0f}, windows of "
-        told += f"{_tokens(tokens)} tokens of {len(texts)} kinds of text ({', '.join(texts)}): loss minus dense, mean "
+        told += (
+            f"{tokens_label(tokens)} tokens of {len(texts)} kinds of text ({', '.join(texts)}): loss minus dense, mean "
+        )
         told += (
             "over all positions [nats per token], and the density that was computed where it is not the one asked for."
         )
@@ -163,7 +172,7 @@ def quality() -> str:
         lines = [[method, *(_gap_at(means, method, at) for at in asked)] for method in order]
         header = ["method", *(f"asked for {at:.0%}" for at in asked)]
         cost = _cost_sentence(device) if size == StemConfig.preset("adaptive").block_size else ""  # as it was timed
-        parts += [f"{told}{_quality_sentence(means)}{cost}", _markdown(header, lines)]
+        parts += [f"{told}{_quality_sentence(means)}{cost}", markdown_table(header, lines)]
     return "\n\n".join(parts)
 
 
@@ -188,28 +197,28 @@ def _quality_sentence(means: pd.DataFrame) -> str:
 
 def _cost_sentence(device: str) -> str:
     """What choosing the blocks costs at the longest length that was timed, beside Stem's own scores and selection."""
-    cost = _full("long_context/selection_cost")
+    cost = full_rows("long_context/selection_cost")
     cost = cost[cost.device == device] if len(cost) else cost
     if cost.empty:
         return ""
     row = cost.sort_values("tokens").iloc[-1]
-    speed = _full("speed")
+    speed = full_rows("speed")
     own = speed[(speed.device == device) & (speed.tokens == row.tokens) & (speed.config == "default")]
     parts = own[own.operation.isin(("scores", "selection"))].latency_ms.sum()
     attention = own[own.operation == "attention"].latency_ms.min()
     return (
-        f" Choosing them takes {_number(row.selection_ms)} ms at {_tokens(row.tokens)} tokens of the shape above, "
+        f" Choosing them takes {number(row.selection_ms)} ms at {tokens_label(row.tokens)} tokens of the shape above, "
         f"{row.share:.1%} of its whole operator at density {row.density:.1%}, where Stem's scores and selection take "
-        f"{_number(parts)} ms and attention over a quarter of the blocks "
-        f"{_number(attention)} ms."
+        f"{number(parts)} ms and attention over a quarter of the blocks "
+        f"{number(attention)} ms."
     )
 
 
 def evaluation() -> str:
     """For each machine and model: what answers and documents lose against dense attention, by method."""
-    rows = pd.concat([_full("long_context/answers"), _full("long_context/extension")])
+    rows = pd.concat([full_rows("long_context/answers"), full_rows("long_context/extension")])
     if rows.empty:
-        return _nothing("06_long_context_eval")
+        return no_rows("06_long_context_eval")
     rows = rows[rows.measure.isin(("answer", "loss", "generated", "time"))]
     parts = []
     for (device, model), part in rows.groupby(["device", "model"], sort=True):
@@ -245,10 +254,9 @@ def _by_density(answers: pd.DataFrame) -> str:
     table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
     names = [f"{size:.0f}, {asked:.0%}" for size, asked in table.columns]
     lines = [[row.Index, *(MISSING if pd.isna(x) else f"{x:.1f}" for x in row[1:])] for row in table.itertuples()]
-    title = (
-        f"{of.task.iloc[0]} at {_tokens(of.length.iloc[0])} by block size and density asked for, minus dense [nats]:"
-    )
-    return f"{title}\n\n{_markdown(['method', *names], lines)}"
+    title = f"{of.task.iloc[0]} at {tokens_label(of.length.iloc[0])} by block size and density asked for, minus dense "
+    title += "[nats]:"
+    return f"{title}\n\n{markdown_table(['method', *names], lines)}"
 
 
 def _times(rows: pd.DataFrame) -> str:
@@ -262,18 +270,18 @@ def _times(rows: pd.DataFrame) -> str:
     for method, shares in table.drop("dense", errors="ignore").sort_values(table.columns[-1]).iterrows():
         lines.append([method, *(MISSING if pd.isna(of) else f"{1 / of:.2f}×" for of in shares)])
     title = "Prefill of a prompt in a batch by the whole model, times as fast as dense attention in turn with it:"
-    return f"{title}\n\n{_markdown(['method', *map(_tokens, table.columns)], lines)}"
+    return f"{title}\n\n{markdown_table(['method', *map(tokens_label, table.columns)], lines)}"
 
 
 def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
     """One line a method, best first, one column a task and length, with the density computed and the sample counts."""
     if rows.empty:
         return ""
-    rows = rows.assign(column=[f"{task}, {_tokens(n)}" for task, n in zip(rows.task, rows.length, strict=True)])
+    rows = rows.assign(column=[f"{task}, {tokens_label(n)}" for task, n in zip(rows.task, rows.length, strict=True)])
     columns = list(dict.fromkeys(rows.sort_values(["length"], kind="stable").column))
     dense = rows[rows.method == "dense"].set_index("column").value
-    number = form.replace("+", "")
-    first = (number.format(dense[column]) for column in columns)
+    plain = form.replace("+", "")
+    first = (plain.format(dense[column]) for column in columns)
     lines = [["dense itself", "100.0%", _counts(rows[rows.method == "dense"]), *first]]
     others = rows[rows.method != "dense"]
     loss = -1 if "loss" in set(rows.measure) else 1
@@ -285,7 +293,7 @@ def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
         }
         found = (texts.get(column, MISSING) for column in columns)
         lines.append([method, f"{of.density.mean():.1%}", _counts(of), *found])
-    return f"{title}\n\n{_markdown(['method', 'density', 'samples', *columns], lines)}"
+    return f"{title}\n\n{markdown_table(['method', 'density', 'samples', *columns], lines)}"
 
 
 def _counts(rows: pd.DataFrame) -> str:
@@ -299,10 +307,10 @@ def training() -> str:
 
     A sentence says what fine-tuning a pretrained model removes of its sparse gap, where the rows hold that.
     """
-    rows = _full("training")
+    rows = full_rows("training")
     if rows.empty:
-        return _nothing("05_train_small_model")
-    return "\n\n".join(_training_of(device, part) for device, part in _by_device(rows))
+        return no_rows("05_train_small_model")
+    return "\n\n".join(_training_of(device, part) for device, part in by_device(rows))
 
 
 def _training_of(device: str, rows: pd.DataFrame) -> str:
@@ -315,35 +323,37 @@ def _training_of(device: str, rows: pd.DataFrame) -> str:
         (sums["weighted"] / sums["count"]).unstack(["measure", "seq_len"]).sort_index(axis=1, ascending=[False, True])
     )
     names = {"loss": "text loss [nats], {}", "correct": "recall, {}"}
-    header = ["trained with", "read with", *(names[measure].format(_tokens(length)) for measure, length in means)]
+    header = ["trained with", "read with", *(names[measure].format(tokens_label(length)) for measure, length in means)]
     forms = ["{:.1%}" if measure == "correct" else "{:.3f}" for measure, _ in means]
     lines = [
         [*arms, *(form.format(x) if x == x else MISSING for form, x in zip(forms, values, strict=True))]
         for arms, values in zip(means.index, means.to_numpy(), strict=True)
     ]
-    told = f"**{device}**, trained at {_tokens(rows.seq_len.min())} tokens, {rows.seed.nunique()} seed(s). "
+    told = f"**{device}**, trained at {tokens_label(rows.seq_len.min())} tokens, {rows.seed.nunique()} seed(s). "
     told += "The dense model that reads through a sliding window is the control that must fail."
-    return f"{told}\n\n{_markdown(header, lines)}{adaptation}"
+    return f"{told}\n\n{markdown_table(header, lines)}{adaptation}"
 
 
 def correctness() -> str:
     """For each machine, one line for each claim: how many cases, and how near the largest error is to its tolerance."""
-    rows = _full("correctness")
+    rows = full_rows("correctness")
     if rows.empty:
-        return _nothing("03_correctness")
+        return no_rows("03_correctness")
     parts = []
-    for device, part in _by_device(rows):
+    for device, part in by_device(rows):
         lines = []
         for claim, of in part.assign(share=part.error / part.tolerance).groupby("claim", sort=False):
             impls = ", ".join(dict.fromkeys(of.impl.dropna()))
             largest = f"{of.share.max():.2f}" if of.tolerance.any() else "no difference"
             lines.append([claim, impls, len(of), f"{of.passed.mean():.0%}", largest])
         header = ["claim", "implementations", "cases", "hold", "largest error / tolerance"]
-        parts.append(f"**{device}**\n\n{_markdown(header, lines)}")
+        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 
 SECTIONS = {
+    "scoreboard": scoreboard.scoreboard,
+    "headline": scoreboard.headline,
     "correctness": correctness,
     "speed": speed,
     "beyond": beyond,
@@ -351,52 +361,15 @@ SECTIONS = {
     "evaluation": evaluation,
     "training": training,
 }
-
-
-def _full(experiment: str) -> pd.DataFrame:
-    rows = records.read_rows(experiment)
-    return rows[rows.profile == "full"]
-
-
-def _nothing(notebook: str) -> str:
-    return (
-        f"No full run is committed yet: `make reproduce PROFILE=full ONLY={notebook[:2]}` on a CUDA machine writes its "
-        f"rows. What two CPU cores measure stands in [notebook {notebook[:2]}](notebooks/{notebook}.ipynb)."
-    )
-
-
-def _by_device(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
-    """The rows of each device, those of the one with most rows first."""
-    return sorted(rows.groupby("device", sort=True), key=lambda group: -len(group[1]))
-
-
-def _where(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    return rows[rows[column] == value] if column in rows else rows.iloc[:0]
-
-
-def _tokens(count: float) -> str:
-    if count % 1024:
-        return f"{count:.0f}"
-    return f"{count / 1024:.0f}K" if count < 2**20 else f"{count / 2**20:g}M"
-
-
-def _number(value: float, unit: str = "") -> str:
-    """Three significant digits without an exponent, a dash for a missing value."""
-    if value != value:
-        return MISSING
-    return (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
-
-
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    cells = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
+FILES = {"README.md": (), "results/README.md": tuple(SECTIONS)}  # file -> its sections
 
 
 def main() -> None:
-    """Rewrite README.md."""
-    path = records.repository_root() / "README.md"
-    path.write_text(render(path.read_text()))
-    print(f"wrote {path}")
+    """Rewrite the files of `FILES`."""
+    for name in FILES:
+        path = records.repository_root() / name
+        path.write_text(render(path.read_text(), name))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

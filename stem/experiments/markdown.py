@@ -1,0 +1,50 @@
+"""Markdown tables and their numbers, shared by the reports that `stem.experiments.tables` puts together."""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from stem.experiments import records
+
+MISSING = "–"
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence]) -> str:
+    """A Markdown table, first column left-aligned, the others right-aligned."""
+    cells = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
+
+
+def number(value: float, unit: str = "") -> str:
+    """Three significant digits without an exponent, then the unit; a dash for a missing value."""
+    if value != value:
+        return MISSING
+    return (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
+
+
+def tokens_label(tokens: float) -> str:
+    """1024 -> "1K", 1048576 -> "1M", 1000 -> "1000"."""
+    tokens = int(tokens)
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)
+
+
+def full_rows(experiment: str) -> pd.DataFrame:
+    """The rows of full runs; smoke rows of a laptop change no table."""
+    rows = records.read_rows(experiment)
+    return rows[rows.profile == "full"]
+
+
+def by_device(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Device name and its rows, the device with most rows first."""
+    return sorted(rows.groupby("device", sort=True), key=lambda group: -len(group[1]))
+
+
+def no_rows(notebook: str) -> str:
+    """A paragraph in place of a table: the command that writes the missing rows of a notebook such as "04_speed"."""
+    return (
+        f"No full run is committed yet: `make reproduce PROFILE=full ONLY={notebook[:2]}` on a CUDA machine writes its "
+        f"rows. What two CPU cores measure stands in [notebook {notebook[:2]}](notebooks/{notebook}.ipynb)."
+    )
