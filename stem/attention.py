@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 
 from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, scores_matter
 from stem.cells import kernel_cells
-from stem.config import StemConfig
+from stem.config import StemConfig, check_config
 from stem.impl.dense import fused_attention
 from stem.impl.gather import gather_attention
 from stem.reference import masked_attention
 from stem.scores import block_scores, cell_bonus, routing_scale
 from stem.selection import BlockSelection, select_blocks
-from stem.validation import check_config, check_finite, check_impl, check_prompt_length, check_qkv, check_scale
+from stem.validation import check_finite, check_impl, check_prompt_length, check_qkv, check_scale
 
 IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one

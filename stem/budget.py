@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from stem.cells import blocks_at_least_half_full
-from stem.config import StemConfig
-from stem.validation import check_config
+from stem.config import StemConfig, check_config
 
 DEFAULT_DENSITY = 0.25
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stem.config import StemConfig
+from stem.validation import compute_dtype
 
 CHUNK_LOGITS = 1 << 24  # logits of one chunk of query blocks, so that memory stays O(N)
 
@@ -146,7 +147,7 @@ def cell_means(x: Tensor, cell: int, stride: int, front: int, num_cells: int, *,
     Returns:
         fp32 (fp64 for fp64 inputs) [B, H, num_cells, stride * D]; 0 for a cell without rows.
     """
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulator = compute_dtype(x.dtype)
     padded = torch.nn.functional.pad(x, (0, 0, front, num_cells * cell - front - x.shape[2])).to(accumulator)
     sums = padded.unflatten(2, (num_cells, cell // stride, stride)).sum(3)  # [B, H, cells, stride, D]
     edges = (torch.arange(num_cells + 1, device=x.device) * cell - front).clamp(0, x.shape[2])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from math import inf, isfinite
-from numbers import Integral, Real
+from math import inf
+from numbers import Integral
 from typing import Literal, get_args
+
+from stem.validation import check_choice, check_integer, check_number
 
 BlockSize = Literal[16, 32, 64, 128]
 ValueNorm = Literal["log", "zscore", "zscore_padded"]
@@ -144,32 +146,32 @@ class StemConfig:
     """With allocation="adaptive": keep a block whose share of its row's mass exceeds this, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        _choice("block_size", self.block_size, get_args(BlockSize))
-        _integer("block_size", self.block_size, 16)
-        _integer("score_stride", self.score_stride, 1)
+        check_choice("block_size", self.block_size, get_args(BlockSize))
+        check_integer("block_size", self.block_size, 16)
+        check_integer("score_stride", self.score_stride, 1)
         if self.block_size % self.score_stride:
             raise ValueError(
                 f"score_stride must divide block_size={self.block_size}, got score_stride={self.score_stride}"
             )
         counts = ("min_blocks", "dense_first_blocks", "dense_last_blocks", "sink_blocks", "local_blocks")
         for name in (*counts, "exact_last_blocks", "dense_up_to"):
-            _integer(name, getattr(self, name), 0)
+            check_integer(name, getattr(self, name), 0)
         self._check_budget()
-        _number("decay", self.decay, 0.0, 1.0, open_below=True)
-        _number("value_weight", self.value_weight, 0.0, inf)
-        _choice("decay_from", self.decay_from, get_args(DecayFrom))
-        _choice("forced", self.forced, get_args(Forced))
-        _choice("value_norm", self.value_norm, get_args(ValueNorm))
-        _choice("routing_scale", self.routing_scale, get_args(RoutingScale))
-        _choice("reduction", self.reduction, get_args(Reduction))
-        _choice("allocation", self.allocation, get_args(Allocation))
+        check_number("decay", self.decay, 0.0, 1.0, open_below=True)
+        check_number("value_weight", self.value_weight, 0.0, inf)
+        check_choice("decay_from", self.decay_from, get_args(DecayFrom))
+        check_choice("forced", self.forced, get_args(Forced))
+        check_choice("value_norm", self.value_norm, get_args(ValueNorm))
+        check_choice("routing_scale", self.routing_scale, get_args(RoutingScale))
+        check_choice("reduction", self.reduction, get_args(Reduction))
+        check_choice("allocation", self.allocation, get_args(Allocation))
         self._check_adaptive()
         if self.reduction == "softmax":
             self._check_cells("score_cells")
             if self.score_query_cells is not None:
                 self._check_cells("score_query_cells")
-        _choice("score_pooling", self.score_pooling, get_args(Pooling))
-        _number("score_peak", self.score_peak, 0.0, 1.0)
+        check_choice("score_pooling", self.score_pooling, get_args(Pooling))
+        check_number("score_peak", self.score_peak, 0.0, 1.0)
         if self.score_peak and (self.reduction != "softmax" or self.score_stride != 1):
             raise ValueError(
                 "score_peak > 0 needs reduction='softmax' and score_stride=1, got "
@@ -208,7 +210,7 @@ class StemConfig:
             ValueError: If the name is unknown.
             TypeError: If an override is no field of StemConfig.
         """
-        _choice("preset", name, tuple(PRESETS))
+        check_choice("preset", name, tuple(PRESETS))
         unknown = set(overrides) - {field.name for field in fields(cls)}
         if unknown:
             raise TypeError(f"unknown StemConfig field {sorted(unknown)}; fields: {[f.name for f in fields(cls)]}")
@@ -231,7 +233,7 @@ class StemConfig:
 
     def _check_cells(self, name: str) -> None:
         cells = getattr(self, name)
-        _integer(name, cells, 1)
+        check_integer(name, cells, 1)
         if self.block_size % (cells * self.score_stride):
             raise ValueError(
                 f"{name} * score_stride must divide block_size={self.block_size}, "
@@ -244,11 +246,11 @@ class StemConfig:
             values = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
             raise ValueError(f"give at most one of density, k_start and k_start_regimes, got {values}")
         if self.density is not None:
-            _number("density", self.density, 0.0, 1.0, open_below=True)
+            check_number("density", self.density, 0.0, 1.0, open_below=True)
         if isinstance(self.k_start, Integral) and not isinstance(self.k_start, bool):
-            _integer("k_start", self.k_start, 1)
+            check_integer("k_start", self.k_start, 1)
         elif self.k_start is not None:
-            _number("k_start", self.k_start, 0.0, 1.0, open_below=True)
+            check_number("k_start", self.k_start, 0.0, 1.0, open_below=True)
         if self.k_start_regimes is not None:
             self._check_regimes()
 
@@ -261,9 +263,9 @@ class StemConfig:
                 f"got {self.k_start_regimes!r}"
             ) from None
         for start, share, extra in regimes:
-            _integer("k_start_regimes: from key blocks", start, 0)
-            _number("k_start_regimes: share of the key blocks", share, 0.0, 1.0)
-            _integer("k_start_regimes: blocks added", extra, 0)
+            check_integer("k_start_regimes: from key blocks", start, 0)
+            check_number("k_start_regimes: share of the key blocks", share, 0.0, 1.0)
+            check_integer("k_start_regimes: blocks added", extra, 0)
         if not regimes or min(regimes)[0] != 0:
             raise ValueError(f"k_start_regimes must start at 0 key blocks, got {self.k_start_regimes!r}")
         object.__setattr__(self, "k_start_regimes", regimes)  # lists, as JSON gives them, become hashable
@@ -276,27 +278,13 @@ class StemConfig:
             )
         if self.threshold is None:
             return
-        _number("threshold", self.threshold, 0.0, 1.0, open_below=True)
+        check_number("threshold", self.threshold, 0.0, 1.0, open_below=True)
         given = [n for n in ("density", "k_start", "k_start_regimes") if getattr(self, n) is not None]
         if given:
             raise ValueError(f"allocation='adaptive' takes its budget from threshold, got {given[0]} as well")
 
 
-def _choice(name: str, value, accepted: tuple) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def _integer(name: str, value, low: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int >= {low}, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be >= {low}, got {value!r}")
-
-
-def _number(name: str, value, low: float, high: float, *, open_below: bool = False) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not isfinite(value) or not (low < value <= high if open_below else low <= value <= high):
-        left, right = "(" if open_below else "[", ")" if high == inf else "]"
-        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")
+def check_config(config: StemConfig) -> None:
+    """Raise TypeError unless config is a StemConfig."""
+    if not isinstance(config, StemConfig):
+        raise TypeError(f"config must be a StemConfig, got {config!r}")

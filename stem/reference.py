@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem.validation import compute_dtype
+
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention by its definition; queries are the last Nq positions. Shapes, dtypes as in masked_attention."""
@@ -26,7 +28,7 @@ def masked_attention(
         [B, Hq, Nq, D] in q's dtype, computed in fp64 for fp64 inputs and in fp32 otherwise; with return_lse also the
         natural log-sum-exp [B, Hq, Nq] in that precision.
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q.dtype)
     probabilities, lse = attention_probabilities(q, k, token_mask, scale)
     out = probabilities.unflatten(1, (k.shape[1], -1)) @ v.to(compute)[:, :, None]
     out = out.flatten(1, 2).to(q.dtype)
@@ -37,7 +39,7 @@ def attention_probabilities(
     q: Tensor, k: Tensor, token_mask: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Probabilities [B, Hq, Nq, Nkv] and log-sum-exp [B, Hq, Nq], fp64 for fp64 inputs and fp32 otherwise."""
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = q.to(compute).unflatten(1, (k.shape[1], -1)) @ k.to(compute)[:, :, None].mT * scale
     logits = logits.flatten(1, 2).masked_fill(~token_mask, -torch.inf)

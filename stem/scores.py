@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from stem.cells import cell_scores
-from stem.config import StemConfig
-from stem.validation import check_config, check_finite, check_impl, check_qkv, check_scale
+from stem.config import StemConfig, check_config
+from stem.validation import check_finite, check_impl, check_qkv, check_scale, compute_dtype
 
 LOG_EPS = 1e-6  # added to value norms before the logarithm by AngelSlim and hpc-ops; smallest deviation of a z-score
 
@@ -81,7 +81,7 @@ def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offs
     Returns:
         fp32 (fp64 for fp64 inputs) [B, H, blocks, stride * D]; rows that do not exist count as zeros.
     """
-    x = pad_to_grid(x, size, offset).to(_accumulator(x.dtype))
+    x = pad_to_grid(x, size, offset).to(compute_dtype(x.dtype))
     sums = x.unflatten(2, (-1, size // stride, stride)).sum(3)  # [B, H, blocks, stride, D]
     return (sums.flip(3) if reverse else sums).flatten(3)
 
@@ -121,7 +121,7 @@ def value_term(v: Tensor, config: StemConfig, *, impl: str = "torch") -> Tensor:
 
 def group_value_norms(v: Tensor, block_size: int, group_size: int) -> Tensor:
     """Largest L2 norm of each group of consecutive rows: [B, Hkv, nk, block_size / group_size], 0 where no row."""
-    norms = pad_to_grid(v, block_size).to(_accumulator(v.dtype)).norm(dim=-1)
+    norms = pad_to_grid(v, block_size).to(compute_dtype(v.dtype)).norm(dim=-1)
     return norms.unflatten(2, (-1, block_size // group_size, group_size)).amax(-1)
 
 
@@ -135,7 +135,3 @@ def mask_future(scores: Tensor) -> Tensor:
 def _grouped_matmul(q: Tensor, k: Tensor) -> Tensor:
     """Products of each query head with its KV head: [B, Hq, m, d], [B, Hkv, n, d] -> [B, Hkv, G, m, n]."""
     return q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

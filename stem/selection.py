@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stem.config import StemConfig
-from stem.validation import check_config, check_impl
+from stem.config import StemConfig, check_config
+from stem.validation import check_impl
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,46 @@
-"""Checks of user input shared by the pipeline: each error names the argument, its value and what is accepted."""
+"""Checks of arguments: each error names the argument, its value and what is accepted."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import inf, isfinite
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from stem._env import check_triton_on_cpu
-from stem.config import StemConfig
 
 HEAD_DIMS = "1..256"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_choice(name: str, value: object, accepted: tuple) -> None:
+    """Raise ValueError unless value is one of the accepted values."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_integer(name: str, value: object, low: int) -> None:
+    """Raise unless value is an int >= low; a bool is no int."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int >= {low}, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value!r}")
+
+
+def check_number(name: str, value: object, low: float, high: float = inf, *, open_below: bool = False) -> None:
+    """Raise unless value is a finite number in [low, high], or in (low, high] with `open_below`; a bool is no number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isfinite(value) or not (low < value <= high if open_below else low <= value <= high):
+        left, right = "(" if open_below else "[", ")" if high == inf else "]"
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: fp64 for fp64 inputs, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -63,12 +91,6 @@ def _check_layouts(
         raise ValueError(f"q must have at most k's {kv_len} tokens, got {q_len}")
     if head_dim > 256:
         raise ValueError(f"head_dim must be in {HEAD_DIMS}, got {head_dim}")
-
-
-def check_config(config: StemConfig) -> None:
-    """Raise TypeError unless config is a StemConfig."""
-    if not isinstance(config, StemConfig):
-        raise TypeError(f"config must be a StemConfig, got {config!r}")
 
 
 def check_finite(**tensors: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
+from stem.validation import compute_dtype
 
 PIECE_KEYS = 512  # keys of a row in one product
 PIECE_NUMBERS = 1 << 21  # weights, keys and values of one product: 8 MiB in fp32, so that exp2 finds them in cache
@@ -158,7 +159,7 @@ def _masked_logits(q: Tensor, k: Tensor, future: Tensor, unused: Tensor | None) 
 
 def _blocks(x: Tensor, size: int, offset: int = 0) -> Tensor:
     """x [B, H, N, D] cut at the key grid: fp32 (fp64 for fp64 inputs) [B * H * blocks, size, D], zeros where no row."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x.dtype)
     return pad_to_grid(x, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2)
 
 

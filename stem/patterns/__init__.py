@@ -11,7 +11,7 @@ import inspect
 
 from torch import Tensor
 
-from stem.config import StemConfig
+from stem.config import StemConfig, check_config
 from stem.patterns import (
     bigbird,
     dense,
@@ -26,7 +26,7 @@ from stem.patterns import (
     xattention,
 )
 from stem.selection import BlockSelection
-from stem.validation import check_config, check_finite, check_qkv
+from stem.validation import check_finite, check_qkv
 
 _SELECT = {
     "dense": dense.select,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from stem.config import StemConfig
 from stem.reference import attention_probabilities
 from stem.scores import mask_future, pad_to_grid
 from stem.selection import BlockSelection, select_blocks
+from stem.validation import check_integer, check_number, compute_dtype
 
 BISECTIONS = 30
 
@@ -149,7 +149,7 @@ def block_means(x: Tensor, block_size: int, offset: int = 0) -> Tensor:
 
     fp64 for fp64 inputs, fp32 otherwise.
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x.dtype)
     exists = pad_to_grid(x.new_ones(1, 1, x.shape[2], 1, dtype=compute), block_size, offset)
     x = pad_to_grid(x.to(compute), block_size, offset)
     return x.unflatten(2, (-1, block_size)).sum(3) / exists.unflatten(2, (-1, block_size)).sum(3)
@@ -184,20 +184,12 @@ def largest(fits: Callable[[Tensor], Tensor], low: Tensor, high: int) -> Tensor:
 def check_blocks(low: int, **values: int | None) -> None:
     """Raise unless every value is None or an int >= low; the keyword is the argument's name."""
     for name, value in values.items():
-        if value is None:
-            continue
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int >= {low}, got {value!r}")
-        if value < low:
-            raise ValueError(f"{name} must be >= {low}, got {value!r}")
+        if value is not None:
+            check_integer(name, value, low)
 
 
 def check_share(**values: float | None) -> None:
     """Raise unless every value is None or a number in [0, 1]; the keyword is the argument's name."""
     for name, value in values.items():
-        if value is None:
-            continue
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        if value is not None:
+            check_number(name, value, 0.0, 1.0)
