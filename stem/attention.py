@@ -340,7 +340,7 @@ def _hopper(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: f
 
 
 def _needs_operator(*tensors: Tensor) -> bool:
-    """Whether the kernels are called through stem.impl.operators; otherwise its cost on the host, some tens of us, is saved."""
+    """Whether the kernels are called through stem.impl.operators, which costs the host some tens of us."""
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return needs_gradients or torch.compiler.is_compiling()
 

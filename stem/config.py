@@ -187,7 +187,7 @@ class StemConfig:
         for name in ("density", "decay", "value_weight", "score_peak", "threshold"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one config here
-        # stem.impl.operators hands the config to operators as text, made here because torch.compile can read it but not make it
+        # operators take the config as text; torch.compile can read an attribute but cannot serialise a config
         object.__setattr__(self, "as_json", json.dumps(asdict(self), default=lambda number: number.item()))
 
     def __eq__(self, other) -> bool:

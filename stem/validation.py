@@ -30,12 +30,12 @@ def check_integer(name: str, value: object, low: int) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float = inf, *, open_below: bool = False) -> None:
-    """Raise unless value is a finite number in [low, high], or in (low, high] with `open_below`; a bool is no number."""
+    """Raise unless value is a finite number in [low, high], or in (low, high] with `open_below`; bools are refused."""
+    accepted = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if high == inf else ']'}"
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number in {accepted}, got {value!r}")
     if not isfinite(value) or not (low < value <= high if open_below else low <= value <= high):
-        left, right = "(" if open_below else "[", ")" if high == inf else "]"
-        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")
+        raise ValueError(f"{name} must be in {accepted}, got {value!r}")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

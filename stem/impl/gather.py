@@ -46,7 +46,8 @@ def gather_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gather_attention's out and lse, by formula and chunk by chunk: dq, dk and dv like q, k and v.
 
-    For stem.impl.operators, below autograd. With weights P and dP = dO V^T, the logits' gradient is P (dP - sum(P dP) + dlse).
+    For stem.impl.operators, below autograd. With weights P and dP = dO V^T, the gradient of the logits is
+    P (dP - sum(P dP) + dlse).
     """
     size, offset = selection.block_size, k.shape[2] - q.shape[2]
     q_blocks, k_blocks, v_blocks = _blocks(q, size, offset) * scale, _blocks(k, size), _blocks(v, size)
