@@ -134,6 +134,13 @@ def test_kernels_import_torch_and_triton_only():
     assert kernels and not [arrow for arrow in kernels if not within(arrow[1], packages)]
 
 
+def test_the_method_imports_torch_triton_and_numpy_only():
+    packages = ("stem", "torch", "triton", "numpy", *sys.stdlib_module_names)
+    beside = tuple(f"stem.{name}" for name in (*BESIDE_THE_METHOD, "pretrained") if name != "patterns")
+    method = [(source, target) for source, target in ARROWS if floor(source) == 1 and not within(source, beside)]
+    assert method and not [arrow for arrow in method if not within(arrow[1], packages)]
+
+
 @pytest.mark.parametrize("name", ["scores", "budget", "selection"])
 def test_stages_do_not_import_each_other(name):
     others = {f"stem.{other}" for other in ("scores", "budget", "selection", "attention") if other != name}
