@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint speed training evaluation quality extend tables notebooks lab lab-test clean
+.PHONY: help env reproduce test lint theory correctness speed training evaluation quality extend tables notebooks lab lab-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +32,12 @@ lint: $(INSTALLED) ## ruff over code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+theory: $(INSTALLED) ## run notebook 01, which writes results/theory/  [PROFILE=smoke|full|auto]
+	$(BIN)/python -m stem.experiments.theory --profile $(PROFILE)
+
+correctness: $(INSTALLED) ## run notebook 03, which writes results/correctness/  [PROFILE=smoke|full|auto]
+	$(BIN)/python -m stem.experiments.correctness --profile $(PROFILE)
+
 speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full LENGTHS="1024 2048"]
 	$(BIN)/python -m stem.experiments.speed.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
 
@@ -47,7 +53,7 @@ quality: $(INSTALLED) ## compare every selection by the loss it costs and write 
 extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/long_context/extension/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.long_context.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
-tables: $(INSTALLED) ## rewrite the tables and sentences of README.md and results/README.md, and the picture
+tables: $(INSTALLED) ## rewrite the tables and sentences of README.md and results/README.md, and results/figures/
 	$(BIN)/python -m stem.experiments.tables
 	$(BIN)/python scripts/overview.py
 

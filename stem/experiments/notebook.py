@@ -1,8 +1,11 @@
-"""The three helpers that every notebook uses: set up a run, check a claim, check an exercise."""
+"""Helpers of the notebooks: set up a run, check a claim, check an exercise; and run one notebook from a shell."""
 
+import argparse
 import dataclasses
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -90,3 +93,24 @@ def exercise(fn: Callable, against: Callable, args: tuple = ()) -> None:
         found, expected, rtol=1e-4, atol=1e-5, check_dtype=False, check_device=False, equal_nan=True
     )
     print("correct")
+
+
+def run_from_shell(number: str, experiment: str, arguments: Sequence[str] | None = None) -> None:
+    """Run the notebook that writes results/<experiment>/, through scripts/reproduce.py; exit as that script does.
+
+    Args:
+        number: Of the notebook, for example "01".
+        experiment: Name of its module in stem.experiments, for the help text.
+        arguments: Command line; None takes this process's.
+    """
+    name = f"python -m stem.experiments.{experiment}"
+    parser = argparse.ArgumentParser(
+        prog=name, description=f"Run notebook {number}, which writes results/{experiment}/."
+    )
+    parser.add_argument("--profile", choices=[*records.PROFILES, "auto"], default="auto", help="auto: full on CUDA")
+    profile = parser.parse_args(arguments).profile
+    script = records.repository_root() / "scripts" / "reproduce.py"
+    if not script.is_file():
+        parser.error(f"{script} does not exist: notebooks are in a checkout of the repository, not in the package")
+    command = [sys.executable, str(script), "--only", number, "--profile", profile, "--force"]
+    sys.exit(subprocess.run(command).returncode)

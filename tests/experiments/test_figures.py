@@ -1,4 +1,4 @@
-"""stem.experiments.figures: the claim in each title is computed from the rows, axes carry units, SVGs are reproducible."""
+"""stem.experiments.figures: each title claims what its rows say, axes carry units, SVGs are reproducible."""
 
 import matplotlib
 import numpy as np

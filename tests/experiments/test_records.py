@@ -152,3 +152,22 @@ def test_the_commit_of_a_copy_without_git_comes_from_the_environment(monkeypatch
     monkeypatch.undo()
     monkeypatch.setenv("STEM_COMMIT", "0123456789")
     assert records.git_commit() == "0123456789"
+
+
+SCRIPT = "import sys; print(*sys.argv[1:]); sys.exit(3)"
+
+
+@pytest.mark.parametrize(("arguments", "profile"), [([], "auto"), (["--profile", "full"], "full")])
+def test_an_experiment_runs_its_notebook(arguments, profile, tmp_path, capfd):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "reproduce.py").write_text(SCRIPT)
+    with pytest.raises(SystemExit) as exit:
+        notebook.run_from_shell("03", "correctness", arguments)
+    assert exit.value.code == 3
+    assert capfd.readouterr().out == f"--only 03 --profile {profile} --force\n"
+
+
+def test_an_experiment_without_a_checkout_says_so(capsys):
+    with pytest.raises(SystemExit):
+        notebook.run_from_shell("03", "correctness", [])
+    assert "checkout of the repository" in capsys.readouterr().err
