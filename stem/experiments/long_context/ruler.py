@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import lzma
-import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -94,7 +93,7 @@ def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 
     """`build_samples` through a file in `$STEM_CACHE/ruler` (default ~/.cache/stem/ruler); arguments as there.
 
     The file is named after task, length, seed and what the tokenizer does. One that holds enough samples is read, also
-    where lm-eval is not installed; otherwise it is written anew.
+    where lm-eval is not installed; otherwise it is written again, unless the cache is read-only.
     """
     tokens = documents.fingerprint(str(tokenizer(TOKENIZER_SAMPLE).input_ids))
     name = f"{task}-{length}-{seed}-{tokens}.json.xz"
@@ -104,10 +103,7 @@ def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 
         if len(rows) >= samples:
             return rows[:samples]
     rows = build_samples(task, tokenizer, length, samples, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_bytes(lzma.compress(json.dumps(rows).encode(), preset=3))
-    partial.replace(path)
+    pretrained.keep(path, lzma.compress(json.dumps(rows).encode(), preset=3))
     return rows
 
 

@@ -45,3 +45,10 @@ def test_bad_ruler_arguments_are_named(tokenizer):
     ]:
         with pytest.raises(ValueError, match=message):
             ruler.build_samples(*arguments)
+
+
+def test_samples_do_not_need_a_cache_that_can_be_written(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(ruler, "build_samples", lambda *arguments: [{"input": "text"}])
+    (tmp_path / "cache").write_text("a file, so that no folder can be made here")
+    monkeypatch.setenv("STEM_CACHE", str(tmp_path / "cache"))
+    assert ruler.stored_samples("ruler_vt", tokenizer, 512, 1) == [{"input": "text"}]
