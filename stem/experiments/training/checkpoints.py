@@ -1,4 +1,4 @@
-"""What a training run leaves on disk: its checkpoint and its log."""
+"""Files of a training run: its checkpoint and its log, written and checked."""
 
 import contextlib
 import csv
@@ -9,17 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stem.experiments.training.distributed import like, whole
 
+CHECKPOINT, LOG, LOCK = "checkpoint.safetensors", "log.csv", "lock"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two averages of each weight
+
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights, optimizer and random state as full tensors on the CPU; with shards, every process must call this.
+    """Collect weights, optimizer and random state as full tensors on the CPU.
 
-    The names are those of the plain model, so a checkpoint is good for any number of processes, DDP and FSDP2.
+    With shards, every process must call this. The names are those of the plain model, so that a checkpoint is good for
+    any number of processes, DDP and FSDP2.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, weight in model.named_parameters():
@@ -31,47 +35,88 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def save_checkpoint(path: Path, step: int, settings: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    """The `training_state` after `step` steps: one safetensors file that appears whole or not at all.
+    """Write the `training_state` after `step` steps to one safetensors file that appears whole or not at all.
 
-    It is written under another name, forced to the disk and moved, so a kill at any moment leaves the old or the new.
+    The file is written under another name, forced to the disk and renamed. A kill at any moment leaves the old
+    checkpoint or the new one.
+
+    Raises:
+        OSError: If the file cannot be written; the old checkpoint is still there.
     """
     metadata = {"step": str(step), "settings": json.dumps(settings)}
     partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, metadata)
+    try:
+        save_file(dict(tensors), partial, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{partial}: {error}") from error
     _to_disk(partial)
     partial.replace(path)
     _to_disk(path.parent)
 
 
-def check_settings(path: Path, settings: Mapping) -> None:
-    """Raise ValueError, naming the differences, if a checkpoint is of a run with other settings."""
-    with safe_open(path, "pt") as file:
-        theirs = json.loads(file.metadata()["settings"])
-    ours = json.loads(json.dumps(settings))
+def read_header(path: Path) -> tuple[int, dict]:
+    """Return the number of steps done and the settings that a checkpoint was written with.
+
+    Raises:
+        ValueError: If the file is not a whole checkpoint of a training run.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        return int(metadata["step"]), dict(json.loads(metadata["settings"]))
+    except (OSError, SafetensorError) as error:
+        raise _unusable(path, f"cannot be read ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unusable(path, "does not say which step and settings it belongs to") from error
+
+
+def check_resumable(folder: Path, settings: Mapping, columns: Sequence[str]) -> None:
+    """Raise ValueError if the checkpoint in `folder` cannot be resumed; without a checkpoint there is nothing to check.
+
+    Args:
+        folder: Folder of the run.
+        settings: TrainConfig.settings() of the run that wants to go on.
+        columns: Columns of log.csv.
+    Raises:
+        ValueError: If the checkpoint is damaged or has other settings, or if log.csv lacks one of its steps.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return
+    step, theirs = read_header(path)
+    theirs, ours = _flat(theirs), _flat(json.loads(json.dumps(settings)))
     if different := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
         changes = ", ".join(f"{name}: {theirs.get(name)} there, {ours.get(name)} asked" for name in different)
         raise ValueError(f"{path} belongs to another run ({changes}); take another folder or the same settings")
+    read_log(folder / LOG, step, columns)
 
 
-def load_checkpoint(path: Path, settings: Mapping, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's state into the model, the optimizer and the generators; returns the number of steps done.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint's state into the model, the optimizer and the generators, and return the number of steps done.
 
     Raises:
-        ValueError: If the checkpoint is of a run with other settings, naming them.
+        ValueError: If the file is damaged or holds the tensors of another model. Nothing has been changed then.
     """
-    check_settings(path, settings)
+    step, _ = read_header(path)
     with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
     weights = model.state_dict()
+    shapes = {f"model.{name}": value.shape for name, value in weights.items()}
+    for name, weight in model.named_parameters():
+        shapes |= {f"optimizer.{name}.{moment}": weight.shape for moment in MOMENTS}
+        shapes[f"optimizer.{name}.step"] = torch.Size()
+    shapes["random.cpu"] = torch.get_rng_state().shape
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if found != tuple(shape):
+            raise _unusable(path, f"belongs to another model: {name} is {found} there, {tuple(shape)} here")
     model.load_state_dict({name: like(tensors[f"model.{name}"], shard) for name, shard in weights.items()})
     names = {weight: name for name, weight in model.named_parameters()}
     ordered = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state = {}
-    for index, weight in enumerate(ordered):
-        prefix = f"optimizer.{names[weight]}."
-        entries = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        state[index] = {entry: like(value, weight) for entry, value in entries.items()}
+    state = {
+        index: {entry: like(tensors[f"optimizer.{names[weight]}.{entry}"], weight) for entry in ("step", *MOMENTS)}
+        for index, weight in enumerate(ordered)
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
@@ -79,17 +124,31 @@ def load_checkpoint(path: Path, settings: Mapping, model: nn.Module, optimizer: 
     return step
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError unless a run can write its files to `folder`, which need not exist yet; writes nothing."""
+    found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not found.is_dir():
+        raise ValueError(f"out={str(folder)!r}: {found} is not a folder; accepted: a folder, or where one can be made")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"out={str(folder)!r}: {found} cannot be written to; accepted: a folder that can")
+    files = [folder / name for name in (CHECKPOINT, LOG, LOCK)]
+    for path in (*files, *(file.with_suffix(".partial") for file in files[:2])):
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise ValueError(f"out={str(folder)!r}: {path} is not a file that can be written to; remove it")
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it: two runs that write to one folder would tear its log and its checkpoint.
+    """Make the folder and lock it, because two runs in one folder would tear its log and its checkpoint.
 
-    The lock dies with its process, however that ends. A killed torchrun can leave its processes behind, still training.
+    The lock ends with its process, also when the process is killed. A killed torchrun can leave its processes behind,
+    still training.
 
     Raises:
-        ValueError: If another process holds it.
+        ValueError: If another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,18 +156,39 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-class Log:
-    """log.csv with one row a step, flushed at once; a resumed run drops the rows after its checkpoint.
+def read_log(path: Path, steps: int, columns: Sequence[str]) -> list[str]:
+    """Return the header and the rows of the first `steps` steps of a log, as lines; [] for no steps.
 
     Raises:
-        ValueError: If rows from before the checkpoint are missing, so that the curve would have a hole.
+        ValueError: If one of these rows is missing or damaged, so that the curve would have a hole.
+    """
+    if not steps:
+        return []
+    lines = path.read_text(errors="replace").splitlines(keepends=True)[: steps + 1] if path.exists() else []
+    whole = lines[:1] == [",".join(columns) + "\n"]
+    for step, line in enumerate(lines[1:], 1):
+        whole = whole and line.endswith("\n") and _numbers(line)[:1] == [step] and len(_numbers(line)) == len(columns)
+    if len(lines) <= steps or not whole:
+        raise ValueError(
+            f"{path} lacks rows of the {steps} steps of the checkpoint beside it; put the log back, or remove "
+            f"{CHECKPOINT} to start from step 0"
+        )
+    return lines
+
+
+class Log:
+    """log.csv with one row for each step, flushed at once. Rows after the checkpoint are dropped.
+
+    Args:
+        path: The file.
+        steps_done: Steps of the checkpoint, 0 without one.
+        columns: Names of the columns.
+    Raises:
+        ValueError: See read_log.
     """
 
     def __init__(self, path: Path, steps_done: int, columns: Sequence[str]):
-        found = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = found[: steps_done + 1] if steps_done else []
-        if steps_done and len(kept) < steps_done + 1:
-            raise ValueError(f"{path} lacks rows of the {steps_done} steps of the checkpoint beside it; remove both")
+        kept = read_log(path, steps_done, columns)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)
@@ -118,12 +198,31 @@ class Log:
             self.writer.writeheader()
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add a row; every digit of its floats, so that equal curves are equal files."""
+        """Add a row with every digit of its floats, so that equal curves are equal files."""
         self.writer.writerow(row)
 
     def sync(self) -> None:
-        """Force the rows to the disk: a checkpoint must not outlive the rows before it."""
+        """Force the rows to the disk, because a checkpoint must not outlive the rows before it."""
         os.fsync(self.file.fileno())
+
+
+def _numbers(line: str) -> list[float]:
+    try:
+        return [float(text) for text in line.split(",")]
+    except ValueError:
+        return []
+
+
+def _flat(settings: Mapping) -> dict:
+    """Settings of a run with those of its nested configs beside them: {"lr": ..., "stem_config.density": ...}."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _unusable(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} {reason}; put a whole copy back, or remove it to start from step 0")
 
 
 def _to_disk(path: Path) -> None:

@@ -1,9 +1,8 @@
-"""TrainConfig: everything that a training run can be told, and the command line that says it."""
+"""Settings of a training run, and the command line that sets them."""
 
 import argparse
 import ast
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from stem import patterns
@@ -12,53 +11,66 @@ from stem.config import StemConfig
 from stem.experiments.training.distributed import PARALLEL
 from stem.experiments.training.model import ModelSize
 from stem.experiments.training.tasks import TASKS, VOCAB_SIZE
+from stem.validation import check_choice, check_integer, check_number
 
-LEAST = {
+SMALLEST = {
     "steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 32, "start_len": 0, "grow_steps": 0, "warmup": 0,
     "seed": 0, "checkpoint_every": 1,
 }  # fmt: skip
+FREE = (
+    "out",
+    "device",
+    "accumulate",
+    "checkpoint_every",
+    "parallel",
+    "deterministic",
+)  # a resumed run may change these
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Everything that changes its losses is here."""
+    """Settings of one training run: everything that its losses depend on.
+
+    Raises:
+        ValueError, TypeError: For a value that is not accepted, and for values that do not fit together.
+    """
 
     out: str = "runs/default"
     """Folder of log.csv and checkpoint.safetensors; every process must see it."""
     attention: str = "dense"
     """"dense" or one of stem.patterns.names()."""
     tasks: str = "text,recall"
-    """Names from stem.experiments.training.tasks.TASKS, taken in turn by the rows of a batch."""
+    """Names from stem.experiments.training.tasks.TASKS, separated by commas; the rows of a batch take them in turn."""
     steps: int = 300
-    """Optimizer steps in the whole schedule."""
+    """Optimizer steps of the whole schedule."""
     batch_size: int = 8
-    """Rows of one step over all processes."""
+    """Rows of one step over all processes, at length `seq_len`."""
     accumulate: int = 1
     """Parts into which each process splits its rows, to save memory."""
     seq_len: int = 512
-    """Tokens in a row."""
+    """Tokens in a row, >= 32."""
     start_len: int = 0
-    """Tokens in a row of the first step, `seq_len` halved a few times; 0 takes `seq_len` from the start."""
+    """Tokens in a row of the first step: `seq_len` divided by a power of two, >= 32; 0 takes `seq_len` at once."""
     grow_steps: int = 0
-    """Steps in which rows double, evenly, from `start_len` to `seq_len`; every step has as many tokens."""
+    """Steps over which rows double, evenly, from `start_len` to `seq_len`. The tokens of a step stay the same."""
     lr: float = 3e-3
     """Highest learning rate, reached after the warm-up."""
     warmup: int = 20
-    """Steps of linear warm-up before the cosine to a tenth of `lr`."""
+    """Steps of linear warm-up, followed by a cosine to a tenth of `lr`."""
     weight_decay: float = 0.1
-    """Of matrices; gains of the norms have none."""
+    """Weight decay of matrices; the gains of the norms have none."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     seed: int = 0
-    """Of the weights and of the data."""
+    """Seed of the weights and of the data."""
     bf16: bool = False
-    """Autocast matrix products to bfloat16; weights and optimizer stay fp32."""
+    """Matrix products in bfloat16 (autocast); weights and optimizer stay fp32."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step always writes one."""
     device: str = ""
     """"cpu" or "cuda"; empty takes CUDA where there is one."""
     impl: str | None = None
-    """Of block-sparse attention, see stem.block_sparse_attention; None chooses."""
+    """Implementation of sparse attention, see stem.block_sparse_attention; None chooses. Not for "dense"."""
     parallel: str = "ddp"
     """How several processes share the model: "ddp" (a copy each) or "fsdp" (FSDP2, a shard each)."""
     deterministic: bool = False
@@ -67,23 +79,17 @@ class TrainConfig:
     stem_config: StemConfig = dataclasses.field(default_factory=StemConfig)
 
     def __post_init__(self):
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}; accepted: whole numbers from {least}")
-        for name, low in {"lr": 0.0, "clip": 0.0, "weight_decay": -1e-30}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not low < value < math.inf:
-                raise ValueError(f"{name}={value!r}; accepted: finite numbers {'above' if low == 0 else 'from'} 0")
-        accepted = {
-            "attention": patterns.names(),
-            "impl": (None, *IMPLS),
-            "device": ("", "cpu", "cuda"),
-            "parallel": PARALLEL,
-        }
-        for name, choices in accepted.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {', '.join(map(repr, choices))}")
+        for name, low in SMALLEST.items():
+            check_integer(name, getattr(self, name), low)
+        check_number("lr", self.lr, 0, open_below=True)
+        check_number("clip", self.clip, 0, open_below=True)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_choice("attention", self.attention, patterns.names())
+        check_choice("impl", self.impl, (None, *IMPLS))
+        check_choice("device", self.device, ("", "cpu", "cuda"))
+        check_choice("parallel", self.parallel, PARALLEL)
+        if self.impl and self.attention == "dense":
+            raise ValueError(f"impl={self.impl!r} has no effect on attention='dense'; accepted: None")
         if unknown := [name for name in self.tasks.split(",") if name not in TASKS]:
             raise ValueError(f"tasks={self.tasks!r}: unknown {unknown}; accepted: names out of {', '.join(TASKS)}")
         if self.start_len and (self.start_len < 32 or self.start_len << self.doublings != self.seq_len):
@@ -99,17 +105,22 @@ class TrainConfig:
 
     @property
     def doublings(self) -> int:
-        """How often rows double in length."""
+        """Number of times that rows double in length."""
         return max(0, (self.seq_len // self.start_len).bit_length() - 1) if self.start_len else 0
 
     def settings(self) -> dict:
-        """What a resumed run must share: every field but those that change no loss beyond rounding."""
-        free = ("out", "device", "accumulate", "checkpoint_every", "parallel", "deterministic")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        """Fields that a resumed run must share with its checkpoint: all except FREE, which change rounding at most."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The run that a command line describes: one option for each field of TrainConfig, ModelSize and StemConfig."""
+    """Read a TrainConfig from a command line with one option for each field of TrainConfig, ModelSize and StemConfig.
+
+    Args:
+        arguments: Options and their values; None takes the command line of this process.
+    Raises:
+        SystemExit: For a bad option, with status 2, after the usage and one line that names it.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m stem.experiments.training.train", description="Train a small language model."
     )
@@ -128,12 +139,12 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         for name, kind in nested.items():
             values[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
         return TrainConfig(**values)
-    except (TypeError, ValueError) as error:  # a bad option: usage and one line, exit status 2
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
 
 
 def _literal(text: str):
-    """A number, tuple or None if it reads as one, else the text itself."""
+    """Read a Python literal such as a number, a tuple or None; other text is returned as it is."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):

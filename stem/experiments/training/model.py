@@ -68,11 +68,16 @@ def attend(
     if attention == "dense":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     config = config or StemConfig()
-    if attention == "stem":
-        return stem_attention(q, k, v, config, impl=impl)
-    with torch.no_grad():
-        selection = patterns.select(attention, q, k, v, config)
-    return block_sparse_attention(q, k, v, selection, impl=impl)
+    try:
+        if attention == "stem":
+            return stem_attention(q, k, v, config, impl=impl)
+        with torch.no_grad():
+            selection = patterns.select(attention, q, k, v, config)
+        return block_sparse_attention(q, k, v, selection, impl=impl)
+    except ValueError as error:
+        if all(x.isfinite().all() for x in (q, k, v)):
+            raise
+        raise FloatingPointError("NaN or infinity in q, k or v") from error
 
 
 def rotary_angles(num_tokens: int, size: ModelSize, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
-"""Train the small language model: one CPU, one GPU or many, with the same script.
+"""Train the small language model on one CPU, on one GPU or on many, with the same script.
 
     python -m stem.experiments.training.train --out runs/stem --attention stem --density 0.25 --block-size 32
-    torchrun --nproc-per-node=8 -m stem.experiments.training.train --out runs/stem --attention stem --bf16 --parallel fsdp
+    torchrun --nproc-per-node=8 -m stem.experiments.training.train --out runs/stem --attention stem --parallel fsdp
 
-Each step's batch is split over the processes and over `accumulate` parts, and the loss is the mean over all targets of
-the whole batch, so the curve does not depend on the split. A run that is started again in the same folder goes on from
-its last checkpoint and takes the same steps as an uninterrupted one, also on another number of processes.
+The batch of a step is split over the processes, and each process splits its rows into `accumulate` parts. The loss is
+the mean over all targets of the whole batch, so that the curve does not depend on the split. A run that is started
+again in the same folder goes on from its last checkpoint. It takes the same steps as an uninterrupted run, also on
+another number of processes.
 """
 
 import contextlib
@@ -23,8 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stem.experiments.training.checkpoints import (
+    CHECKPOINT,
+    LOG,
     Log,
-    check_settings,
+    check_folder,
+    check_resumable,
     load_checkpoint,
     only_writer,
     save_checkpoint,
@@ -32,12 +36,17 @@ from stem.experiments.training.checkpoints import (
 )
 from stem.experiments.training.config import TrainConfig, parse_config
 from stem.experiments.training.distributed import Processes, choose_device, gradient_sync, join_processes, share, whole
-from stem.experiments.training.model import LanguageModel
+from stem.experiments.training.model import LanguageModel, attend
 from stem.experiments.training.tasks import IGNORED, Batch, make_batch
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine from `lr` to a tenth of it at the last step."""
+def learning_rate(step: int, config) -> float:
+    """Learning rate of a step: linear warm-up to `lr`, then half a cosine that reaches a tenth of `lr` at `steps`.
+
+    Args:
+        step: 0 .. config.steps.
+        config: TrainConfig, or any object with lr, warmup and steps.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -45,14 +54,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def row_length(step: int, config: TrainConfig) -> int:
-    """Tokens in the rows of this step: `start_len`, doubled evenly over `grow_steps`, then `seq_len`."""
+    """Tokens in the rows of a step: `start_len`, doubled evenly over `grow_steps`, then `seq_len`."""
     if step >= config.grow_steps:
         return config.seq_len
     return config.start_len << step * config.doublings // config.grow_steps
 
 
 def row_parts(step: int, config: TrainConfig, processes: Processes) -> list[range]:
-    """The rows of the endless stream that this process takes at this step, in `accumulate` parts.
+    """Row numbers of the endless stream that this process takes at a step, in `accumulate` parts.
 
     Raises:
         ValueError: If batch_size is not a multiple of accumulate times the number of processes.
@@ -70,7 +79,7 @@ def row_parts(step: int, config: TrainConfig, processes: Processes) -> list[rang
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, bf16: bool = False) -> Tensor:
-    """Cross entropy of every position [nats], fp32 [B, N]; 0 where nothing is asked."""
+    """Cross-entropy of every position [nats], fp32 [B, N]; 0 at positions without a target."""
     with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=bf16):
         logits = model(batch.inputs)  # [B, N, vocab]
     losses = F.cross_entropy(
@@ -80,7 +89,7 @@ def token_losses(model: torch.nn.Module, batch: Batch, bf16: bool = False) -> Te
 
 
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (betas 0.9, 0.95) that decays matrices only."""
+    """Make AdamW (betas 0.9, 0.95) with weight decay on matrices only."""
     weights = list(model.parameters())
     groups = [
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
@@ -92,24 +101,24 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Ada
 def train(
     config: TrainConfig, *, progress: bool = False, on_step: Callable[[int, LanguageModel], None] | None = None
 ) -> LanguageModel:
-    """Run a configuration to its last step, going on from its checkpoint if there is one.
+    """Train a model to the last step of a run, going on from its checkpoint if there is one.
 
     Args:
-        config: The run.
+        config: The run. Without a checkpoint in `config.out`, it starts from step 0 and replaces log.csv.
         progress: Show a tqdm bar on the main process.
         on_step: Called on every process after each step with the number of steps done and the model.
     Returns:
         The trained model, in eval mode, on this process's device.
     Raises:
-        ValueError: For settings that do not fit together or with the checkpoint in `config.out`, and if another
-            process trains there.
-        FloatingPointError: If the loss stops being finite; the last checkpoint is from before.
+        ValueError: If `check_run` refuses the run, or another process trains in the same folder. Nothing has been
+            written then.
+        FloatingPointError: If the training diverges; see take_step. The last checkpoint is from before.
     """
     check_run(config)
     with (
         deterministic(config.deterministic),
         join_processes(config.device) as processes,
-        only_writer(checkpoint_path(config).parent) if processes.is_main else contextlib.nullcontext(),
+        only_writer(Path(config.out)) if processes.is_main else contextlib.nullcontext(),
     ):
         processes.wait()  # from here on nobody else writes the checkpoint
         model = run_steps(config, processes, progress=progress, on_step=on_step)
@@ -124,21 +133,20 @@ def run_steps(
     progress: bool = False,
     on_step: Callable[[int, LanguageModel], None] | None = None,
 ) -> LanguageModel:
-    """The part of `train` that is done in the group of its processes.
+    """Do all steps of `train` that are left, in the group of its processes.
 
-    The DistributedDataParallel lives in this call only, because it must not outlive the group: as the last owner of a
-    gloo group it would wait, holding the GIL, for a thread of gloo that needs the GIL to end.
+    The DistributedDataParallel lives in this call only, because it must not outlive the group. As the last owner of a
+    gloo group it would hold the GIL and wait for a gloo thread that needs the GIL to end.
     """
-    names = config.tasks.split(",")
-    checkpoint = checkpoint_path(config)
+    names, folder = config.tasks.split(","), Path(config.out)
+    checkpoint, columns = folder / CHECKPOINT, log_columns(names)
     torch.manual_seed(config.seed)
     model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
     shared = share(model, config.parallel, processes)
     optimizer = make_optimizer(model, config)
-    done = load_checkpoint(checkpoint, config.settings(), model, optimizer) if checkpoint.exists() else 0
-    log = None
-    if processes.is_main:
-        log = Log(checkpoint.with_name("log.csv"), done, log_columns(names))
+    check_resumable(folder, config.settings(), columns)  # once more: another run may have ended here since check_run
+    done = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
+    log = Log(folder / LOG, done, columns) if processes.is_main else None
     steps = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=not (progress and log))
     for step in steps:
         row = take_step(step, config, names, shared, optimizer, processes)
@@ -147,6 +155,8 @@ def run_steps(
             steps.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             state = training_state(model, optimizer)
+            if not all(value.isfinite().all() for value in state.values()):
+                raise diverged(step, config, row["loss"], "the new weights are not finite")
             if log:
                 log.sync()
                 save_checkpoint(checkpoint, step + 1, config.settings(), state)
@@ -159,7 +169,7 @@ def run_steps(
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Have torch refuse operations whose result differs from run to run, if wanted, and put its setting back."""
+    """Make torch refuse operations that differ from run to run, if wanted, and restore its setting afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before or wanted)
     try:
@@ -169,26 +179,37 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def check_run(config: TrainConfig) -> None:
-    """Raise ValueError if this machine, the number of processes or the folder does not fit, before anything is made."""
+    """Check everything that can be checked before a run writes its first file, and write nothing.
+
+    Raises:
+        ValueError: If the device, the number of processes, `impl`, the folder, its checkpoint or its log does not fit.
+    """
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     row_parts(0, config, Processes(0, int(os.environ.get("WORLD_SIZE", 1)), device))
-    if checkpoint_path(config).exists():
-        check_settings(checkpoint_path(config), config.settings())
+    if config.impl:
+        check_impl(config, device)
+    check_folder(Path(config.out))
+    check_resumable(Path(config.out), config.settings(), log_columns(config.tasks.split(",")))
 
 
-def checkpoint_path(config: TrainConfig) -> Path:
-    """Where the run keeps its one checkpoint."""
-    return Path(config.out) / "checkpoint.safetensors"
+def check_impl(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError if `impl` cannot attend on this device in the shapes and the dtype of the run."""
+    size, length, dtype = config.size, row_length(0, config), torch.bfloat16 if config.bf16 else torch.float32
+    q, kv = (torch.ones(1, n, length, size.head_dim, device=device, dtype=dtype) for n in (size.heads, size.kv_heads))
+    try:
+        attend(q, kv, kv, config.attention, config.stem_config, config.impl)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def log_columns(names: Sequence[str]) -> list[str]:
-    """Columns of log.csv: losses [nats], gradient norm before clipping, speed of the whole run, memory of a process."""
+    """Columns of log.csv: losses [nats], gradient norm before clipping, speed of all processes, memory of this one."""
     losses = [f"loss_{name}" for name in names]
     return ["step", "loss", *losses, "grad_norm", "lr", "tokens_per_second", "peak_memory_mib"]
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory that this process has held so far [MiB]: tensors on a GPU, everything (resident) on a CPU."""
+    """Peak memory of this process so far [MiB]: of tensors on a GPU, of the whole process (resident) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
@@ -198,10 +219,20 @@ def peak_memory_mib(device: torch.device) -> float:
 def take_step(
     step: int, config: TrainConfig, names: Sequence[str], model: torch.nn.Module, optimizer, processes: Processes
 ) -> dict[str, float]:
-    """One optimizer step over the whole batch of all processes; returns its row of the log.
+    """Take one optimizer step over the batch of all processes and return its row of the log.
 
-    `model` is the plain or the distributed one. The loss is the sum over all targets divided by their number in the
-    whole batch; DDP and FSDP2 average gradients, so each process multiplies its share by their number.
+    DDP and FSDP2 average gradients, so each process multiplies its share of the loss by the number of processes.
+
+    Args:
+        step: Number of the step, from 0.
+        config: The run.
+        names: Its tasks.
+        model: The plain model, or the model that `share` returned.
+        optimizer: See make_optimizer.
+        processes: Processes that share the batch.
+    Raises:
+        FloatingPointError: If the loss or the gradient norm is not finite; names both, the step and the learning rate.
+            The weights are still those of the step before.
     """
     start = time.perf_counter()
     seq_len = row_length(step, config)
@@ -213,18 +244,21 @@ def take_step(
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=processes.device)  # loss, targets
     for part, batch in enumerate(batches):
         with gradient_sync(model, part == len(batches) - 1):
-            losses = token_losses(model, batch, config.bf16)
+            try:
+                losses = token_losses(model, batch, config.bf16)
+            except FloatingPointError as error:
+                raise diverged(step, config, math.nan, str(error)) from error
             (losses.sum() * processes.world / num_targets).backward()
         counts = (batch.targets != IGNORED).sum(-1)
         sums.index_add_(0, batch.task, torch.stack([losses.detach().sum(-1), counts], dim=-1).double())
     processes.sum(sums)
     loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"step {step + 1}: loss={loss}; lower lr={config.lr} or clip={config.clip}")
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
+    if not math.isfinite(loss + grad_norm):
+        raise diverged(step, config, loss, f"grad_norm={grad_norm}")
     rate = learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     by_task = (sums[:, 0] / sums[:, 1]).tolist()
@@ -239,16 +273,23 @@ def take_step(
     }
 
 
+def diverged(step: int, config: TrainConfig, loss: float, reason: str) -> FloatingPointError:
+    """Make the error of a step at which the training diverges."""
+    return FloatingPointError(
+        f"step {step + 1}: loss={loss:g}, {reason}, learning rate {learning_rate(step, config):g}; the training "
+        f"diverges: lower lr={config.lr:g} or clip={config.clip:g}, or raise warmup={config.warmup}"
+    )
+
+
 def main() -> None:
-    """Train what the command line describes; a run that cannot start ends with one line and status 1."""
+    """Train the run of the command line; a run that cannot start or go on ends with one line and status 1."""
     config = parse_config()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it before its first use
     try:
-        check_run(config)
-    except ValueError as error:
+        train(config, progress=True)
+    except (ValueError, FloatingPointError, OSError) as error:
         raise SystemExit(f"stem.experiments.training.train: {error}") from error
-    train(config, progress=True)
 
 
 if __name__ == "__main__":
