@@ -42,7 +42,7 @@ speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=s
 	$(BIN)/python -m stem.experiments.speed.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
 
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
-	$(BIN)/python -m stem.experiments.training.experiment --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+	$(BIN)/python -m stem.experiments.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/long_context/answers/  [PROFILE=smoke|full METHODS="stem xattention"]
 	$(BIN)/python -m stem.experiments.long_context.comparison --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))

@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from stem.experiments.training.checkpoints import LOG
+from stem.experiments.training.config import TrainConfig
 from stem.experiments.training.model import LanguageModel
 from stem.experiments.training.tasks import IGNORED, make_batch
-from stem.experiments.training.train import TrainConfig
 
 CURVES = ("loss_", "grad_norm")  # beginnings of the columns of a log that become rows
 SPIKE = 4.0  # a gradient norm this many times the median of the 25 steps before it counts as a spike
@@ -74,7 +75,7 @@ def curve_rows(config: TrainConfig, num_bins: int = 30) -> list[dict]:
     Those are "spikes", the number of steps whose gradient norm is over `SPIKE` times the median of the 25 steps before
     it, and "largest_spike", the largest such ratio.
     """
-    log = pd.read_csv(Path(config.out) / "log.csv")
+    log = pd.read_csv(Path(config.out) / LOG)
     edges = sorted({1 + round(config.steps * i / num_bins) for i in range(num_bins + 1)})
     rows = []
     for name in log.columns[log.columns.str.startswith(CURVES)]:
@@ -114,8 +115,3 @@ def evaluation_rows(
             what = ("loss", "position", eighths) if task == "text" else ("correct", "distance", doublings)
             rows += [dict(seq_len=seq_len, task=task) | row for row in binned(lines, *what)]
     return rows
-
-
-def mean_value(rows: pd.DataFrame) -> float:
-    """Mean over all measurements behind the rows: their values weighted by their counts."""
-    return float((rows["value"] * rows["count"]).sum() / rows["count"].sum())

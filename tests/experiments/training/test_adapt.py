@@ -12,7 +12,7 @@ from stem.experiments.documents import LONG_MODULES
 from stem.experiments.training import adapt
 
 CONFIG = stem.StemConfig(block_size=16, score_stride=4, density=0.3, sink_blocks=1, local_blocks=1)
-PLAN = adapt.Plan(config=CONFIG, steps=3, length=96, read=128, bucket=64, lr=1e-2)
+SETTINGS = adapt.AdaptConfig(stem_config=CONFIG, steps=3, length=96, read=128, bucket=64, lr=1e-2)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_both_kinds_of_attention_learn_from_the_same_windows(model):
     curves = {}
     for sparse in (False, True, True):
         model.load_state_dict(before)
-        rows = adapt.fine_tune(model, tokens, PLAN, sparse=sparse, say=lambda line: None)
+        rows = adapt.fine_tune(model, tokens, SETTINGS, sparse=sparse, say=lambda line: None)
         curves.setdefault(sparse, []).append([row["loss"] for row in rows])
         assert model.config._attn_implementation == "sdpa", "left as it came"
         assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
@@ -65,7 +65,7 @@ def test_stem_follows_autocast_as_sdpa_does(model):
 
 
 def test_held_out_text_is_read_dense_and_sparse_and_never_trained_on(model):
-    rows = pd.DataFrame(adapt.held_out_rows(model, tokenizer, PLAN))
+    rows = pd.DataFrame(adapt.held_out_rows(model, tokenizer, SETTINGS))
     assert set(rows.task) == {f"held_out_{name}" for name in LONG_MODULES}
     assert len(rows) == len(LONG_MODULES) * 2 * 2 and set(rows.start) == {0, 64}
     dense, sparse = (rows[rows.inferred == name] for name in ("dense", "stem"))
@@ -78,8 +78,8 @@ def test_held_out_text_is_read_dense_and_sparse_and_never_trained_on(model):
 
 def test_rows_of_an_arm(model, monkeypatch):
     monkeypatch.setattr(adapt.pretrained, "load", lambda name: (model, tokenizer))
-    rows = pd.DataFrame(adapt.run_arm(PLAN, "dense", 0, say=lambda line: None))
+    rows = pd.DataFrame(adapt.run_arm(SETTINGS, "dense", 0, say=lambda line: None))
     assert set(rows.trained) == {"pretrained", "adapt_dense"} and set(rows.seed) == {0}
-    assert len(rows[rows.task == "adaptation"]) == 2 * PLAN.steps
-    rows = pd.DataFrame(adapt.run_arm(PLAN, "stem", 1, say=lambda line: None))
+    assert len(rows[rows.task == "adaptation"]) == 2 * SETTINGS.steps
+    rows = pd.DataFrame(adapt.run_arm(SETTINGS, "stem", 1, say=lambda line: None))
     assert set(rows.trained) == {"adapt_stem"} and set(rows[rows.task != "adaptation"].inferred) == {"dense", "stem"}

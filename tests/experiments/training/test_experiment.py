@@ -11,12 +11,13 @@ import torch
 import stem
 from stem import patterns
 from stem.experiments.training import experiment
+from stem.experiments.training.__main__ import main
 from stem.experiments.training.config import TrainConfig
 from stem.experiments.training.model import LanguageModel, ModelSize
 
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.4, sink_blocks=1, local_blocks=1)
 SIZE = ModelSize(layers=1, width=32, heads=2, kv_heads=1, hidden=48)
-PLAN = experiment.Plan(
+STUDY = experiment.Study(
     TrainConfig(steps=4, batch_size=2, seq_len=64, warmup=1, size=SIZE, stem_config=SPARSE, device="cpu"),
     seeds=(0, 1), arms=("dense", "stem"), lengths=(1, 2), num_rows=1, speed_steps=1,
 )  # fmt: skip
@@ -26,17 +27,13 @@ PLAN = experiment.Plan(
 def in_this_process(monkeypatch, tmp_path):
     """Parts run at once in this process, on one thread; results go to a temporary folder."""
 
-    class Done:
-        def poll(self):
-            return 0
+    def run_here(tasks, workers):
+        for task in tasks:
+            with contextlib.suppress(FloatingPointError):  # as a process of its own would end
+                task()
 
-    def start(profile, folder, part):
-        with contextlib.suppress(FloatingPointError):  # as a process of its own would end
-            experiment.run_part(experiment.PLANS[profile], part, folder)
-        return Done()
-
-    monkeypatch.setattr(experiment, "_start", start)
-    monkeypatch.setattr(experiment, "PLANS", {"smoke": PLAN})
+    monkeypatch.setattr(experiment, "run_in_processes", run_here)
+    monkeypatch.setattr(experiment, "STUDIES", {"smoke": STUDY})
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -67,17 +64,17 @@ def test_finished_parts_are_kept_and_missing_ones_are_run_again(tmp_path, monkey
     assert kept.value.equals(first[(first.trained != "stem") | (first.seed != 1)].value.reset_index(drop=True))
     with_seed = pd.read_csv(experiment.run("smoke", tmp_path, only=["stem"], seeds=[7]))
     assert ran[1:] == [("stem", 7)] and (with_seed.trained == "again").sum() == 1
-    other = dataclasses.replace(PLAN, num_rows=2)
-    assert experiment.part_folder(other, tmp_path) != experiment.part_folder(PLAN, tmp_path)
+    other = dataclasses.replace(STUDY, num_rows=2)
+    assert experiment.part_folder(other, tmp_path) != experiment.part_folder(STUDY, tmp_path)
 
 
 def test_a_failed_part_is_named_and_the_others_are_written(tmp_path, monkeypatch):
     whole = experiment.run_arm
 
-    def fail(plan, arm, seed, *rest, **options):
+    def fail(study, arm, seed, *rest, **options):
         if (arm, seed) == ("stem", 0):
             raise FloatingPointError
-        return whole(plan, arm, seed, *rest, **options)
+        return whole(study, arm, seed, *rest, **options)
 
     monkeypatch.setattr(experiment, "run_arm", fail)
     with pytest.raises(RuntimeError, match="parts failed: stem-0;"):
@@ -87,20 +84,54 @@ def test_a_failed_part_is_named_and_the_others_are_written(tmp_path, monkeypatch
     assert set(zip(read.trained, read.seed, strict=True)) == {("dense", 0), ("dense", 1), ("stem", 1)}
 
 
-def test_a_part_or_an_arm_that_does_not_exist_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["stem.experiments.training.experiment", "--part", "tortoise-0", "--folder", str(tmp_path)]
-    )
-    with pytest.raises(ValueError, match="attention='tortoise'; accepted: 'dense'"):
-        experiment.main()
+def test_a_part_or_an_arm_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match="attention must be one of 'dense', .*, got 'tortoise'"):
+        experiment.run_part(STUDY, "tortoise-0", tmp_path)
     with pytest.raises(ValueError, match=r"unknown \['hare'\]; accepted: dense, stem"):
         experiment.run("smoke", tmp_path, only=["hare"])
+    with pytest.raises(ValueError, match="seeds must be >= 0, got -1"):
+        experiment.run("smoke", tmp_path, seeds=[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--only", "hare"], "unknown \\['hare'\\]"),
+        (["--seeds", "-1"], "seeds must be >= 0"),
+        ([], "Not a directory: '.*file"),
+    ],
+)
+def test_an_experiment_that_cannot_start_ends_with_one_line(tmp_path, monkeypatch, options, words):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(sys, "argv", ["training", "--folder", str(tmp_path / "file" / "parts"), *options])
+    with pytest.raises(SystemExit, match=f"^stem.experiments.training: .*{words}"):
+        main()
+
+
+def test_results_that_cannot_be_written_are_found_out_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "results").write_text("in the way")
+    with pytest.raises(OSError, match="results"):
+        experiment.run("smoke", tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_checkpoint_is_kept_until_the_rows_are_written(tmp_path, monkeypatch):
+    def disk_full(frame, path, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        experiment.run_part(STUDY, "dense-0", tmp_path)
+    assert (tmp_path / "dense-0" / "checkpoint.safetensors").exists()
+    monkeypatch.undo()
+    experiment.run_part(STUDY, "dense-0", tmp_path)
+    assert (tmp_path / "dense-0.csv").exists() and not (tmp_path / "dense-0" / "checkpoint.safetensors").exists()
 
 
 @pytest.mark.parametrize("arm", [arm for arm in (*experiment.ARMS, experiment.CONTROL) if arm != "dense"])
 def test_arms_differ_in_what_they_keep_and_not_in_how_much(arm):
     q, k, v = (torch.randn(1, 2, 1024, 32) for _ in range(3))
-    config = experiment.arm_config(PLAN, arm)
+    config = experiment.arm_config(STUDY, arm)
     selection = patterns.select(config.attention, q, k, v, config.stem_config)
     reference = patterns.select("stem", q, k, v, SPARSE)
     assert selection.density() == pytest.approx(reference.density(), abs=0.03)
@@ -109,7 +140,7 @@ def test_arms_differ_in_what_they_keep_and_not_in_how_much(arm):
 
 def test_a_model_reads_as_an_arm():
     model = LanguageModel(SIZE)
-    experiment.use(model, PLAN, "stem_softmax")
+    experiment.use(model, STUDY, "stem_softmax")
     assert (model.attention, model.stem_config.reduction, model.stem_config.allocation) == (
         "stem",
         "softmax",
