@@ -71,10 +71,7 @@ def test_packed_sequences_have_a_span_each(dtype):
 
 
 def test_a_mask_that_says_something_else_is_refused():
-    gap = padded(12, slice(0, 12))
-    gap[0, 5] = False
     masks = [
-        padding.stem_mask(**sizes(gap, 12)),
         torch.ones(1, 1, 12, 12).tril().triu(-3).bool(),  # a sliding window
         torch.ones(1, 1, 12, 12).bool(),
         torch.ones(1, 1, 12, 12).triu().bool(),
@@ -87,6 +84,33 @@ def test_a_mask_that_says_something_else_is_refused():
         assert padding.token_mask(mask, query, query) is mask
         with pytest.raises(ValueError, match="attention_mask"):
             padding.rows_by_span(mask, query)
+
+
+@pytest.mark.parametrize("q_offset, kv_length", [(0, 12), (4, 12), (4, 20)])
+def test_rows_whose_padding_has_gaps_are_marked(q_offset, kv_length):
+    mask = padded(12, slice(0, 12), slice(2, 11), slice(0, 4), slice(4, 12))
+    mask[0, 5] = mask[1, 3:6] = False
+    mask = padding.stem_mask(**sizes(mask, 12 - q_offset, q_offset, kv_length))
+    rows = padding.rows_by_span(mask, torch.empty(4, 1, 12 - q_offset, 8))
+    own = {(0, 4, 0): [2]} if q_offset == 0 else {}  # a row that ended before these queries
+    offset = q_offset
+    assert rows == {(0, 12, offset, True): [0], (2, 11, offset, True): [1], **own, (4, 12, offset): [3]}
+
+
+def test_ends_of_packed_sequences_are_spans():
+    query, ends = torch.empty(1, 2, 12, 8), torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    spans = padding.packed_mask(None, ends, ends.clone(), query, query)
+    assert padding.rows_by_span(spans, query) == {(0, 5, 0): [0], (5, 6, 0): [0], (6, 12, 0): [0]}
+    assert torch.equal(padding.token_mask(spans, query, query), block_diagonal(5, 1, 6))
+    window = torch.ones(1, 1, 12, 12).tril().triu(-3).bool()
+    assert torch.equal(padding.packed_mask(window, ends, ends, query, query), window & block_diagonal(5, 1, 6))
+    spans = padding.stem_mask(**sizes(padded(12, slice(3, 12)), 12))
+    assert padding.packed_mask(spans, ends, ends, query, query) is spans
+    for keys, ends_k in ((torch.empty(1, 2, 20, 8), ends), (query, ends[:3]), (torch.empty(2, 2, 12, 8), ends)):
+        rows = query.expand(keys.shape[0], -1, -1, -1)
+        assert padding.packed_mask(window, ends, ends_k, rows, keys) is window
+        with pytest.raises(ValueError, match="cu_seq_lens_q: .* one row without a cache"):
+            padding.packed_mask(None, ends, ends_k, rows, keys)
 
 
 def test_decode_gets_the_mask_of_sdpa():

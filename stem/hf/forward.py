@@ -1,0 +1,139 @@
+"""The attention function that transformers calls: which calls are sparse, and sparse prefill of padded batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from stem.attention import block_sparse_attention, stem_attention
+from stem.config import StemConfig
+from stem.hf.padding import as_bool, packed_mask, rows_by_span, stem_mask, token_mask
+from stem.hf.report import LAYERS, NAME, Layer
+
+UNSUPPORTED = {  # arguments of an attention call: what a value other than None or False asks for
+    "output_attentions": "attention weights, which are never materialised",
+    "s_aux": "attention sinks in the softmax",
+    "sinks": "attention sinks in the softmax",
+    "softcap": "soft-capped scores",
+    "position_bias": "an additive position bias",
+    "cache": "a paged cache, as generate_batch (continuous batching) uses it",
+    "indices": "the model's own sparse indices",
+    "block_indices": "the model's own sparse indices",
+}
+
+
+def stem_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers: sparse prefill on enabled modules, SDPA for decode and all other modules.
+
+    Args:
+        module: The attention module, with Stem's state in `stem_layer` where Stem is enabled.
+        query: [B, Hq, Nq, D].
+        key, value: [B, Hkv, Nk, D]; values may have fewer dimensions (latent attention).
+        attention_mask: From stem_mask, or a causal token mask [B or 1, 1, Nq, Nk], bool or additive.
+        scaling: Softmax scale, default D**-0.5.
+        kwargs: `cu_seq_lens_q` and `cu_seq_lens_k` separate packed sequences.
+    Returns:
+        [B, Nq, Hq, value dim], zeros for padding queries, and None in the place of attention weights.
+    Raises:
+        ValueError: For arguments in UNSUPPORTED, and for dropout or is_causal=False in a sparse prefill.
+    """
+    for name, meaning in UNSUPPORTED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: Stem attention does not implement {meaning}; call stem.hf.disable(model)")
+    layer: Layer | None = getattr(module, "stem_layer", None)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = attention_mask
+    if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
+        mask = packed_mask(mask, kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key)
+    if layer is None or not layer.is_sparse or query.shape[2] == 1 or not query.numel():
+        options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, token_mask(mask, query, key), **options)
+    if not is_causal:
+        raise ValueError("is_causal=False: Stem attention is causal; give this layer the config None (dense)")
+    if dropout > 0:
+        raise ValueError(f"dropout={dropout}: Stem attention has none; set the model's attention dropout to 0")
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA does: rotary positions leave q and k in fp32, v not
+        autocast = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(autocast) for x in (query, key, value))
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if torch.compiler.is_compiling() and not differentiable:
+        return torch.ops.stem.sparse_prefill(query, key, value, mask, scaling, layer.handle), None
+    return _sparse_prefill(layer, query, key, value, mask, scaling), None
+
+
+AttentionInterface.register(NAME, stem_attention_forward)
+AttentionMaskInterface.register(NAME, stem_mask)
+
+
+def _sparse_prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Stem attention of each sequence by itself, [B, Nq, Hq, value dim]; padding queries give zeros."""
+    value_dim = v.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
+    v = pad(v, (0, q.shape[3] - value_dim)) if value_dim < q.shape[3] else v
+    out = None
+    for (start, stop, offset, *gaps), rows in rows_by_span(mask, q).items():
+        first, last = max(start, offset), min(stop, offset + q.shape[2])
+        if first >= last:
+            continue
+        queries = slice(first - offset, last - offset)
+        index = slice(None) if len(rows) == q.shape[0] else rows
+        tensors = q[index, :, queries], k[index, :, start:last], v[index, :, start:last]
+        with torch.cuda.device_of(q):  # layers of one model can be on several GPUs
+            if gaps:
+                row_masks = as_bool(mask).expand(q.shape[0], -1, -1, -1)[index, :, queries, start:last]
+                attended = _attend_densely(*tensors, scale, row_masks)
+                layer.count_gaps(*tensors[:2])
+            else:
+                ended = layer.prompt_length is None or last < offset + q.shape[2]  # by padding on the right
+                attended = _attend(layer, *tensors, scale, None if ended else max(layer.prompt_length, last) - start)
+        if attended.shape == q.shape:
+            out = attended
+            break
+        out = torch.zeros_like(q) if out is None else out
+        out[index, :, queries] = attended
+    out = torch.zeros_like(q) if out is None else out
+    return out[..., :value_dim].transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op("stem::sparse_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _sparse_prefill_op(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, handle: int
+) -> Tensor:
+    """`_sparse_prefill` as one node of a compiled graph, which need not look inside; without gradients."""
+    return _sparse_prefill(LAYERS[handle], q, k, v, mask, scale)
+
+
+@_sparse_prefill_op.register_fake
+def _(q, k, v, mask, scale, handle):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, prompt_length: int | None) -> Tensor:
+    """Attention of sequences without padding, counted; dense for a single query."""
+    if q.shape[2] == 1:
+        return _attend_densely(q, k, v, scale)
+    if isinstance(layer.config, StemConfig):
+        options = dict(scale=scale, impl=layer.impl, prompt_length=prompt_length)
+        out, selection = stem_attention(q, k, v, layer.config, return_selection=True, **options)
+    else:
+        selection = layer.config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
+        out = block_sparse_attention(q, k, v, selection, scale=scale, impl=layer.impl)
+    layer.count(selection)
+    return out
+
+
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # masks and enable_gqa: no fused kernel
+    return scaled_dot_product_attention(q, k, v, mask, scale=scale)

@@ -1,0 +1,132 @@
+"""Attention layers of a transformers model: which are replaced, which stay dense, and which models are refused."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from stem.config import StemConfig
+from stem.hf.forward import UNSUPPORTED
+from stem.hf.report import Selector
+
+MAX_HEAD_DIM = 256  # of stem.stem_attention
+HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size")  # names in modules of the dimensions of their queries and keys
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Causal attention modules of a model by layer index.
+
+    Raises:
+        TypeError: If model is no torch module.
+        ValueError: If Stem cannot replace the model's attention; the message names the reason.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "config")]
+    found = [module for module in found if getattr(module, "is_causal", False)]
+    configs = {id(module.config): module.config for module in found}
+    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and id(m.config) in configs]
+    generation = [getattr(m, "generation_config", None) for m in model.modules()]
+    refusal = next((reason for module in found if (reason := _refusal(module))), None)
+    if not owners:
+        refusal = "it has no causal attention layers of transformers"
+    elif not all(owner.is_backend_compatible() or owner._can_set_attn_implementation() for owner in owners):
+        refusal = "it does not compute its attention through transformers' AttentionInterface"
+    elif any(getattr(config, "is_encoder_decoder", False) for config in configs.values()):
+        refusal = "it is an encoder-decoder"
+    elif not all(getattr(config, "is_causal", True) for config in configs.values()):
+        refusal = "its config says is_causal=False"
+    elif any(getattr(config, "output_attentions", False) for config in [*configs.values(), *generation]):
+        refusal = "its config says output_attentions=True, and Stem never materialises attention weights"
+    elif not refusal and len({module.layer_idx for module in found}) < len(found):
+        refusal = "it has several attention modules with the same layer_idx"
+    if refusal:
+        raise ValueError(f"model {type(model).__name__} cannot use Stem attention: {refusal}")
+    return {module.layer_idx: module for module in found}
+
+
+def own_attention(module: nn.Module) -> str | None:
+    """Reason why an attention module is not sparse whatever its config; None for full causal attention.
+
+    Returns:
+        The layer's type, such as "sliding_attention", or "dense: head_dim 512". A window that the model's longest
+        context cannot leave is full attention.
+    """
+    config, index = module.config, module.layer_idx
+    window = getattr(config, "sliding_window", None) or float("inf")
+    types = getattr(config, "layer_types", None)
+    kind = types[index] if types else "full_attention" if window == float("inf") else "sliding_attention"
+    wide = kind == "sliding_attention" and window >= getattr(config, "max_position_embeddings", float("inf"))
+    if not wide and kind not in {"full_attention", "hybrid"}:
+        return kind
+    head_dim = next((x for name in HEAD_DIMS if isinstance(x := getattr(module, name, None), int)), 0)
+    return f"dense: head_dim {head_dim}" if head_dim > MAX_HEAD_DIM else None
+
+
+def refuse_dense_models(model: nn.Module, own: Mapping[int, str | None]) -> None:
+    """Raise ValueError if no layer could be sparse because of a limit of Stem; own is own_attention by layer."""
+    reasons = sorted({reason for reason in own.values() if reason})
+    if own and all(own.values()) and any(reason.startswith("dense") for reason in reasons):
+        raise ValueError(
+            f"model {type(model).__name__} cannot use Stem attention: every layer would stay dense "
+            f"({', '.join(reasons)}; Stem takes head_dim 1..{MAX_HEAD_DIM})"
+        )
+
+
+def give_own_configs(model: nn.Module) -> None:
+    """Replace the config objects of a model by copies, so that no other model shares them.
+
+    Configs that modules share, or that contain one another, still do so afterwards.
+    """
+    held = [(m, name, x) for m in model.modules() for name, x in vars(m).items() if isinstance(x, PreTrainedConfig)]
+    for (module, name, _), own in zip(held, copy.deepcopy([config for *_, config in held]), strict=True):
+        setattr(module, name, own)
+
+
+def config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemConfig | Selector | None]:
+    """The `config` argument of `enable` as one checked entry for each attention layer."""
+    if isinstance(config, StemConfig) or callable(config):
+        return dict.fromkeys(modules, config)
+    if isinstance(config, Mapping):
+        if unknown := sorted(set(config) - set(modules), key=repr):
+            raise ValueError(f"config: layers {unknown} do not exist; attention layers are {sorted(modules)}")
+        configs = {index: config.get(index) for index in modules}
+    elif isinstance(config, Sequence) and not isinstance(config, str):
+        layers = next(iter(modules.values())).config.num_hidden_layers
+        if len(config) != layers:
+            raise ValueError(f"config must have an entry for each of the {layers} layers, got {len(config)}")
+        configs = {index: config[index] for index in modules}
+    else:
+        raise TypeError(f"config must be a StemConfig, or one per layer (mapping or sequence), got {config!r}")
+    for index, entry in configs.items():
+        if entry is not None and not isinstance(entry, StemConfig) and not callable(entry):
+            raise TypeError(f"config of layer {index} must be a StemConfig, a Selector or None, got {entry!r}")
+    return configs
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Reason why neither Stem nor SDPA can compute a module's attention, read from its attributes and its forward."""
+    for name, expression in _special_arguments(type(module)).items():
+        value = getattr(module, expression.removeprefix("self."), None) if expression.startswith("self.") else True
+        if value is not None:
+            return f"it passes {name}={expression} to its attention, and Stem does not implement {UNSUPPORTED[name]}"
+    if getattr(module, "indexer", None) is not None or hasattr(module, "skip_topk"):
+        return "its attention selects keys by an indexer of its own"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _special_arguments(attention: type) -> dict[str, str]:
+    """Arguments in UNSUPPORTED that an attention class passes to transformers' interface, and their expressions."""
+    try:
+        calls = re.findall(r"attention_interface\((.*?)\*\*kwargs", inspect.getsource(attention.forward), re.DOTALL)
+    except (OSError, TypeError):  # no source: such a call is refused when it comes
+        return {}
+    names = ("s_aux", "sinks", "softcap", "position_bias")
+    return {name: found[1] for name in names for call in calls if (found := re.search(rf"\b{name}=([\w.]+)", call))}

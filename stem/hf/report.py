@@ -1,0 +1,123 @@
+"""Realised density of each layer: the counts that prefill adds to, and the report that reads them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from stem.config import StemConfig
+from stem.selection import BlockSelection
+
+NAME = "stem"  # the attention implementation that `enable` chooses in the model's config
+
+Selector = Callable[[Tensor, Tensor, Tensor], BlockSelection]
+
+_HANDLES = count(1)
+LAYERS: WeakValueDictionary[int, Layer] = WeakValueDictionary()
+
+
+@dataclass(eq=False)
+class Layer:
+    """State of one attention module while Stem is enabled on it: its attribute `stem_layer`."""
+
+    index: int
+    config: StemConfig | Selector | None
+    impl: str | None
+    prompt_length: int | None  # tokens of the whole prompt, of which a call may give a chunk
+    own: str | None  # why the layer is not sparse whatever its config: "sliding_attention", "dense: head_dim 512", ...
+    settings: PreTrainedConfig  # the module's config, in which the user may choose another attention implementation
+    previous: str  # the implementation that `disable` restores
+    kept: Tensor | int = 0  # int64 [Hq], kept block pairs of each head since `enable`
+    causal: int = 0  # causal block pairs of one head since `enable`
+    gaps: int = 0  # prompts attended to densely since `enable`, because their padding has gaps
+    handle: int = 0  # its key in LAYERS, by which a compiled graph names it
+
+    def __post_init__(self) -> None:
+        self.handle = next(_HANDLES)
+        LAYERS[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:  # a copied or unpickled layer is another layer
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @property
+    def attention(self) -> str:
+        """The attention that prefill uses, see Report."""
+        if self.settings._attn_implementation != NAME:
+            return str(self.settings._attn_implementation)
+        if self.own or self.config is None:
+            return self.own or "dense"
+        name = "stem" if isinstance(self.config, StemConfig) else "selector"
+        return f"{name}, dense for {self.gaps} prompts with gaps in their padding" if self.gaps else name
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.own is None and self.config is not None
+
+    def count(self, selection: BlockSelection) -> None:
+        """Add the kept and the causal block pairs of one call."""
+        self.kept = self.kept + selection.kv_num_blocks.detach().sum((0, 2), dtype=torch.int64)
+        self.causal += selection.kv_num_blocks.shape[0] * selection.causal_pairs
+
+    def count_gaps(self, q: Tensor, k: Tensor) -> None:
+        """Add a dense call, q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D], as one that kept every causal block pair."""
+        size = (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size
+        self.count(BlockSelection.every_block(*q.shape[:3], k.shape[2], size, q.device))
+        self.gaps += q.shape[0]
+
+    def end(self) -> None:
+        """Keep what the report says now, whatever happens to the model's config from here on."""
+        self.settings = copy.copy(self.settings)
+
+
+class Report(Sequence):
+    """Realised density: a sequence with one row for each attention layer; it follows what the model computes.
+
+    Each row is a dict:
+        layer: Index of the layer in the model. Linear layers of hybrid models have no row: see `layer`.
+        attention: "stem" or "selector" where prefill is sparse. "dense" where the config is None, or "dense: ..." with
+            the reason why Stem cannot serve the layer. The model's own type where that is not full attention, such as
+            "sliding_attention". The implementation that the user chose after `enable`, such as "eager".
+        density: Kept over causal block pairs in Stem's prefill since `enable`, in [0, 1]: the mean of head_density. 1.0
+            for dense layers. None for other attention, and before the first prefill.
+        head_density: Density of each head, or None.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, position):
+        """Row at a position, or a list of rows for a slice; positions count attention layers only."""
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        layer = self._layers[position]
+        attention = layer.attention
+        heads = (layer.kept.double() / layer.causal).tolist() if layer.causal else None
+        density = sum(heads) / len(heads) if heads else 1.0 if attention.startswith("dense") else None
+        return {"layer": layer.index, "attention": attention, "density": density, "head_density": heads}
+
+    def layer(self, index: int) -> dict:
+        """Row of the layer with this index in the model.
+
+        Raises:
+            ValueError: If the model has no attention layer with this index.
+        """
+        indices = [layer.index for layer in self._layers]
+        if index not in indices:
+            raise ValueError(f"index must be an attention layer of the model, one of {indices}, got {index!r}")
+        return self[indices.index(index)]
+
+    def density(self) -> float:
+        """Mean over the layers that have a density; NaN before the first prefill."""
+        known = [row["density"] for row in self if row["density"] is not None]
+        return sum(known) / len(known) if known else float("nan")

@@ -1,0 +1,120 @@
+"""Stem on and off: enable, disable, stem_prefill and density."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from stem.attention import IMPLS
+from stem.config import StemConfig
+from stem.hf.models import attention_modules, config_by_layer, give_own_configs, own_attention, refuse_dense_models
+from stem.hf.report import NAME, Layer, Report, Selector
+from stem.validation import check_prompt_length
+
+
+def enable(
+    model: nn.Module,
+    config: StemConfig | Selector | Mapping[int, StemConfig | Selector | None] | Sequence | None = None,
+    impl: str | None = None,
+    *,
+    prompt_length: int | None = None,
+) -> None:
+    """Make a model's prefill sparse; a second call replaces the config and restarts the density counts.
+
+    The model gets copies of its config objects, so that other models made from the same config keep their attention.
+
+    Args:
+        model: A causal language model of transformers, or a module that holds one.
+        config: For every layer (default StemConfig()), or per layer: a sequence with an entry for each, or a mapping
+            from layer index, in which None, or a layer missing in the mapping, is dense. In place of a config, a
+            Selector (q, k, v) -> BlockSelection chooses the blocks, for example
+            functools.partial(stem.patterns.select, "xattention"); its q is scaled so that the softmax scale is D**-0.5.
+        impl: See stem.block_sparse_attention.
+        prompt_length: Tokens of the whole prompt, left padding included, where the prompt is given in chunks
+            (generate's `prefill_chunk_size`, a cached prefix): see stem.stem_attention. Tokens after the prompt count
+            as its end, and so does the last token before padding on the right. Default: each call ends its prompt.
+    Raises:
+        TypeError: If model is no torch module or a config is no StemConfig.
+        ValueError: If Stem cannot replace the model's attention or would leave every layer dense, config does not fit
+            the layers, or a Selector is given a prompt_length.
+    """
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl must be None or one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    modules = attention_modules(model)
+    configs = config_by_layer(StemConfig() if config is None else config, modules)
+    check_prompt_length(prompt_length, 1)
+    if prompt_length is not None and any(callable(entry) for entry in configs.values()):
+        raise ValueError(
+            f"prompt_length={prompt_length} is for a StemConfig; a Selector does not know the prompt's end"
+        )
+    own = {index: own_attention(module) for index, module in modules.items()}
+    refuse_dense_models(model, {index: reason for index, reason in own.items() if configs[index] is not None})
+    disable(model)
+    give_own_configs(model)
+    for index, module in modules.items():
+        previous = module.config._attn_implementation
+        previous = "sdpa" if previous == NAME else previous  # a model made from the config of an enabled one
+        module.stem_layer = Layer(
+            index, configs[index], impl, prompt_length, own[index], settings=module.config, previous=previous
+        )
+    for module in modules.values():
+        _choose(module, NAME)
+
+
+def disable(model: nn.Module) -> None:
+    """Give a model back the attention that it had before `enable`; does nothing to a model without Stem.
+
+    An attention implementation that was chosen after `enable` stays.
+    """
+    layers = _enabled_layers(model)
+    for layer in layers.values():
+        layer.end()
+    for module, layer in layers.items():
+        if module.config._attn_implementation == NAME:
+            _choose(module, layer.previous)
+        del module.stem_layer
+
+
+@contextmanager
+def stem_prefill(
+    model: nn.Module, config=None, impl: str | None = None, *, prompt_length: int | None = None
+) -> Iterator[Report]:
+    """`enable` for the length of a with block; yields the Report, which remains readable afterwards.
+
+    At its end the model has the attention that it had before, Stem with its earlier config included, unless another
+    one was chosen within the block.
+    """
+    before = _enabled_layers(model)
+    paused = [module for module in before if module.config._attn_implementation == NAME]
+    enable(model, config, impl, prompt_length=prompt_length)
+    try:
+        yield density(model)
+    finally:
+        paused = [module for module in paused if module.config._attn_implementation == NAME]
+        disable(model)
+        for module, layer in before.items():
+            module.stem_layer, layer.settings = layer, module.config
+        for module in paused:
+            _choose(module, NAME)
+
+
+def density(model: nn.Module) -> Report:
+    """Realised density of each layer since `enable`: a sequence of rows, see Report.
+
+    Raises:
+        ValueError: If Stem is not enabled on the model.
+    """
+    layers = list(_enabled_layers(model).values())
+    if not layers:
+        raise ValueError(f"model {type(model).__name__} does not use Stem: call stem.hf.enable(model, config) first")
+    return Report(layers)
+
+
+def _choose(module: nn.Module, implementation: str) -> None:
+    module.config._attn_implementation = {"": implementation}  # a str would also reach nested configs
+
+
+def _enabled_layers(model: nn.Module) -> dict[nn.Module, Layer]:
+    return {module: module.stem_layer for module in model.modules() if hasattr(module, "stem_layer")}
