@@ -39,7 +39,7 @@ correctness: $(INSTALLED) ## run notebook 03, which writes results/correctness/ 
 	$(BIN)/python -m stem.experiments.correctness --profile $(PROFILE)
 
 speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full LENGTHS="1024 2048"]
-	$(BIN)/python -m stem.experiments.speed.bench --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
+	$(BIN)/python -m stem.experiments.speed --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
 
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))

@@ -7,10 +7,11 @@ import pandas as pd
 from stem import StemConfig, block_budget
 from stem.budget import decay_cost, uniform_cost
 from stem.experiments.markdown import full_rows, markdown_table, number, tokens_label
+from stem.experiments.speed.report import DENSE_LABELS
 from stem.experiments.theory import paper
 
 LONGEST = 2**17  # tokens of the headline numbers and of the paper's Figure 1
-DENSE = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2"}
+DENSE = ("sdpa_cudnn", "sdpa_flash")
 NEEDLE = "niah_single_2"  # RULER's task whose answers are generated
 BLOCK_SIZE, ASKED = 64.0, 0.25  # of the rows that compare selections on a real model
 UNTESTED = "not testable here yet"
@@ -174,7 +175,7 @@ def _fastest(operation: str, config: str) -> pd.Series | None:
 def _ratio(row: pd.Series) -> str:
     """The speed-up over the faster dense back end, with both times: "5.0× over cuDNN (253 → 50.3 ms)"."""
     ratio, name = min((row[f"speedup_vs_{name}"], name) for name in DENSE)
-    return f"{ratio:.1f}× over {DENSE[name]} ({number(ratio * row.latency_ms)} → {number(row.latency_ms)} ms)"
+    return f"{ratio:.1f}× over {DENSE_LABELS[name]} ({number(ratio * row.latency_ms)} → {number(row.latency_ms)} ms)"
 
 
 def _answers(measure: str, method: str) -> pd.Series | None:

@@ -6,23 +6,15 @@ is computed from the committed rows of full runs.
 
 import os
 import re
-from collections.abc import Sequence
 
 import pandas as pd
 
 from stem.config import StemConfig
 from stem.experiments import records, scoreboard
+from stem.experiments.correctness import report as correctness
 from stem.experiments.markdown import MISSING, by_device, full_rows, markdown_table, no_rows, number, tokens_label
-from stem.experiments.speed import bench
+from stem.experiments.speed import report as speed
 from stem.experiments.training.report import adaptation_findings
-
-BASELINES = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2", "sdpa_cpu": "SDPA"}
-CONFIGS = {
-    "released": "released schedule",
-    "default": "density 0.25",
-    "three_regime": "released schedule, forced blocks inside",
-}
-PRESETS = dict(zip(bench.PRESETS, ("paper", "angelslim", "hpc_ops", "adaptive"), strict=True))
 
 
 def render(text: str, file: str) -> str:
@@ -45,109 +37,6 @@ def _links_from(file: str, section: str) -> str:
     """Rewrite a section's links, which start at the repository's root, to start at the file's folder."""
     folder = os.path.dirname(file) or "."
     return re.sub(r"\]\((?!https?:|#)([^)#]*)", lambda link: f"]({os.path.relpath(link[1], folder)}", section)
-
-
-def speed() -> str:
-    """For each machine, one sentence and one table: the whole operator against every dense back end."""
-    rows = full_rows("speed")
-    if rows.empty:
-        return no_rows("04_speed")
-    return "\n\n".join(_speed_of(device, part) for device, part in by_device(rows))
-
-
-def _speed_of(device: str, rows: pd.DataFrame) -> str:
-    presets, rows = _presets(rows), rows[rows.operation.isin(["attention", "operator"])]
-    dense = rows[rows.config == "dense"].pivot_table(index="tokens", columns="provider", values="latency_ms")
-    stem = rows[(rows.operation == "operator") & rows.config.isin(CONFIGS) & rows.latency_ms.notna()]
-    stem = stem.sort_values(["tokens", "config", "latency_ms"])
-    stem = stem.drop_duplicates(["tokens", "config"])  # the fastest implementation
-    names = [name for name in BASELINES if name in dense]
-    header = ["tokens", "config", "density", *(f"dense, {BASELINES[name]} [ms]" for name in names), "Stem [ms]"]
-    header += [f"speed-up over {BASELINES[name]}" for name in names]
-    lines = []
-    for row in stem.to_dict("records"):
-        of = {name: dense[name].get(row["tokens"], float("nan")) for name in names}
-        times = [number(of[name]) for name in names] + [number(row["latency_ms"])]
-        ratios = [number(of[name] / row["latency_ms"], "×") for name in names]
-        config = CONFIGS.get(row["config"], row["config"])
-        lines.append([tokens_label(row["tokens"]), config, f"{row['density']:.1%}", *times, *ratios])
-    shape = stem.iloc[0].to_dict()
-    heads = f"{shape['q_heads']:.0f} query and {shape['kv_heads']:.0f} key-value heads of {shape['head_dim']:.0f}"
-    told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape['batch']:.0f}, random normal inputs; medians; "
-    told += "scoring and selection are part of Stem's time."
-    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{markdown_table(header, lines)}{presets}"
-
-
-def _presets(rows: pd.DataFrame) -> str:
-    """The operator under every preset over the fastest dense back end, at lengths where most of them were measured."""
-    told = "The operator under every preset, speed-up over the fastest dense back end"
-    in_graphs = "The same when both are replayed from a CUDA graph, which launches all kernels at once"
-    return _ratios(bench.over_dense(rows), told) + _ratios(bench.over_dense(rows, graph=True), in_graphs)
-
-
-def _ratios(ratios: pd.DataFrame, told: str) -> str:
-    if set(ratios) != set(PRESETS):
-        return ""
-    ratios = ratios.dropna(thresh=2)
-    ratios = ratios[ratios.index <= max(bench.SHORT)]
-    lengths = [tokens_label(tokens) for tokens in ratios.index[(ratios < 1 / 1.03).any(axis=1)]]
-    told += (
-        f"; at {', '.join(lengths)} some are more than 3 % slower:" if lengths else ", nowhere more than 3 % slower:"
-    )
-    lines = [
-        [tokens_label(tokens), *(number(x, "×") for x in line)]
-        for tokens, line in zip(ratios.index, ratios.values, strict=True)
-    ]
-    return f"\n\n{told}\n\n{markdown_table(['tokens', *(PRESETS[name] for name in ratios)], lines)}"
-
-
-def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str]) -> str:
-    measured = stem[stem.tokens.isin(dense.dropna(how="all").index)]
-    if measured.empty:
-        return ""
-    best = measured[measured.tokens == measured.tokens.max()].sort_values("latency_ms").iloc[0]
-    ratios = {name: dense[name].get(best.tokens, float("nan")) / best.latency_ms for name in names}
-    told = " and ".join(f"{ratio:.2g} times as fast as {BASELINES[n]}" for n, ratio in ratios.items() if ratio == ratio)
-    return f" At {tokens_label(best.tokens)} tokens and density {best.density:.1%} the whole operator is {told}."
-
-
-BEYOND = {
-    "forward+backward": "attention, forward and backward",
-    "ttft": "first token of an 8B-shaped Llama, random weights",
-    "captured attention": "attention on q, k, v of SmolLM2",
-    "captured operator": "operator on q, k, v of SmolLM2",
-}
-
-
-def beyond() -> str:
-    """For each machine: training, time to first token and a real model's tensors, against every dense back end."""
-    rows = full_rows("speed")
-    rows = rows[rows.operation.isin(list(BEYOND)) & rows.latency_ms.notna()] if len(rows) else rows
-    if rows.empty:
-        return no_rows("04_speed")
-    parts = []
-    for device, part in by_device(rows):
-        names = [name for name in BASELINES if f"speedup_vs_{name}" in part and name in set(part.provider)]
-        lines = []
-        for (operation, tokens), of in part.groupby(["operation", "tokens"]):
-            own = of[of.config != "dense"].sort_values("latency_ms")
-            for row in own.to_dict("records"):
-                speedups = [row[f"speedup_vs_{name}"] for name in names]
-                ratios = [number(speedup, "×") for speedup in speedups]
-                dense = [number(speedup * row["latency_ms"]) for speedup in speedups]
-                about = [
-                    BEYOND[operation],
-                    tokens_label(tokens),
-                    row["provider"].replace("_", ", "),
-                    f"{row['density']:.1%}",
-                ]
-                lines.append(
-                    [*about, *dense, number(row["latency_ms"]), *ratios, number(row["peak_memory_mib"] / 1024)]
-                )
-        header = ["what", "tokens", "sparse", "density", *(f"dense, {BASELINES[name]} [ms]" for name in names)]
-        header += ["sparse [ms]", *(f"speed-up over {BASELINES[name]}" for name in names), "peak memory [GiB]"]
-        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
-    return "\n\n".join(parts)
 
 
 def quality() -> str:
@@ -202,8 +91,8 @@ def _cost_sentence(device: str) -> str:
     if cost.empty:
         return ""
     row = cost.sort_values("tokens").iloc[-1]
-    speed = full_rows("speed")
-    own = speed[(speed.device == device) & (speed.tokens == row.tokens) & (speed.config == "default")]
+    timed = full_rows("speed")
+    own = timed[(timed.device == device) & (timed.tokens == row.tokens) & (timed.config == "default")]
     parts = own[own.operation.isin(("scores", "selection"))].latency_ms.sum()
     attention = own[own.operation == "attention"].latency_ms.min()
     return (
@@ -334,29 +223,12 @@ def _training_of(device: str, rows: pd.DataFrame) -> str:
     return f"{told}\n\n{markdown_table(header, lines)}{adaptation}"
 
 
-def correctness() -> str:
-    """For each machine, one line for each claim: how many cases, and how near the largest error is to its tolerance."""
-    rows = full_rows("correctness")
-    if rows.empty:
-        return no_rows("03_correctness")
-    parts = []
-    for device, part in by_device(rows):
-        lines = []
-        for claim, of in part.assign(share=part.error / part.tolerance).groupby("claim", sort=False):
-            impls = ", ".join(dict.fromkeys(of.impl.dropna()))
-            largest = f"{of.share.max():.2f}" if of.tolerance.any() else "no difference"
-            lines.append([claim, impls, len(of), f"{of.passed.mean():.0%}", largest])
-        header = ["claim", "implementations", "cases", "hold", "largest error / tolerance"]
-        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
-    return "\n\n".join(parts)
-
-
 SECTIONS = {
     "scoreboard": scoreboard.scoreboard,
     "headline": scoreboard.headline,
-    "correctness": correctness,
-    "speed": speed,
-    "beyond": beyond,
+    "correctness": correctness.correctness,
+    "speed": speed.speed,
+    "beyond": speed.beyond,
     "quality": quality,
     "evaluation": evaluation,
     "training": training,

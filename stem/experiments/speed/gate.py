@@ -1,4 +1,4 @@
-"""The correctness gate of stem.experiments.speed.bench: nothing is timed before it agrees with an fp64 reference on sampled rows."""
+"""Correctness gate of the timings: results must agree with an fp64 reference on sampled rows before they are timed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stem.selection import BlockSelection
 
 # Largest relative L2 error of one sampled row: twice the rounding of the output, and room for float32 sums.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 1e-4}
-GRADIENT_FACTOR = 2  # times TOLERANCE for a gradient: weights, their gradient and the output are each rounded
+GRADIENT_FACTOR = 2  # times TOLERANCE: a gradient rounds the weights, their gradient and the output
 SHARE_ROUNDING = 1.001  # a share this close to the threshold may fall on either side
 GUARD_ROWS = 64  # rows of NaN before and after each input
 GRADIENT_CHUNK = 1 << 25  # weights that the reference of a gradient holds at a time, 256 MiB in fp64
 
 
 class WrongResult(AssertionError):
-    """An implementation disagrees with its reference, so its time would mean nothing."""
+    """Raised when an implementation disagrees with its reference."""
 
 
 def guarded_normal(size: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
-    """Random normal tensor of this size between two guard bands of NaN, so that a read out of bounds shows."""
+    """Random normal tensor between two guard bands of NaN, which make reads out of bounds visible."""
     count, guard = torch.Size(size).numel(), GUARD_ROWS * size[-1]
     buffer = torch.full((count + 2 * guard,), float("nan"), dtype=dtype, device=device)
     return buffer[guard : guard + count].normal_(generator=generator).view(size)
@@ -34,9 +34,9 @@ def guarded_normal(size: tuple[int, ...], dtype: torch.dtype, device: str, gener
 
 @contextmanager
 def poisoned_buffers() -> Iterator[None]:
-    """Every uninitialised tensor starts as NaN (integers: their largest value), so that a value never written shows."""
+    """Fill uninitialised tensors with NaN (integers: the largest value), which makes missing writes visible."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ops without a deterministic form say so; only the filling is wanted
+        warnings.simplefilter("ignore")  # only the filling is wanted, not deterministic operators
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
@@ -45,7 +45,7 @@ def poisoned_buffers() -> Iterator[None]:
 
 
 def sampled_rows(tokens: int, block_size: int, seed: int = 0, drawn: int = 12) -> Tensor:
-    """Query rows to check: the first and last, both sides of block boundaries, and random ones; int64, ascending."""
+    """Query rows to check: both ends, both sides of block boundaries, and random ones; int64 [R], ascending."""
     middle = tokens // 2 // block_size * block_size
     edges = [0, 1, block_size - 1, block_size, middle - 1, middle, tokens - block_size, tokens - 1]
     random = torch.randint(tokens, (drawn,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -60,10 +60,10 @@ def check_output(
     Args:
         out: [B, Hq, N, D], the whole output of a whole prompt.
         q, k, v: Its inputs, as in SDPA with Nq = Nkv = N.
-        rows: int64 [R], query rows to look at.
+        rows: int64 [R], query rows to check.
         selection: The kept blocks; None means dense causal attention.
     Raises:
-        WrongResult: If shape or dtype are not q's, or a row is NaN or further off than TOLERANCE of the dtype.
+        WrongResult: If shape or dtype differ from q's, or a row's error is NaN or above TOLERANCE of the dtype.
     """
     if out.shape != q.shape or out.dtype != q.dtype:
         raise WrongResult(f"output is {out.dtype} {tuple(out.shape)}, expected {q.dtype} {tuple(q.shape)}")
@@ -72,7 +72,7 @@ def check_output(
 
 
 def reference_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: BlockSelection | None = None) -> Tensor:
-    """fp64 attention of some query rows over the causal keys of their blocks, by definition: [B, Hq, R, D]."""
+    """Attention of some query rows over the causal keys of their selected blocks, in fp64: [B, Hq, R, D]."""
     batch, q_heads, tokens, dim = q.shape
     group = q_heads // k.shape[1]
     causal = torch.arange(tokens, device=q.device) <= rows[:, None]  # [R, N]
@@ -94,16 +94,16 @@ def check_gradients(
     rows: Tensor,
     selection: BlockSelection | None = None,
 ) -> float:
-    """Largest relative L2 error of sampled rows of dq, dk and dv against `reference_gradients`, over the last KV head.
+    """Largest relative L2 error of sampled rows of the last KV head's gradients against `reference_gradients`.
 
-    A row of a gradient may be zero, so errors are relative to the root mean square norm of the sampled rows.
+    Errors are relative to the root mean square norm of the sampled rows, because a single row may be zero.
 
     Args:
-        gradients: dq, dk, dv of a whole prompt, like q, k, v.
+        gradients: dq, dk, dv of a whole prompt, shaped like q, k, v.
         q, k, v, rows, selection: As in check_output.
         dout: Gradient of the output, like q.
     Raises:
-        WrongResult: If a shape or dtype is not the input's, or a row is NaN or off by GRADIENT_FACTOR * TOLERANCE.
+        WrongResult: If a shape or dtype is not the input's, or an error is NaN or over GRADIENT_FACTOR * TOLERANCE.
     """
     for name, gradient, x in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
         if gradient.shape != x.shape or gradient.dtype != x.dtype:
@@ -127,7 +127,7 @@ def check_gradients(
 def reference_gradients(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Tensor, selection: BlockSelection | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """fp64 gradients by definition, for the last KV head: dq [B, G, R, D], dk and dv [B, 1, R, D] of sampled rows."""
+    """Gradients of sampled rows in fp64, for the last KV head: dq [B, G, R, D], dk and dv [B, 1, R, D]."""
     batch, q_heads, tokens, dim = q.shape
     group, scale = q_heads // k.shape[1], dim**-0.5
     dq = torch.zeros(batch, group, tokens, dim, dtype=torch.float64, device=q.device)
@@ -155,7 +155,7 @@ def check_scores(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, config: StemCo
     """Largest relative L2 error of the middle and the last row of block scores against `reference_score_row`.
 
     Raises:
-        WrongResult: If a row is NaN or too far off, or -inf stands anywhere but exactly in the future blocks.
+        WrongResult: If an error is NaN or above TOLERANCE, or the entries of -inf are not exactly the future blocks.
     """
     nq, nk = scores.shape[-2:]
     future = torch.ones(nq, nk, dtype=torch.bool, device=scores.device).triu(1)
@@ -168,7 +168,7 @@ def check_scores(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, config: StemCo
 
 
 def reference_score_row(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, i: int) -> Tensor:
-    """fp64 scores of query block i, every antidiagonal sample one by one (no factorisation): [B, Hq, i + 1]."""
+    """Scores of query block i in fp64, summed sample by sample without the factorisation: [B, Hq, i + 1]."""
     size, stride = config.block_size, config.score_stride
     group = q.shape[1] // k.shape[1]
     q_rows, k_rows = q[:, :, i * size : (i + 1) * size], k[:, :, : (i + 1) * size]
@@ -188,9 +188,9 @@ def reference_score_row(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, i: 
 def check_selection(
     selection: BlockSelection, scores: Tensor, budget: Tensor, config: StemConfig, rows: Tensor
 ) -> float:
-    """0.0 when the lists of the sampled rows keep the best-scoring blocks within the budget, forced ones aside.
+    """Check that the sampled rows keep the best-scoring blocks within the budget, forced blocks aside; returns 0.0.
 
-    With a threshold instead of a budget, a row that drops blocks drops those whose share of the row is at most that.
+    With a threshold in place of a budget, each dropped block's share of its row must be at most the threshold.
 
     Raises:
         WrongResult: If a list is not ascending up to its diagonal block, misses the budget or the threshold, or keeps

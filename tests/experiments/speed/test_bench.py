@@ -1,4 +1,4 @@
-"""stem.experiments.speed.bench and stem.experiments.speed.gate: wrong results are refused, rows say what they must, failures cost one row."""
+"""stem.experiments.speed: wrong results are refused, rows hold their columns, failures cost one row."""
 
 import dataclasses
 import os
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import stem
 from stem.experiments import records
-from stem.experiments.speed import bench, first_token, gate
+from stem.experiments.speed import bench, beyond, first_token, gate, report
+from stem.experiments.speed.__main__ import main
 
 SMALL = bench.Shape(300, q_heads=4, kv_heads=2, head_dim=16, dtype="float32")
 CONFIG = stem.StemConfig(density=0.5, block_size=16, sink_blocks=1, local_blocks=1)
@@ -178,24 +179,7 @@ def test_configs_that_are_timed_briefly(fast, monkeypatch):
     rows = bench.case(SMALL, "cpu", impls=["torch"], dense=["sdpa_cpu"], briefly=["brief"])
     found = [(row["operation"], row["provider"], row["error"]) for row in rows if row["config"] == "brief"]
     assert found == [("attention", "stem_torch", ""), ("operator", "stem", "")]
-    assert bench.over_dense(rows, ["brief", "absent"]).to_dict() == {"brief": {300: 1.0}}
-
-
-def test_over_dense_divides_by_the_fastest_baseline():
-    times = [("attention", "sdpa_cudnn", "dense", 2.0), ("attention", "sdpa_flash", "dense", 4.0)]
-    times += [("operator", "stem", "paper", 1.0), ("operator", "stem_triton", "paper", 8.0)]
-    rows = [dict(operation=o, provider=p, config=c, latency_ms=ms, tokens=1024) for o, p, c, ms in times]
-    assert bench.over_dense(rows).to_dict() == {"paper": {1024: 2.0}}
-
-
-def test_graphs_are_compared_with_graphs():
-    times = [("attention", "sdpa_cudnn", "dense", 2.0), ("graph attention", "sdpa_cudnn", "dense", 1.0)]
-    times += [("operator", "stem", "paper", 4.0), ("graph operator", "stem", "paper", 0.5)]
-    rows = [dict(operation=o, provider=p, config=c, latency_ms=ms, tokens=1024) for o, p, c, ms in times]
-    assert bench.over_dense(rows).to_dict() == {"paper": {1024: 0.5}}
-    assert bench.over_dense(rows, graph=True).to_dict() == {"paper": {1024: 2.0}}
-    speedups = [row["speedup_vs_sdpa_cudnn"] for row in bench.with_speedups(rows, 0)]
-    assert speedups == [1.0, 1.0, 0.5, 2.0]
+    assert report.over_dense(rows, ["brief", "absent"]).to_dict() == {"brief": {300: 1.0}}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -211,7 +195,7 @@ def test_graphs_of_the_operator_and_of_dense_attention_pass_their_gate(fast):
 
 def test_interpreted_kernels_pass_the_gate(fast, monkeypatch):
     if stem.TRITON_MODE != "interpret":
-        pytest.skip("the kernels are compiled here; python -m stem.experiments.speed.bench is their test")
+        pytest.skip("the kernels are compiled here; python -m stem.experiments.speed is their test")
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     shape = dataclasses.replace(SMALL, tokens=40, q_heads=2, kv_heads=1, dtype="float16")
     rows = bench.case(shape, "cpu", configs=["small"], impls=["triton"], dense=[])
@@ -267,7 +251,7 @@ def test_right_gradients_pass_and_wrong_ones_are_refused(problem):
 
 def test_rows_of_training(fast, monkeypatch):
     monkeypatch.setitem(bench.CONFIGS, "default", CONFIG)
-    dense, sparse = bench.training_case(SMALL, "cpu", impls=["torch"], flex=False)
+    dense, sparse = beyond.training_case(SMALL, "cpu", impls=["torch"], flex=False)
     assert dense["operation"] == sparse["operation"] == "forward+backward"
     assert (dense["config"], sparse["config"]) == ("dense", "default") and dense["error"] == sparse["error"] == ""
     assert sparse["speedup_vs_sdpa_cpu"] == 1.0 and dense["flop"] == 3.5 * SMALL.dense_flops()
@@ -283,7 +267,7 @@ def tiny():
 def test_rows_of_captured_tensors(fast, monkeypatch, tiny):
     monkeypatch.setitem(bench.CONFIGS, "default", CONFIG)
     ids = torch.randint(1024, (1, 200))
-    rows = bench.captured_case(tiny, ids, [0, 1], "cpu", impls=["torch"])
+    rows = beyond.captured_case(tiny, ids, [0, 1], "cpu", impls=["torch"])
     expected = [("captured attention", "sdpa_cpu"), ("captured attention", "stem_torch")]
     assert [(row["operation"], row["provider"]) for row in rows] == [*expected, ("captured operator", "stem_torch")]
     for row in rows:
@@ -292,9 +276,9 @@ def test_rows_of_captured_tensors(fast, monkeypatch, tiny):
 
 
 def test_rows_of_time_to_first_token(monkeypatch, tiny):
-    monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
+    monkeypatch.setattr(first_token, "CONFIGS", {"small": CONFIG})
     monkeypatch.setattr(first_token, "CALLS", 1)
-    dense, sparse = bench.first_token_case(tiny, 100, "cpu", configs=["small"])
+    dense, sparse = first_token.case(tiny, 100, "cpu", configs=["small"])
     assert (dense["provider"], sparse["provider"]) == ("sdpa_cpu", "stem") and dense["error"] == sparse["error"] == ""
     assert dense["density"] == 1.0 and sparse["density"] == pytest.approx(0.5, abs=0.05)
     assert sparse["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / sparse["latency_ms"])
@@ -336,31 +320,14 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     monkeypatch.setitem(bench.SHAPES, "cpu", SMALL)
     monkeypatch.setitem(bench.LENGTHS, ("cpu", "smoke"), [64, 100])
-    monkeypatch.setattr(bench, "beyond_the_operator", lambda *args, **options: [("training", beyond)])
-    beyond = [dict(operation="forward+backward", provider="stem_torch", tokens=128, latency_ms=1.0)]
-    bench.main(["--quick", "--device", "cpu"])
+    monkeypatch.setattr(beyond, "beyond_the_operator", lambda *args, **options: [("training", training)])
+    training = [dict(operation="forward+backward", provider="stem_torch", tokens=128, latency_ms=1.0)]
+    main(["--profile", "smoke", "--device", "cpu"])
     rows = records.read_rows("speed")
     rows = rows[rows["profile"] == "smoke"]
     assert {64, 100, 128} <= set(rows["tokens"].dropna())
     assert "stem_torch" in capsys.readouterr().out.splitlines()[-2]
-    bench.main(["--lengths", "64", "--device", "cpu", "--seed", "1"])
+    main(["--lengths", "64", "--device", "cpu", "--seed", "1"])
     rows = records.read_rows("speed")
     rows = rows[rows["profile"] == "smoke"].set_index("tokens")
     assert set(rows.loc[[64], "seed"]) == {1} and set(rows.loc[[100], "seed"]) == {0} and 128 in rows.index
-
-
-def test_wins_from_needs_every_longer_length_and_every_baseline():
-    def operator(tokens, cudnn, flash):
-        speedups = dict(speedup_vs_sdpa_cudnn=cudnn, speedup_vs_sdpa_flash=flash, speedup_vs_sdpa_cpu=None)
-        return dict(operation="operator", config="small", tokens=tokens, **speedups)
-
-    rows = [
-        operator(1, 1.2, 2.0),
-        operator(2, 0.9, 1.5),
-        operator(4, 1.1, 1.8),
-        operator(8, 1.5, 3),
-        operator(16, None, None),
-    ]
-    assert bench.wins_from(rows, "small") == 4
-    assert bench.wins_from(rows, "small", margin=1.2) == 8
-    assert bench.wins_from(rows, "small", margin=2) is None

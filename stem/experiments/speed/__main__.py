@@ -1,0 +1,60 @@
+"""Measure this machine, write results/speed/<machine>.csv and print a short table."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+
+from stem.experiments import records
+from stem.experiments.speed import bench, beyond, report
+
+SAME = ("operation", "provider", "config", "tokens")  # columns that tell what a row measured
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure part by part, and write the rows after each part."""
+    parser = argparse.ArgumentParser(prog="python -m stem.experiments.speed", description=__doc__)
+    parser.add_argument("--profile", choices=records.PROFILES, default="smoke", help="which lengths, and which file")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="measure these only; other rows stay")
+    parser.add_argument("--impls", nargs="+", metavar="IMPL", help="default: triton and hopper on CUDA, torch on a CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows, start = [], time.perf_counter()
+    same = SAME if options.lengths else None
+    for label, found in _everything(options, device):
+        rows += found
+        print(f"{time.perf_counter() - start:6.1f} s  {label}  {len(found)} rows", flush=True)
+        # an interrupted run keeps the rows of its finished parts
+        frame = pd.DataFrame(rows, columns=list(bench.COLUMNS))
+        path = records.write_rows("speed", frame, options.profile, same=same)
+    print(report.table(rows))
+    print(f"wrote {path}")
+
+
+def _everything(options: argparse.Namespace, device: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield (label, rows): the operator by length, then `beyond`, then the operator at extreme lengths."""
+    lengths = options.lengths or bench.LENGTHS[device, options.profile]
+    common = dict(impls=options.impls, seed=options.seed)
+    ordinary = [n for n in lengths if n < bench.ONE_CONFIG_TOKENS or options.lengths]
+    for tokens, found in bench.sweep(ordinary, device, **common):
+        yield f"{tokens:>8,} tokens", found
+    if not options.lengths:
+        yield from beyond.beyond_the_operator(device, options.profile, **common)
+    for tokens in sorted(set(lengths) - set(ordinary)):
+        shape = replace(bench.SHAPES[device], tokens=tokens)
+        impls = options.impls or bench.default_impls(device)
+        configs = tuple(bench.CONFIGS)[:1]
+        rows = bench.case(shape, device, configs=configs, impls=impls, dense=(), seed=options.seed)
+        yield f"{tokens:>8,} tokens", rows
+
+
+if __name__ == "__main__":
+    main()

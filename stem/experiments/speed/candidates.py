@@ -1,0 +1,267 @@
+"""Candidates of the speed comparison: shapes, inputs, configs, and each call with the check of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import stem
+from stem.experiments.speed import gate
+
+# "released" is the schedule of the method's public code, the preset angelslim. "default" is StemConfig().
+CONFIGS = {"released": stem.StemConfig.preset("angelslim"), "default": stem.StemConfig()}
+SHORT = (1024, 1500, 2048, 3000, 4096, 5500, 8192, 12000, 16384)  # powers of two, and lengths that end inside a block
+BRIEFLY = {  # config -> lengths at which CUDA times attention and the whole operator only
+    # the released schedule with its sink and local blocks inside the budget
+    "three_regime": (stem.StemConfig.preset("angelslim", forced="inside"), (2**14, 2**15, 2**16, 2**17)),
+    "paper": (stem.StemConfig.preset("paper"), SHORT),
+    "hpc_ops": (stem.StemConfig.preset("hpc_ops"), SHORT),
+    "adaptive": (stem.StemConfig.preset("adaptive"), SHORT),
+}
+GRAPH = "graph "  # prefix of an operation that was replayed from a CUDA graph, at all lengths of SHORT
+PRESETS = ("paper", "released", "hpc_ops", "adaptive")  # configs of the rows that are presets of StemConfig
+DENSE = {
+    "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},
+    "cpu": {"sdpa_cpu": SDPBackend.FLASH_ATTENTION},
+}
+IMPLS = {"cuda": ["triton", "hopper"], "cpu": ["torch"]}  # "hopper" only on sm_90
+BASELINES = ("sdpa_cudnn", "sdpa_flash", "sdpa_cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of the attention of one prompt [tokens, heads, channels]; the default is one layer of Llama-3.1-8B."""
+
+    tokens: int
+    batch: int = 1
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+    def dense_flops(self) -> int:
+        """Operations of dense causal attention, counted as in metrics.attention_flops: 2 N (N + 1) D Hq [FLOP]."""
+        return 2 * self.batch * self.q_heads * self.head_dim * self.tokens * (self.tokens + 1)
+
+    def least_bytes(self) -> int:
+        """Bytes that attention must move at least: q, k and v read once, the output written once [B]."""
+        elements = 2 * self.batch * (self.q_heads + self.kv_heads) * self.tokens * self.head_dim
+        return elements * getattr(torch, self.dtype).itemsize
+
+
+SMOLLM2 = Shape(0, q_heads=9, kv_heads=3, head_dim=64, dtype="float32")
+SHAPES = {"cuda": Shape(0), "cpu": SMOLLM2}
+
+
+class Problem:
+    """Inputs of one case, and the intermediate results of the operator's parts, computed when first needed.
+
+    Args:
+        shape, config: Of the attention.
+        device: "cuda" or "cpu".
+        impl: Implementation of the attention, and of scores and selection ("triton" computes these for "hopper").
+        seed: Of random normal inputs, and of the rows that the gate checks.
+        qkv: Inputs in place of random ones: q [B, Hq, N, D], k and v [B, Hkv, N, D].
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        config: stem.StemConfig,
+        device: str,
+        impl: str,
+        seed: int = 0,
+        qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        self.shape, self.config, self.impl = shape, config, impl
+        self.chooses = "triton" if impl == "hopper" else impl
+        self._generator = torch.Generator(device).manual_seed(seed)
+        heads = shape.q_heads, shape.kv_heads, shape.kv_heads
+        self.q, self.k, self.v = qkv or (self._normal(number) for number in heads)
+        self.rows = gate.sampled_rows(shape.tokens, config.block_size, seed)
+        self.budget = stem.block_budget(-(-shape.tokens // config.block_size), config)
+
+    def _normal(self, heads: int) -> Tensor:
+        size = self.shape.batch, heads, self.shape.tokens, self.shape.head_dim
+        return gate.guarded_normal(size, getattr(torch, self.shape.dtype), self._generator.device, self._generator)
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    @cached_property
+    def dout(self) -> Tensor:
+        """Gradient of the output, random normal, like q."""
+        return self._normal(self.shape.q_heads)
+
+    def score(self) -> Tensor:
+        return stem.block_scores(*self.qkv, self.config, impl=self.chooses)
+
+    def select(self) -> stem.BlockSelection:
+        lengths = dict(q_len=self.shape.tokens, kv_len=self.shape.tokens)
+        return stem.select_blocks(self.scores, self.budget, self.config, impl=self.chooses, **lengths)
+
+    def attend(self, impl: str | None = None) -> Tensor:
+        return stem.block_sparse_attention(*self.qkv, self.selection, impl=impl or self.impl)
+
+    def operate(self, impl: str | None = None) -> Tensor:
+        return stem.stem_attention(*self.qkv, self.config, impl=impl or self.impl)
+
+    def operate_by_default(self) -> Tensor:
+        return stem.stem_attention(*self.qkv, self.config)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        return self.score()
+
+    @cached_property
+    def selection(self) -> stem.BlockSelection:
+        return self.select()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An operation of one provider: `prepare(problem)` returns the call to time and the check of its result."""
+
+    operation: str
+    provider: str
+    prepare: Callable[[Problem], tuple[Callable[[], Any], Callable[[Any], float]]]
+
+
+def dense_candidate(provider: str, backend: SDPBackend) -> Candidate:
+    """Dense causal attention by one back end of SDPA; it fails where this back end does not run."""
+
+    def prepare(problem: Problem):
+        call = partial(_attend_densely, *problem.qkv, backend=backend)
+        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows)
+
+    return Candidate("attention", provider, prepare)
+
+
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def flex_candidate() -> Candidate:
+    """FlexAttention over the blocks that Stem selected, compiled for this length."""
+
+    def prepare(problem: Problem):
+        call = partial(_compiled_flex(), *problem.qkv, block_mask=problem.selection.to_block_mask(), enable_gqa=True)
+        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows, problem.selection)
+
+    return Candidate("attention", "flex", prepare)
+
+
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()  # one specialisation per length stays below the limit on recompilations
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def training_candidate(provider: str, attend: Callable[..., Tensor], dense: bool = False) -> Candidate:
+    """Forward and backward of `attend(q, k, v, problem)`, attention to the selected blocks, or to all if `dense`."""
+
+    def prepare(problem: Problem):
+        inputs = [x.detach().requires_grad_() for x in problem.qkv]
+
+        def call() -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                out = attend(*inputs, problem)
+            return torch.autograd.grad(out, inputs, problem.dout)
+
+        selection = None if dense else problem.selection
+        return call, lambda found: gate.check_gradients(found, *problem.qkv, problem.dout, problem.rows, selection)
+
+    return Candidate("forward+backward", provider, prepare)
+
+
+def training_candidates(device: str, impls: Sequence[str], dense: Iterable[str], flex: bool) -> list[Candidate]:
+    """Forward and backward: the dense baselines, and Stem's blocks in each implementation and in FlexAttention."""
+
+    def attend_densely(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: SDPBackend) -> Tensor:
+        return _attend_densely(q, k, v, backend)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, impl: str) -> Tensor:
+        return stem.block_sparse_attention(q, k, v, problem.selection, impl=impl)
+
+    candidates = [
+        training_candidate(name, partial(attend_densely, backend=DENSE[device][name]), dense=True) for name in dense
+    ]
+    candidates += [training_candidate(f"stem_{impl}", partial(attend, impl=impl)) for impl in impls]
+    if flex:
+        compiled = _compiled_flex()
+
+        def attend_by_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+            return compiled(q, k, v, block_mask=block_mask(problem), enable_gqa=True)
+
+        block_mask = lru_cache(maxsize=1)(lambda problem: problem.selection.to_block_mask())
+        candidates.append(training_candidate("flex", attend_by_flex))
+    return candidates
+
+
+def stem_candidates(impl: str | None) -> list[Candidate]:
+    """Candidates of one implementation: scores, selection, attention and the whole operator.
+
+    "hopper" shares Triton's scores and selection, so it has attention and operator only. None gives the operator with
+    `impl=None` only, as provider "stem".
+    """
+
+    def check_lists(selection: stem.BlockSelection, problem: Problem) -> float:
+        return gate.check_selection(selection, problem.scores, problem.budget, problem.config, problem.rows)
+
+    def check_operator(out: Tensor, problem: Problem) -> float:
+        _, selection = stem.stem_attention(*problem.qkv, problem.config, impl=impl, return_selection=True)
+        check_lists(selection, problem)
+        return gate.check_output(out, *problem.qkv, problem.rows, selection)
+
+    parts = {
+        "scores": lambda p: (p.score, lambda scores: gate.check_scores(scores, *p.qkv, p.config)),
+        "selection": lambda p: (p.select, lambda selection: check_lists(selection, p)),
+        "attention": lambda p: (
+            partial(p.attend, impl),
+            lambda out: gate.check_output(out, *p.qkv, p.rows, p.selection),
+        ),
+        "operator": lambda p: (partial(p.operate, impl), lambda out: check_operator(out, p)),
+    }
+    if impl is None:
+        return [Candidate("operator", "stem", lambda p: (p.operate_by_default, lambda out: check_operator(out, p)))]
+    if impl == "hopper":
+        del parts["scores"], parts["selection"]
+    return [Candidate(operation, f"stem_{impl}", prepare) for operation, prepare in parts.items()]
+
+
+def graph_candidate(candidate: Candidate) -> Candidate:
+    """A candidate replayed from a CUDA graph, which leaves out the host's launch time."""
+
+    def prepare(problem: Problem):
+        call, check = candidate.prepare(problem)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # a first call compiles and allocates, which a graph cannot capture
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+
+        def replay():
+            graph.replay()
+            return out
+
+        return replay, check
+
+    return replace(candidate, operation=GRAPH + candidate.operation, prepare=prepare)
+
+
+def default_impls(device: str) -> list[str]:
+    """The fast implementations that this device runs."""
+    hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return [impl for impl in IMPLS[device] if impl != "hopper" or hopper]

@@ -1,0 +1,241 @@
+"""Figures of speed: time, memory, roofline and speed-ups, from the rows of one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from stem.experiments import records
+from stem.experiments.figures import PALETTE, lines, log_y, new, styled, tokens_axis, tokens_label
+from stem.experiments.speed.report import always_from
+
+DENSE_GREYS = ("0.25", "0.6", "0.4")
+LABELS = {
+    "sdpa_cudnn": "dense, SDPA cuDNN",
+    "sdpa_flash": "dense, SDPA FlashAttention-2",
+    "sdpa_cpu": "dense, SDPA CPU",
+    "flex": "FlexAttention, Stem's blocks",
+    "stem_torch": "Stem, torch",
+    "stem_triton": "Stem, Triton",
+    "stem_hopper": "Stem, Hopper",
+    "stem": "Stem",
+}
+PARTS = ("scores", "selection", "attention", "operator")  # operations of one forward pass
+COLOURS = dict(zip(("stem_triton", "flex", "stem_torch", "stem_hopper"), PALETTE, strict=False))
+COLOURS["stem"] = COLOURS["stem_hopper"]
+COLOURS |= dict(zip(("sdpa_cudnn", "sdpa_flash", "sdpa_cpu"), DENSE_GREYS, strict=False))
+
+
+@styled()
+def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Time of the whole operator and of the dense baselines with p20-p80 bands, and its speed-ups, over tokens."""
+    rows, config = timed(rows, config)
+    shown = rows[(rows.config == "dense") | (rows.operation == "operator") | (rows.provider == "flex")]
+    last, fastest, ratio = headline(shown)
+    figure, (left, right) = new(2, width=5.2)
+    claim = f"{last.device_label}: Stem takes {_ms(last.latency_ms)} at {tokens_label(last.tokens)} tokens"
+    lines(
+        shown, "tokens", "latency_ms", "provider", left, title=claim, xlabel="tokens", ylabel="time [ms]",
+        band=("latency_ms_p20", "latency_ms_p80"), labels=LABELS, colours=COLOURS,
+    )  # fmt: skip
+    log_y(left)
+    tokens_axis(left, shown.tokens)
+    operator = shown[shown.operation == "operator"].sort_values("latency_ms").drop_duplicates("tokens")  # the fastest
+    for name in baselines(shown):
+        column = f"speedup_vs_{name}"
+        measured = operator.dropna(subset=column).sort_values("tokens")
+        label = f"over {LABELS[name].removeprefix('dense, ')}"
+        right.plot(measured.tokens, measured[column], "o-", color=COLOURS[name], markersize=4, label=label)
+    right.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    right.legend()
+    right.set(ylabel="speed-up of the whole operator [times]", ylim=(0, None))
+    right.set_title(f"{ratio:.1f}× over {fastest} at {tokens_label(last.tokens)} ({config} budget)")
+    tokens_axis(right, shown.tokens)
+    return figure
+
+
+@styled()
+def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Shares of scores, selection and attention in their summed time [%], over tokens."""
+    rows, _ = timed(rows, config)
+    parts = rows[(rows.config != "dense") & rows.operation.isin(["scores", "selection", "attention"])]
+    parts = parts[parts.provider != "flex"].pivot_table(
+        index="tokens", columns="operation", values="latency_ms", aggfunc="min"
+    )
+    share = 100 * parts[["attention", "selection", "scores"]].div(parts.sum(axis=1), axis=0)
+    figure, ax = new()
+    share.plot.bar(stacked=True, ax=ax, color=[PALETTE[0], PALETTE[1], PALETTE[2]], width=0.7, rot=0)
+    ax.set_xticklabels([tokens_label(n) for n in share.index])
+    overhead = 100 - share.attention.iloc[-1]
+    ax.set_title(f"{tokens_label(share.index[-1])} tokens: choosing the blocks is {overhead:.0f} % of the time")
+    ax.set(xlabel="tokens", ylabel="share of the time [%]", ylim=(0, 100))
+    ax.legend(loc="lower right", frameon=True)
+    return figure
+
+
+@styled()
+def memory(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Peak memory beyond the inputs, output included [MiB], over tokens; CUDA rows only."""
+    rows, _ = timed(rows, config)
+    shown = rows[(rows.config == "dense") | (rows.operation == "operator")].dropna(subset="peak_memory_mib")
+    figure, ax = new()
+    last = shown[shown.operation == "operator"].sort_values(["tokens", "peak_memory_mib"]).iloc[-1]
+    title = f"{tokens_label(last.tokens)} tokens: Stem needs {last.peak_memory_mib / 1024:.1f} GiB beyond its inputs"
+    lines(
+        shown, "tokens", "peak_memory_mib", "provider", ax, title=title, xlabel="tokens",
+        ylabel="peak memory beyond the inputs [MiB]", labels=LABELS, colours=COLOURS,
+    )  # fmt: skip
+    log_y(ax)
+    tokens_axis(ax, shown.tokens)
+    return figure
+
+
+@styled()
+def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
+    """Rate of attention alone [TFLOP/s] under the measured ceilings: the rows of operation "ceiling"."""
+    peak, bandwidth = ceilings(rows)
+    rows, _ = timed(rows, config)
+    shown = rows[rows.operation == "attention"].dropna(subset="tflops")
+    shown = shown.assign(intensity=shown.flop / shown.least_bytes)
+    sparse = shown[shown.provider.str.startswith("stem")].sort_values(["tokens", "tflops"]).iloc[-1]
+    figure, ax = new()
+    share = f"{100 * sparse.tflops / peak:.0f} %"
+    claim = f"{tokens_label(sparse.tokens)} tokens: Stem's attention at {share} of a matmul's rate"
+    lines(
+        shown, "intensity", "tflops", "provider", ax, title=claim, labels=LABELS, colours=COLOURS,
+        xlabel="operations per byte that must move [FLOP/B]", ylabel="kept pairs computed [TFLOP/s]",
+    )  # fmt: skip
+    x = np.geomspace(min(shown.intensity.min() / 2, peak / bandwidth / 2), shown.intensity.max() * 2, 200)
+    ax.plot(x, np.minimum(peak, bandwidth * x), color="black", linewidth=1, label="measured ceilings")
+    ax.set_xscale("log")
+    log_y(ax)
+    ax.legend()
+    return figure
+
+
+@styled()
+def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figure:
+    """Speed-up of the whole operator over the fastest dense back end of each length, one line per config.
+
+    Args:
+        rows: Of one machine.
+        configs: Configs to show, default all.
+    """
+    names = [name for name in pd.DataFrame(rows)["config"].dropna().unique() if name != "dense"]
+    names = [name for name in names if configs is None or name in configs]
+    figure, ax = new()
+    wins = {}
+    for name, colour in zip(names, PALETTE, strict=False):
+        shown, _ = timed(rows, name)
+        dense = shown[shown.config == "dense"].groupby("tokens").latency_ms.min()
+        operator = shown[shown.operation == "operator"].groupby("tokens").latency_ms.min()
+        ratio = (dense / operator).dropna()
+        if ratio.empty:
+            continue
+        ax.plot(ratio.index, ratio, "o-", color=colour, markersize=4, label=f"{name} budget")
+        first = always_from(ratio > 1)
+        wins[name] = "no length" if first is None else tokens_label(first)
+    ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    ax.set_title("Stem beats every dense back end from " + ", ".join(f"{n} ({name})" for name, n in wins.items()))
+    ax.set(ylabel="speed-up over the fastest dense [times]", ylim=(0, None))
+    ax.legend()
+    tokens_axis(ax, sorted({int(n) for line in ax.get_lines()[:-1] for n in line.get_xdata()}))
+    return figure
+
+
+@styled()
+def never_slower(ratios: Mapping[str, pd.DataFrame], margin: float = 0.03) -> Figure:
+    """Speed-ups over the fastest dense back end over tokens, one line per config, with the accepted loss shaded.
+
+    Args:
+        ratios: Panel title -> speed-ups of `report.over_dense`.
+        margin: Accepted loss of speed against the fastest dense back end, a share.
+    """
+    figure, axes = new(len(ratios), width=5.2)
+    for (how, table), ax in zip(ratios.items(), np.atleast_1d(axes), strict=True):
+        for name, colour in zip(table, PALETTE, strict=False):
+            measured = table[name].dropna()
+            ax.plot(measured.index, measured, "o-", color=colour, markersize=4, label=name)
+        ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+        ax.axhspan(1 - margin, 1.0, color="0.9", label=f"at most {margin:.0%} slower")
+        tokens, name = table.stack().idxmin()
+        ax.set_title(f"{how}: worst case {table[name][tokens]:.2f}×, {name} at {tokens_label(int(tokens))} tokens")
+        ax.set(ylabel="speed-up over the fastest dense [times]")
+        log_y(ax)
+        tokens_axis(ax, table.index)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the last panel, because lines fill all panels
+    return figure
+
+
+@styled()
+def bars(rows: pd.DataFrame, operation: str, config: str, ylabel: str = "time [ms]") -> Figure:
+    """Times of one operation by length, side by side: dense back ends, FlexAttention and Stem.
+
+    Raises:
+        ValueError: If the rows hold no time of Stem for this operation and config.
+    """
+    shown = pd.DataFrame(rows)
+    shown = shown[(shown.operation == operation) & shown.config.isin(["dense", config])].dropna(subset="latency_ms")
+    if not shown.provider.str.startswith("stem").any():
+        raise ValueError(f"rows must hold times of operation={operation!r} and config={config!r}, got none of Stem")
+    times = shown.pivot_table(index="tokens", columns="provider", values="latency_ms", sort=False).sort_index()
+    dense = [name for name in times if name.startswith("sdpa")]
+    sparse = times[[name for name in times if name.startswith("stem")]].min(axis=1)
+    ratio = (times[dense].min(axis=1) / sparse).dropna()
+    figure, ax = new()
+    colours = [COLOURS[name] for name in times]
+    times.rename(columns=LABELS).plot.bar(ax=ax, color=colours, width=0.75, rot=0)
+    ax.set_xticklabels([tokens_label(int(n)) for n in times.index])
+    last = ratio.index[-1]
+    ax.set_title(f"{operation}: {ratio.loc[last]:.1f}× over the fastest dense at {tokens_label(int(last))} tokens")
+    ax.set(xlabel="tokens", ylabel=ylabel)
+    log_y(ax)
+    ax.legend()
+    return figure
+
+
+def timed(rows: pd.DataFrame, config: str | None = None) -> tuple[pd.DataFrame, str]:
+    """Timed rows of the dense baselines and of one config, and the config's name (default: the first in the rows).
+
+    Raises:
+        ValueError: If the rows are of several machines or profiles, or hold no time of the config.
+    """
+    rows = pd.DataFrame(rows)
+    for column in ("machine", "profile"):
+        if column in rows and rows[column].nunique() > 1:
+            raise ValueError(f"rows must be of one {column}, got {sorted(rows[column].unique())}")
+    rows = rows[rows["operation"].isin(PARTS)].dropna(subset="latency_ms")
+    names = [name for name in rows["config"].unique() if name != "dense"]
+    if not names or (config is not None and config not in names):
+        raise ValueError(f"rows must hold times of config={config or 'any'!r}, got {names}")
+    config = names[0] if config is None else config
+    return rows[rows["config"].isin(["dense", config])].astype({"tokens": int}), config
+
+
+def baselines(rows: pd.DataFrame) -> list[str]:
+    """Dense providers in the rows, in order of appearance."""
+    return list(rows[rows.config == "dense"].provider.unique())
+
+
+def headline(rows: pd.DataFrame) -> tuple[pd.Series, str, float]:
+    """The operator's fastest row at the longest length with a dense time, that baseline's label, and the speed-up."""
+    dense, operator = rows[rows.config == "dense"], rows[rows.operation == "operator"]
+    tokens = max(set(dense.tokens) & set(operator.tokens))
+    fastest = dense[dense.tokens == tokens].sort_values("latency_ms").iloc[0]
+    last = operator[operator.tokens == tokens].sort_values("latency_ms").iloc[0].copy()
+    last["device_label"] = last.get("device", records.device_name())
+    return last, LABELS[fastest.provider].removeprefix("dense, "), fastest.latency_ms / last.latency_ms
+
+
+def ceilings(rows: pd.DataFrame) -> tuple[float, float]:
+    """Matmul rate [TFLOP/s] and copy bandwidth [TB/s] from the rows of operation "ceiling"."""
+    found = pd.DataFrame(rows)
+    found = found[found["operation"] == "ceiling"].set_index("provider")
+    return float(found.loc["matmul", "tflops"]), float(found.loc["copy", "gb_per_s"]) / 1e3
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds / 1e3:.3g} s" if milliseconds >= 1e3 else f"{milliseconds:.3g} ms"
