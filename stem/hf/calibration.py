@@ -1,29 +1,30 @@
-"""Calibration: the share threshold at which a model computes a wanted density."""
+"""Calibration: the threshold of `allocation="adaptive"` at which a model computes a wanted density."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stem.config import StemConfig
+from stem.config import StemConfig, check_config
+from stem.validation import check_number
 
-SMALLEST = 1e-9  # threshold below which hardly any share of a row falls
-ROUNDS = 30  # most thresholds tried
-MARGIN = 0.1  # least share of the interval that a round takes away at either end
+SMALLEST = 1e-9  # a threshold at which nearly every block is kept
+ROUNDS = 30  # thresholds tried before giving up
+MARGIN = 0.1  # each round cuts at least this share of the interval off at either end
 
 
 class Calibration(NamedTuple):
-    """What `calibrate` found."""
+    """Result of `calibrate`."""
 
     config: StemConfig
     """The given settings with `allocation="adaptive"` and the threshold."""
 
     density: float
-    """Realised density on the prompts, mean over the layers that use Stem."""
+    """Realised density on the prompts, as Report.density gives it."""
 
 
 def calibrate(
@@ -34,32 +35,37 @@ def calibrate(
     *,
     tolerance: float = 0.005,
 ) -> Calibration:
-    """Solve the threshold of `allocation="adaptive"` on a model (no paper source: our choice).
+    """Find the threshold of `allocation="adaptive"` that gives a wanted density (no paper source: our choice).
 
-    False position on the logarithm of the threshold; each round runs the prompts with sparse attention, so that the
-    realised density includes what sparse layers do to the layers above them.
+    The search is false position on the logarithm of the threshold. Each round runs all prompts with sparse attention,
+    because a sparse layer changes the inputs of the layers above it.
 
     Args:
         model: As in stem.hf.enable.
-        prompts: Token ids, int64 [N] or [B, N], as long as those the threshold is for.
+        prompts: Token ids, int [N] or [B, N] each, without padding, of the length that you will serve. One tensor [N]
+            is one prompt.
         density: Wanted share of the causal block pairs, in (0, 1).
-        config: Everything but the budget, default StemConfig().
-        tolerance: Largest accepted |realised - wanted|.
+        config: Every setting but the budget, default StemConfig().
+        tolerance: Largest accepted |realised - wanted|, at least 0.
     Raises:
-        ValueError: If density or prompts are not usable, the forced blocks alone exceed density, or no threshold fits.
+        TypeError: If prompts are no tensors of token ids, or density or tolerance is no number.
+        ValueError: If a prompt is empty or too short, density or tolerance is out of range, the forced blocks alone
+            exceed density, or no threshold fits.
     """
-    if not 0 < density < 1:
+    check_number("density", density, 0, 1, open_below=True)
+    if density == 1:
         raise ValueError(f"density must be in (0, 1), got {density!r}")
-    prompts = [prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts]
-    if not prompts:
-        raise ValueError("prompts must hold at least one tensor of token ids, got none")
+    check_number("tolerance", tolerance, 0)
+    config = StemConfig() if config is None else config
+    check_config(config)
+    prompts = _token_ids(prompts)
     shortest = min(prompt.shape[1] for prompt in prompts)
-    if config is not None and shortest <= config.dense_up_to:
+    if shortest <= config.dense_up_to:
         raise ValueError(
-            f"prompts must be longer than config.dense_up_to={config.dense_up_to} tokens, up to which everything is "
-            f"kept, got one of {shortest}"
+            f"prompts must be longer than config.dense_up_to={config.dense_up_to} tokens, because shorter ones keep "
+            f"every block, got one of {shortest}"
         )
-    base = (config or StemConfig()).replace(density=None, k_start=None, k_start_regimes=None, min_blocks=0)
+    base = config.replace(density=None, k_start=None, k_start_regimes=None, min_blocks=0)
 
     def realised(threshold: float) -> Calibration:
         adaptive = base.replace(allocation="adaptive", threshold=threshold)
@@ -72,19 +78,42 @@ def calibrate(
             f"got {density}; ask for more, or for fewer forced blocks"
         )
     low, high, best = (math.log(SMALLEST), 1.0), (0.0, forced.density), forced  # (log threshold, density)
-    guess = -math.log(max(prompt.shape[1] for prompt in prompts) / base.block_size)  # an even share of the last row
+    longest = max(prompt.shape[1] for prompt in prompts)
+    guess = math.log(base.block_size / longest)  # an even share of the last row
     for _ in range(ROUNDS):
         if abs(best.density - density) <= tolerance:
             return best
         found = realised(math.exp(guess))
         low, high = (low, (guess, found.density)) if found.density < density else ((guess, found.density), high)
         best = min(best, found, key=lambda calibration: abs(calibration.density - density))
-        share = (low[1] - density) / (low[1] - high[1])  # where a line between the two would meet the density
+        share = (low[1] - density) / (low[1] - high[1])  # where the line through both meets the density
         guess = low[0] + min(max(share, MARGIN), 1 - MARGIN) * (high[0] - low[0])
     raise ValueError(
         f"density={density} was not reached within tolerance={tolerance}; the nearest threshold, "
         f"{best.config.threshold:.3g}, gives {best.density:.4f}: use longer prompts, smaller blocks, more tolerance"
     )
+
+
+def _token_ids(prompts: Iterable[Tensor]) -> list[Tensor]:
+    """The prompts as int [B, N] tensors, checked."""
+    accepted = "tensors of token ids, int [N] or [B, N], for example [tokenizer(text, return_tensors='pt').input_ids]"
+    if isinstance(prompts, Tensor) and prompts.ndim == 1:
+        prompts = [prompts]
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be {accepted}, got {_brief(prompts)}")
+    prompts = list(prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.dtype == torch.bool:
+            raise TypeError(f"prompts must be {accepted}, got one of {_brief(prompt)}")
+        if prompt.ndim not in (1, 2) or not prompt.numel():
+            raise ValueError(f"prompts must be {accepted}, got one of shape {tuple(prompt.shape)}")
+    if not prompts:
+        raise ValueError(f"prompts must be {accepted}, got none")
+    return [prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts]
+
+
+def _brief(value) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 @torch.no_grad()

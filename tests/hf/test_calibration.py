@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
 
 import stem
 from stem import hf
@@ -41,6 +41,47 @@ def test_the_threshold_gives_the_density_that_was_asked_for(model, prompts, dens
 def test_a_larger_density_needs_a_smaller_threshold(model, prompts):
     sparse, dense = (stem.calibrate(model, prompts, density, BASE).config.threshold for density in (0.3, 0.7))
     assert dense < sparse
+
+
+def test_one_tensor_is_one_prompt(model, prompts):
+    assert stem.calibrate(model, prompts[0], 0.5, BASE) == stem.calibrate(model, prompts[:1], 0.5, BASE)
+    assert stem.calibrate(model, prompts[0][None], 0.5, BASE) == stem.calibrate(model, prompts[:1], 0.5, BASE)
+
+
+@pytest.mark.parametrize(
+    "prompts, error, match",
+    [
+        ("some text", TypeError, "got str 'some text'"),
+        (["some text"], TypeError, "got one of str 'some text'"),
+        ([1, 2, 3], TypeError, "got one of int '1'"),
+        ([[1, 2, 3], [4, 5]], TypeError, "got one of list"),
+        (BatchEncoding({"input_ids": torch.ones(1, 9).long()}), TypeError, "got BatchEncoding"),
+        ([BatchEncoding({"input_ids": torch.ones(1, 9).long()})], TypeError, "got one of BatchEncoding"),
+        (torch.rand(1, 9), TypeError, "got one of torch.float32"),
+        ([torch.ones(1, 2, 9).long()], ValueError, r"got one of shape \(1, 2, 9\)"),
+        ([torch.ones(0).long()], ValueError, r"got one of shape \(0,\)"),
+        (7, TypeError, "got int '7'"),
+    ],
+)
+def test_prompts_that_are_no_token_ids_are_named(model, prompts, error, match):
+    with pytest.raises(error, match=f"prompts must be tensors of token ids.*{match}"):
+        stem.calibrate(model, prompts, 0.5, BASE)
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (dict(density="0.3"), "density must be a number .* got '0.3'"),
+        (dict(density=True), "density must be a number .* got True"),
+        (dict(density=0.3, tolerance="0.1"), "tolerance must be a number .* got '0.1'"),
+        (dict(density=0.3, config=0.25), "config must be a StemConfig, got 0.25"),
+    ],
+)
+def test_arguments_of_another_type_are_named(model, prompts, arguments, match):
+    with pytest.raises(TypeError, match=match):
+        stem.calibrate(model, prompts, **arguments)
+    with pytest.raises(ValueError, match="tolerance must be in .* got -1"):
+        stem.calibrate(model, prompts, 0.3, BASE, tolerance=-1)
 
 
 def test_a_budget_in_the_given_config_is_replaced(model, prompts):
