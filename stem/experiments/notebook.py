@@ -17,7 +17,7 @@ from stem.experiments import records
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a notebook needs to know about its run.
+    """Profile, seed, device and dtype of a notebook's run.
 
     Attributes:
         profile: "smoke" (a CPU, minutes) or "full" (the published numbers, one GPU).
@@ -38,13 +38,13 @@ class Run:
 
 
 def setup(profile: str, seed: int) -> Run:
-    """Seed Python, NumPy and torch, choose the device, and print what this run stands on.
+    """Seed Python, NumPy and torch, choose the device, and print device, commit and versions.
 
     Args:
         profile: "smoke" or "full".
         seed: Any integer >= 0.
     Returns:
-        The `Run` that the cells below refer to.
+        Profile, seed, device and dtype for the cells below.
     """
     facts = records.provenance(profile)
     random.seed(seed)
@@ -58,7 +58,7 @@ def setup(profile: str, seed: int) -> Run:
 
 
 def check(claim: str, condition: Any) -> None:
-    """Assert a claim of the text and print it, so that a reader sees what was verified.
+    """Assert a claim of the text and print it, which shows the reader that it was verified.
 
     Args:
         claim: The claim in words.
@@ -75,9 +75,8 @@ def exercise(fn: Callable, against: Callable, args: tuple = ()) -> None:
     """Compare a reader's solution with the library's answer on the same arguments.
 
     Args:
-        fn: The reader's function; returns None as long as it is not attempted.
-        against: The answer: a function of the library, called with the same arguments. Tensors, numbers, sequences,
-            mappings and dataclasses of these are compared to 1e-4.
+        fn: The reader's function; it returns None as long as it is not attempted.
+        against: The library's function. Its tensors, numbers, sequences, mappings and dataclasses are compared to 1e-4.
         args: Positional arguments of both.
     Raises:
         AssertionError: If the solution was attempted and differs from the answer.

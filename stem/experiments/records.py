@@ -27,12 +27,12 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def repository_root() -> Path:
-    """The checkout that this module lives in, or the current folder when the package was installed from a wheel."""
+    """Folder of the checkout, or the current folder when the package was installed from a wheel."""
     return _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
 
 
 def device_name() -> str:
-    """The GPU's name where there is CUDA, else the processor's with its number of usable cores."""
+    """Name of the GPU, or of the processor with its number of usable cores where there is no CUDA."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -49,9 +49,9 @@ def machine_name() -> str:
 
 
 def git_commit() -> str:
-    """What the environment's STEM_COMMIT says, for copies of a checkout; else the checkout's short commit.
+    """Short commit of the checkout, with "+changed" if .py files differ from it; "unknown" outside git.
 
-    It has `+changed` when library code differs from it, and is `unknown` outside git.
+    The environment variable STEM_COMMIT overrides it, for copies of a checkout without git.
     """
     if given := os.environ.get("STEM_COMMIT"):
         return given
@@ -75,7 +75,7 @@ def _version(package: str) -> str:
 
 
 def provenance(profile: str) -> dict[str, str]:
-    """The columns that say where a row came from, in the order of `PROVENANCE`."""
+    """Provenance of a row measured now: its columns in the order of `PROVENANCE`."""
     _check_profile(profile)
     return {
         "machine": machine_name(),
@@ -108,16 +108,16 @@ def write_rows(
     *,
     same: Sequence[str] | None = None,
 ) -> Path:
-    """Write this machine's rows of one experiment, replacing those of its last run with the same profile.
+    """Write this machine's rows of one experiment in place of its last run with this profile.
 
     Args:
         experiment: Folder under results/, for example "speed" or "long_context/answers".
         rows: Mappings (column -> value) or a DataFrame, at least one row; must not hold a column of `PROVENANCE`.
         profile: "smoke" (file <machine>-smoke.csv) or "full" (<machine>.csv).
-        same: For a run of a part of the experiment, the columns that name what a row measured: only rows that agree
-            with a new one in all of these are replaced, the others stay, with their own provenance. None: all go.
+        same: Columns that tell what a row measured, for a run that measures a part. Old rows stay, with their own
+            provenance, unless they agree with a new row in all of these columns. None replaces all old rows.
     Returns:
-        The CSV's path. It is written to a temporary file and moved, so it is never half-written.
+        The CSV's path. The file is written under a temporary name and then moved, so it is never half-written.
     Raises:
         ValueError: On no rows, an unknown profile, a bad name, or a reserved column.
     """
@@ -139,7 +139,7 @@ def write_rows(
 
 
 def _replaced(path: Path, new: pd.DataFrame, same: list[str]) -> pd.DataFrame:
-    """The rows in the file that agree with no new one in the columns `same`, as text as they stand, then the new."""
+    """Old rows of the file, as text, that agree with no new row in the columns `same`, then the new rows."""
 
     def keys(text: str) -> list[tuple]:
         named = pd.read_csv(io.StringIO(text)).reindex(columns=same).astype(object)
@@ -153,13 +153,13 @@ def _replaced(path: Path, new: pd.DataFrame, same: list[str]) -> pd.DataFrame:
 
 
 def read_rows(experiment: str) -> pd.DataFrame:
-    """Every machine's rows of one experiment, smoke and full, with the columns of `PROVENANCE`.
+    """Rows of one experiment from all machines, smoke and full, with the columns of `PROVENANCE`.
 
     Args:
         experiment: Folder under results/, for example "speed" or "long_context/answers".
     Returns:
-        All rows under one index; columns that a machine did not write are NaN there. Empty if nobody ran it yet.
-        A file under STEM_RESULTS hides the file of the same name in results/.
+        All rows under one index, NaN where a machine did not write a column; empty without files. A file under
+        STEM_RESULTS hides the file with its name in results/.
     """
     files = {
         path.name: path for path in sorted((repository_root() / "results" / _check_name(experiment)).glob("*.csv"))

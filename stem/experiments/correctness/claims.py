@@ -1,7 +1,7 @@
-"""The claims of notebook 03: each function measures one of them and returns rows.
+"""Claims of notebook 03: each function measures one claim and returns rows.
 
-A row holds claim, case, impl, dtype, error (largest absolute difference), tolerance, passed and seed. The tolerance
-is derived, never chosen: see `tolerance`.
+A row holds claim, case, impl, dtype, error (largest absolute difference), tolerance, passed and seed. `tolerance`
+derives the tolerance from the error of plain torch code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADS = ((1, 1), (4, 2), (3, 1), (9, 3))
 
 
 class Shape(NamedTuple):
-    """One input: query and KV heads, query and key tokens, head dimension, tokens per block."""
+    """Shape of one input: query and KV heads, query and key tokens, head dimension, tokens per block."""
 
     q_heads: int
     kv_heads: int
@@ -38,17 +38,16 @@ class Shape(NamedTuple):
 
     @property
     def longest_sum(self) -> int:
-        """Terms of the longest sum in attention: over the keys, or over the dimensions of q.k."""
+        """Number of terms of the longest sum in attention: over keys, or over the head dimension."""
         return max(self.kv_len, self.head_dim)
 
     def __str__(self) -> str:
-        return f"{self.q_heads}/{self.kv_heads} heads, {self.q_len} of {self.kv_len} x {self.head_dim}, block " + str(
-            self.block_size
-        )
+        heads = f"{self.q_heads}/{self.kv_heads} heads"
+        return f"{heads}, {self.q_len} of {self.kv_len} x {self.head_dim}, block {self.block_size}"
 
 
 def qkv(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal q [1, Hq, Nq, D] and k, v [1, Hkv, Nkv, D], rounded to `dtype`."""
+    """Random normal q [1, Hq, Nq, D], k and v [1, Hkv, Nkv, D], rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(shape.q_heads, shape.q_len)] + 2 * [(shape.kv_heads, shape.kv_len)]
     return tuple(
@@ -70,19 +69,19 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor) -> Tens
 
 
 def tolerance(eager: Tensor, oracle: Tensor, reduction: int) -> float:
-    """Largest error allowed: that of eager code in the same dtype, plus sqrt(reduction) roundings of the largest value.
+    """Largest allowed error: that of eager code in the same dtype, plus sqrt(reduction) roundings of the largest value.
 
     Args:
-        eager: The same formula in plain torch; its dtype says what a rounding is.
-        oracle: The result in fp64.
-        reduction: Terms of the longest sum.
+        eager: Result of plain torch in the tested dtype.
+        oracle: Result in fp64.
+        reduction: Number of terms of the longest sum.
     """
     rounding = torch.finfo(eager.dtype).eps * float(oracle.abs().max())
     return float((eager.double() - oracle).abs().max()) + math.sqrt(reduction) * rounding
 
 
 def row(claim: str, case: object, impl: str, dtype: torch.dtype, error: Tensor, allowed: float, seed: int) -> dict:
-    """One measured claim."""
+    """Row of one measured case."""
     error = float(error)
     name = str(dtype).removeprefix("torch.")
     passed = error <= allowed
@@ -92,7 +91,7 @@ def row(claim: str, case: object, impl: str, dtype: torch.dtype, error: Tensor, 
 
 
 def runs(impl: str, q: Tensor, block_size: int) -> bool:
-    """Whether an implementation takes such queries: "hopper" and compiled FlexAttention (CUDA) do not take all."""
+    """Return True if an implementation takes these queries; "hopper" and FlexAttention on CUDA do not take all."""
     if impl == "hopper" and q.is_cuda:
         from stem.kernels.hopper_forward import supports
 
@@ -101,7 +100,7 @@ def runs(impl: str, q: Tensor, block_size: int) -> bool:
 
 
 def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = "equals the fp64 oracle") -> list[dict]:
-    """Attention over random blocks against masked attention in fp64; one row per shape, dtype and implementation."""
+    """Rows of attention over random blocks against masked attention in fp64, per shape, dtype and implementation."""
     rows = []
     for shape in shapes:
         for dtype in dtypes:
@@ -118,7 +117,7 @@ def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = 
 
 
 def dense_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
-    """The whole pipeline at density 1 against dense causal attention in fp64."""
+    """Rows of the whole operator at density 1 against dense causal attention in fp64."""
     rows = []
     for shape in shapes:
         for dtype in dtypes:
@@ -136,7 +135,7 @@ def dense_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
 
 
 def score_errors(shapes, device, seed: int = 0, impls=("torch", "triton")) -> list[dict]:
-    """The factorised block score against the sum over all antidiagonal samples, token pair by token pair, in fp64."""
+    """Rows of the factorised block score against the sum over all antidiagonal token pairs in fp64."""
     rows = []
     for shape in shapes:
         config = StemConfig(block_size=shape.block_size, value_weight=0.0)
@@ -161,9 +160,10 @@ def score_errors(shapes, device, seed: int = 0, impls=("torch", "triton")) -> li
 
 
 def influence(config: StemConfig, blocks: int, device, seed: int = 0, impl: str | None = None) -> Tensor:
-    """Largest change of each output block when the tokens of one block are drawn anew: fp32 [blocks, blocks].
+    """Largest change of each output block after new tokens in one block: fp32 [blocks, blocks].
 
-    Entry (i, j): outputs of block i after new q, k and v in block j. Causal means zero above the diagonal, exactly.
+    Entry (i, j) is the change in output block i after new q, k and v in block j. Causal means exactly zero above the
+    diagonal.
     """
     size = config.block_size
     shape = Shape(2, 1, blocks * size, blocks * size, 32, size)
@@ -182,7 +182,7 @@ def influence(config: StemConfig, blocks: int, device, seed: int = 0, impl: str 
 
 
 def causality_errors(config: StemConfig, impls, dtype, device, seed: int = 0) -> list[dict]:
-    """Outputs before a block after everything from it on is drawn anew; the tolerance is zero."""
+    """Rows of the change in outputs before a block after new tokens from that block on; the tolerance is zero."""
     size = config.block_size
     shape = Shape(2, 1, 5 * size - 3, 5 * size - 3, 64, size)
     q, k, v = qkv(shape, dtype, device, seed)
@@ -198,7 +198,7 @@ def causality_errors(config: StemConfig, impls, dtype, device, seed: int = 0) ->
 
 
 def unread_errors(shape: Shape, impls, dtype, device, seed: int = 0) -> list[dict]:
-    """Row by row, outputs after everything that the row did not select became NaN; the tolerance is zero."""
+    """Rows of the change in each query block after its unselected keys and values became NaN; the tolerance is zero."""
     q, k, v = qkv(shape._replace(q_heads=1, kv_heads=1), dtype, device, seed)
     selection = random_blocks(q, k, v, shape.block_size)
     kept = selection.to_mask()[0, 0].repeat_interleave(shape.block_size, 1)[:, : shape.kv_len, None]  # [nq, Nkv, 1]
@@ -220,7 +220,10 @@ def unread_errors(shape: Shape, impls, dtype, device, seed: int = 0) -> list[dic
 def chunk_errors(
     config: StemConfig, ends, impls, device, seed: int = 0, prompt_length: int | None = None
 ) -> list[dict]:
-    """A prompt fed in chunks that end at `ends` [tokens], of which each is told prompt_length, against it, in fp32."""
+    """Rows of a prompt in chunks that end at `ends` [tokens] against the whole prompt, in fp32.
+
+    prompt_length: Given to each chunk; None gives none.
+    """
     shape = Shape(2, 1, ends[-1], ends[-1], 32, config.block_size)
     q, k, v = qkv(shape, torch.float32, device, seed)
     oracle = stem_attention(q.double(), k.double(), v.double(), config, impl="reference")
@@ -242,7 +245,7 @@ def chunk_errors(
 
 
 def gradient_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
-    """Gradients with respect to q, k and v against autograd through masked attention in fp64; one row per tensor."""
+    """Rows of the gradients of q, k and v against autograd through masked attention in fp64, one per tensor."""
     rows = []
     for shape in shapes:
         for dtype in dtypes:
@@ -270,7 +273,7 @@ def _gradients(function, inputs) -> tuple[Tensor, ...]:
 
 
 def fuzzed_shapes(count: int, longest: int, seed: int = 0) -> list[Shape]:
-    """Random shapes: any heads, dimension and block size of the lists above, Nq <= Nkv <= longest, nothing aligned."""
+    """Random shapes with Nq <= Nkv <= longest; heads, head dimension and block size come from the lists above."""
     draw = random.Random(seed)
     shapes = []
     for _ in range(count):

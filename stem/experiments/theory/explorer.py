@@ -1,6 +1,6 @@
-"""The explorer of notebook 01: a method's blocks laid over what a head of a real model attends to, and what it costs.
+"""Explorer of notebook 01: the blocks that a method keeps, drawn over a real head's attention, with their error.
 
-`explore` returns widgets where somebody can move them, and a static grid of the same pictures everywhere else.
+`explore` returns widgets in a notebook that a person has open, and a static grid of pictures everywhere else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESOLUTION = 64  # rows of an attention map, at most twice as many
 
 @dataclass(frozen=True)
 class Choice:
-    """What to look at; decay and value weight are Stem's own."""
+    """Layer, head, method and settings of one picture; decay and value_weight affect the method "stem" only."""
 
     layer: int
     head: int = 0
@@ -45,7 +45,7 @@ class Choice:
 
     @property
     def config(self) -> StemConfig:
-        """Settings of the method: a sink block, two local blocks."""
+        """Settings of the method, with one sink block and two local blocks."""
         return StemConfig(
             block_size=self.block_size,
             score_stride=min(16, self.block_size // 4),
@@ -58,10 +58,10 @@ class Choice:
 
 
 class Measures(NamedTuple):
-    """What a choice keeps and loses."""
+    """Density, recall, error and loss of a choice."""
 
     density: float
-    """Kept over causal block pairs of the layer."""
+    """Kept block pairs over causal block pairs of the layer."""
 
     recall: float
     """Share of the head's true attention on kept blocks, mean over query blocks."""
@@ -70,11 +70,11 @@ class Measures(NamedTuple):
     """Relative error of the layer's attention output, all heads."""
 
     loss: float
-    """Loss of the model with this layer alone sparse, above dense [nats per token]."""
+    """Loss of the model above dense when only this layer is sparse [nats per token]."""
 
 
 class Explorer:
-    """One prompt in one model; dense passes are kept, so that only what changes is computed."""
+    """One prompt in one model. Results of dense passes are cached."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.model, self.ids = model, ids
@@ -83,13 +83,13 @@ class Explorer:
         self._dense_loss: float | None = None
 
     def qkv(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of a layer in the dense pass, fp32; see stem.experiments.theory.flow.capture."""
+        """q, k and v of a layer in the dense pass, fp32; see stem.experiments.theory.flow.capture."""
         if layer not in self._captured:
             self._captured[layer] = tuple(x.float() for x in flow.capture(self.model, self.ids, layer))
         return self._captured[layer]
 
     def selection(self, choice: Choice) -> BlockSelection:
-        """The blocks that the method keeps."""
+        """Blocks that the method keeps."""
         return patterns.select(choice.method, *self.qkv(choice.layer), choice.config)
 
     def measures(self, choice: Choice) -> Measures:
@@ -105,7 +105,7 @@ class Explorer:
         return Measures(kept.density(), float(recall), error, loss - self._dense_loss)
 
     def draw(self, choice: Choice, ax: Axes) -> Measures:
-        """The kept blocks over the attention map of one head; returns what the title says in part."""
+        """Draw the kept blocks over the attention map of one head, and return its measures."""
         q, k, _ = self.qkv(choice.layer)
         found = self.measures(choice)
         cell = min(choice.block_size, 2 ** max(0, (k.shape[2] // RESOLUTION).bit_length() - 1))
@@ -123,7 +123,7 @@ class Explorer:
 
 
 class _Picture(Figure):
-    """A figure that notebooks can show before pyplot has drawn anything."""
+    """A figure that a notebook shows as the value of a cell, without pyplot."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -142,14 +142,14 @@ def explore(
     methods: Sequence[str] = SHOWN,
     widgets: bool | None = None,
 ):
-    """Choose a layer, a head and a method and see what it keeps of the model's true attention.
+    """Show which blocks a method keeps of the true attention of one head: widgets, or a grid of pictures.
 
     Args:
         model: A causal language model of transformers.
-        ids: Token ids [1, N], N - 1 of them read; a short prompt, as maps are drawn and losses computed on each change.
-        layer, head, density, block_size: Where to start.
-        methods: Patterns in the static grid; the widgets offer all.
-        widgets: True for widgets, False for the grid; None decides by `live`.
+        ids: Token ids [1, N] of a short prompt: each change draws a map and computes a loss.
+        layer, head, density, block_size: First values.
+        methods: Patterns in the static grid; the widgets offer all patterns.
+        widgets: True for widgets, False for the grid, None for the answer of `live`.
     Returns:
         An ipywidgets box, or a Matplotlib figure.
     """
@@ -161,10 +161,10 @@ def explore(
 
 
 def live() -> bool:
-    """Whether somebody can move widgets: STEM_WIDGETS is 1, or unset in a kernel that a notebook page has started.
+    """Return True if STEM_WIDGETS is 1, or if it is unset and a notebook page has started this kernel.
 
-    Jupyter's server names its page in JPY_SESSION_NAME, VS Code puts the file into the kernel's namespace. Kernels of
-    papermill, nbval and nbconvert have neither.
+    Jupyter's server sets JPY_SESSION_NAME, and VS Code puts the file into the kernel's namespace. Kernels of papermill,
+    nbval and nbconvert have neither.
     """
     if (asked := os.environ.get("STEM_WIDGETS")) is not None:
         return asked == "1"
@@ -175,7 +175,7 @@ def live() -> bool:
 
 @figures.styled()
 def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 4) -> Figure:
-    """A picture of each choice, for the value of a cell: pyplot does not know it, so that it is shown once."""
+    """Grid with a picture of each choice, for the value of a cell; a figure of pyplot would be shown twice."""
     lines = -(-len(choices) // columns)
     figure = _Picture(figsize=(2.7 * columns, 3.1 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
@@ -192,7 +192,7 @@ def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 4) -> Fig
 
 
 def panel(explorer: Explorer, start: Choice):
-    """Sliders and menus beside one picture that follows them, an ipywidgets box."""
+    """Sliders and menus beside one picture that follows them: an ipywidgets box."""
     import ipywidgets
 
     wide = {"description_width": "6em"}

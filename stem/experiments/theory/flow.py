@@ -1,4 +1,4 @@
-"""Causal information flow: which tokens later layers depend on, and what pruning some rows does to them (Eq. 1)."""
+"""Causal information flow (Eq. 1): which tokens later layers depend on, and the damage of pruning some rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from stem.selection import BlockSelection, select_blocks
 
 
 def influence(probabilities: Tensor, layers: int) -> Tensor:
-    """Share of the last layer's output that each token's value makes up, when every layer applies the same P (Eq. 1).
+    """Share of each token's value in the last layer's output when every layer applies the same P (Eq. 1).
 
     Args:
         probabilities: [..., N, N], rows sum to 1, entry (i, j) = weight of token j in row i.
-        layers: How often P is applied, >= 1.
+        layers: Number of times P is applied, >= 1.
     Returns:
-        [..., N], the column means of P^layers; they sum to 1. Early columns, held by every row, grow with depth.
+        [..., N], the column means of P^layers, which sum to 1. Early columns, which every row reads, grow with depth.
     Raises:
         ValueError: If layers < 1.
     """
@@ -35,13 +35,13 @@ def influence(probabilities: Tensor, layers: int) -> Tensor:
 def select_in_rows(
     q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig, keep: float, first_row: int, last_row: int
 ) -> BlockSelection:
-    """Keep a share of the blocks in query blocks first_row..last_row - 1 (on the key grid), all of them elsewhere.
+    """Keep a share of the blocks in query blocks first_row..last_row - 1 (on the key grid), and all blocks elsewhere.
 
-    Our choice: the paper does not say how its Fig. 3 prunes; an equal share of every row makes spans comparable.
+    Our choice: the paper does not say how its Fig. 3 prunes. An equal share of every row makes spans comparable.
 
     Args:
         q, k, v: As in stem.stem_attention.
-        config: How blocks are scored, and which are kept first.
+        config: Scores of the blocks, and the blocks that are always kept.
         keep: Share of each pruned row's causal blocks, in (0, 1]; at least one.
     """
     scores = block_scores(q, k, v, config)
@@ -53,7 +53,7 @@ def select_in_rows(
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass of a model left behind."""
+    """Hidden states, logits and density of one forward pass of a model."""
 
     hidden: tuple[Tensor, ...]
     """Hidden states after each layer, [1, N, C] each."""
@@ -65,7 +65,7 @@ class Trace:
     """Realised density, mean over layers; 1 for a dense pass."""
 
     def errors(self, dense: Trace, rows: slice = slice(None)) -> list[float]:
-        """Mean squared difference to a dense pass over the positions `rows`: one per layer, then the logits."""
+        """Mean squared differences to a dense pass over the positions `rows`: one per layer, then of the logits."""
         pairs = zip([*self.hidden, self.logits], [*dense.hidden, dense.logits], strict=True)
         return [float((a[:, rows].double() - b[:, rows].double()).square().mean()) for a, b in pairs]
 
@@ -77,7 +77,7 @@ def trace(model: nn.Module, ids: Tensor, select=None) -> Trace:
     Args:
         model: A causal language model of transformers.
         ids: Token ids [1, N].
-        select: What stem.hf.enable takes (a StemConfig, a Selector, or one per layer); None is dense.
+        select: Argument of stem.hf.enable (a StemConfig, a Selector, or one per layer); None is dense.
     """
     if select is None:
         out, density = model(ids, output_hidden_states=True, use_cache=False), 1.0
@@ -89,15 +89,15 @@ def trace(model: nn.Module, ids: Tensor, select=None) -> Trace:
 
 
 def prune_spans(model: nn.Module, ids: Tensor, config: StemConfig, spans: int, keep: float) -> list[dict]:
-    """Prune one span of query rows at a time and measure the damage everywhere behind it (the paper's Fig. 3).
+    """Prune one span of query rows at a time and measure the error of every later layer (the paper's Fig. 3).
 
     Args:
         model, ids: As in `trace`.
         config, keep: As in `select_in_rows`.
         spans: Number of equal spans of query blocks.
     Returns:
-        A row per span and layer: span, first_token, last_token, layer (the number of layers = logits), and the mse
-        over all positions and over the prompt's last span.
+        One row per span and layer: span, first_token, last_token, layer (the number of layers stands for the logits),
+        mse (over all positions) and mse_last_span (over the prompt's last span).
     """
     blocks = -(-ids.shape[1] // config.block_size)
     edges = torch.linspace(0, blocks, spans + 1).round().int().tolist()
@@ -123,7 +123,7 @@ def prune_spans(model: nn.Module, ids: Tensor, config: StemConfig, spans: int, k
 
 @torch.no_grad()
 def captures(model: nn.Module, ids: Tensor, layers: Iterable[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """q [1, Hq, N, D], k and v [1, Hkv, N, D] of some layers in one dense pass, position encoding applied."""
+    """Layer -> q [1, Hq, N, D], k and v [1, Hkv, N, D] after position encoding, from one dense pass."""
     captured = {}
 
     def keep_everything(layer: int, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
@@ -136,16 +136,16 @@ def captures(model: nn.Module, ids: Tensor, layers: Iterable[int]) -> dict[int, 
 
 
 def capture(model: nn.Module, ids: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`captures` of one layer: its q, k, v."""
+    """q, k and v of one layer; see `captures`."""
     return captures(model, ids, [layer])[layer]
 
 
 def rollout(model: nn.Module, ids: Tensor, residual: float = 0.0) -> Tensor:
-    """`influence` with the attention of a real model, its heads averaged and everything but attention left out (Eq. 1).
+    """Share of each token in the output after each layer of a model, from its head-averaged attention alone (Eq. 1).
 
     Args:
         model, ids: As in `trace`; memory O(N^2) per layer.
-        residual: Share of each layer that a token keeps of its own stream, in [0, 1); no paper source: our choice.
+        residual: Share of a token's own stream that each layer keeps, in [0, 1); no paper source: our choice.
     Returns:
         fp64 [layers, N], row l = share of each token in the average output after l + 1 layers; rows sum to 1.
     Raises:

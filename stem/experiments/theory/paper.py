@@ -1,4 +1,4 @@
-"""Numbers that the paper reports (arXiv 2603.06274 v1), to print beside ours; none of them was measured here."""
+"""Numbers printed in the paper (arXiv 2603.06274 v1), to show beside ours; none of them was measured here."""
 
 import pandas as pd
 

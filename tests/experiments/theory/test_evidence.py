@@ -6,7 +6,7 @@ import torch
 
 import stem
 from stem import metrics, patterns
-from stem.experiments.theory import equations
+from stem.experiments.theory import evidence
 
 CONFIG = stem.StemConfig(block_size=16, score_stride=4, sink_blocks=1, local_blocks=1)
 
@@ -14,7 +14,7 @@ CONFIG = stem.StemConfig(block_size=16, score_stride=4, sink_blocks=1, local_blo
 def test_recall_by_density():
     q, k, v = 2 * torch.randn(1, 4, 320, 16), torch.randn(1, 2, 320, 16), torch.randn(1, 2, 320, 16)
     peaks = CONFIG.replace(reduction="softmax", allocation="uniform")
-    rows = equations.recall_by_density(q, k, v, {"oracle": "oracle_mass", "cells": peaks}, (0.2, 0.5), CONFIG)
+    rows = evidence.recall_by_density(q, k, v, {"oracle": "oracle_mass", "cells": peaks}, (0.2, 0.5), CONFIG)
     assert rows.method.tolist() == ["oracle", "oracle", "cells", "cells"] and rows.density.tolist() == [0.2, 0.5] * 2
     kept = patterns.select("stem", q, k, v, peaks.replace(density=0.5))
     assert rows.recall[3] == pytest.approx(float(metrics.attention_recall(q, k, kept).mean()))
@@ -26,7 +26,7 @@ def test_lost_by_allocation_on_two_heads():
     """Head 0 needs one block a row, head 1 spreads: a shared budget gives head 1 what head 0 does not need."""
     settled = torch.eye(4)
     spread = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]
-    rows = equations.lost_by_allocation(torch.stack([settled, spread])[None], [0.7]).set_index("allocation")
+    rows = evidence.lost_by_allocation(torch.stack([settled, spread])[None], [0.7]).set_index("allocation")
     per_row = stem.block_budget(4, stem.StemConfig(density=0.7, allocation="uniform")).tolist()  # 7 of 10 pairs
     assert per_row == [1, 2, 2, 2]
     assert rows.lost["a budget per row"] == pytest.approx((0 + 0 + 0 + 1 / 3 + 2 / 4) / 8)
@@ -38,7 +38,7 @@ def test_lost_by_allocation_on_two_heads():
 def test_more_freedom_never_loses_more():
     q, k = 3 * torch.randn(1, 4, 320, 16), torch.randn(1, 2, 320, 16)
     mass = torch.stack([metrics.block_attention_mass(x * q, k, 16)[0] for x in (0.2, 1.0)])
-    lost = equations.lost_by_allocation(mass, [0.1, 0.3, 0.6]).pivot(
+    lost = evidence.lost_by_allocation(mass, [0.1, 0.3, 0.6]).pivot(
         index="density", columns="allocation", values="lost"
     )
     assert (lost["one threshold"] < lost["a threshold per head"]).all()
@@ -46,7 +46,7 @@ def test_more_freedom_never_loses_more():
 
 
 def test_claims_are_a_table():
-    claim = equations.Claims("toy")
+    claim = evidence.Claims("toy")
     claim("Eq. 1", "1", "2", "not reproduced")
     claim("Eq. 2", "1", "1", "reproduced", "paper")
     assert claim.table().on.tolist() == ["toy", "paper"]
@@ -59,6 +59,6 @@ def test_effect_needs_two_standard_errors():
     rows = pd.DataFrame(
         [dict(document="a", start=s, method=name, loss=loss[s]) for name, loss in losses.items() for s in starts]
     )
-    assert equations.effect(rows, "better", "old") == "helps (-0.250 ± 0.058 nats)"
-    assert equations.effect(rows, "old", "better").startswith("hurts (+0.250")
-    assert equations.effect(rows, "noisy", "old").startswith("makes no clear difference")
+    assert evidence.effect(rows, "better", "old") == "helps (-0.250 ± 0.058 nats)"
+    assert evidence.effect(rows, "old", "better").startswith("hurts (+0.250")
+    assert evidence.effect(rows, "noisy", "old").startswith("makes no clear difference")

@@ -1,4 +1,4 @@
-"""What notebook 01 computes beside the method itself: recall by density, and how best to spend a budget."""
+"""Evidence of notebook 01: recall by density, attention lost by budget, and the table of the paper's claims."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def recall_by_density(
     densities: Sequence[float],
     config: StemConfig,
 ) -> pd.DataFrame:
-    """Share of the true attention on the kept blocks, mean over heads, of several methods at several densities.
+    """Recall of several methods at several densities: the share of true attention on kept blocks, mean over heads.
 
     Args:
         q, k, v: As in stem.stem_attention.
-        methods: Label -> name of a pattern, or settings of Stem.
-        densities: Replace the density of `config`, or of the settings.
-        config: Of the patterns.
+        methods: Label -> name of a pattern, or a StemConfig.
+        densities: Each replaces the density of the config.
+        config: Settings of the patterns.
     Returns:
         Columns method, density (asked for), recall.
     """
@@ -44,15 +44,15 @@ def recall_by_density(
 
 
 def lost_by_allocation(mass: Tensor, densities: Sequence[float]) -> pd.DataFrame:
-    """Least share of the attention that a budget loses, when rows, heads or all of them share it.
+    """Attention lost by the best selection when a budget is fixed per row, per head, or for all heads together.
 
-    Within each group the largest shares are kept, which loses least; only the size of the groups differs.
+    Each group keeps its largest shares, which loses least. Only the size of the groups differs.
 
     Args:
-        mass: Shares of each row, [layers, Hq, n, n], causal, rows summing to 1.
-        densities: Share of the causal block pairs that is kept, the same for each allocation.
+        mass: Attention per block, [layers, Hq, n, n], causal, each row sums to 1.
+        densities: Shares of the causal block pairs that every allocation keeps.
     Returns:
-        Columns allocation, density, lost (mean over rows), lowest and highest (density of a head).
+        Columns allocation, density, lost (mean over rows), lowest and highest (density of a single head).
     """
     n = mass.shape[-1]
     causal = torch.ones(n, n, dtype=torch.bool, device=mass.device).tril()
@@ -76,31 +76,31 @@ def lost_by_allocation(mass: Tensor, densities: Sequence[float]) -> pd.DataFrame
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
-    """The `count` largest entries of each row of [rows, M], as a mask."""
+    """Mask of the `count` largest entries of each row of [rows, M]."""
     mask = torch.zeros_like(x, dtype=torch.bool)
     return mask.scatter_(1, x.topk(count, dim=1).indices, True)
 
 
 class Claims:
-    """The paper's claims as notebook 01 checks them: called once for each, then shown as one table."""
+    """Table of the paper's claims that notebook 01 fills: one call adds one claim."""
 
     def __init__(self, on: str) -> None:
-        """on: the model and text of claims that name no other."""
+        """on: Model and text of claims that name no other."""
         self._on, self._rows = on, []
 
     def __call__(self, claim: str, paper: str, ours: str, verdict: str, on: str | None = None) -> None:
-        """Add a claim with the paper's value, ours, a plain verdict, and what ours was measured on."""
+        """Add a claim: the paper's value, ours, a verdict, and the model and text of our value."""
         self._rows.append(dict(claim=claim, paper=paper, ours=ours, verdict=verdict, on=on or self._on))
 
     def table(self) -> pd.DataFrame:
-        """A row per claim, columns claim, paper, ours, verdict, on."""
+        """One row per claim, columns claim, paper, ours, verdict, on."""
         return pd.DataFrame(self._rows)
 
 
 def effect(losses: pd.DataFrame, method: str, before: str) -> str:
-    """What a method does to the loss against another on the same text, in words, beyond two standard errors or not.
+    """Effect of a method on the loss against the method `before`, in words: a change counts beyond two standard errors.
 
-    losses: rows of stem.experiments.long_context.document_loss.document_loss_rows.
+    losses: Rows of stem.experiments.long_context.document_loss.document_loss_rows.
     """
     loss = losses.pivot(index=["document", "start"], columns="method", values="loss")
     change = loss[method] - loss[before]
