@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from stem import hf, pretrained
 from stem.config import StemConfig
 from stem.experiments import documents
+from stem.experiments.losses import check_output_embedding, token_losses
 
 
+@torch.no_grad()
 def document_loss_rows(
     methods: Mapping[str, StemConfig | hf.Selector | None],
     texts: Mapping[str, str],
@@ -27,18 +28,19 @@ def document_loss_rows(
     Args:
         methods: Name -> attention as `stem.hf.enable` takes it; None is the model's own dense attention.
         texts: Name -> text of more than `length` tokens, see `stem.experiments.documents`.
-        length: Tokens of the one prefill that predicts them [tokens].
+        length: Tokens predicted in one prefill [tokens].
         bucket: Positions per row [tokens], a divisor of `length`.
         model: A name for `stem.pretrained.load`, or a loaded (model, tokenizer).
     Returns:
         Rows with method, document, start (first position of the bucket), bucket, length, loss (mean negative
         log-likelihood [nats per token]), density, text (fingerprint), model.
     Raises:
-        ValueError: If a text is too short, or `bucket` does not divide `length`.
+        ValueError: If a text is too short, `bucket` does not divide `length`, or the model caps its logits.
     """
     if bucket < 1 or length % bucket:
         raise ValueError(f"bucket must divide length={length}, got {bucket}")
     name, network, tokenizer = _loaded(model)
+    check_output_embedding(network)
     rows = []
     for document, text in texts.items():
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : length + 1].to(network.device)
@@ -46,7 +48,7 @@ def document_loss_rows(
             raise ValueError(f"texts[{document!r}] has {ids.shape[1]} tokens, more than length={length} are needed")
         for method, config in methods.items():
             with contextlib.nullcontext() if config is None else hf.stem_prefill(network, config) as report:
-                losses = token_losses(network, ids)
+                losses = token_losses(network, ids[:, :-1], ids[:, 1:])[0].cpu()
             for start in range(0, length, bucket):
                 rows.append(
                     {
@@ -62,29 +64,6 @@ def document_loss_rows(
                     }
                 )
     return rows
-
-
-@torch.no_grad()
-def token_losses(model, ids: torch.Tensor, chunk: int = 512) -> torch.Tensor:
-    """Cross-entropy of every next token of one sequence, with the logits of one chunk in memory at a time.
-
-    Args:
-        model: Hugging Face causal language model whose logits are its output embedding of the last hidden state.
-        ids: int64 [1, N+1] tokens.
-        chunk: Positions per block of logits [tokens].
-    Returns:
-        fp32 [N] on the CPU, entry t = -log p(ids[t+1] | ids[:t+1]) [nats].
-    Raises:
-        ValueError: If the model changes its logits after the output embedding (soft-capping, scaling).
-    """
-    head = model.get_output_embeddings()
-    probe = ids[:, :8]
-    hidden = model.get_decoder()(probe, use_cache=False).last_hidden_state
-    if not torch.allclose(head(hidden), model(probe, use_cache=False).logits, rtol=1e-2, atol=1e-2):
-        raise ValueError(f"model={type(model).__name__} changes its logits after the output embedding; not supported")
-    hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[0]  # [N, hidden size]
-    parts = zip(hidden.split(chunk), ids[0, 1:].split(chunk), strict=True)
-    return torch.cat([F.cross_entropy(head(h).float(), target, reduction="none").cpu() for h, target in parts])
 
 
 def _loaded(model: str | tuple) -> tuple:

@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from stem.experiments import figures, records
+from stem.experiments.markdown import tokens_label
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
 WORSE = {"answer": "high", "right": "high", "generated": "high", "loss": "low"}  # the end of the interval nearer to 0
@@ -39,8 +40,7 @@ def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
         found = records.read_rows(experiment)
         parts.append(found[(found.device == of) & (found.profile == "full")])
     found = pd.concat([part for part in parts if len(part)], ignore_index=True)
-    lengths = found.length.div(1024).map("{:.0f}K".format)
-    return found.assign(model=found.model.replace(MODELS), cell=found.task + ", " + lengths)
+    return found.assign(model=found.model.replace(MODELS), cell=found.task + ", " + found.length.map(tokens_label))
 
 
 def verdict(nats: float) -> str:
@@ -133,7 +133,7 @@ def against(points: pd.DataFrame, x: str, methods: Sequence[str]) -> Figure:
         options = dict(x=x, y="nats", hue="method", hue_order=methods, style="blocks", markers=True, palette="husl")
         sns.lineplot(shown[shown.length == length], ax=ax, legend=place + 1 == len(lengths), errorbar=None, **options)
         ax.axhline(0, color="grey")
-        ax.set(title=f"{length // 1024}K tokens", xlabel=UNITS[x], ylabel="" if place else NATS)
+        ax.set(title=f"{tokens_label(length)} tokens", xlabel=UNITS[x], ylabel="" if place else NATS)
     figure.axes[-1].legend(bbox_to_anchor=(1, 1))
     return figure
 
@@ -148,5 +148,5 @@ def near_and_fast(points: pd.DataFrame) -> pd.DataFrame:
 def describe(points: pd.DataFrame) -> str:
     """Methods of `near_and_fast` as a sentence's list, one entry for each method and length."""
     found = points.drop_duplicates(["method", "length"]).sort_values("length", kind="stable")
-    told = [f"{row.method} at {row.length // 1024}K ({row.speedup:.2f}×)" for row in found.itertuples()]
+    told = [f"{row.method} at {tokens_label(row.length)} ({row.speedup:.2f}×)" for row in found.itertuples()]
     return ", ".join(told) or "none"

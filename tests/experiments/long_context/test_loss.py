@@ -1,6 +1,5 @@
 """Selection quality: every method reads the same windows at the density that was asked for."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +8,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stem import StemConfig, pretrained
 from stem.experiments import records
-from stem.experiments.long_context import comparison, loss
+from stem.experiments.long_context import __main__, loss, samples
 
 KINDS = ("prose", "licences")
-PLAN = loss.Plan(("stem", "sliding_window", "adaptive"), 320, 2, (0.5,), (16,), KINDS, adaptive_densities=(0.4,))
+STUDY = loss.LossStudy(("stem", "sliding_window", "adaptive"), 320, 2, (0.5,), (16,), KINDS, adaptive_densities=(0.4,))
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +20,10 @@ def found():
     torch.manual_seed(1)
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, initializer_range=0.3, **sizes)
-    return list(loss.rows(PLAN, LlamaForCausalLM(config).eval(), tokenizer, "tiny", show=lambda line: None))
+    return list(loss.rows(STUDY, LlamaForCausalLM(config).eval(), tokenizer, "tiny", show=lambda line: None))
 
 
-def test_rows_are_those_of_the_plan(found):
+def test_rows_are_those_of_the_study(found):
     asked = [("stem", 0.5), ("sliding_window", 0.5), ("adaptive", 0.5), ("adaptive", 0.4)]
     assert [(row["method"], row["asked"], row["text"]) for row in found] == [
         (*x, kind) for x in asked for kind in KINDS
@@ -42,8 +41,8 @@ def test_densities_are_those_asked_for(found):
 
 def test_calibration_reads_other_texts_than_the_rows():
     tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
-    prompts = loss.calibration_prompts(tokenizer, 256, 2)
-    windows = comparison.document_windows(tokenizer, 256, 2, KINDS)
+    prompts = samples.calibration_windows(tokenizer, 256, 2)
+    windows = samples.document_windows(tokenizer, 256, 2, KINDS)
     read = {tuple(ids.tolist()) for ids in torch.cat(list(windows.values()))}
     assert [prompt.shape for prompt in prompts] == [(2, 256), (2, 256)]
     assert not read & {tuple(ids.tolist()) for ids in torch.cat(prompts)}
@@ -54,13 +53,12 @@ def test_the_published_method_is_the_paper_preset():
 
 
 def test_a_run_of_some_methods_and_block_sizes_leaves_the_other_rows(monkeypatch, tmp_path, capsys):
-    def rows(plan, model, tokenizer, name):
+    def rows(study, model, tokenizer, name):
         about = dict(asked=0.3, text="prose", tokens=320, model=name)
-        return (dict(about, method=method, block_size=size) for method in plan.names for size in plan.block_sizes)
+        return (dict(about, method=method, block_size=size) for method in study.names for size in study.block_sizes)
 
     def measured(*options):
-        monkeypatch.setattr(sys, "argv", ["quality", "--profile", "full", *options])
-        loss.main()
+        __main__.main(["loss", "--profile", "full", *options])
         found = records.read_rows("long_context/loss")
         return [*zip(found.method, found.block_size, strict=True)]
 
@@ -68,12 +66,12 @@ def test_a_run_of_some_methods_and_block_sizes_leaves_the_other_rows(monkeypatch
     monkeypatch.setattr(records, "machine_name", lambda: "made-up")
     monkeypatch.setattr(records, "repository_root", lambda: tmp_path)
     monkeypatch.setattr(loss, "rows", rows)
-    monkeypatch.setattr(loss, "cost_rows", lambda: [dict(tokens=1)])
+    monkeypatch.setattr(loss, "check_output_embedding", lambda model: None)
     monkeypatch.setattr(pretrained, "load", lambda *_, **__: (SimpleNamespace(name_or_path="tiny"), None))
-    everything = [(name, size) for name in loss.PLANS["full"].names for size in (128, 64, 32)]
+    everything = [(name, size) for name in loss.STUDIES["full"].names for size in (128, 64, 32)]
     assert measured() == everything
     again = [("stem", 64), ("adaptive", 64)]
-    assert measured("--methods", "stem", "adaptive", "--block_sizes", "64") == [
+    assert measured("--methods", "stem", "adaptive", "--block-sizes", "64") == [
         *(pair for pair in everything if pair not in again),
         *again,
     ]

@@ -1,4 +1,4 @@
-"""What a comparison measures, in which order, and how its measurements are dealt to processes that share a GPU."""
+"""Studies: the measurements that a comparison takes, their order, and their split into parts that share a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-LATE = 4  # priority from which on a run may well be cut off
+LATE = 4  # from this priority on, a time limit is likely to end the run before the measurement
 TASKS = ("niah_multikey_1", "niah_single_2", "ruler_vt")
 
 
@@ -18,69 +18,69 @@ class Job(NamedTuple):
     """0 is measured first."""
 
     what: str
-    """"answers", "loss", "generated" or "time"."""
+    """"answers", "loss", "generated" or "time": a method of `Comparison`."""
 
     length: int
-    """Tokens of every sample."""
+    """Length of every sample [tokens]."""
 
     task: str | None
-    """RULER's; None for "loss"."""
+    """RULER task; None for "loss"."""
 
     method: str
     block_size: int | None
     """None for dense attention."""
 
     asked: float | None
-    """Density; None for dense attention, the control and the presets."""
+    """Density asked for; None for dense attention, the control and the presets."""
 
     samples: int
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure. Names of methods are those that `stem.experiments.long_context.comparison.methods` takes.
+class Study:
+    """Models answer, read, generate and are timed with every method at the headline density and block size.
 
-    At `asked_at` every method answers all tasks, reads documents, generates and is timed. At the other densities and
-    block sizes it reads documents and answers the first tasks; the other tasks follow there when all that is done.
+    At the other densities and block sizes a method reads documents and answers the first tasks. Its other tasks follow
+    there at the end of the run.
     """
 
     lengths: tuple[int, ...]
-    """Tokens of every sample."""
+    """Lengths of the samples [tokens]."""
 
     samples: tuple[int, ...]
-    """Of each task, for each length."""
+    """Samples of each task, one number for each length."""
 
     tasks: tuple[str, ...] = TASKS
-    """Most important first."""
+    """RULER tasks, most important first."""
 
     everywhere: int = 1
-    """How many tasks, from the first, are asked early at every density and block size."""
+    """Number of tasks, from the first, that are asked early at every density and block size."""
 
     windows: int = 2
     """Documents of each kind."""
 
     names: tuple[str, ...] = ()
-    """Methods, in the order of their importance; empty means `compare.all_names()`."""
+    """Names of `methods.methods`, most important first; empty means `methods.all_names()`."""
 
     densities: tuple[float, ...] = (0.16, 0.25, 0.4)
     block_sizes: tuple[int, ...] = (64, 128)
     asked_at: tuple[float, int] = (0.25, 64)
-    """(density, block size)."""
+    """Headline: (density, block size)."""
 
     curves: tuple[str, ...] = ()
-    """Methods measured at other densities and block sizes as well; empty means all."""
+    """Names that are also measured at the other densities and block sizes; empty means all."""
 
     costly: tuple[str, ...] = ("oracle_mass", "oracle_output")
-    """Methods that compute all of attention, and answer at the first length only."""
+    """Names that compute full attention, and therefore answer at the first length only."""
 
     presets: bool = False
-    """Whether to measure `compare.presets()` as well."""
+    """True also measures `methods.presets()`."""
 
     generates: str | None = "niah_single_2"
-    """Task whose answers are also generated: one answer, so that prompts are equally long. None generates nothing."""
+    """Task for generated answers; it has one answer, so that its prompts have one length. None generates nothing."""
 
     def jobs(self, method: str, block_size: int | None, asked: float | None) -> list[Job]:
-        """All measurements of a method at one density and block size."""
+        """All measurements of one method at one density and block size."""
         costly, found = method in self.costly, []
         headline = asked is None or (asked, block_size) == self.asked_at
         if not headline and self.curves and method not in self.curves:
@@ -101,23 +101,23 @@ class Plan:
         return found
 
 
-PLANS = {
-    "smoke": Plan((1024,), (2,), TASKS[:1], 1, 1, ("stem", "xattention"), (0.5,), (32,), (0.5, 32)),
-    "full": Plan((4096, 8192), (100, 100), windows=4),
-    "large": Plan((4096, 8192), (20, 20), densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128), generates=None),
+STUDIES = {
+    "smoke": Study((1024,), (2,), TASKS[:1], 1, 1, ("stem", "xattention"), (0.5,), (32,), (0.5, 32)),
+    "full": Study((4096, 8192), (100, 100), windows=4),
+    "large": Study((4096, 8192), (20, 20), densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128), generates=None),
 }
 
 
 def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
-    """The jobs of one part, most important first.
+    """Jobs of one part of a run, most important first.
 
-    Jobs on the same samples stay together, because dense attention is measured on these as well; the costliest such
-    groups are dealt first, each to the part that has least to do. Three parts get about as much of the full plan.
+    Jobs on the same samples stay in one part, because they share the dense measurement. The costliest groups are dealt
+    first, each to the part with the least work.
 
     Args:
-        jobs: All of them.
-        part: "2/3" is the second of three; "0/3" what has to be measured alone, the times, which the others then leave
-            out. None is everything.
+        jobs: All jobs of the run.
+        part: "2/3" is the second of three parts. "0/3" holds the times, which are taken while nothing else runs; the
+            other parts leave them out. None is the whole run.
     Raises:
         ValueError: If part is not such a text.
     """
@@ -135,13 +135,13 @@ def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
             groups.setdefault((job.what, job.length, job.task), []).append(job)
     dealt: list[list[Job]] = [[] for _ in range(parts)]
     loads = [0.0] * parts
-    for group in sorted(groups.values(), key=_tokens, reverse=True):
+    for group in sorted(groups.values(), key=_cost, reverse=True):
         lightest = loads.index(min(loads))
         dealt[lightest] += group
-        loads[lightest] += _tokens(group)
+        loads[lightest] += _cost(group)
     return sorted(dealt[number - 1], key=lambda job: job.priority)
 
 
-def _tokens(jobs: Sequence[Job]) -> float:
-    """What jobs cost, in tokens that a model reads; those that come last are likely to be cut off, and count less."""
+def _cost(jobs: Sequence[Job]) -> float:
+    """Cost of jobs as the number of tokens that a model reads; late jobs may be cut off and count a quarter."""
     return sum(job.samples * job.length / (1 if job.priority < LATE else 4) for job in jobs)

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stem import pretrained
 from stem.experiments import documents, records
-from stem.experiments.long_context import extend, processes
+from stem.experiments.long_context import __main__, answers, extension, mixture
+from stem.experiments.training.train import learning_rate
 
 TEXT = "\n".join(documents.stdlib_documents(("argparse", "typing")).values())
 
@@ -20,8 +21,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def mixture(tokenizer):
-    return extend.Mixture(tokenizer, TEXT, seed=3)
+def made(tokenizer):
+    return mixture.Mixture(tokenizer, TEXT, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,10 @@ def tiny(tmp_path_factory, tokenizer):
     return str(folder)
 
 
-def test_every_answer_of_a_sequence_follows_from_its_text(mixture, tokenizer):
+def test_every_answer_of_a_sequence_follows_from_its_text(made, tokenizer):
     found = {"facts": 0, "chains": 0}
     for index in range(40):
-        ids, answers = mixture.sequence(index, 1024)
+        ids, answers = made.sequence(index, 1024)
         assert ids.shape == answers.shape == (1025,) and answers.any() and not answers[:100].any()
         text = tokenizer.decode(ids)
         context, *questions = re.split(r"\n(?=What (?:is|are all) the |Question: )", text)
@@ -62,61 +63,61 @@ def test_every_answer_of_a_sequence_follows_from_its_text(mixture, tokenizer):
     assert min(found.values()) > 2
 
 
-def test_marks_cover_the_answers_and_nothing_else(mixture, tokenizer):
+def test_marks_cover_the_answers_and_nothing_else(made, tokenizer):
     for index in range(10):
-        ids, answers = mixture.sequence(index, 768)
+        ids, answers = made.sequence(index, 768)
         starts = (answers[1:] & ~answers[:-1]).nonzero()[:, 0] + 1
         for start in starts.tolist():
             assert re.search(r" (is|are|are:)$", tokenizer.decode(ids[start - 3 : start]))
         assert answers[-1]
 
 
-def test_sequences_depend_on_seed_index_and_length_alone(mixture, tokenizer):
-    again = extend.Mixture(tokenizer, TEXT, seed=3)
-    assert torch.equal(mixture.sequence(5, 512)[0], again.sequence(5, 512)[0])
-    assert not torch.equal(mixture.sequence(5, 512)[0], mixture.sequence(6, 512)[0])
-    assert not torch.equal(mixture.sequence(5, 512)[0], extend.Mixture(tokenizer, TEXT, seed=4).sequence(5, 512)[0])
-    batch = mixture.batch(2, 512, 3)
-    assert torch.equal(batch.ids[1], mixture.sequence(7, 512)[0]) and batch.answers.shape == (3, 513)
+def test_sequences_depend_on_seed_index_and_length_alone(made, tokenizer):
+    again = mixture.Mixture(tokenizer, TEXT, seed=3)
+    assert torch.equal(made.sequence(5, 512)[0], again.sequence(5, 512)[0])
+    assert not torch.equal(made.sequence(5, 512)[0], made.sequence(6, 512)[0])
+    assert not torch.equal(made.sequence(5, 512)[0], mixture.Mixture(tokenizer, TEXT, seed=4).sequence(5, 512)[0])
+    batch = made.batch(2, 512, 3)
+    assert torch.equal(batch.ids[1], made.sequence(7, 512)[0]) and batch.answers.shape == (3, 513)
 
 
 def test_training_text_leaves_out_what_is_evaluated():
-    text = extend.training_text(600_000)
+    text = mixture.training_text(600_000)
     assert len(text) >= 600_000
     held_out = documents.stdlib_documents(("argparse", "ast"))
     assert not any(source[2000:2400] in text for source in held_out.values())
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth():
-    config = extend.ExtendConfig(stages=((512, 100, 1),), warmup=10, lr=1.0)
-    rates = [extend.learning_rate(config, step) for step in range(100)]
+    config = extension.ExtensionConfig(stages=((512, 100, 1),), warmup=10, lr=1.0)
+    rates = [learning_rate(step, config.schedule) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[99] == pytest.approx(0.1, abs=0.01)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_a_short_extension_learns_and_loads_with_its_base_and_length(tiny, tmp_path):
     stages = ((256, 6, 2), (512, 6, 1))
-    config = extend.ExtendConfig(model=tiny, rope_theta=3e6, stages=stages, lr=1e-2, warmup=2, text_tokens=64)
+    config = extension.ExtensionConfig(model=tiny, rope_theta=3e6, stages=stages, lr=1e-2, warmup=2, text_tokens=64)
     told = []
-    model, tokenizer, log = extend.extend(config, TEXT, device="cpu", show=told.append)
+    model, tokenizer, log = extension.extend(config, TEXT, device="cpu", show=told.append)
     assert [row["length"] for row in log] == [256] * 6 + [512] * 6 and "step 12/12, 512 tokens" in told[-1]
     assert log[-1]["text_loss"] < log[0]["text_loss"] - 0.5
-    folder = extend.save(model, tokenizer, tmp_path / "long")
-    assert extend.save(model, tokenizer, tmp_path / "long") == folder and list(tmp_path.iterdir()) == [folder]
+    folder = extension.save(model, tokenizer, tmp_path / "long")
+    assert extension.save(model, tokenizer, tmp_path / "long") == folder and list(tmp_path.iterdir()) == [folder]
     loaded, _ = pretrained.load(str(folder), device="cpu")
     assert loaded.config.rope_parameters["rope_theta"] == 3e6 and loaded.config.max_position_embeddings == 512
     ids = torch.arange(100, 140)[None]
     with torch.no_grad():
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
-    rows = extend.curve_rows(config, log, 4)
+    rows = extension.curve_rows(config, log, 4)
     assert len(rows) == 2 * 4 and sum(row["count"] for row in rows) == 2 * 12
     mean = sum(row["answer_loss"] for row in log[:3]) / 3
     assert rows[0]["measure"] == "answer_loss" and rows[0]["value"] == pytest.approx(mean, rel=1e-3)
 
 
 def test_training_stops_at_its_limit(tiny):
-    config = extend.ExtendConfig(model=tiny, stages=((256, 30, 1),), warmup=1, text_tokens=8)
-    _, _, log = extend.extend(config, TEXT, device="cpu", limit_s=0, show=lambda line: None)
+    config = extension.ExtensionConfig(model=tiny, stages=((256, 30, 1),), warmup=1, text_tokens=8)
+    _, _, log = extension.extend(config, TEXT, device="cpu", limit_s=0, show=lambda line: None)
     assert len(log) == 10
 
 
@@ -131,24 +132,23 @@ def test_training_stops_at_its_limit(tiny):
 )
 def test_bad_recipes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        extend.ExtendConfig(**change)
+        extension.ExtensionConfig(**change)
 
 
 def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
 
-    def measure(plan, model, seed, *, processes, limit_s, eager, show, save):
-        about = (plan.names, processes, limit_s < 9, eager)
+    def measure(study, model, seed, *, processes, limit_s, eager, show, save):
+        about = (study.names, processes, limit_s < 9, eager)
         save([dict(model=Path(model).name, asked=about)])
         return [dict(model=Path(model).name, asked=about)]
 
-    monkeypatch.setattr(processes, "measure", measure)
-    monkeypatch.setattr(extend, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
+    monkeypatch.setattr(answers, "measure", measure)
+    monkeypatch.setattr(extension, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
     options = ["--seed", "7", "--limit", "9", "--processes", "2"]
-    monkeypatch.setattr("sys.argv", ["extend", "--out", str(tmp_path / "long"), *options])
-    extend.main()
+    __main__.main(["extension", "--out", str(tmp_path / "long"), *options])
     rows = records.read_rows("long_context/extension").query("profile == 'smoke'")
-    assert set(rows.measure.dropna()) == set(extend.LOSSES) and set(rows.seed.dropna()) == {7}
+    assert set(rows.measure.dropna()) == set(extension.LOSSES) and set(rows.seed.dropna()) == {7}
     assert dict(rows[["model", "asked"]].dropna().to_numpy()) == {
         Path(tiny).name: "(('dense',), 1, True, True)",
         "long": "(('stem',), 2, True, False)",

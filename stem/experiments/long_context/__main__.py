@@ -1,0 +1,36 @@
+"""`python -m stem.experiments.long_context [PART]`: measure one part, or all, and write its rows."""
+
+import argparse
+
+from stem.experiments import records
+from stem.experiments.long_context import answers, extension, loss, selection_cost
+
+PARTS = {"answers": answers, "loss": loss, "selection_cost": selection_cost, "extension": extension}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one part with its options, or without a part's name all parts with their defaults.
+
+    Args:
+        arguments: Words of the command line; None takes those of this process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m stem.experiments.long_context",
+        description="The experiment of notebook 06. Without PART, all parts run with their default options. "
+        "Rows go to results/long_context/PART/.",
+    )
+    profile = dict(choices=records.PROFILES, help="size of the run (default: smoke)")
+    parser.add_argument("--profile", default="smoke", **profile)
+    parts = parser.add_subparsers(dest="part", metavar="PART", title="parts")
+    for name, part in PARTS.items():
+        title = part.__doc__.partition(": ")[0]
+        of = parts.add_parser(name, help=title[0].lower() + title[1:], description=title + ".")
+        of.add_argument("--profile", default=argparse.SUPPRESS, **profile)  # keeps the value given before PART
+        part.add_arguments(of)
+    options = parser.parse_args(arguments)
+    for name in [options.part] if options.part else PARTS:
+        PARTS[name].main(options if options.part else parser.parse_args(["--profile", options.profile, name]))
+
+
+if __name__ == "__main__":
+    main()

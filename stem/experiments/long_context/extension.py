@@ -1,0 +1,237 @@
+"""SmolLM2 trained from 8K to 32K tokens, and methods compared there: writes results/long_context/extension/.
+
+The extension takes a larger RoPE base and a few hundred steps, with dense attention. It saves the model as a plain
+Hugging Face folder in `$STEM_CACHE`. A comparison at 16K and 32K tokens follows, which the original model cannot read.
+
+The loss of a training sequence (see mixture.py) is the mean over its answers plus the mean over a sample of its other
+tokens. The model learns to look things up far away, and does not forget to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stem import pretrained
+from stem.experiments import documents, records
+from stem.experiments.long_context import answers
+from stem.experiments.long_context.mixture import Mixture, Sequences, training_text
+from stem.experiments.long_context.study import TASKS, Study
+from stem.experiments.training.config import TrainConfig
+from stem.experiments.training.train import learning_rate
+from stem.validation import check_number
+
+SMOKE = dict(stages=((512, 2, 1), (1024, 2, 1)), warmup=1, text_tokens=256)
+STUDIES = {
+    "smoke": Study((1024,), (1,), TASKS[:1], 1, 1, ("stem",), (0.5,), (32,), (0.5, 32), generates=None),
+    "full": Study(
+        (16384, 32768),
+        (50, 50),
+        tasks=("niah_multikey_1", "niah_multiquery"),
+        windows=2,
+        names=(
+            "stem", "stem adaptive", "stem softmax", "xattention", "flashprefill", "vertical_slash", "flexprefill",
+            "a_shape",
+        ),
+        densities=(0.25, 0.1),
+        block_sizes=(64, 128),
+        curves=("stem", "stem adaptive", "stem softmax", "xattention"),
+        presets=True,
+        generates=None,
+    ),
+}  # fmt: skip
+FAST_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
+LOSSES = ("answer_loss", "text_loss")
+
+
+@dataclass(frozen=True)
+class ExtensionConfig:
+    """Recipe of the extension (our choice; published extensions to 32K take RoPE bases of millions).
+
+    Raises:
+        ValueError: If a stage is too short or empty, or a number is not positive.
+    """
+
+    model: str = "smollm2"
+    """A name for `stem.pretrained.load`."""
+
+    rope_theta: float = 6e5
+    """New RoPE base; SmolLM2 has 1e5 for 8K. A smaller base leaves less to relearn."""
+
+    stages: tuple[tuple[int, int, int], ...] = ((8192, 12, 4), (16384, 20, 2), (32768, 30, 1))
+    """(sequence length [tokens], steps, sequences in a step), in order; the last length is the new context."""
+
+    lr: float = 4e-4
+    """Peak learning rate of AdamW."""
+
+    warmup: int = 10
+    """Steps of linear warm-up; half a cosine to a tenth of the peak follows."""
+
+    text_tokens: int = 4096
+    """Positions of each sequence, drawn at random, whose loss on the text counts [tokens]."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stages or any(length < 256 or min(rest) < 1 for length, *rest in self.stages):
+            raise ValueError(f"stages must hold (length >= 256, steps >= 1, sequences >= 1), got {self.stages!r}")
+        for name in ("rope_theta", "lr", "text_tokens"):
+            check_number(name, getattr(self, name), 0, math.inf, open_below=True)
+
+    @property
+    def schedule(self) -> TrainConfig:
+        """Steps, warm-up and peak rate, as `learning_rate` takes them."""
+        return TrainConfig(steps=sum(steps for _, steps, _ in self.stages), warmup=self.warmup, lr=self.lr)
+
+    @property
+    def length(self) -> int:
+        """New context length [tokens]."""
+        return self.stages[-1][0]
+
+
+def load_with_base(config: ExtensionConfig, device=None):
+    """The model of a recipe with the new RoPE base and length and fp32 weights, and its tokenizer."""
+    model, tokenizer = pretrained.load(config.model, "cpu")
+    settings = model.config
+    settings.rope_parameters = {**settings.rope_parameters, "rope_theta": float(config.rope_theta)}
+    settings.max_position_embeddings = max(config.length, settings.max_position_embeddings)
+    rebuilt = type(model)._from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+    rebuilt.load_state_dict(model.state_dict())
+    return rebuilt.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def losses(model, batch: Sequences, text_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean loss over the answers, and over `text_tokens` other positions per sequence, drawn at random [nats]."""
+    device = next(model.parameters()).device
+    ids = batch.ids.to(device)
+    hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+    asked, targets = batch.answers[:, 1:].flatten(), ids[:, 1:].flatten()
+    generator = torch.Generator().manual_seed(seed)
+    others = (~asked).nonzero()[:, 0]
+    others = others[torch.randperm(len(others), generator=generator)[: text_tokens * len(ids)]]
+    head, found = model.get_output_embeddings(), []
+    for places in (asked.nonzero()[:, 0].to(device), others.to(device)):
+        found.append(F.cross_entropy(head(hidden[places]).float(), targets[places]))
+    return found[0], found[1]
+
+
+def extend(
+    config: ExtensionConfig, text: str | None = None, *, device=None, limit_s: float = math.inf, show: Callable = print
+) -> tuple[torch.nn.Module, object, list[dict]]:
+    """Train a model for a longer context.
+
+    Args:
+        config: The recipe.
+        text: Text that the sequences are made of; None means `training_text()`.
+        device: None means CUDA where there is a GPU.
+        limit_s: Training stops after so many seconds, at the next progress line.
+        show: Called with a progress line every ten steps.
+    Returns:
+        (model in eval mode with fp32 weights, tokenizer, log: dicts of step, length [tokens], and `LOSSES` [nats]).
+    """
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_with_base(config, device)
+    mixture = Mixture(tokenizer, training_text() if text is None else text, config.seed)
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+    log, started = [], time.monotonic()
+    steps = [(length, count) for length, steps, count in config.stages for _ in range(steps)]
+    model.train()
+    for step, (length, count) in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.schedule)
+        batch = mixture.batch(step, length, count)
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(FAST_BACKENDS, set_priority=True):
+            answer_loss, text_loss = losses(model, batch, config.text_tokens, step)
+        (answer_loss + text_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append(dict(step=step, length=length, answer_loss=answer_loss.detach(), text_loss=text_loss.detach()))
+        if step % 10 == 9 or step + 1 == len(steps):
+            answer, other = (sum(float(row[name]) for row in log[-10:]) / len(log[-10:]) for name in LOSSES)
+            seconds = time.monotonic() - started
+            told = f"step {step + 1}/{len(steps)}, {length} tokens, {seconds:.0f} s"
+            show(f"{told}: answers {answer:.3f}, text {other:.3f} nats")
+            if seconds > limit_s:
+                break
+    log = [{name: float(value) if isinstance(value, Tensor) else value for name, value in row.items()} for row in log]
+    return model.eval(), tokenizer, log
+
+
+def save(model, tokenizer, folder: str | Path) -> Path:
+    """Write a model for `stem.pretrained.load(folder)`; a complete new folder replaces an older one."""
+    folder = Path(folder).expanduser().resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True
+    ) as scratch:
+        model.save_pretrained(Path(scratch) / "new")
+        tokenizer.save_pretrained(Path(scratch) / "new")
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
+        os.replace(Path(scratch) / "new", folder)
+    return folder
+
+
+def curve_rows(config: ExtensionConfig, log: Sequence[dict], num_bins: int = 40) -> list[dict]:
+    """Rows of a training log: means of both losses over bins of steps, start..stop - 1."""
+    edges = sorted({round(len(log) * i / num_bins) for i in range(num_bins + 1)})
+    rows = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        for name in LOSSES:
+            value = sum(row[name] for row in log[start:stop]) / (stop - start)
+            about = dict(method="dense", measure=name, task="training", length=log[start]["length"], seed=config.seed)
+            rows.append(dict(**about, start=start, stop=stop, value=float(f"{value:.5g}"), count=stop - start))
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this part to its parser."""
+    parser.add_argument("--out", help="folder of the model (default: $STEM_CACHE/smollm2-32k)")
+    parser.add_argument("--training-limit", type=float, default=math.inf, help="training stops after this time [s]")
+    parser.add_argument("--evaluate-only", action="store_true", help="do not train; compare with the model in --out")
+    answers.add_shared_arguments(parser)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Train, save, compare methods, and write results/long_context/extension/."""
+    full = options.profile == "full"
+    config = ExtensionConfig(seed=options.seed) if full else ExtensionConfig(**SMOKE, seed=options.seed)
+    name = f"smollm2-{config.length // 1024}k{'' if full else '-smoke'}"
+    out = Path(options.out or pretrained.cache_folder() / name)
+    show, rows, started = partial(print, flush=True), [], time.monotonic()
+    if not options.evaluate_only:
+        text = None if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
+        model, tokenizer, log = extend(config, text, limit_s=options.training_limit, show=show)
+        show("saved", save(model, tokenizer, out))
+        rows = curve_rows(config, log)
+        del model
+        torch.cuda.empty_cache()
+    study = STUDIES[options.profile]
+    few = tuple(min(4, samples) for samples in study.samples)
+    only_dense = replace(study, samples=few, names=("dense",), block_sizes=(), presets=False)
+    for name, of, processes in ((config.model, only_dense, 1), (str(out), study, options.processes)):
+        before = list(rows)
+
+        def write(found: list[dict], before: list[dict] = before) -> None:
+            show("wrote", records.write_rows("long_context/extension", before + found, options.profile))
+
+        eager = options.eager or of is only_dense  # a few samples are not worth the compilation
+        left = options.limit - (time.monotonic() - started)
+        measured = dict(processes=processes, limit_s=left, eager=eager, show=show, save=write)
+        rows += answers.measure(of, name, options.seed, **measured)

@@ -1,0 +1,160 @@
+"""Measures of one attention on one model: right answers, losses, generated answers, prefill time, kept blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from stem import hf
+from stem.budget import block_budget
+from stem.config import StemConfig
+from stem.experiments.long_context.samples import Prompts
+from stem.experiments.losses import token_losses
+from stem.metrics import block_attention_mass
+from stem.scores import block_scores
+from stem.selection import select_blocks
+
+NUMBERS_PER_BATCH = {"cuda": 240_000_000, "cpu": 5_000_000}  # hidden states of one layer
+LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}  # positions
+RESAMPLES = 2000
+
+
+@torch.no_grad()
+def answer_scores(model, prompts: Prompts, tokens_per_batch: int | None = None) -> tuple[Tensor, Tensor]:
+    """Teacher-forced scores of the right answers, each in one forward of prompt and answer.
+
+    Returns:
+        Log-likelihood of each answer, fp32 [samples] [nats], and bool [samples], True where every token of the answer
+        is the likeliest.
+    """
+    head = model.get_output_embeddings()
+    logp, right = [], []
+    longest = int(prompts.answer_tokens.max())
+    for ids, counts in _batches(model, tokens_per_batch, prompts.ids, prompts.answer_tokens):
+        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -longest - 1 : -1]
+        logits, targets = head(hidden).float(), ids[:, -longest:]
+        asked = torch.arange(longest, device=ids.device) >= longest - counts[:, None]  # answers end together
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        logp.append(-(losses * asked).sum(-1).cpu())
+        right.append(((logits.argmax(-1) == targets) | ~asked).all(-1).cpu())
+    return torch.cat(logp), torch.cat(right)
+
+
+@torch.no_grad()
+def document_losses(model, ids: Tensor, tokens_per_batch: int | None = None) -> Tensor:
+    """Loss of every next token of documents int64 [n, N], each in one prefill: fp32 [n, N - 1] on the CPU [nats]."""
+    batches = (batch for (batch,) in _batches(model, tokens_per_batch, ids))
+    return torch.cat([token_losses(model, x, x[:, 1:], LOGITS_AT_ONCE[x.device.type]).cpu() for x in batches])
+
+
+@torch.no_grad()
+def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int | None = None) -> Tensor:
+    """Share of the right answers in greedy text after a sparse prefill and dense decoding: fp32 [samples], 0..1.
+
+    Raises:
+        ValueError: If the answers differ in length, because the prompts then differ in length.
+    """
+    count = int(prompts.answer_tokens[0])
+    if (prompts.answer_tokens != count).any():
+        raise ValueError(f"answers of {prompts.task} must have one length, got {prompts.answer_tokens.tolist()} tokens")
+    texts, compiled = [], _swap_compiled(model, [None] * len(model.get_decoder().layers))  # decoding has other shapes
+    for (ids,) in _batches(model, tokens_per_batch, prompts.ids[:, :-count]):
+        options = dict(do_sample=False, max_new_tokens=count + 4, pad_token_id=tokenizer.eos_token_id)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        texts += tokenizer.batch_decode(out[:, ids.shape[1] :])
+    _swap_compiled(model, compiled)
+    hits = [np.mean([answer in text for answer in of]) for text, of in zip(texts, prompts.answers, strict=True)]
+    return torch.tensor(hits, dtype=torch.float32)
+
+
+@torch.no_grad()
+def prefill_ms(model, ids: Tensor) -> float:
+    """Time of one prefill of int64 [n, N] tokens on the model's device, divided by n [ms]."""
+    started = time.perf_counter()
+    model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -1].cpu()
+    return (time.perf_counter() - started) * 1e3 / len(ids)
+
+
+def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of paired differences [n]."""
+    values = differences.double().numpy()
+    chosen = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+class LastRow(NamedTuple):
+    """Choice of the last query block of a prompt among the key blocks: tensors [layers, Hq, nk]."""
+
+    mass: Tensor
+    """fp32, true attention probability on each key block, given the outputs of the layers below."""
+
+    rank: Tensor
+    """int64, place of the block in Stem's score, 0 = best."""
+
+    kept: Tensor
+    """bool, True = Stem kept the block."""
+
+
+@torch.no_grad()
+def last_row(model, ids: Tensor, config: StemConfig) -> LastRow:
+    """Attention mass, rank and choice of every key block for the last query block of int64 [1, N], on the CPU."""
+    found = []
+
+    def select(q: Tensor, k: Tensor, v: Tensor):
+        scores = block_scores(q, k, v, config)
+        budget = block_budget(scores.shape[-1], config)
+        selection = select_blocks(scores, budget, config, q_len=q.shape[2], kv_len=k.shape[2])
+        row = q[:, :, (selection.num_q_blocks - 1) * config.block_size :]
+        mass = block_attention_mass(row, k, config.block_size)[0, :, -1]
+        rank = scores[0, :, -1].argsort(descending=True).argsort()
+        found.append([of.cpu() for of in (mass.float(), rank, selection.to_mask()[0, :, -1])])
+        return selection
+
+    with hf.stem_prefill(model, select):
+        model(ids, use_cache=False, logits_to_keep=1)
+    return LastRow(*(torch.stack(of) for of in zip(*found, strict=True)))
+
+
+@contextlib.contextmanager
+def fused(model) -> Iterator[None]:
+    """Compile each layer around its attention inside the block: fewer and larger kernels, equal up to rounding.
+
+    The attention stays outside of the graphs, so that another method does not cause another compilation.
+    """
+    AttentionInterface.register(hf.NAME, torch.compiler.disable(hf.stem_attention_forward))
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(hf.NAME, hf.stem_attention_forward)
+        _swap_compiled(model, [None] * len(model.get_decoder().layers))
+
+
+def _swap_compiled(model, calls: Sequence) -> list:
+    """Set the layers' compiled calls (those of Module.compile; None is eager), and return the ones before."""
+    layers = model.get_decoder().layers
+    before = [layer._compiled_call_impl for layer in layers]
+    for layer, call in zip(layers, calls, strict=True):
+        layer._compiled_call_impl = call
+    return before
+
+
+def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching rows of the tensors in batches of about one size, on the model's device; the first is [n, tokens]."""
+    device = next(model.parameters()).device
+    hidden = model.config.get_text_config().hidden_size
+    most = max(1, (tokens_per_batch or NUMBERS_PER_BATCH[device.type] // hidden) // tensors[0].shape[1])
+    size = math.ceil(len(tensors[0]) / math.ceil(len(tensors[0]) / most))
+    for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        yield tuple(part.to(device) for part in parts)

@@ -1,0 +1,107 @@
+"""Samples that a comparison reads: RULER prompts and document windows of one exact length, and calibration texts."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stem.experiments import documents
+from stem.experiments.long_context import ruler
+
+FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # tasks that order their answers
+
+_KIND_TOKENS: dict[tuple[str, str], list[int]] = {}  # (kind, fingerprint of the tokenizer) -> tokens of all its text
+
+
+class Prompts(NamedTuple):
+    """Samples of one task, all of one length."""
+
+    task: str
+    ids: Tensor
+    """int64 [samples, length]: filler, prompt, right answer."""
+
+    answer_tokens: Tensor
+    """int64 [samples], length of the answer at the end [tokens]."""
+
+    answers: list[list[str]]
+    """Texts that a generated answer has to contain."""
+
+
+def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> Prompts:
+    """RULER samples of exactly `length` tokens, so that a batch needs no padding (our choice).
+
+    RULER's prompts are a little shorter. The end of CPython's language reference fills the gap in front of the prompt.
+    A BOS token stands at the very start and nowhere else.
+
+    Args:
+        task: One of `FIXED_ORDER`. Several answers are scored in the order of the question or of the text.
+        tokenizer, samples, seed: See `ruler.build_samples`.
+        length: Filler, prompt and answer together [tokens].
+    Raises:
+        ValueError: If the task does not order its answers, or a sample does not fit.
+    """
+    if task not in FIXED_ORDER:
+        raise ValueError(f"task must be one of {', '.join(FIXED_ORDER)}, got {task!r}")
+    rows, start = ruler.stored_samples(task, tokenizer, length, samples, seed), _start(tokenizer)
+    plain = partial(tokenizer, add_special_tokens=False, verbose=False)
+    prompts = plain([f"{row['input']} {row['gen_prefix']}" for row in rows]).input_ids
+    answers = plain([" " + ", ".join(_ordered(task, row)) for row in rows]).input_ids
+    filler = plain(documents.prose()[-8 * length :]).input_ids[-length:]
+    ids = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        missing = length - len(start) - len(prompt) - len(answer)
+        if not 0 <= missing <= len(filler):
+            raise ValueError(f"length={length}: a sample of {task} has {length - missing} tokens")
+        ids.append(start + filler[len(filler) - missing :] + prompt + answer)
+    counts = torch.tensor([len(answer) for answer in answers])
+    return Prompts(task, torch.tensor(ids), counts, [row["outputs"] for row in rows])
+
+
+def document_windows(tokenizer, length: int, count: int, kinds: Sequence[str] = tuple(documents.KINDS)) -> dict:
+    """Kind of document -> int64 [count, length]: windows spread evenly over its text, behind a BOS token if any."""
+    found, start = {}, _start(tokenizer)
+    for kind in kinds:
+        key = kind, documents.fingerprint(str(tokenizer(ruler.TOKENIZER_SAMPLE).input_ids))
+        if key not in _KIND_TOKENS:
+            _KIND_TOKENS[key] = tokenizer(documents.KINDS[kind](), add_special_tokens=False, verbose=False).input_ids
+        windows = documents.windows(_KIND_TOKENS[key], length - len(start), count)
+        found[kind] = torch.tensor([start + window for window in windows])
+    return found
+
+
+def calibration_windows(tokenizer, length: int, count: int) -> list[Tensor]:
+    """Windows int64 [count, length] of each of `calibration_texts`, spread evenly over the text."""
+    texts = [tokenizer(text, verbose=False).input_ids for text in calibration_texts()]
+    return [torch.tensor(documents.windows(tokens, length, count)) for tokens in texts]
+
+
+def calibration_texts() -> tuple[str, str]:
+    """Python source and English text that no comparison reads, each of more than 32 thousand tokens."""
+    names = ("turtle", "_pydecimal", "tokenize", "random", "statistics", "configparser", "imaplib", "smtplib")
+    source = "\n".join(documents.stdlib_documents(names).values())
+    described = Path(importlib.import_module("transformers").__path__[0]) / "training_args.py"
+    return source, described.read_text(encoding="utf-8")
+
+
+def needle_block(prompts: Prompts, sample: int, block_size: int) -> int:
+    """Index of the key block in which the only answer of a sample first appears."""
+    ids, count = prompts.ids[sample], int(prompts.answer_tokens[sample])
+    answer = ids[-count:]
+    starts = (ids.unfold(0, len(answer), 1) == answer).all(-1).nonzero()
+    return int(starts[0]) // block_size
+
+
+def _start(tokenizer) -> list[int]:
+    """Tokens that the tokenizer puts before every text: a BOS token, or none."""
+    return tokenizer("").input_ids
+
+
+def _ordered(task: str, row: Mapping) -> list[str]:
+    """Answers in the order of the text for niah_multivalue, in the order of the question for the other tasks."""
+    return sorted(row["outputs"], key=row["input"].index) if task == "niah_multivalue" else row["outputs"]

@@ -1,0 +1,64 @@
+"""Measures: scores and losses as all logits say, intervals, compiled layers, the last row of blocks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+import stem
+from stem.experiments.long_context import measures, samples
+
+SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
+
+
+def test_answers_are_scored_as_all_logits_say_whatever_the_batch(ruler_rows, tokenizer, model):
+    prompts = samples.exact_prompts("niah_multikey_1", tokenizer, 256, 3)
+    logp, right = measures.answer_scores(model, prompts, tokens_per_batch=512)
+    with torch.no_grad():
+        logits = model(prompts.ids).logits
+    for i, count in enumerate(prompts.answer_tokens):
+        losses = F.cross_entropy(logits[i, -count - 1 : -1], prompts.ids[i, -count:], reduction="none")
+        assert float(logp[i]) == pytest.approx(-losses.sum().item(), rel=1e-4)
+        assert bool(right[i]) == bool((logits[i, -count - 1 : -1].argmax(-1) == prompts.ids[i, -count:]).all())
+
+
+def test_document_losses_are_those_of_all_logits(model):
+    ids = torch.randint(1000, (2, 96))
+    losses = measures.document_losses(model, ids)
+    with torch.no_grad():
+        logits = model(ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 95)
+    assert torch.allclose(losses, expected, atol=1e-4)
+
+
+def test_the_interval_covers_the_mean_and_shrinks_with_samples():
+    draws = torch.randn(400) + 3
+    low, high = measures.interval(draws)
+    assert low < float(draws.mean()) < high and high - low == pytest.approx(4 / 20, rel=0.25)
+    assert measures.interval(torch.ones(5)) == (1.0, 1.0)
+
+
+def test_fused_layers_are_compiled_for_a_while_and_generation_is_not(ruler_rows, tokenizer, model):
+    prompts = samples.exact_prompts("niah_multikey_2", tokenizer, 64, 1)
+    layers, registered = model.model.layers, AttentionInterface()[stem.hf.NAME]
+    with measures.fused(model):
+        assert all(layer._compiled_call_impl for layer in layers)
+        assert AttentionInterface()[stem.hf.NAME] is not registered
+        measures.generated_scores(model, tokenizer, prompts)  # would take a minute of compilation otherwise
+        assert all(layer._compiled_call_impl for layer in layers)
+    assert not any(layer._compiled_call_impl for layer in layers)
+    assert AttentionInterface()[stem.hf.NAME] is registered
+
+
+def test_the_last_row_shows_what_was_seen_scored_and_kept(ruler_rows, tokenizer, model):
+    prompts = samples.exact_prompts("niah_multikey_1", tokenizer, 250, 1)
+    row = measures.last_row(model, prompts.ids, SPARSE)
+    assert row.mass.shape == row.rank.shape == row.kept.shape == (2, 3, 16)
+    assert torch.allclose(row.mass.sum(-1), torch.ones(2, 3), atol=1e-5)
+    assert (row.kept.sum(-1) == stem.block_budget(16, SPARSE)[-1]).all()
+    assert (row.rank.sort(-1).values == torch.arange(16)).all()
+    chosen = row.kept.clone()
+    chosen[..., [0, 15]] = False  # sink and diagonal are kept whatever their rank
+    assert row.rank[chosen].max() < stem.block_budget(16, SPARSE)[-1] + 2
+    block = samples.needle_block(prompts, 0, 16)
+    assert "one" in tokenizer.decode(prompts.ids[0, block * 16 : block * 16 + 20])
