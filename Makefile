@@ -4,13 +4,14 @@ PROFILE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint theory correctness speed training evaluation quality extend tables notebooks lab lab-test clean
+.PHONY: help env reproduce test lint theory correctness speed training long_context evaluation quality extend tables notebooks lab lab-test clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z_-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 env: $(INSTALLED) ## create .venv with the pinned packages (every target below does this first when needed)
 	@echo "$(VENV) is ready"
@@ -44,14 +45,18 @@ speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=s
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
-evaluation: $(INSTALLED) ## compare every method on the embedded model and write results/long_context/answers/  [PROFILE=smoke|full METHODS="stem xattention"]
-	$(BIN)/python -m stem.experiments.long_context.comparison --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
+long_context: $(INSTALLED) ## compare methods on real models, all three parts below: writes results/long_context/  [PROFILE=smoke|full]
+	$(LONG_CONTEXT)
 
-quality: $(INSTALLED) ## compare every selection by the loss it costs and write results/long_context/loss/  [PROFILE=smoke|full METHODS=adaptive]
-	$(BIN)/python -m stem.experiments.long_context.loss --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(METHODS),--methods $(METHODS))
+evaluation: $(INSTALLED) ## answers, losses and prefill times of every method on the embedded model  [PROFILE=smoke|full METHODS="stem xattention"]
+	$(LONG_CONTEXT) answers $(if $(METHODS),--methods $(METHODS))
 
-extend: $(INSTALLED) ## bring the embedded model to 32K tokens, compare there, write results/long_context/extension/  [PROFILE=smoke|full]
-	$(BIN)/python -m stem.experiments.long_context.extend --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+quality: $(INSTALLED) ## loss that every method costs on documents, and time of the adaptive selection  [PROFILE=smoke|full METHODS=adaptive]
+	$(LONG_CONTEXT) loss $(if $(METHODS),--methods $(METHODS))
+	$(LONG_CONTEXT) selection_cost
+
+extend: $(INSTALLED) ## train the embedded model to 32K tokens and compare methods there  [PROFILE=smoke|full]
+	$(LONG_CONTEXT) extension
 
 tables: $(INSTALLED) ## rewrite the tables and sentences of README.md and results/README.md, and results/figures/
 	$(BIN)/python -m stem.experiments.tables

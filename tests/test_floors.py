@@ -23,7 +23,6 @@ NOT_YET = {  # arrows that are being mended
     ("stem.evaluate", "stem.experiments.documents"),
     ("stem.evaluate", "stem.experiments.long_context.ruler"),
     ("stem.evaluate", "pandas"),
-    ("stem.experiments.long_context.processes", "stem.experiments.long_context.comparison"),
     ("stem.impl.operators", "stem.attention"),
 }
 pending = pytest.mark.xfail(reason="being mended")
