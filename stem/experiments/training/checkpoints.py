@@ -63,7 +63,10 @@ def read_header(path: Path) -> tuple[int, dict]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        return int(metadata["step"]), dict(json.loads(metadata["settings"]))
+        step, settings = int(metadata["step"]), json.loads(metadata["settings"])
+        if not 1 <= step <= settings["steps"]:
+            raise ValueError(f"step={step}")
+        return step, settings
     except (OSError, SafetensorError) as error:
         raise _unusable(path, f"cannot be read ({error})") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -107,9 +110,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         shapes[f"optimizer.{name}.step"] = torch.Size()
     shapes["random.cpu"] = torch.get_rng_state().shape
     for name, shape in shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else "nothing"
-        if found != tuple(shape):
-            raise _unusable(path, f"belongs to another model: {name} is {found} there, {tuple(shape)} here")
+        found = tensors[name].shape if name in tensors else None
+        if found != shape:
+            about = "is missing" if found is None else f"has shape {tuple(found)}, expected {tuple(shape)}"
+            raise _unusable(path, f"does not hold this model: {name} {about}")
     model.load_state_dict({name: like(tensors[f"model.{name}"], shard) for name, shard in weights.items()})
     names = {weight: name for name, weight in model.named_parameters()}
     ordered = [weight for group in optimizer.param_groups for weight in group["params"]]

@@ -17,14 +17,9 @@ SMALLEST = {
     "steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 32, "start_len": 0, "grow_steps": 0, "warmup": 0,
     "seed": 0, "checkpoint_every": 1,
 }  # fmt: skip
-FREE = (
-    "out",
-    "device",
-    "accumulate",
-    "checkpoint_every",
-    "parallel",
-    "deterministic",
-)  # a resumed run may change these
+LARGEST = 1e6  # of lr and weight_decay, so that AdamW's factors do not overflow fp32
+# Fields that a resumed run may change.
+FREE = ("out", "device", "accumulate", "checkpoint_every", "parallel", "deterministic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +76,9 @@ class TrainConfig:
     def __post_init__(self):
         for name, low in SMALLEST.items():
             check_integer(name, getattr(self, name), low)
-        check_number("lr", self.lr, 0, open_below=True)
+        check_number("lr", self.lr, 0, LARGEST, open_below=True)
         check_number("clip", self.clip, 0, open_below=True)
-        check_number("weight_decay", self.weight_decay, 0)
+        check_number("weight_decay", self.weight_decay, 0, LARGEST)
         check_choice("attention", self.attention, patterns.names())
         check_choice("impl", self.impl, (None, *IMPLS))
         check_choice("device", self.device, ("", "cpu", "cuda"))

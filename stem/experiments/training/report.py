@@ -1,4 +1,4 @@
-"""What the rows of stem.experiments.training.experiment say: means and spreads over seeds, verdicts, figures. Reads rows, runs nothing.
+"""Report on the rows of the training experiment: means and ranges over seeds, verdicts, sentences and figures.
 
 A difference counts only if the seeds show it: `verdict` says "higher" or "lower" when the interval of the paired
 differences lies on one side of a tolerance, and "level" otherwise.
