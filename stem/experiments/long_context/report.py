@@ -11,8 +11,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from stem.config import StemConfig
 from stem.experiments import figures, records
-from stem.experiments.markdown import tokens_label
+from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, number, tokens_label
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
 WORSE = {"answer": "high", "right": "high", "generated": "high", "loss": "low"}  # the end of the interval nearer to 0
@@ -150,3 +151,155 @@ def describe(points: pd.DataFrame) -> str:
     found = points.drop_duplicates(["method", "length"]).sort_values("length", kind="stable")
     told = [f"{row.method} at {tokens_label(row.length)} ({row.speedup:.2f}×)" for row in found.itertuples()]
     return ", ".join(told) or "none"
+
+
+def quality() -> str:
+    """Loss above dense by method and density: one table per machine and block size with both `stem` and `adaptive`."""
+    rows = full_rows("long_context/loss")
+    if rows.empty:
+        return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
+    rows = rows[rows.groupby(["device", "block_size"]).method.transform(lambda of: {"adaptive", "stem"} <= set(of))]
+    parts = []
+    for (device, size), part in rows.groupby(["device", "block_size"], sort=True):
+        tokens, texts = part.tokens.max(), sorted(part.text.unique())
+        asked = sorted(part[part.method == "stem"].asked.unique())
+        told = f"**{part.model.iloc[0]}** on {device}, every layer sparse, blocks of {size:.0f} tokens, windows of "
+        told += (
+            f"{tokens_label(tokens)} tokens of {len(texts)} kinds of text ({', '.join(texts)}). Cells hold the loss "
+        )
+        told += "above dense, mean over all positions [nats per token], and the computed density where it differs from "
+        told += "the density asked for."
+        means = part.groupby(["method", "asked"])[["gap", "density"]].mean()
+        order = part[part.asked.isin(asked)].groupby("method").gap.mean().sort_values().index
+        lines = [[method, *(_gap_at(means, method, at) for at in asked)] for method in order]
+        header = ["method", *(f"asked for {at:.0%}" for at in asked)]
+        cost = _cost_sentence(device) if size == StemConfig.preset("adaptive").block_size else ""  # as it was timed
+        parts += [f"{told}{_quality_sentence(means)}{cost}", markdown_table(header, lines)]
+    return "\n\n".join(parts)
+
+
+def _gap_at(means: pd.DataFrame, method: str, asked: float) -> str:
+    if (method, asked) not in means.index:
+        return MISSING
+    gap, density = means.loc[(method, asked)]
+    return f"{gap:+.4f}" + (f" ({density:.1%})" if abs(density - asked) > 0.005 else "")
+
+
+def _quality_sentence(means: pd.DataFrame) -> str:
+    """Sentence on the gap of `adaptive` as a share of the gap of `stem`, at equal density and with half the blocks."""
+    pairs = [(0.31, 0.31), (0.16, 0.16), (0.155, 0.31)]
+    if not all(("adaptive", own) in means.index and ("stem", other) in means.index for own, other in pairs):
+        return ""
+    same, sparser, half = (means.gap["adaptive", own] / means.gap["stem", other] for own, other in pairs)
+    return (
+        f" `adaptive` leaves {same:.0%} of the gap of `stem` at a density of 31 % and {sparser:.0%} at 16 %. With half "
+        f"the blocks it leaves {half:.0%} of the gap that `stem` has at 31 %."
+    )
+
+
+def _cost_sentence(device: str) -> str:
+    """Sentence on the time of block selection at the longest timed length, beside Stem's scores and selection."""
+    cost = full_rows("long_context/selection_cost")
+    cost = cost[cost.device == device] if len(cost) else cost
+    if cost.empty:
+        return ""
+    row = cost.sort_values("tokens").iloc[-1]
+    timed = full_rows("speed")
+    own = timed[(timed.device == device) & (timed.tokens == row.tokens) & (timed.config == "default")]
+    parts = own[own.operation.isin(("scores", "selection"))].latency_ms.sum()
+    attention = own[own.operation == "attention"].latency_ms.min()
+    return (
+        f" Selection by `adaptive` takes {number(row.selection_ms)} ms at {tokens_label(row.tokens)} tokens in a layer "
+        f"of an 8B model, {row.share:.1%} of the whole operator at density {row.density:.1%}. Stem's scores and "
+        f"selection take {number(parts)} ms there, and attention over a quarter of the blocks {number(attention)} ms."
+    )
+
+
+def evaluation() -> str:
+    """Answers and documents of each machine and model against dense attention, by method."""
+    rows = pd.concat([full_rows("long_context/answers"), full_rows("long_context/extension")])
+    if rows.empty:
+        return no_rows("06_long_context_eval")
+    rows = rows[rows.measure.isin(("answer", "loss", "generated", "time"))]
+    parts = []
+    for (device, model), part in rows.groupby(["device", "model"], sort=True):
+        part = part[part.length.isin(part[part.method != "dense"].length)]
+        if part.empty:
+            continue
+        answers = part[part.measure == "answer"]
+        asked, size = part[part.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()  # of most measures
+        told = f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
+        told += "teacher-forced in one sparse forward. The short window is the control that must fail."
+        sized = part.block_size.isna() | (part.block_size == size) | part.method.str.startswith("stem, ")  # presets
+        at = part[(part.asked.isna() | (part.asked == asked)) & sized]
+        of = {measure: at[at.measure == measure] for measure in ("answer", "generated", "loss")}
+        halves = of["loss"][(of["loss"].task != "all") & (of["loss"].length == of["loss"].length.max())]
+        title = "Log-likelihood of the right answer, minus dense [nats], 95 % interval of the difference:"
+        parts += [told, _differences_table(title, of["answer"], "{:.1f}")]
+        title = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
+        parts += [_differences_table(title, of["generated"], "{:+.0%}")]
+        parts += [
+            _differences_table("Loss on the later half of documents, minus dense [nats per token]:", halves, "{:+.3f}")
+        ]
+        parts += [_by_density(answers), _times(at[at.measure == "time"])]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _by_density(answers: pd.DataFrame) -> str:
+    """Answers of one task at the longest prompts, minus dense, one column per block size and density asked for."""
+    answers = answers[answers.asked.notna()]
+    cells = answers.groupby("task", sort=False).apply(lambda of: len(of[["asked", "block_size"]].drop_duplicates()))
+    if cells.max() < 2:
+        return ""
+    of = answers[answers.task == cells.idxmax()]
+    of = of[of.length == of.length.max()]
+    table = of.pivot_table(index="method", columns=["block_size", "asked"], values="difference")
+    table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
+    names = [f"{size:.0f}, {asked:.0%}" for size, asked in table.columns]
+    lines = [[row.Index, *(MISSING if pd.isna(x) else f"{x:.1f}" for x in row[1:])] for row in table.itertuples()]
+    title = f"{of.task.iloc[0]} at {tokens_label(of.length.iloc[0])} by block size and density asked for, minus dense "
+    title += "[nats]:"
+    return f"{title}\n\n{markdown_table(['method', *names], lines)}"
+
+
+def _times(rows: pd.DataFrame) -> str:
+    """Speed-up of the whole model's prefill, one column per length, the fastest at the longest length first."""
+    if rows.empty:
+        return ""
+    share = rows.assign(share=rows.value / rows.dense)
+    table = share.pivot_table(index="method", columns="length", values="share")
+    dense = rows.groupby("length").dense.median()
+    lines = [["dense [ms]", *(f"{ms:.3g}" for ms in dense)]]
+    for method, shares in table.drop("dense", errors="ignore").sort_values(table.columns[-1]).iterrows():
+        lines.append([method, *(MISSING if pd.isna(of) else f"{1 / of:.2f}×" for of in shares)])
+    title = "Speed-up of the whole model's batched prefill over dense attention, timed in turn:"
+    return f"{title}\n\n{markdown_table(['method', *map(tokens_label, table.columns)], lines)}"
+
+
+def _differences_table(title: str, rows: pd.DataFrame, form: str) -> str:
+    """One line per method, best first, one column per task and length, with computed density and sample counts."""
+    if rows.empty:
+        return ""
+    rows = rows.assign(column=[f"{task}, {tokens_label(n)}" for task, n in zip(rows.task, rows.length, strict=True)])
+    columns = list(dict.fromkeys(rows.sort_values(["length"], kind="stable").column))
+    dense = rows[rows.method == "dense"].set_index("column").value
+    plain = form.replace("+", "")
+    first = (plain.format(dense[column]) for column in columns)
+    lines = [["dense itself", "100.0%", _counts(rows[rows.method == "dense"]), *first]]
+    others = rows[rows.method != "dense"]
+    loss = -1 if "loss" in set(rows.measure) else 1
+    for method in (loss * others.groupby("method").difference.mean()).sort_values(ascending=False).index:
+        of = others[others.method == method].set_index("column")
+        texts = {
+            column: f"{form.format(row.difference)} [{form.format(row.low)}, {form.format(row.high)}]"
+            for column, row in of.iterrows()
+        }
+        found = (texts.get(column, MISSING) for column in columns)
+        lines.append([method, f"{of.density.mean():.1%}", _counts(of), *found])
+    return f"{title}\n\n{markdown_table(['method', 'density', 'samples', *columns], lines)}"
+
+
+def _counts(rows: pd.DataFrame) -> str:
+    """Number of samples behind the means: "100", or "24 to 100"."""
+    fewest, most = int(rows["count"].min()), int(rows["count"].max())
+    return f"{most}" if fewest == most else f"{fewest} to {most}"

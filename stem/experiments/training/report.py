@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from stem.experiments import figures, records
+from stem.experiments.markdown import MISSING, by_device, full_rows, markdown_table, no_rows, tokens_label
 from stem.experiments.training import tasks
 
 T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # number of seeds -> two-sided 95 % quantile of Student's t
@@ -274,3 +275,35 @@ def adaptation_findings(rows: pd.DataFrame) -> list[str]:
         + ", ".join(f"{name.removeprefix('adapt_')} {span(table[name])}" for name in tuned)
         + ".",
     ]
+
+
+def training() -> str:
+    """Held-out text loss and share of right recalls for each machine and each pair (trained with, read with).
+
+    Rows of fine-tuning add sentences on the sparse gap of the pretrained model.
+    """
+    rows = full_rows("training")
+    if rows.empty:
+        return no_rows("05_train_small_model")
+    return "\n\n".join(_training_of(device, part) for device, part in by_device(rows))
+
+
+def _training_of(device: str, rows: pd.DataFrame) -> str:
+    adapted = {"adapt_dense", "adapt_stem", "pretrained"} <= set(rows.trained)
+    adaptation = f"\n\nSmolLM2: {' '.join(adaptation_findings(rows))}" if adapted else ""
+    rows = rows[rows.place.isin(("position", "distance")) & ~rows.trained.str.match("adapt_|pretrained")]
+    rows = rows.assign(weighted=rows["value"] * rows["count"])
+    sums = rows.groupby(["measure", "seq_len", "trained", "inferred"], sort=False)[["weighted", "count"]].sum()
+    means = (
+        (sums["weighted"] / sums["count"]).unstack(["measure", "seq_len"]).sort_index(axis=1, ascending=[False, True])
+    )
+    names = {"loss": "text loss [nats], {}", "correct": "recall, {}"}
+    header = ["trained with", "read with", *(names[measure].format(tokens_label(length)) for measure, length in means)]
+    forms = ["{:.1%}" if measure == "correct" else "{:.3f}" for measure, _ in means]
+    lines = [
+        [*arms, *(form.format(x) if x == x else MISSING for form, x in zip(forms, values, strict=True))]
+        for arms, values in zip(means.index, means.to_numpy(), strict=True)
+    ]
+    told = f"**{device}**, trained at {tokens_label(rows.seq_len.min())} tokens, {rows.seed.nunique()} seed(s). "
+    told += "The dense model that reads through a sliding window is the control that must fail."
+    return f"{told}\n\n{markdown_table(header, lines)}{adaptation}"
