@@ -1,10 +1,13 @@
 """lm-eval's Hugging Face model class with Stem attention, registered under the name `stem`."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from math import isnan
+from numbers import Integral
 from statistics import fmean
 
 import torch
@@ -12,24 +15,33 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from stem import hf, patterns
+from stem.attention import IMPLS
 from stem.config import StemConfig
 from stem.pretrained import resolve
+from stem.validation import check_choice
 
 CONFIG_FIELDS = tuple(field.name for field in fields(StemConfig))
 BUDGET_FIELDS = {"density", "k_start", "k_start_regimes", "threshold", "allocation"}
 NATIVE = sorted({keyword for name in patterns.names() for keyword in patterns.keywords(name)} - set(CONFIG_FIELDS))
 METHOD_OPTIONS = (*CONFIG_FIELDS, "preset", "pattern", *NATIVE)
 MODEL_OPTIONS = (*METHOD_OPTIONS, "dense_layers", "layers", "impl")
+NO_PART_IN_ANSWERS = ("batch_size", "max_batch_size", "device")
 
 
 @register_model("stem")
 class StemLM(HFLM):
     """lm-eval's Hugging Face model with Stem attention in prefill.
 
-    Besides everything `HFLM` takes: the fields of `StemConfig`, `preset` ("paper", "angelslim", "hpc_ops"),
-    `pattern` (a name in `stem.patterns`, default "stem") and that pattern's own parameters, `dense_layers` (an int n
-    keeps the first n layers dense; a list names layers, negative from the end), `layers` (a mapping from layer to the
-    options that are different there, or to None for dense) and `impl` (see stem.block_sparse_attention).
+    It takes the arguments of `HFLM` and:
+        the fields of `StemConfig`.
+        preset: A name for `StemConfig.preset`.
+        pattern: A name in `stem.patterns.names()` (default "stem"), with that pattern's own parameters beside it.
+            "dense" is the model's own attention and takes no other option.
+        dense_layers: Number of first layers that stay dense, or a list of layers; -1 is the last one.
+        layers: Mapping from layer to the options that differ there, or to None for a dense layer.
+        impl: See `stem.block_sparse_attention`.
+    Attributes:
+        from_cache: Number of answers that `--use_cache` gave in place of the model.
     """
 
     def __init__(self, pretrained: str | torch.nn.Module, tokenizer=None, **options) -> None:
@@ -37,37 +49,58 @@ class StemLM(HFLM):
         for name, value in options.items():
             if near := difflib.get_close_matches(name, MODEL_OPTIONS, n=1, cutoff=0.8):
                 raise TypeError(f"unknown model argument {name}={value!r}; did you mean {near[0]}?")
-        method_from_options(given)  # names what is wrong before a model is loaded
+        check_choice("impl", given.get("impl"), (None, *IMPLS))
+        method_from_options(given)  # a wrong option raises before the model is loaded
         super().__init__(pretrained=resolved(pretrained), tokenizer=resolved(tokenizer), **options)
         if hasattr(self, "accelerator") and self.world_size == 1:  # accelerate launch without GPUs: share the requests
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._given, self._densities = given, []
+        self._given, self._options = given, options
+        self._gathered, self.from_cache = (), 0
         layers = self.model.config.get_text_config().num_hidden_layers
-        self._methods = per_layer(given, layers, given.get("dense_layers", 0), given.get("layers", {}))
+        self._methods = per_layer(given, layers, given.get("dense_layers", 0), given.get("layers"))
         hf.enable(self.model, self._methods, given.get("impl"))
 
     def get_model_info(self) -> dict:
-        """What results files record: lm-eval's own, and under "stem" the options and what was computed."""
-        report = hf.density(self.model)
-        densities = [each for each in self._densities or [report.density()] if not isnan(each)]
+        """Return the model's part of a results file: lm-eval's own entries and "stem".
+
+        "stem" holds the options, the resolved config, the density that was computed and `from_cache`.
+        """
+        densities, from_cache = zip(*(self._gathered or [self._counts()]), strict=True)
+        computed = [density for density in densities if not isnan(density)]
         stem = {
-            **self._given,
-            "config": asdict(_config(self._given)),
-            "density": fmean(densities) if densities else None,
-            "density_by_layer": [row["density"] for row in report],
+            **self._described(),
+            "density": fmean(computed) if computed else None,
+            "density_by_layer": [row["density"] for row in hf.density(self.model)],
+            "from_cache": sum(from_cache),
         }
         return {**super().get_model_info(), "stem": stem}
 
+    def fingerprint(self) -> str:
+        """Hash of the options, the tokenizer's name and samples of the weights: 12 hexadecimal digits.
+
+        Models that answer differently have different fingerprints. Batch size and device do not enter.
+        """
+        options = {name: value for name, value in self._options.items() if name not in NO_PART_IN_ANSWERS}
+        weights = [each.flatten()[:4].tolist() for each in self.model.parameters() if not each.is_meta]
+        about = [self._described(), options, self.tokenizer.name_or_path, weights]
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def _counts(self) -> tuple[float, int]:
+        return hf.density(self.model).density(), self.from_cache
+
+    def _described(self) -> dict:
+        return {**self._given, "config": asdict(_config(self._given))}
+
     def gather_object(self, obj, dst: int = 0):
-        """lm-eval's own; on the way the processes tell their densities."""
-        gathered = super().gather_object((obj, hf.density(self.model).density()), dst)
+        """Gather the objects of all processes as lm-eval does, and with them densities and counts for the results."""
+        gathered = super().gather_object((obj, self._counts()), dst)
         if gathered is None:
             return None
-        objects, self._densities = zip(*gathered, strict=True)
+        objects, self._gathered = zip(*gathered, strict=True)
         return list(objects)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        """One sequence at a time: lm-eval pads on the right and passes no mask, which would change Stem's budget."""
+        """Compute one sequence at a time: lm-eval pads on the right without a mask, which would change the budget."""
         if all(method is None or getattr(method, "density", None) == 1 for method in self._methods):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
@@ -77,59 +110,120 @@ class StemLM(HFLM):
             self.batch_size_per_gpu = batch_size
 
     def _detect_batch_size(self, requests=None, pos: int = 0):
-        """lm-eval's own; what it tries out does not count as computed."""
+        """Find lm-eval's batch size without counting the trial batches in the density."""
         with hf.stem_prefill(self.model, self._methods, self._given.get("impl")):
             return super()._detect_batch_size(requests, pos)
 
 
-def method_from_options(options: Mapping[str, object]) -> StemConfig | hf.Selector | None:
-    """What `stem.hf.enable` takes, from StemConfig fields, "preset", "pattern" and its parameters of a command line.
+def method_from_options(
+    given: Mapping[str, object], inherited: Mapping[str, object] | None = None
+) -> StemConfig | hf.Selector | None:
+    """Return the attention, as `stem.hf.enable` takes it, of options by name.
 
-    The pattern "dense" is None, the model's own attention.
+    Args:
+        given: `METHOD_OPTIONS` by name, see StemLM. Other names are ignored.
+        inherited: Options of all layers, for the options of one layer: `given` wins.
+    Returns:
+        A StemConfig for the pattern "stem", None (the model's own attention) for "dense", else a selector.
+    Raises:
+        ValueError, TypeError: If a pattern, preset, field or parameter is unknown or has a wrong value, or if one of
+            `given` has no effect.
     """
+    options = {**(inherited or {}), **given}
     pattern = options.get("pattern", "stem")
-    if pattern not in patterns.names():
-        raise ValueError(f"pattern must be one of {', '.join(patterns.names())}, got {pattern!r}")
+    check_choice("pattern", pattern, patterns.names())
     accepted = patterns.keywords(pattern)
     if foreign := [name for name in NATIVE if name in options and name not in accepted]:
         owners = [name for name in patterns.names() if foreign[0] in patterns.keywords(name)]
         raise TypeError(f"{foreign[0]} is no parameter of pattern={pattern!r} but of {', '.join(owners)}")
+    if pattern == "dense":
+        for name in METHOD_OPTIONS:
+            if name != "pattern" and given.get(name) is not None:
+                raise ValueError(f"pattern='dense' takes no other option, got {name}={given[name]!r}")
+        return None
     native = {name: options[name] for name in accepted if name in options}
     config = _config({name: value for name, value in options.items() if name not in native})
-    if pattern in ("stem", "dense"):
-        return config if pattern == "stem" else None
-    return partial(patterns.select, pattern, config=config, **native)
+    if pattern == "stem":
+        return config
+    select = partial(patterns.select, pattern, config=config, **native)
+    budgets = [name for name in ("density", "k_start", "k_start_regimes") if given.get(name) is not None]
+    if not _follows_budget(select, config) and native and budgets:
+        raise ValueError(
+            f"{budgets[0]}={given[budgets[0]]!r} has no effect with pattern={pattern!r} and {native}, "
+            "which set the density themselves; leave one of the two out"
+        )
+    return select
 
 
 def per_layer(
     options: Mapping[str, object],
     count: int,
-    dense_layers: int | Sequence[int] = 0,
+    dense_layers: int | Collection[int] = 0,
     layers: Mapping[int, Mapping[str, object] | None] | None = None,
 ) -> list[StemConfig | hf.Selector | None]:
-    """The method of each of `count` layers; see StemLM for the arguments."""
-    dense = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
-    if isinstance(dense_layers, bool) or isinstance(dense_layers, str) or not all(-count <= i < count for i in dense):
-        raise ValueError(
-            f"dense_layers must be a count 0..{count} or layers in -{count}..{count - 1}, got {dense_layers!r}"
-        )
-    method = method_from_options(options)
-    methods = [None if layer in dense or layer - count in dense else method for layer in range(count)]
-    for layer, changes in (layers or {}).items():
-        if not -count <= int(layer) < count or set(changes or {}) - set(METHOD_OPTIONS):
-            raise ValueError(
-                f"layers must map layers in -{count}..{count - 1} to None or to options out of "
-                f"{', '.join(METHOD_OPTIONS)}, got {layer!r}: {changes!r}"
-            )
-        own_budget = BUDGET_FIELDS & set(changes or {})
-        kept = {name: value for name, value in options.items() if not (own_budget and name in BUDGET_FIELDS)}
-        methods[int(layer)] = None if changes is None else method_from_options({**kept, **changes})
+    """Return the attention of each of `count` layers.
+
+    Args:
+        options: See `method_from_options`.
+        count: Number of layers.
+        dense_layers, layers: See StemLM. A layer number may be a text, as in JSON.
+    Raises:
+        ValueError, TypeError: If a layer does not exist or is named twice, and as in `method_from_options`.
+    """
+    dense, method = _dense_layers(dense_layers, count), method_from_options(options)
+    methods = [None if layer in dense else method for layer in range(count)]
+    accepted = f"map layers in -{count}..{count - 1} to None or to options out of {', '.join(METHOD_OPTIONS)}"
+    if layers is not None and not isinstance(layers, Mapping):
+        raise ValueError(f"layers must {accepted}, got {layers!r}")
+    seen = set()
+    for key, changes in (layers or {}).items():
+        layer = int(key) if isinstance(key, str) and key.removeprefix("-").isdecimal() else key
+        if not _is_layer(layer, count) or not (changes is None or _is_options(changes)):
+            raise ValueError(f"layers must {accepted}, got {key!r}: {changes!r}")
+        if layer % count in seen:
+            raise ValueError(f"layers must name each layer once, got {key!r} for layer {layer % count} again")
+        seen.add(layer % count)
+        methods[layer] = None if changes is None else method_from_options(changes, _inherited(options, changes))
     return methods
 
 
 def resolved(name):
-    """The folder of a model name that only this library knows; whatever is no string passes through."""
+    """Return the folder of a packaged model or GGUF file; see `stem.pretrained.resolve`. Objects pass through."""
     return resolve(name) if isinstance(name, str) else name
+
+
+def _dense_layers(dense_layers: int | Collection[int], count: int) -> set[int]:
+    """Layers 0..count-1 that `dense_layers` keeps dense."""
+    if isinstance(dense_layers, Collection) and not isinstance(dense_layers, str | Mapping):
+        if all(_is_layer(layer, count) for layer in dense_layers):
+            return {layer % count for layer in dense_layers}
+    elif _is_layer(dense_layers, count + 1) and dense_layers >= 0:
+        return set(range(dense_layers))
+    raise ValueError(
+        f"dense_layers must be a count 0..{count} or layers in -{count}..{count - 1}, got {dense_layers!r}"
+    )
+
+
+def _is_layer(layer: object, count: int) -> bool:
+    return isinstance(layer, Integral) and not isinstance(layer, bool) and -count <= layer < count
+
+
+def _is_options(changes: object) -> bool:
+    return isinstance(changes, Mapping) and set(changes) <= set(METHOD_OPTIONS)
+
+
+def _inherited(options: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    """Options that stay for a layer: a new budget replaces the old one, a new pattern the old one's own parameters."""
+    replaced = {*(BUDGET_FIELDS if BUDGET_FIELDS & set(changes) else ()), *(NATIVE if "pattern" in changes else ())}
+    return {name: value for name, value in options.items() if name not in replaced}
+
+
+def _follows_budget(select: partial, config: StemConfig) -> bool:
+    """Whether a pattern keeps more blocks at density 1; its own checks of its parameters raise on the way."""
+    q = torch.randn(1, 1, max(16 * config.block_size, 1024), 8, generator=torch.Generator().manual_seed(0))
+    kept = select(q, q, q).density()
+    everything = config.replace(density=1.0, k_start=None, k_start_regimes=None, allocation="uniform", threshold=None)
+    return kept == 1 or kept < select(q, q, q, config=everything).density()
 
 
 def _config(options: Mapping[str, object]) -> StemConfig:

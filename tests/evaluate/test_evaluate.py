@@ -3,11 +3,11 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
-import torch
 
 import stem
 
@@ -15,39 +15,10 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from stem import hf, pretrained  # noqa: E402
+from stem import hf, patterns, pretrained  # noqa: E402
 from stem.evaluate import __main__ as command_line  # noqa: E402
 from stem.evaluate import harness  # noqa: E402
-from stem.experiments import documents  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tokenizer):
-    """A folder with a random two-layer Llama and the embedded model's tokenizer."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def _requests(kind: str, arguments: list[tuple]) -> list[Instance]:
@@ -58,25 +29,20 @@ def _likelihoods(lm, pairs):
     return [logp for logp, _ in lm.loglikelihood(_requests("loglikelihood", pairs), disable_tqdm=True)]
 
 
-def _texts(count: int) -> list[str]:
-    words = documents.words(documents.prose())
-    return [" ".join(words[100 * i : 100 * i + 40 * (i + 1)]) for i in range(count)]
-
-
 def test_the_model_name_is_registered_and_is_lm_evals_own_class():
     assert get_model("stem") is harness.StemLM
     assert issubclass(harness.StemLM, HFLM)
 
 
-def test_full_density_scores_what_lm_evals_own_class_scores(tiny):
-    pairs = [(text, " the end") for text in _texts(3)]
+def test_full_density_scores_what_lm_evals_own_class_scores(tiny, texts):
+    pairs = [(text, " the end") for text in texts[:3]]
     expected = _likelihoods(HFLM(pretrained=tiny, device="cpu"), pairs)
     found = _likelihoods(harness.StemLM(pretrained=tiny, device="cpu", density=1.0, block_size=16), pairs)
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_every_model_argument_reaches_the_attention(tiny):
-    pairs = [(_texts(4)[-1], " the end")]
+def test_every_model_argument_reaches_the_attention(tiny, texts):
+    pairs = [(texts[3], " the end")]
     options = {"pretrained": tiny, "device": "cpu", "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
     changes = [
         {"density": 1.0},
@@ -93,8 +59,7 @@ def test_every_model_argument_reaches_the_attention(tiny):
     assert len({round(score, 3) for score in scores}) == len(changes), scores
 
 
-def test_padded_batches_answer_what_single_requests_answer(tiny):
-    texts = _texts(4)
+def test_padded_batches_answer_what_single_requests_answer(tiny, texts):
     options = {"pretrained": tiny, "device": "cpu", "k_start": 2, "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
     one, four = (harness.StemLM(**options, batch_size=size) for size in (1, 4))
     pairs = [(text, " the end") for text in texts]
@@ -103,26 +68,6 @@ def test_padded_batches_answer_what_single_requests_answer(tiny):
     generation = {"until": [], "max_gen_toks": 6, "do_sample": False}
     prompts = _requests("generate_until", [(text, dict(generation)) for text in texts])
     assert four.generate_until(prompts, disable_tqdm=True) == one.generate_until(prompts, disable_tqdm=True)
-
-
-@pytest.fixture(scope="module")
-def tiny_tasks(tmp_path_factory):
-    """Folder and names of three small tasks on three local texts, one for each kind of request."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [{"text": text, "answer": " the end"} for text in _texts(3)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
-    generation = "generation_kwargs: {max_gen_toks: 4, do_sample: false, until: []}\n"
-    kinds = {
-        "loglikelihood": ("{{text}}", "metric_list: [{metric: perplexity}, {metric: acc}]"),
-        "loglikelihood_rolling": ("", "metric_list: [{metric: byte_perplexity}]"),
-        "generate_until": ("{{text}}", generation + "metric_list: [{metric: exact_match}]"),
-    }
-    for kind, (prompt, rest) in kinds.items():
-        target = "{{answer}}" if prompt else "{{text}}"
-        fields = f"task: tiny_{kind}\noutput_type: {kind}\ndoc_to_text: '{prompt}'\ndoc_to_target: '{target}'\n"
-        (folder / f"{kind}.yaml").write_text(data + fields + rest)
-    return folder, [f"tiny_{kind}" for kind in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +107,11 @@ def test_every_kind_of_request_is_sparse_in_any_batch_and_density_is_recorded(ev
     assert recorded["density_by_layer"] == [pytest.approx(recorded["density"])] * 2
 
 
-def test_looking_for_a_batch_size_does_not_count(tiny):
+def test_looking_for_a_batch_size_does_not_count(tiny, texts):
     lm = harness.StemLM(
         tiny, device="cpu", k_start=1, block_size=16, batch_size="auto", max_batch_size=2, max_length=64
     )
-    requests = _requests("loglikelihood_rolling", [(_texts(1)[0],)])
+    requests = _requests("loglikelihood_rolling", [(texts[0],)])
     (found,) = lm.loglikelihood_rolling(requests, disable_tqdm=True)
     density = hf.density(lm.model).density()
     one = harness.StemLM(tiny, device="cpu", k_start=1, block_size=16, max_length=64)
@@ -207,12 +152,88 @@ def test_processes_of_accelerate_share_the_requests(tiny, tiny_tasks, tmp_path):
         ({"dense_layers": 3}, ValueError, "dense_layers"),
         ({"dense_layers": [0, 5]}, ValueError, "dense_layers"),
         ({"dense_layers": "first"}, ValueError, "dense_layers"),
+        ({"dense_layers": 0.5}, ValueError, "dense_layers must be a count 0..2 or layers in -2..1, got 0.5"),
+        ({"layers": [1]}, ValueError, "layers must map layers in -2..1 to None or to options out of .*, got \\[1\\]"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_bad_model_arguments_are_named(tiny, options, error, message):
     with pytest.raises(error, match=message):
         harness.StemLM(pretrained=tiny, device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pattern": "xattention", "tau": "a"}, "tau must be a number in .*'a'"),
+        ({"pattern": "xattention", "tau": 2}, "tau must be in .*2"),
+        ({"pattern": "flexprefill", "gamma": True}, "gamma must be .*True"),
+        ({"pattern": "sliding_window", "window_blocks": 0.5}, "window_blocks must be .*0.5"),
+        ({"pattern": "sparse_transformer_fixed", "stride_blocks": 2, "summary_blocks": 3}, "summary_blocks .*3"),
+        ({"pattern": "bigbird", "preset": "adaptive"}, "allocation='adaptive' belongs to the pattern 'stem'"),
+        ({"pattern": "dense", "density": 0.25}, "pattern='dense' takes no other option, got density=0.25"),
+        ({"pattern": "dense", "preset": "paper"}, "got preset='paper'"),
+        ({"pattern": "xattention", "tau": 0.9, "density": 0.5}, "density=0.5 has no effect with .*'tau': 0.9"),
+        ({"pattern": "a_shape", "window_blocks": 2, "k_start": 4}, "k_start=4 has no effect with .*'window_blocks': 2"),
+        ({"pattern": 5}, "pattern must be one of .*got 5"),
+        ({"pattern": None}, "pattern must be one of .*got None"),
+        ({"preset": 5}, "preset must be one of .*got 5"),
+        ({"preset": True}, "preset must be one of .*got True"),
+        ({"impl": True}, "impl must be one of None, 'reference', .*got True"),
+        ({"density": "0.25"}, "density must be a number.*'0.25'"),
+        ({"density": True}, "density must be a number.*True"),
+        ({"block_size": "64"}, "block_size must be one of .*'64'"),
+        ({"k_start": "4"}, "k_start must be a number.*'4'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_options_are_named_before_the_model_is_loaded(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        harness.StemLM(pretrained="there/is-no-such-model", device="cpu", **options)
+
+
+@pytest.mark.parametrize("pattern", [name for name in patterns.names() if name != "dense"])
+def test_parameters_of_every_pattern_are_checked(pattern):
+    for name in patterns.keywords(pattern):
+        for wrong in ("a", -1, [1], True):
+            with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+                harness.method_from_options({"pattern": pattern, name: wrong})
+    for preset in ("paper", "angelslim", "hpc_ops"):
+        harness.method_from_options({"pattern": pattern, "preset": preset, "block_size": 64})
+
+
+@pytest.mark.parametrize("wrong", [0.5, [0.5], [True], True, None, "0", ["0"], -1, 5, {0: None}, [4], [None]], ids=repr)
+def test_bad_dense_layers_are_named(wrong):
+    message = f"dense_layers must be a count 0..4 or layers in -4..3, got {wrong!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        harness.per_layer({"k_start": 3}, 4, wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong, got",
+    [
+        ([1], "[1]"),
+        ("x", "'x'"),
+        (0, "0"),
+        ({"x": None}, "'x': None"),
+        ({0.5: None}, "0.5: None"),
+        ({True: None}, "True: None"),
+        ({"-": None}, "'-': None"),
+        ({0: 0.5}, "0: 0.5"),
+        ({0: "dense"}, "0: 'dense'"),
+        ({0: ["density"]}, "0: ['density']"),
+    ],
+    ids=str,
+)
+def test_bad_layers_are_named(wrong, got):
+    with pytest.raises(ValueError, match=rf"layers must map layers in -4..3 to None or to .*got {re.escape(got)}$"):
+        harness.per_layer({"k_start": 3}, 4, layers=wrong)
+
+
+def test_a_layer_is_named_once():
+    for twice in ({3: None, -1: None}, {1: None, "1": None}):
+        with pytest.raises(ValueError, match="layers must name each layer once, got '?-?1'? for layer [13] again"):
+            harness.per_layer({"k_start": 3}, 4, layers=twice)
 
 
 def test_dense_layers_count_from_the_front_or_are_named():
@@ -228,6 +249,14 @@ def test_options_of_single_layers():
     dense, half, same, bigbird = harness.per_layer(options, 4, layers=changes)
     assert (dense, half, same) == (None, stem.StemConfig(density=0.5, block_size=16), method)
     assert bigbird.args == ("bigbird",) and bigbird.keywords == {"config": method, "random_blocks": 2}
+    gamma = {"pattern": "flexprefill", "gamma": 0.9}  # gamma sets the density; the k_start of the others is no mistake
+    xattention = {"pattern": "xattention", "tau": 0.5, "block_size": 16}
+    methods = harness.per_layer(xattention, 4, layers={0: gamma, 1: {"pattern": "stem"}, 2: {"pattern": "dense"}})
+    assert methods[0].args == ("flexprefill",) and "tau" not in methods[0].keywords
+    assert methods[1:3] == [stem.StemConfig(block_size=16), None] and methods[3].keywords["tau"] == 0.5
+    assert harness.per_layer(options, 1, layers={0: gamma})[0].keywords["gamma"] == 0.9
+    with pytest.raises(ValueError, match="density=0.5 has no effect"):
+        harness.per_layer(options, 1, layers={0: {**gamma, "density": 0.5}})
     for wrong in ({4: None}, {0: {"densiti": 0.5}}):
         with pytest.raises(ValueError, match="layers must map layers in -4..3"):
             harness.per_layer(options, 4, layers=wrong)
