@@ -4,7 +4,7 @@ A difference counts only if the seeds show it: `verdict` says "higher" or "lower
 differences lies on one side of a tolerance, and "level" otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,17 +15,18 @@ from stem.experiments.markdown import MISSING, by_device, full_rows, markdown_ta
 from stem.experiments.training import tasks
 
 T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # number of seeds -> two-sided 95 % quantile of Student's t
+LATE = 2048  # position from which the cost of Stem is read: before it, a row has few blocks to drop [tokens]
 PANELS = {"loss_text": "text loss [nats]", "loss_recall": "recall loss [nats]", "grad_norm": "gradient norm"}
 
 
 def seeds_of(
     rows: pd.DataFrame, measure: str, trained: str, inferred: str, *, seq_len: int, task: str = "", shortest: int = 0
 ) -> pd.Series:
-    """One number a seed: the mean of a measure weighted by counts.
+    """Mean of a measure for each seed, weighted by counts.
 
     Args:
         rows: Rows of stem.experiments.training.experiment, of one machine and profile.
-        measure, trained, inferred, seq_len: What to read.
+        measure, trained, inferred, seq_len: Values of these columns in the rows that count.
         task: Beginning of the task's name; "" takes all.
         shortest: Leave out bins that start before this position or distance [tokens].
     Returns:
@@ -40,10 +41,10 @@ def seeds_of(
 
 
 def verdict(values: pd.Series, than: pd.Series, tolerance: float = 0.0) -> str:
-    """Whether values are "higher" or "lower" by more than the tolerance, "level" where the seeds do not tell.
+    """Compare values paired by seed: "higher" or "lower" by more than the tolerance, or "level".
 
-    The differences are paired by seed; with several seeds their 95 % interval (Student's t) has to lie beyond the
-    tolerance, so that another seed is not likely to turn the word around. One seed is named as such.
+    With several seeds, "higher" and "lower" need the 95 % interval of the differences (Student's t) to lie beyond the
+    tolerance. With one seed, the difference itself decides, and the word is followed by "(one seed)".
     """
     difference = (values - than).dropna()
     seeds = len(difference)
@@ -56,7 +57,7 @@ def verdict(values: pd.Series, than: pd.Series, tolerance: float = 0.0) -> str:
 
 
 def span(values: pd.Series, digits: int = 3) -> str:
-    """Mean and range over seeds as text: "0.812 (0.790 to 0.830)"; a single seed has no range."""
+    """Format mean and range over seeds, such as "0.812 (0.790 to 0.830)"; a single seed has no range."""
     if len(values) < 2:
         return f"{values.mean():.{digits}f}"
     return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
@@ -70,7 +71,7 @@ def spread(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def end_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each arm at the end of its training: losses and gradient norm of the last bin, spikes, speed, memory."""
+    """Table of every arm at the end of its training: losses, gradient norm, spikes, speed and memory."""
     own = rows[(rows.place == "step") & (rows.trained == rows.inferred) & ~rows.trained.str.startswith("adapt")]
     last = own[own.groupby(["trained", "seed", "measure"]).stop.transform("max") == own.stop]
     table = last.groupby(["trained", "measure"], sort=False).value.agg(span_or_number).unstack()
@@ -78,13 +79,13 @@ def end_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def span_or_number(values: pd.Series) -> str:
-    """A column's cell: whole numbers without decimals, others as `span`."""
+    """Format a cell like `span`, without decimals for whole numbers and for numbers from 1000."""
     whole = (values == values.round()).all() or values.abs().min() >= 1000
     return span(values, 0 if whole else 3)
 
 
 def reading_table(rows: pd.DataFrame, measure: str, task: str) -> pd.DataFrame:
-    """`span` of a measure for every reading (trained → inferred) at every length."""
+    """Table of the `span` of a measure for every reading (trained → inferred) at every length."""
     read = rows[(rows.measure == measure) & (rows.task == task)]
     table = {}
     for (trained, inferred), group in read.groupby(["trained", "inferred"], sort=False):
@@ -93,13 +94,14 @@ def reading_table(rows: pd.DataFrame, measure: str, task: str) -> pd.DataFrame:
     return pd.DataFrame(table).T
 
 
-def adaptation_table(rows: pd.DataFrame, shortest: int = 2048) -> pd.DataFrame:
-    """Held-out loss [nats] of the fine-tuned models by reading and seed, positions from `shortest` on.
+def adaptation_table(rows: pd.DataFrame, shortest: int = LATE) -> pd.DataFrame:
+    """Held-out loss [nats] of the fine-tuned models by reading and seed, at positions from `shortest` on.
 
     Returns:
-        Indexed by seed: for trained in pretrained, adapt_dense, adapt_stem the columns "<trained> dense", "<trained>
-        stem"; "gap" (of the control: dense-tuned read with Stem over read dense), "gap_left" (Stem-tuned read with Stem
-        over dense-tuned read dense) and "removed" (the share 1 - gap_left / gap).
+        DataFrame with a row for each seed. Columns "<trained> dense" and "<trained> stem" hold the losses, for trained
+        in pretrained, adapt_dense and adapt_stem. "gap" is the loss of the dense-tuned model read with Stem minus read
+        dense. "gap_left" is the loss of the Stem-tuned model read with Stem minus the dense-tuned model read dense.
+        "removed" is the share 1 - gap_left / gap.
     """
     length = int(rows[rows.trained == "pretrained"].seq_len.iloc[0])
     columns = {}
@@ -112,11 +114,11 @@ def adaptation_table(rows: pd.DataFrame, shortest: int = 2048) -> pd.DataFrame:
     table[before] = table[before].ffill().bfill()  # read once, the same for every seed
     table["gap"] = table["adapt_dense stem"] - table["adapt_dense dense"]
     table["gap_left"] = table["adapt_stem stem"] - table["adapt_dense dense"]
-    return table.assign(removed=1 - table.gap_left / table.gap)
+    return table.assign(removed=1 - table.gap_left / table.gap).rename_axis(f"seed (positions from {shortest})")
 
 
 def draw_curves(rows: pd.DataFrame) -> Figure:
-    """Losses and gradient norms over steps, one line an arm, shaded between the seeds."""
+    """Draw losses and gradient norms over steps: a line for each arm, shaded between the seeds."""
     own = rows[(rows.place == "step") & (rows.trained == rows.inferred)]
     figure, axes = figures.new(3, width=4.4)
     arms = own.trained[~own.trained.str.startswith("adapt")].unique()
@@ -133,7 +135,7 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
 
 
 def draw_positions(rows: pd.DataFrame) -> Figure:
-    """Text loss by position at the training length (left) and at the longest length, each arm with its attention."""
+    """Draw text loss by position at the training length (left) and at the longest one: a line for each arm."""
     text = rows[(rows.measure == "loss") & (rows.task == "text") & (rows.trained == rows.inferred)]
     lengths = sorted(text.seq_len.unique())
     figure, axes = figures.new(2, width=5.2)
@@ -148,7 +150,7 @@ def draw_positions(rows: pd.DataFrame) -> Figure:
 
 
 def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]], times: int = 2) -> Figure:
-    """Right answers by distance to the record in rows of `times` the training length, one line a reading."""
+    """Draw right answers by distance to the record, in rows of `times` the training length: a line for each reading."""
     asked = rows[(rows.measure == "correct") & (rows.task == "recall")]
     trained_on = asked.seq_len.min()
     asked = asked.assign(reading=asked.trained + " → " + asked.inferred)
@@ -170,7 +172,7 @@ def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]], time
 
 
 def draw_adaptation(rows: pd.DataFrame) -> Figure:
-    """What Stem costs on held-out text, by position: before, after the control's and after Stem's fine-tuning."""
+    """Draw the cost of Stem on held-out text by position: before, after dense and after sparse fine-tuning."""
     held = rows[rows.task.str.startswith("held_out")]
     mean = held.groupby(["trained", "inferred", "seed", "start"]).value.mean()
     control = mean["adapt_dense"]["dense"]
@@ -181,7 +183,8 @@ def draw_adaptation(rows: pd.DataFrame) -> Figure:
     }
     frame = pd.concat({name: gap for name, gap in gaps.items()}, names=["model"]).rename("value").reset_index()
     figure, axis = figures.new()
-    title = f"Tuning with Stem removes {100 * adaptation_table(rows).removed.mean():.0f} % of its cost"
+    removed = 100 * adaptation_table(rows).removed.mean()
+    title = f"Tuning with Stem removes {removed:.0f} % of its cost from position {LATE} on"
     figures.lines(
         spread(frame, ["model", "start"]), "start", "value", "model", axis, title=title,
         xlabel="position, from [tokens]", ylabel="loss read with Stem over read dense [nats]", band=("low", "high"),
@@ -191,7 +194,7 @@ def draw_adaptation(rows: pd.DataFrame) -> Figure:
 
 
 def save_figures(rows: pd.DataFrame) -> list[str]:
-    """Draw what the rows allow into results/training/; returns the names."""
+    """Draw the figures whose rows there are into results/training/ and return their names."""
     drawn = {"curves": draw_curves(rows), "position": draw_positions(rows)}
     drawn["distance"] = draw_distances(rows, own_readings(rows))
     if (rows.trained == "adapt_stem").any() and (rows.trained == "adapt_dense").any():
@@ -200,13 +203,13 @@ def save_figures(rows: pd.DataFrame) -> list[str]:
 
 
 def own_readings(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """Every arm with its own attention, and the control: dense through a sliding window."""
+    """List every arm with its own attention, and the control: the dense model through a sliding window."""
     arms = rows[rows.measure == "correct"].trained.unique()
     return [*((arm, arm) for arm in arms), ("dense", "sliding_window")]
 
 
 def of_machine(profile: str, machine: str = "") -> pd.DataFrame:
-    """The rows of one profile, of this machine if it has some, else of the one that has; empty if nobody has."""
+    """Rows of one profile on one machine: `machine` (default this one) if it has rows, else another; may be empty."""
     rows = records.read_rows("training")
     rows = rows[rows.profile == profile] if len(rows) else rows
     machine = machine or records.machine_name()
@@ -216,9 +219,9 @@ def of_machine(profile: str, machine: str = "") -> pd.DataFrame:
 
 
 def findings(rows: pd.DataFrame) -> list[str]:
-    """Sentences (Markdown) that the rows support: each arm against dense, selections against each other, switching.
+    """Sentences (Markdown) that compare the arms: each with dense, the selections with each other, and switching.
 
-    A comparison says what `verdict` does, so "level" means that the seeds do not tell the two apart.
+    The word of a comparison is that of `verdict`: "level" means that the seeds do not tell the two apart.
     """
     read = rows[rows.measure.isin(["loss", "correct"]) & rows.task.isin(["text", "recall"])]
     lengths = sorted(read.seq_len.unique())
@@ -264,16 +267,26 @@ def _stability_and_speed(rows: pd.DataFrame, arms: Sequence[str]) -> list[str]:
 
 
 def adaptation_findings(rows: pd.DataFrame) -> list[str]:
-    """Sentences about what fine-tuning with Stem on removes of the sparse gap of a pretrained model."""
-    table = adaptation_table(rows)
-    tuned = [name for name in table if name.startswith("adapt")]
+    """Sentences about the share of Stem's cost on a pretrained model that fine-tuning with Stem on removes.
+
+    Every number is given over all positions of the held-out text and at late positions, because they differ.
+    """
+    length = int(rows[rows.trained == "pretrained"].seq_len.iloc[0])
+    tables = {f"over all {length} positions": adaptation_table(rows, 0)}
+    tables[f"from position {LATE} on"] = adaptation_table(rows)
+
+    def told(text: Callable[[pd.DataFrame], str]) -> str:
+        return " and ".join(f"{text(table)} {where}" for where, table in tables.items())
+
+    before = told(lambda table: f"{(table['pretrained stem'] - table['pretrained dense']).mean():+.4f} nats")
+    late = adaptation_table(rows).filter(like="adapt_")
+    losses = ", ".join(f"{name.removeprefix('adapt_')} {span(late[name])}" for name in late)
     return [
-        f"Before any tuning Stem costs {(table['pretrained stem'] - table['pretrained dense']).mean():+.4f} nats.",
-        f"Tuned dense, it costs {span(table.gap, 4)}; tuned with Stem, {span(table.gap_left, 4)} are left.",
-        f"Fine-tuning with Stem on removes {span(100 * table.removed, 0)} % of the gap.",
-        "Losses after tuning: "
-        + ", ".join(f"{name.removeprefix('adapt_')} {span(table[name])}" for name in tuned)
-        + ".",
+        f"Before any tuning, Stem costs {before}.",
+        f"Tuned dense, it costs {told(lambda table: span(table.gap, 4))}.",
+        f"Tuned with Stem, it still costs {told(lambda table: span(table.gap_left, 4))}.",
+        f"Fine-tuning with Stem on removes {told(lambda table: f'{span(100 * table.removed, 0)} % of the gap')}.",
+        f"Losses after tuning, from position {LATE} on: {losses}.",
     ]
 
 

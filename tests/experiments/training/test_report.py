@@ -107,7 +107,7 @@ def test_figures_hold_every_arm(adaptation, tmp_path, monkeypatch):
     text = report.draw_curves(rows).axes[0].get_legend().get_texts()
     assert [label.get_text() for label in text] == ["dense", "stem"]
     axis = report.draw_adaptation(rows).axes[0]
-    assert axis.get_title(loc="left") == "Tuning with Stem removes 60 % of its cost"
+    assert axis.get_title(loc="left") == "Tuning with Stem removes 60 % of its cost from position 2048 on"
     gap = axis.lines[1]
     assert gap.get_label() == "tuned dense" and gap.get_ydata().tolist() == pytest.approx([0.1, 0.1])
 
@@ -157,3 +157,15 @@ def test_findings_compare_every_arm_and_say_what_every_seed_says(adaptation):
     assert "stem against dense: share of right answers at 64 tokens **lower** (0.705 (0.700 to 0.710)" in told
     assert "over all seeds: dense 2, stem 2." in told and "relative to dense: dense 1.00, stem 1.50." in told
     assert "removes 60 (50 to 70) % of the gap" in "\n".join(report.adaptation_findings(adaptation))
+
+
+def test_adaptation_is_told_over_all_positions_and_at_late_ones(adaptation):
+    """At early positions Stem costs 0.1 too, and the tuning removes nothing."""
+    early = (adaptation.start == 0) & (adaptation.trained == "adapt_stem") & (adaptation.inferred == "stem")
+    told = report.adaptation_findings(adaptation.assign(value=adaptation.value.mask(early, 5.9)))
+    removed = (
+        "removes 30 (25 to 35) % of the gap over all 8192 positions and 60 (50 to 70) % of the gap from position 2048"
+    )
+    assert f"Fine-tuning with Stem on {removed} on." in told
+    assert "Before any tuning, Stem costs +0.1000 nats over all 8192 positions and" in told[0]
+    assert told[-1].startswith("Losses after tuning, from position 2048 on: dense dense 0.800 (0.800 to 0.800), ")
