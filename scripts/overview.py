@@ -1,4 +1,4 @@
-"""Draw README's picture: what Stem keeps, and why, on one small causal attention map."""
+"""Draw README's picture: the blocks that Stem keeps on one small causal attention map."""
 
 import matplotlib
 
@@ -13,7 +13,7 @@ TOKENS, HEAD_DIM, BLOCK_SIZE = 4096, 64, 64
 
 
 def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v [1, 1, TOKENS, HEAD_DIM] fp32: recency, an attention sink, and a few key blocks that all attend to."""
+    """q, k and v [1, 1, TOKENS, HEAD_DIM] fp32 with recency, a sink, and some key blocks that all queries attend to."""
     generator = torch.Generator().manual_seed(seed)
     blocks = TOKENS // BLOCK_SIZE
 

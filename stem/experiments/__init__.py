@@ -1,1 +1,1 @@
-"""What the notebooks measure: one folder per experiment, and what all experiments share."""
+"""Experiments of the notebooks: one folder per experiment, and modules that all experiments share."""

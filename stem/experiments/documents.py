@@ -1,7 +1,7 @@
-"""Long real text that every machine with this package already has: five kinds, no download.
+"""Long real text of five kinds without a download, from packages that every installation has.
 
-Python's standard library and its language reference, the documentation strings, C++ headers and licences of torch and
-NumPy. The text changes with their versions, so `fingerprint` goes beside results.
+The kinds are Python's standard library and language reference, and the documentation strings, C++ headers and licences
+of torch and NumPy. The text changes with package versions, so results carry its `fingerprint`.
 """
 
 import ast
@@ -23,7 +23,7 @@ HEADER_FOLDERS = ("ATen/core", "c10/core", "fmt")
 
 
 def stdlib_documents(names: Sequence[str] | None = LONG_MODULES, min_chars: int = 0) -> dict[str, str]:
-    """Source of standard-library modules, as real documents with long-range structure (our choice of text).
+    """Source of standard-library modules, by name: real documents with long-range structure (our choice of text).
 
     Args:
         names: Top-level module names such as "argparse"; None takes every top-level module, in alphabetical order.
@@ -31,7 +31,7 @@ def stdlib_documents(names: Sequence[str] | None = LONG_MODULES, min_chars: int 
     Returns:
         Module name -> source text, in the order of `names`.
     Raises:
-        ValueError: If a name has no source file, or nothing is long enough.
+        ValueError: If a name has no source file, or no document is long enough.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     if names is None:
@@ -47,14 +47,14 @@ def stdlib_documents(names: Sequence[str] | None = LONG_MODULES, min_chars: int 
 
 
 def prose() -> str:
-    """English prose of about 65 thousand words: the language reference that ships inside CPython for `help()`."""
+    """English prose of about 65,000 words: Python's language reference, which CPython ships for `help()`."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def reference() -> str:
-    """reStructuredText with formulas, tables and examples: torch's and NumPy's documentation strings, 0.6 MB."""
+    """Documentation strings of torch and NumPy: reStructuredText with formulas, tables and examples, 0.6 MB."""
     paths = [_package_folder(name.split(".")[0]).joinpath(*name.split(".")[1:]) for name in DOCUMENTED]
     sources = [path.with_suffix(".py").read_text(encoding="utf-8") for path in paths]
     strings = [node.value for source in sources for node in ast.walk(ast.parse(source)) if _is_long_string(node)]
@@ -62,14 +62,14 @@ def reference() -> str:
 
 
 def headers() -> str:
-    """C++: the headers of torch's core and of the fmt library that comes with it, 2 MB."""
+    """C++ headers of torch's core and of the fmt library inside torch, 2 MB."""
     root = _package_folder("torch") / "include"
     paths = [path for folder in HEADER_FOLDERS for path in sorted((root / folder).rglob("*.h"))]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 def licences() -> str:
-    """Legal English: every different licence text that torch, NumPy, pandas and Matplotlib bring."""
+    """Licence texts of torch, NumPy, pandas and Matplotlib, each text once."""
     texts: dict[str, None] = {}
     for package in ("matplotlib", "numpy", "pandas", "torch"):
         for file in importlib.metadata.files(package) or ():
@@ -92,10 +92,10 @@ KINDS: dict[str, Callable[[], str]] = {
 
 
 def windows(tokens: Sequence[int], length: int, count: int) -> list[Sequence[int]]:
-    """`count` stretches of `length` tokens, evenly spaced over a long text and without overlap.
+    """Cut `count` windows of `length` tokens out of a long text, evenly spaced and without overlap.
 
     Raises:
-        ValueError: If the text is too short for that.
+        ValueError: If the text is shorter than count * length tokens.
     """
     if count < 1 or length < 1 or len(tokens) < count * length:
         raise ValueError(f"count={count} windows of length={length} need {count * length} tokens, got {len(tokens)}")
@@ -104,12 +104,12 @@ def windows(tokens: Sequence[int], length: int, count: int) -> list[Sequence[int
 
 
 def words(text: str) -> list[str]:
-    """Split on white space, so that a haystack can be cut at any word: list of non-empty words."""
+    """Non-empty words of a text, split at white space."""
     return re.findall(r"\S+", text)
 
 
 def fingerprint(*texts: str) -> str:
-    """First 12 hexadecimal digits of the SHA-256 of the texts, to tell whether two results saw the same text."""
+    """First 12 hexadecimal digits of the SHA-256 of the texts; equal texts give equal fingerprints."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 

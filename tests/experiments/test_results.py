@@ -23,8 +23,6 @@ def committed() -> list[str]:
 
 @pytest.mark.parametrize("place", sorted({name.split("/")[0] for name in committed()}))
 def test_every_file_in_results_has_a_target(place):
-    if place == "long_context":
-        pytest.xfail("its targets evaluation, quality and extend get a common name")
     target = SHARED.get(place, place)
     assert target in TARGETS, f"no make target writes results/{place}"
     if place not in SHARED:
