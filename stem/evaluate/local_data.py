@@ -1,4 +1,4 @@
-"""Data of lm-eval's long-context tasks from a folder of the user instead of the network, for `--data_dir`.
+"""`--data_dir`: data of lm-eval's long-context tasks from the user's folder instead of the network.
 
 | tasks | file in the folder | source |
 |---|---|---|
@@ -17,7 +17,7 @@ from pkgutil import resolve_name
 from unittest import mock
 
 ESSAYS, LONGBENCH, LONGBENCH2 = "baber/paul_graham_essays", "Xnhyacinth/LongBench", "recursal/longbench-v2"
-QUESTIONS = ("dev-v2.0.json", "hotpot_dev_distractor_v1.json")  # how the addresses end that RULER's QA tasks fetch
+QUESTIONS = ("dev-v2.0.json", "hotpot_dev_distractor_v1.json")  # last parts of the URLs that RULER's QA tasks fetch
 SINGLE, MULTI, DIALOGUE = "Single-Document QA", "Multi-Document QA", "Long-dialogue History Understanding"
 IN_CONTEXT, STRUCTURED = "Long In-context Learning", "Long Structured Data Understanding"
 SUBSETS = {  # of recursal/longbench-v2 -> domain and sub_domain in LongBench v2's own file
@@ -46,19 +46,19 @@ SUBSETS = {  # of recursal/longbench-v2 -> domain and sub_domain in LongBench v2
 
 @contextmanager
 def local_data(folder: str | Path | None) -> Iterator[None]:
-    """While it lasts, lm-eval's tasks find in `folder` what they would download; what is missing there they download.
+    """Context in which lm-eval's tasks read their data from files in `folder`, and download the files it lacks.
 
     Args:
-        folder: Files as in the table above; None has none.
+        folder: Folder with files of the table above, or None: tasks download everything.
     Raises:
         ValueError: If folder is no folder.
-        FileNotFoundError: While tasks load, if a file is missing and cannot be downloaded; it names the file.
+        FileNotFoundError: While tasks load, if a file is missing and cannot be downloaded. The error names the file.
     """
     import datasets
 
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"data_dir must be a folder, got {str(folder)!r}")
-    download, get = datasets.load_dataset, resolve_name("requests.get")  # the latter comes with lm-eval
+    download, get = datasets.load_dataset, resolve_name("requests.get")  # lm-eval brings requests
 
     def load_dataset(path, name=None, *args, split=None, **options):
         file = _file(folder, _place(path, name))
@@ -82,7 +82,7 @@ def local_data(folder: str | Path | None) -> Iterator[None]:
 
 
 def _place(path: str, name: str | None) -> str | None:
-    """Where in the folder a data set lies; None for one that this module does not know."""
+    """Path of a data set within the folder; None for a data set that this module does not know."""
     places = {ESSAYS: "essays.txt", LONGBENCH: f"longbench/{name}.jsonl", LONGBENCH2: "longbench_v2.json"}
     return places.get(path)
 
@@ -93,7 +93,7 @@ def _file(folder: str | Path | None, place: str | None) -> Path | None:
 
 
 def _rows(file: Path, path: str, name: str | None) -> list[dict]:
-    """The rows of a file, with the columns that lm-eval's tasks read."""
+    """Rows of a file, with the columns that lm-eval's tasks read."""
     text = file.read_text(encoding="utf-8")
     if path == ESSAYS:
         return [{"text": text}]
@@ -108,7 +108,7 @@ def _rows(file: Path, path: str, name: str | None) -> list[dict]:
 
 @contextmanager
 def _named(place: str | None, source: str) -> Iterator[None]:
-    """Say how to do without a download that failed."""
+    """Context in which the error of a failed download names the file to put into `--data_dir` instead."""
     try:
         yield
     except OSError as error:  # every failure of the network is one
