@@ -1,1 +1,1 @@
-"""Notebook 05: small models trained with Stem."""
+"""Experiment of notebook 05: small models trained with dense and with sparse attention."""

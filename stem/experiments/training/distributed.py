@@ -1,4 +1,4 @@
-"""The processes of a run and how they share a model: whole copies (DDP) or shards (FSDP2), both torch's own."""
+"""Processes of a training run, which share the model as whole copies (DDP) or as shards (FSDP2)."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run; without torchrun it is alone."""
+    """Rank of this process, number of processes, and device; without torchrun, a process is alone."""
 
     rank: int
     world: int
@@ -26,26 +26,27 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """True in the process that writes the files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
+        """Sum a tensor over the processes, in place, and return it."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process calls this."""
         if self.world > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def join_processes(device: str = "") -> Iterator[Processes]:
-    """Join the group that torchrun announces in the environment, and leave it at the end.
+    """Join the group that torchrun announces in the environment, and leave it at the end of the with block.
 
     Args:
-        device: "cpu", "cuda" or "" (CUDA where there is one). NCCL joins GPUs, gloo joins CPUs.
+        device: "cpu", "cuda" or "" (CUDA where there is one). The group uses NCCL on GPUs and gloo on CPUs.
     Raises:
         ValueError: If this process has no GPU of its own to run on.
     """
@@ -63,7 +64,7 @@ def join_processes(device: str = "") -> Iterator[Processes]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device of the process `local_rank` of this machine; see `join_processes`."""
+    """Device of the process number `local_rank` of this machine; see `join_processes`."""
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "" and gpus == 0):
         return torch.device("cpu")
@@ -73,11 +74,14 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def share(model: nn.Module, parallel: str, processes: Processes) -> nn.Module:
-    """The model as the processes run it: itself when alone, a DistributedDataParallel around it, or sharded in place.
+    """Prepare a model for the processes: unchanged if alone, else in a DistributedDataParallel or sharded in place.
 
     Args:
         model: Holds its blocks in `model.blocks`; FSDP2 gathers one of them at a time.
-        parallel: "ddp" or "fsdp". The optimizer must be made after this call.
+        parallel: "ddp" or "fsdp".
+        processes: Processes that share the model.
+    Returns:
+        The module to call. The optimizer must be made afterwards, from the parameters of `model`.
     """
     if processes.world == 1:
         return model
@@ -90,7 +94,7 @@ def share(model: nn.Module, parallel: str, processes: Processes) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
-    """Context of one part of a step: backward exchanges gradients only where `wanted`, in the last part."""
+    """Context of one part of a step, in which backward exchanges gradients only if `wanted`."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
     elif isinstance(model, DistributedDataParallel) and not wanted:
@@ -99,12 +103,12 @@ def gradient_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextM
 
 
 def whole(value: Tensor) -> Tensor:
-    """The full tensor of a shard (all processes must ask), any other tensor as it is."""
+    """Gather the full tensor of a shard, which all processes must ask for; other tensors are returned as they are."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, shard: Tensor) -> Tensor:
-    """A full tensor cut up as `shard` is, if that is a shard of the same shape."""
+    """Shard a full tensor like `shard`; it is returned as it is where `shard` is whole or of another shape."""
     if isinstance(shard, DTensor) and value.shape == shard.shape:
         return distribute_tensor(value.to(shard.device), shard.device_mesh, shard.placements)
     return value

@@ -1,7 +1,8 @@
-"""A small decoder-only language model whose attention can be changed at any time.
+"""Small decoder-only language model whose attention can be changed at any time.
 
-Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward, tied embeddings, no biases
-and no dropout: the shape of Llama. The same weights run with dense attention, with Stem or any other pattern.
+The model has the shape of Llama: pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU
+feed-forward, tied embeddings, no biases and no dropout. Its weights run with dense attention, with Stem and with every
+other pattern.
 """
 
 import dataclasses
@@ -13,19 +14,22 @@ from torch import Tensor, nn
 from stem import patterns
 from stem.attention import block_sparse_attention, stem_attention
 from stem.config import StemConfig
+from stem.validation import check_choice, check_integer, check_number
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """Everything that decides the number of weights.
+    """Sizes that decide the number of weights, and the base of the rotary frequencies.
 
     Attributes:
-        vocab_size: Number of token ids; 256 means plain bytes.
-        layers: Number of blocks.
-        width: Width of the residual stream; a multiple of `heads`.
+        vocab_size: Number of token ids, >= 1; 256 means plain bytes.
+        layers: Number of blocks, >= 1.
+        width: Width of the residual stream, an even multiple of `heads`.
         heads, kv_heads: Query and key-value heads; `heads` is a multiple of `kv_heads`.
-        hidden: Inner width of the feed-forward.
-        rope_base: Base of the rotary frequencies.
+        hidden: Inner width of the feed-forward, >= 1.
+        rope_base: Base of the rotary frequencies, > 1.
+    Raises:
+        ValueError, TypeError: For a value that is not accepted, naming it.
     """
 
     vocab_size: int = 256
@@ -38,10 +42,8 @@ class ModelSize:
 
     def __post_init__(self):
         for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: whole numbers from 1")
-        if not self.rope_base > 1:
-            raise ValueError(f"rope_base={self.rope_base!r}; accepted: numbers above 1")
+            check_integer(name, getattr(self, name), 1)
+        check_number("rope_base", self.rope_base, 1, open_below=True)
         if self.width % self.heads or self.head_dim % 2:
             raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
         if self.heads % self.kv_heads:
@@ -49,6 +51,7 @@ class ModelSize:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.width // self.heads
 
 
@@ -58,12 +61,16 @@ def attend(
     """Causal attention by name; the gradient flows through the kept blocks, never through their selection.
 
     Args:
-        q: [B, Hq, N, D]; k, v: [B, Hkv, N, D], same dtype.
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D], same dtype as `q`.
         attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
         config: Block size, budget and score of the selection; None takes the default. Unused by "dense".
         impl: See stem.block_sparse_attention; unused by "dense".
     Returns:
         [B, Hq, N, D], the dtype of `q`.
+    Raises:
+        ValueError: If `impl` or `config` does not fit the tensors.
+        FloatingPointError: If sparse attention on the CPU gets NaN or infinity.
     """
     if attention == "dense":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -88,12 +95,14 @@ def rotary_angles(num_tokens: int, size: ModelSize, device: torch.device) -> tup
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x: [B, H, N, D], returned in its own dtype."""
+    """Rotate each pair (x[i], x[i + D/2]) by the angle of its position: [B, H, N, D] in the dtype of x."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
     def __init__(self, size: ModelSize):
         super().__init__()
         self.size = size
@@ -110,6 +119,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU."""
+
     def __init__(self, size: ModelSize):
         super().__init__()
         self.gate_up = nn.Linear(size.width, 2 * size.hidden, bias=False)
@@ -121,6 +132,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each behind an RMSNorm and added to the residual stream."""
+
     def __init__(self, size: ModelSize):
         super().__init__()
         self.attention_norm = nn.RMSNorm(size.width)
@@ -134,15 +147,15 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tokens in, next-token logits out.
+    """Compute next-token logits from tokens.
 
-    `model.attention`, `model.stem_config` and `model.impl` may be assigned at any time: they hold no weights.
+    `model.attention`, `model.stem_config` and `model.impl` hold no weights and may be assigned at any time.
 
     Args:
-        size: Numbers of layers, heads and so on.
+        size: Numbers of layers and heads, widths.
         attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
         stem_config: Selection settings of every layer; None takes the default.
-        impl: Of block-sparse attention, see stem.block_sparse_attention.
+        impl: Implementation of block-sparse attention, see stem.block_sparse_attention.
     Raises:
         ValueError: If `attention` is unknown.
     """
@@ -155,8 +168,7 @@ class LanguageModel(nn.Module):
         impl: str | None = None,
     ):
         super().__init__()
-        if attention not in patterns.names():
-            raise ValueError(f"attention={attention!r}; accepted: {', '.join(patterns.names())}")
+        check_choice("attention", attention, patterns.names())
         self.size, self.attention, self.stem_config, self.impl = size, attention, stem_config, impl
         self.embedding = nn.Embedding(size.vocab_size, size.width)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
@@ -164,7 +176,7 @@ class LanguageModel(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Normal weights: embedding 0.02, matrices 1/sqrt(inputs), outputs of a layer smaller by sqrt(2 layers)."""
+        """Draw normal weights: embedding std 0.02, matrices 1/sqrt(inputs), outputs smaller by sqrt(2 layers)."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -172,7 +184,7 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(module.weight, std=(module.in_features * writers) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits, [B, N, vocab_size], from int64 tokens [B, N]."""
+        """Compute next-token logits [B, N, vocab_size] from int64 tokens [B, N]."""
         cos, sin = rotary_angles(tokens.shape[1], self.size, tokens.device)
         x = self.embedding(tokens)  # [B, N, width]
         for block in self.blocks:

@@ -1,7 +1,7 @@
-"""What a trained model can do, as rows: its curve, its loss by position, its answers by distance.
+"""Measure a trained model: rows of its training curve, its loss by position and its right answers by distance.
 
-A row is one number: `value` is the mean of `count` measurements whose `place` (step, position or distance) lies in
-start..stop - 1. Evaluation reads the validation split.
+A row holds one number. Its `value` is the mean of `count` measurements whose `place` (step, position or distance) lies
+in start..stop - 1. Evaluation reads the validation split.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from stem.experiments.training.config import TrainConfig
 from stem.experiments.training.model import LanguageModel
 from stem.experiments.training.tasks import IGNORED, make_batch
 
-CURVES = ("loss_", "grad_norm")  # beginnings of the columns of a log that become rows
+CURVES = ("loss_", "grad_norm")  # log columns whose names begin like this become rows
 SPIKE = 4.0  # a gradient norm this many times the median of the 25 steps before it counts as a spike
 
 
@@ -24,17 +24,17 @@ SPIKE = 4.0  # a gradient norm this many times the median of the 25 steps before
 def read(
     model: LanguageModel, task: str, seq_len: int, num_rows: int, *, seed: int = 0, bf16: bool = False
 ) -> pd.DataFrame:
-    """Let a model read validation rows of a task, with the attention that it has now.
+    """Measure a model on validation rows of a task, with the attention that it has now.
 
     Args:
         model: In eval mode.
         task: Name from stem.experiments.training.tasks.TASKS.
         seq_len: Tokens in a row; may exceed the training length.
         num_rows: Rows, read one at a time.
-        seed: Of the rows.
-        bf16: Autocast matrix products to bfloat16, as in training.
+        seed: Seed of the rows.
+        bf16: Matrix products in bfloat16 (autocast), as in training.
     Returns:
-        One line for each target: position and distance [tokens], loss [nats], correct (True or False).
+        DataFrame with a line for each target: position and distance [tokens], loss [nats], correct (bool).
     """
     device = next(model.parameters()).device
     lines = []
@@ -51,11 +51,12 @@ def read(
 
 
 def binned(frame: pd.DataFrame, value: str, place: str, edges: Sequence[int]) -> list[dict]:
-    """Mean of a column over half-open bins of another.
+    """Mean of one column over half-open bins of another.
 
     Args:
-        frame: The measurements.
-        value, place: Columns of it: what to average, and the whole numbers that are binned.
+        frame: Measurements.
+        value: Column to average.
+        place: Column of integers to bin by.
         edges: Ascending bin edges, at least two; a bin without measurements is left out.
     Returns:
         Dicts with measure (= value), place, start, stop, value, count.
@@ -70,10 +71,10 @@ def binned(frame: pd.DataFrame, value: str, place: str, edges: Sequence[int]) ->
 
 
 def curve_rows(config: TrainConfig, num_bins: int = 30) -> list[dict]:
-    """A finished run's log as rows: means over `num_bins` bins of steps of its `CURVES`, and two rows of stability.
+    """Rows of a finished run's log: means of its `CURVES` over `num_bins` bins of steps, and two rows of stability.
 
-    Those are "spikes", the number of steps whose gradient norm is over `SPIKE` times the median of the 25 steps before
-    it, and "largest_spike", the largest such ratio.
+    Row "spikes" counts the steps whose gradient norm is more than `SPIKE` times the median of the 25 steps before it.
+    Row "largest_spike" is the largest such ratio.
     """
     log = pd.read_csv(Path(config.out) / LOG)
     edges = sorted({1 + round(config.steps * i / num_bins) for i in range(num_bins + 1)})
@@ -96,12 +97,12 @@ def evaluation_rows(
     seed: int = 0,
     bf16: bool = False,
 ) -> list[dict]:
-    """Loss by position on text and correct answers by distance on the other tasks, with the model's present attention.
+    """Loss by position on text and right answers by distance on other tasks, with the attention that a model has now.
 
     Args:
         model: In eval mode.
         seq_lens: Lengths to read, inside and beyond the training length.
-        num_rows: Rows of each task at the longest length; shorter ones get as many tokens.
+        num_rows: Rows of each task at the longest length; shorter lengths get more rows, of as many tokens in all.
         tasks, seed, bf16: As in `read`.
     Returns:
         Rows; measure is "loss" (place "position", 8 equal bins) or "correct" (place "distance", doubling bins).

@@ -1,14 +1,14 @@
 """Endless training data with known answers: real text and four synthetic long-range tasks, one vocabulary of 256 ids.
 
-Row r of a stream depends on (seed, split, r) alone, so any process can make any row, a run resumes from a step number,
-and two processes that share a batch see exactly the rows that one process would. Ids below 128 are ASCII text; the
-tasks use the ids above, which such text never contains.
+Row r of a stream depends on (seed, split, r) alone. Any process can therefore make any row, a run resumes from a step
+number, and processes that share a batch see exactly the rows of one process. Ids below 128 are ASCII text. The tasks
+use the ids from 128 on, which such text never contains.
 
 - text: windows of the standard library's source; every next byte is a target.
-- recall: multi-query associative recall. A record is one token that names a key and its value, a question one token
-  that names the key; the answer is a target and never an input, so it can only be read from the record.
-- pairs: the same with many keys and a record of two tokens, the key and then the value: needs an induction circuit.
-- needle: recall with text as filler and a question every 16 tokens.
+- recall: multi-query associative recall. A record is one token that names a key and its value. A question is one token
+  that names a key. The answer is a target and never an input, so that it can be read from the record only.
+- pairs: recall with many keys and records of two tokens, the key and then the value; needs an induction circuit.
+- needle: recall with text as filler, and a record or a question every 16 tokens.
 - induction: random tokens, repeated with a random period.
 """
 
@@ -35,7 +35,7 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, distance: in
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model reads and what it must say.
+    """Inputs of a model and the targets that it is asked for.
 
     Attributes:
         inputs: int64 [B, N], ids in 0..255.
@@ -50,24 +50,25 @@ class Batch:
     task: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
+        """Move all tensors to a device."""
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
 def make_batch(
     names: Sequence[str], rows: Sequence[int], seq_len: int, *, seed: int = 0, split: str = "train"
 ) -> Batch:
-    """The given rows of a stream; row r is of task `names[r % len(names)]`.
+    """Make rows of a stream; row r belongs to task `names[r % len(names)]`.
 
     Args:
         names: Tasks to take in turn, each one of `TASKS`.
-        rows: Row numbers >= 0, for step s of B rows range(s * B, (s + 1) * B).
+        rows: Row numbers >= 0; step s of B rows takes range(s * B, (s + 1) * B).
         seq_len: Tokens in a row, >= 32.
-        seed: Of the whole stream, >= 0.
-        split: "train" or "validation": other random rows, and text of other modules.
+        seed: Seed of the whole stream, >= 0.
+        split: "train" or "validation", which has other random rows and text of other modules.
     Returns:
         Batch of len(rows) rows on the CPU.
     Raises:
-        ValueError: For an unknown name or split, or a row that is too short.
+        ValueError: For an unknown name or split, or a seq_len below 32.
     """
     if unknown := [name for name in names if name not in TASKS] or not names:
         raise ValueError(f"names={list(names)}: unknown {unknown}; accepted: {', '.join(TASKS)}")
@@ -85,14 +86,14 @@ def make_batch(
 
 @functools.cache
 def corpus(split: str) -> np.ndarray:
-    """The text of a split, int64 ASCII codes: the standard library, less four long modules that validation keeps."""
+    """Text of a split, int64 ASCII codes [M]: four long modules for validation, all others for training."""
     everything = stdlib_documents(None)
     chosen = [text for name, text in everything.items() if (name in LONG_MODULES) == (split == "validation")]
     return np.frombuffer("\n".join(chosen).encode("ascii", "replace"), np.uint8).astype(np.int64)
 
 
 def text_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
-    """A random window of the corpus; the target is the next byte everywhere."""
+    """Make a random window of the corpus; the next byte is the target everywhere."""
     source = corpus(split)
     start = rng.integers(len(source) - seq_len)
     window = source[start : start + seq_len + 1]
@@ -100,18 +101,18 @@ def text_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
 
 
 def recall_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
-    """Every token is a record or a question."""
+    """Make a row in which every token is a record or a question."""
     return _records_and_questions(rng, np.full(seq_len, BLANK), np.arange(seq_len))
 
 
 def needle_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
-    """Text, with a record or a question in place of every 16th byte."""
+    """Make a row of text with a record or a question in place of every 16th byte."""
     text, _, _ = text_row(rng, seq_len, split)
     return _records_and_questions(rng, text.copy(), np.arange(QUESTION_EVERY - 1, seq_len, QUESTION_EVERY))
 
 
 def pairs_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
-    """Slots of two tokens: (key, value) states, (key, blank) asks, with the ids of the questions and answers."""
+    """Make a row of two-token slots: (key, value) is a record, (key, blank) a question."""
     key, value, slot_distance, stated = _schedule(rng, seq_len // 2, MANY, MANY)
     inputs, targets = np.full(seq_len, BLANK), np.full(seq_len, IGNORED)
     distance = np.zeros(seq_len, np.int64)
@@ -124,7 +125,7 @@ def pairs_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
 
 
 def induction_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
-    """Random tokens of 64 kinds with period P in N/8..N/2; from the second period on the next token is a target."""
+    """Make a row of random tokens (64 ids) with a period of N/8..N/2; from the second period on, all are targets."""
     period = int(rng.integers(seq_len // 8, seq_len // 2 + 1))
     tokens = np.resize(rng.integers(RECORD, QUESTION, period), seq_len + 1)
     known = np.arange(seq_len) >= period
@@ -132,10 +133,13 @@ def induction_row(rng: np.random.Generator, seq_len: int, split: str) -> Row:
 
 
 def _schedule(rng: np.random.Generator, num_slots: int, num_keys: int, num_values: int) -> tuple[np.ndarray, ...]:
-    """Key and value of each slot, slots back to the key's record, whether the slot is that record; [num_slots] each.
+    """Draw which slots of a row are records and which are questions.
 
-    The keys are stated once each, in random order, in slot 0 and in random slots of the first half; every other slot
-    asks for one of the keys stated so far. Short rows state fewer keys.
+    Each key has one record. Records stand in random order, in slot 0 and in random slots of the first half. Every other
+    slot asks for one of the keys with a record so far. Short rows have fewer keys.
+
+    Returns:
+        Arrays [num_slots]: key, value, slots back to the record of the key, and True where the slot is a record.
     """
     order = rng.permutation(num_keys)[: max(1, num_slots // 2)]
     values = rng.integers(num_values, size=len(order))
@@ -148,7 +152,7 @@ def _schedule(rng: np.random.Generator, num_slots: int, num_keys: int, num_value
 
 
 def _records_and_questions(rng: np.random.Generator, inputs: np.ndarray, places: np.ndarray) -> Row:
-    """Put one-token records and questions at `places` of the filler `inputs`, which is changed."""
+    """Put one-token records and questions at `places` of the filler `inputs`, which is changed in place."""
     key, value, _, stated = _schedule(rng, len(places), NUM_KEYS, NUM_VALUES)
     inputs[places] = np.where(stated, RECORD + NUM_VALUES * key + value, QUESTION + key)
     targets, distance = np.full(len(inputs), IGNORED), np.zeros(len(inputs), np.int64)
