@@ -58,7 +58,9 @@ def stem_attention_forward(
     mask = attention_mask
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
         mask = packed_mask(mask, kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key)
-    if layer is None or not layer.is_sparse or query.shape[2] == 1 or not query.numel():
+    if not query.numel():  # an empty batch
+        return _attend_densely(query, key, value, scaling).transpose(1, 2), None
+    if layer is None or not layer.is_sparse or query.shape[2] == 1:
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
         return sdpa_attention_forward(module, query, key, value, token_mask(mask, query, key), **options)
     if not is_causal:
