@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = parser.add_subparsers(dest="part", metavar="PART", title="parts")
     for name, part in PARTS.items():
         title = part.__doc__.partition(": ")[0]
-        of = parts.add_parser(name, help=title[0].lower() + title[1:], description=title + ".")
+        of = parts.add_parser(name, help=title, description=title + ".")
         of.add_argument("--profile", default=argparse.SUPPRESS, **profile)  # keeps the value given before PART
         part.add_arguments(of)
     options = parser.parse_args(arguments)

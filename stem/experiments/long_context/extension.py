@@ -29,7 +29,6 @@ from stem.experiments import documents, records
 from stem.experiments.long_context import answers
 from stem.experiments.long_context.mixture import Mixture, Sequences, training_text
 from stem.experiments.long_context.study import TASKS, Study
-from stem.experiments.training.config import TrainConfig
 from stem.experiments.training.train import learning_rate
 from stem.validation import check_number
 
@@ -93,9 +92,9 @@ class ExtensionConfig:
             check_number(name, getattr(self, name), 0, math.inf, open_below=True)
 
     @property
-    def schedule(self) -> TrainConfig:
-        """Steps, warm-up and peak rate, as `learning_rate` takes them."""
-        return TrainConfig(steps=sum(steps for _, steps, _ in self.stages), warmup=self.warmup, lr=self.lr)
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(steps for _, steps, _ in self.stages)
 
     @property
     def length(self) -> int:
@@ -153,7 +152,7 @@ def extend(
     model.train()
     for step, (length, count) in enumerate(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.schedule)
+            group["lr"] = learning_rate(step, config)
         batch = mixture.batch(step, length, count)
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(FAST_BACKENDS, set_priority=True):
             answer_loss, text_loss = losses(model, batch, config.text_tokens, step)

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from stem import hf, pretrained
 from stem.config import StemConfig
 from stem.experiments.documents import LONG_MODULES, stdlib_documents
+from stem.experiments.losses import token_losses
 from stem.experiments.training.train import learning_rate
 
 ARMS = ("dense", "stem")  # attention during the fine-tuning
+LOGITS_AT_ONCE = 2048  # positions
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,6 @@ def training_tokens(tokenizer) -> Tensor:
     return torch.tensor([token for text in ids for token in text])
 
 
-def token_losses(model, ids: Tensor, chunk: int = 2048) -> Tensor:
-    """Cross-entropy of every next token of one sequence, differentiable, with the logits of one chunk in memory.
-
-    Args:
-        model: Hugging Face causal language model.
-        ids: int64 [1, N + 1].
-        chunk: Positions whose logits are computed at a time [tokens]; the backward pass recomputes them.
-    Returns:
-        fp32 [N] [nats].
-    """
-    head = model.get_output_embeddings()
-    hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[0]  # [N, width]
-
-    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-    pairs = zip(hidden.split(chunk), ids[0, 1:].split(chunk), strict=True)
-    return torch.cat([checkpoint(loss, *pair, use_reentrant=False) for pair in pairs])
-
-
 def fine_tune(
     model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed: int = 0, impl: str | None = None, say=print
 ) -> list[dict]:
@@ -101,7 +81,7 @@ def fine_tune(
             first = int(random.integers(len(tokens) - config.length))
             window = tokens[None, first : first + config.length + 1].to(device)
             with _autocast(device):
-                loss = token_losses(model, window).mean()
+                loss = token_losses(model, window[:, :-1], window[:, 1:], LOGITS_AT_ONCE).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
@@ -123,7 +103,7 @@ def held_out_rows(model, tokenizer, config: AdaptConfig) -> list[dict]:
         for inferred in ARMS:
             prefill = hf.stem_prefill(model, config.stem_config) if inferred == "stem" else contextlib.nullcontext()
             with prefill as report, _autocast(model.device):
-                losses = token_losses(model, ids).cpu()
+                losses = token_losses(model, ids[:, :-1], ids[:, 1:], LOGITS_AT_ONCE)[0].cpu()
             for start in range(0, config.read, config.bucket):
                 place = dict(place="position", start=start, stop=start + config.bucket, count=config.bucket)
                 found = dict(measure="loss", value=losses[start : start + config.bucket].mean().item())

@@ -9,7 +9,6 @@ import stem
 from stem import pretrained
 from stem.experiments import documents
 from stem.experiments.long_context import document_loss
-from stem.experiments.losses import check_output_embedding
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
@@ -56,15 +55,3 @@ def test_bad_document_arguments_are_named(tiny_pair):
         documents.stdlib_documents(["no_such_module"])
     with pytest.raises(ValueError, match="min_chars"):
         documents.stdlib_documents(["argparse"], min_chars=10**9)
-
-
-def test_a_model_that_caps_its_logits_is_refused(tiny_pair, monkeypatch):
-    model, _ = tiny_pair
-    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: hidden @ model.lm_head.weight.T)
-    check_output_embedding(model)
-    handle = model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits.tanh()))
-    try:
-        with pytest.raises(ValueError, match="LlamaForCausalLM"):
-            check_output_embedding(model)
-    finally:
-        handle.remove()

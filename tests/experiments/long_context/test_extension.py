@@ -90,7 +90,7 @@ def test_training_text_leaves_out_what_is_evaluated():
 
 def test_the_rate_warms_up_and_falls_to_a_tenth():
     config = extension.ExtensionConfig(stages=((512, 100, 1),), warmup=10, lr=1.0)
-    rates = [learning_rate(step, config.schedule) for step in range(100)]
+    rates = [learning_rate(step, config) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[99] == pytest.approx(0.1, abs=0.01)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 

@@ -9,6 +9,7 @@ import torch
 
 import stem
 from stem.experiments.documents import LONG_MODULES
+from stem.experiments.losses import token_losses
 from stem.experiments.training import adapt
 
 CONFIG = stem.StemConfig(block_size=16, score_stride=4, density=0.3, sink_blocks=1, local_blocks=1)
@@ -28,14 +29,6 @@ def tokenizer(text, return_tensors=None, verbose=True):
     """ASCII codes of one text or of several."""
     ids = [[min(ord(letter), 127) for letter in one] for one in ([text] if isinstance(text, str) else text)]
     return SimpleNamespace(input_ids=torch.tensor(ids) if return_tensors else ids)
-
-
-def test_losses_are_those_of_the_model(model):
-    ids = torch.randint(0, 128, (1, 101))
-    with torch.no_grad():
-        logits = model(ids[:, :-1]).logits[0]
-        found = adapt.token_losses(model, ids, chunk=32)
-    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
 
 
 def test_both_kinds_of_attention_learn_from_the_same_windows(model):
@@ -58,7 +51,7 @@ def test_stem_follows_autocast_as_sdpa_does(model):
     losses = []
     for prefill in (contextlib.nullcontext(), stem.hf.stem_prefill(model, whole)):
         with prefill, torch.autocast("cpu", torch.bfloat16):
-            losses.append(adapt.token_losses(model, ids))
+            losses.append(token_losses(model, ids[:, :-1], ids[:, 1:]))
     torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
     losses[1].mean().backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
