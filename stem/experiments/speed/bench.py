@@ -26,9 +26,10 @@ from stem.experiments.speed.candidates import (
     Candidate,
     Problem,
     Shape,
+    attend_by_flex,
+    attend_densely,
+    attention_candidate,
     default_impls,
-    dense_candidate,
-    flex_candidate,
     graph_candidate,
     stem_candidates,
 )
@@ -160,7 +161,7 @@ def case(
     with torch.no_grad():
         problem = Problem(shape, CONFIGS[configs[0]], device, impls[0], seed)
         names = DENSE[device] if dense is None else dense
-        baselines = [dense_candidate(name, DENSE[device][name]) for name in names]
+        baselines = [attention_candidate(name, attend_densely(DENSE[device][name])) for name in names]
         baselines += [graph_candidate(candidate) for candidate in baselines if graphs]
         in_graphs = [graph_candidate(candidate) for candidate in stem_candidates(None) if graphs]
         rows = [run(candidate, problem, "dense") for candidate in baselines]
@@ -175,7 +176,7 @@ def case(
                     c for c in candidates if c.operation in ("scores", "selection") or c.provider not in slower
                 ]
             if flex and config_name == configs[0]:
-                candidates.append(flex_candidate())
+                candidates.append(attention_candidate("flex", attend_by_flex()))
             rows += [run(candidate, problem, config_name) for candidate in candidates + in_graphs]
         for config_name in briefly:
             problem = None

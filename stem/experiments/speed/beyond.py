@@ -20,10 +20,13 @@ from stem.experiments.speed.candidates import (
     SHAPES,
     Problem,
     Shape,
+    attend_by_flex,
+    attend_densely,
+    attend_sparsely,
+    attention_candidate,
     default_impls,
-    dense_candidate,
     stem_candidates,
-    training_candidates,
+    training_candidate,
 )
 from stem.experiments.theory import flow
 
@@ -34,14 +37,17 @@ CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's t
 
 
 def training_case(
-    shape: Shape, device: str, *, impls: Sequence[str], dense: Iterable[str] | None = None, flex: bool, seed: int = 0
+    shape: Shape, device: str, *, impls: Sequence[str], flex: bool, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of operation "forward+backward" of one shape with the config TRAINING_CONFIG; arguments of `bench.case`."""
+    attends = {name: attend_densely(backend) for name, backend in DENSE[device].items()}
+    attends |= {f"stem_{impl}": attend_sparsely(impl) for impl in impls}
+    if flex:
+        attends["flex"] = attend_by_flex()
     with torch.no_grad():
         problem = Problem(shape, CONFIGS[TRAINING_CONFIG], device, impls[0], seed)
-        names = DENSE[device] if dense is None else dense
-        candidates = training_candidates(device, impls, names, flex)
-        return with_speedups([run(candidate, problem, TRAINING_CONFIG) for candidate in candidates], seed)
+        rows = [run(training_candidate(name, attend), problem, TRAINING_CONFIG) for name, attend in attends.items()]
+    return with_speedups(rows, seed)
 
 
 def captured_case(
@@ -61,7 +67,7 @@ def captured_case(
             q, k, v = (x.contiguous() for x in flow.capture(model, ids, layer))
             shape = Shape(q.shape[2], 1, q.shape[1], k.shape[1], q.shape[3], str(q.dtype).removeprefix("torch."))
             problem = Problem(shape, CONFIGS["default"], device, impls[0], seed, (q, k, v))
-            candidates = [dense_candidate(name, backend) for name, backend in DENSE[device].items()]
+            candidates = [attention_candidate(name, attend_densely(of)) for name, of in DENSE[device].items()]
             for impl in impls:
                 candidates += [c for c in stem_candidates(impl) if c.operation in ("attention", "operator")]
             for candidate in candidates:

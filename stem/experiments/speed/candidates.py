@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import stem
 from stem.experiments.speed import gate
@@ -111,11 +112,8 @@ class Problem:
     def attend(self, impl: str | None = None) -> Tensor:
         return stem.block_sparse_attention(*self.qkv, self.selection, impl=impl or self.impl)
 
-    def operate(self, impl: str | None = None) -> Tensor:
-        return stem.stem_attention(*self.qkv, self.config, impl=impl or self.impl)
-
-    def operate_by_default(self) -> Tensor:
-        return stem.stem_attention(*self.qkv, self.config)
+    def operate(self, impl: str | None) -> Tensor:
+        return stem.stem_attention(*self.qkv, self.config, impl=impl)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -124,6 +122,10 @@ class Problem:
     @cached_property
     def selection(self) -> stem.BlockSelection:
         return self.select()
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        return self.selection.to_block_mask()
 
 
 @dataclass(frozen=True)
@@ -135,77 +137,57 @@ class Candidate:
     prepare: Callable[[Problem], tuple[Callable[[], Any], Callable[[Any], float]]]
 
 
-def dense_candidate(provider: str, backend: SDPBackend) -> Candidate:
+Attend = Callable[[Tensor, Tensor, Tensor, Problem], Tensor]  # q, k, v like the problem's -> output
+
+
+def attend_densely(backend: SDPBackend) -> Attend:
     """Dense causal attention by one back end of SDPA; it fails where this back end does not run."""
 
+    def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return attend
+
+
+def attend_sparsely(impl: str) -> Attend:
+    """Attention to the selected blocks by one implementation."""
+    return lambda q, k, v, problem: stem.block_sparse_attention(q, k, v, problem.selection, impl=impl)
+
+
+def attend_by_flex() -> Attend:
+    """FlexAttention over the selected blocks, compiled for one length."""
+    torch.compiler.reset()  # one specialisation per length stays below the limit on recompilations
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v, problem: compiled(q, k, v, block_mask=problem.block_mask, enable_gqa=True)
+
+
+def attention_candidate(provider: str, attend: Attend) -> Candidate:
+    """Forward pass of attention alone."""
+
     def prepare(problem: Problem):
-        call = partial(_attend_densely, *problem.qkv, backend=backend)
-        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows)
+        selection = None if provider in BASELINES else problem.selection
+        call = partial(attend, *problem.qkv, problem)
+        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows, selection)
 
     return Candidate("attention", provider, prepare)
 
 
-def _attend_densely(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def flex_candidate() -> Candidate:
-    """FlexAttention over the blocks that Stem selected, compiled for this length."""
-
-    def prepare(problem: Problem):
-        call = partial(_compiled_flex(), *problem.qkv, block_mask=problem.selection.to_block_mask(), enable_gqa=True)
-        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows, problem.selection)
-
-    return Candidate("attention", "flex", prepare)
-
-
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch.compiler.reset()  # one specialisation per length stays below the limit on recompilations
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def training_candidate(provider: str, attend: Callable[..., Tensor], dense: bool = False) -> Candidate:
-    """Forward and backward of `attend(q, k, v, problem)`, attention to the selected blocks, or to all if `dense`."""
+def training_candidate(provider: str, attend: Attend) -> Candidate:
+    """Forward and backward pass of attention alone."""
 
     def prepare(problem: Problem):
         inputs = [x.detach().requires_grad_() for x in problem.qkv]
+        selection = None if provider in BASELINES else problem.selection
 
         def call() -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 out = attend(*inputs, problem)
             return torch.autograd.grad(out, inputs, problem.dout)
 
-        selection = None if dense else problem.selection
         return call, lambda found: gate.check_gradients(found, *problem.qkv, problem.dout, problem.rows, selection)
 
     return Candidate("forward+backward", provider, prepare)
-
-
-def training_candidates(device: str, impls: Sequence[str], dense: Iterable[str], flex: bool) -> list[Candidate]:
-    """Forward and backward: the dense baselines, and Stem's blocks in each implementation and in FlexAttention."""
-
-    def attend_densely(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: SDPBackend) -> Tensor:
-        return _attend_densely(q, k, v, backend)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, impl: str) -> Tensor:
-        return stem.block_sparse_attention(q, k, v, problem.selection, impl=impl)
-
-    candidates = [
-        training_candidate(name, partial(attend_densely, backend=DENSE[device][name]), dense=True) for name in dense
-    ]
-    candidates += [training_candidate(f"stem_{impl}", partial(attend, impl=impl)) for impl in impls]
-    if flex:
-        compiled = _compiled_flex()
-
-        def attend_by_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
-            return compiled(q, k, v, block_mask=block_mask(problem), enable_gqa=True)
-
-        block_mask = lru_cache(maxsize=1)(lambda problem: problem.selection.to_block_mask())
-        candidates.append(training_candidate("flex", attend_by_flex))
-    return candidates
 
 
 def stem_candidates(impl: str | None) -> list[Candidate]:
@@ -223,20 +205,20 @@ def stem_candidates(impl: str | None) -> list[Candidate]:
         check_lists(selection, problem)
         return gate.check_output(out, *problem.qkv, problem.rows, selection)
 
-    parts = {
-        "scores": lambda p: (p.score, lambda scores: gate.check_scores(scores, *p.qkv, p.config)),
-        "selection": lambda p: (p.select, lambda selection: check_lists(selection, p)),
-        "attention": lambda p: (
-            partial(p.attend, impl),
-            lambda out: gate.check_output(out, *p.qkv, p.rows, p.selection),
-        ),
-        "operator": lambda p: (partial(p.operate, impl), lambda out: check_operator(out, p)),
-    }
+    def score(problem: Problem):
+        return problem.score, lambda scores: gate.check_scores(scores, *problem.qkv, problem.config)
+
+    def select(problem: Problem):
+        return problem.select, lambda selection: check_lists(selection, problem)
+
+    def operate(problem: Problem):
+        return partial(problem.operate, impl), lambda out: check_operator(out, problem)
+
     if impl is None:
-        return [Candidate("operator", "stem", lambda p: (p.operate_by_default, lambda out: check_operator(out, p)))]
-    if impl == "hopper":
-        del parts["scores"], parts["selection"]
-    return [Candidate(operation, f"stem_{impl}", prepare) for operation, prepare in parts.items()]
+        return [Candidate("operator", "stem", operate)]
+    name = f"stem_{impl}"
+    parts = [] if impl == "hopper" else [Candidate("scores", name, score), Candidate("selection", name, select)]
+    return [*parts, attention_candidate(name, attend_sparsely(impl)), Candidate("operator", name, operate)]
 
 
 def graph_candidate(candidate: Candidate) -> Candidate:
