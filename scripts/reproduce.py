@@ -1,8 +1,11 @@
-"""Run the notebooks in order by papermill: one process, one progress line and one log each; stop at the first failure.
+"""Run the notebooks in order with papermill and stop at the first failure.
 
-Executed copies go to results/notebooks/<profile>/. A notebook is skipped when its copy is up to date: same cells, same
-profile, same .py files in stem/ and kernels/, same notebooks before it. A copy appears only after a success, so an
-interrupted or failed run leaves nothing half-written, and the next run resumes where this one stopped.
+Executed copies go to results/notebooks/<profile>/, each with a log. A notebook is skipped while its copy is up to date:
+its cells, its profile, every .py file in stem/ and kernels/, and the notebooks before it are unchanged. A copy is
+written only after a success, so the next run resumes at the notebook that failed or was interrupted.
+
+A notebook may take any time. It is stopped only after SILENCE minutes in which it printed nothing and its processes
+used no CPU time.
 """
 
 import argparse
@@ -17,32 +20,41 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = {"smoke": 600, "full": 1800}  # one notebook may take this long before it counts as stuck
+SILENCE_MIN = 15.0
+IDLE_SHARE = 0.01  # processes that use less of one core than this are silent; a waiting kernel uses 0.002
 KERNEL_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
+    "OMP_WAIT_POLICY": "passive",  # torch's threads yield a shared core while they wait
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # with Agg, figures would vanish from the copies
-    "STEM_WIDGETS": "0",  # a copy shows pictures, also one made from inside Jupyter
+    "STEM_WIDGETS": "0",  # copies show pictures, not widgets
     "PYTHONWARNINGS": "ignore:IProgress not found",  # this and the next four keep noise out of the outputs
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+EXECUTE = """
+import json, logging, sys
+import papermill
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+papermill.execute_notebook(**json.loads(sys.argv[1]))
+"""
 
 
 class Failure(Exception):
-    """A notebook did not run to its end; the text says where."""
+    """A notebook did not run to its end. The text names the cell, the reason and the log."""
 
 
 def fingerprints(root: Path, profile: str) -> dict[Path, str]:
-    """Notebook -> sha256 of everything that its outputs depend on, in running order."""
+    """Map each notebook, in running order, to a sha256 of everything that its outputs depend on."""
     code = hashlib.sha256(profile.encode())
     for source in sorted(path for folder in ("stem", "kernels") for path in (root / folder).rglob("*.py")):
         code.update(f"{source.relative_to(root)}\0{source.read_text()}\0".encode())
@@ -55,7 +67,7 @@ def fingerprints(root: Path, profile: str) -> dict[Path, str]:
 
 
 def choose_profile(name: str) -> str:
-    """Turn "auto" into "full" on a machine with CUDA and into "smoke" elsewhere."""
+    """Return the profile that "auto" means here: "full" on a machine with CUDA, else "smoke"."""
     if name != "auto":
         return name
     import torch  # late: takes a second, and only auto needs it
@@ -64,7 +76,7 @@ def choose_profile(name: str) -> str:
 
 
 def choose_notebooks(paths: list[Path], only: str | None) -> list[Path]:
-    """The notebooks whose number is `only` (such as "02" or "2"); all without it."""
+    """Return the notebooks whose number is `only` (such as "02" or "2"), or all of them without `only`."""
     if not paths:
         raise SystemExit("no notebook NN_*.ipynb in notebooks/")
     chosen = [path for path in paths if only is None or path.name[:2] == only.zfill(2)]
@@ -74,8 +86,10 @@ def choose_notebooks(paths: list[Path], only: str | None) -> list[Path]:
 
 
 def strip(path: Path) -> None:
-    """Remove what papermill notes in a notebook (times, paths), so that the same outputs give the same file; its
-    pictures are stored with 64 colours, a third of the bytes."""
+    """Remove papermill's times and paths from a notebook, and store its pictures with 256 colours.
+
+    The same outputs then give the same file, and pictures take a third of the bytes.
+    """
     notebook = nbformat.read(path, 4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
@@ -90,71 +104,198 @@ def strip(path: Path) -> None:
 
 
 def fewer_colours(picture: str) -> str:
-    """A PNG in base64 with at most 256 colours."""
+    """Return a base64 PNG with at most 256 colours."""
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def cells_started(process: subprocess.Popen, log: Path) -> Iterator[int]:
-    """Copy papermill's output to the log line by line, and yield the number of each cell as it starts."""
-    with log.open("w") as file:
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if started := re.search(r"Executing Cell (\d+)-", line):
-                yield int(started[1])
+def processes(pid: int) -> list[psutil.Process]:
+    """Return a process and all its descendants, or an empty list after its end."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
-def execute(notebook: Path, partial: Path, log: Path, profile: str, limit_s: float, show) -> None:
-    """Run one notebook into `partial` and call `show(cell, cells)` as cells start; raise `Failure` if one fails."""
-    command = [sys.executable, "-m", "papermill", notebook, partial, "--cwd", notebook.parent, "-k", "python3"]
-    command += ["--language", "python", "--log-output", "--no-progress-bar"]
+def cpu_seconds(pid: int) -> dict[int, float]:
+    """Map the id of a process and of each descendant to the CPU time that it has used [s]."""
+    used = {}
+    for process in processes(pid):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        used[process.pid] = times.user + times.system
+    return used
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and all its descendants: ask, then kill after five seconds."""
+    family = processes(process.pid)
+    for signal_name in ("terminate", "kill"):
+        for member in family:
+            try:
+                getattr(member, signal_name)()
+            except psutil.NoSuchProcess:
+                pass
+        _, family = psutil.wait_procs(family, timeout=5)
+    process.wait()
+
+
+class SilenceWatch(threading.Thread):
+    """Ends a process that for `limit_s` seconds neither called `heard` nor used CPU time, its descendants included.
+
+    Attributes:
+        silent_s: Length of the silence after which the process was ended [s]; None while it runs.
+    """
+
+    def __init__(self, process: subprocess.Popen, limit_s: float):
+        super().__init__(daemon=True)
+        self.process, self.limit_s = process, limit_s
+        self.silent_s: float | None = None
+        self.last_sign = time.monotonic()
+
+    def heard(self) -> None:
+        """Note that the process printed something."""
+        self.last_sign = time.monotonic()
+
+    def run(self) -> None:
+        """Compare CPU times every few seconds until the process ends."""
+        interval_s, before = min(5.0, self.limit_s / 10), cpu_seconds(self.process.pid)
+        while self.process.poll() is None:
+            time.sleep(interval_s)
+            now = cpu_seconds(self.process.pid)
+            if sum(max(0.0, used - before.get(pid, 0.0)) for pid, used in now.items()) > IDLE_SHARE * interval_s:
+                self.heard()
+            before = now
+            silent_s = time.monotonic() - self.last_sign
+            if silent_s > self.limit_s and self.process.poll() is None:
+                self.silent_s = silent_s
+                end(self.process)
+
+
+def execution_order(notebook: Path, profile: str) -> list[tuple[int, nbformat.NotebookNode]]:
+    """Return (number in the notebook, cell) in the order in which papermill counts cells.
+
+    The full profile has one cell more: papermill injects its parameters after the cell tagged "parameters".
+    """
+    order = list(enumerate(nbformat.read(notebook, 4).cells, 1))
     if profile == "full":
-        command += ["-p", "profile", "full"]  # smoke passes no parameter, so the copy has no injected cell
-    cells = nbformat.read(notebook, 4).cells
+        (tagged,) = [i for i, (_, cell) in enumerate(order) if "parameters" in cell.metadata.get("tags", [])]
+        order.insert(tagged + 1, order[tagged])
+    return order
+
+
+def execute(
+    notebook: Path, partial: Path, log: Path, profile: str, silence_min: float, show: Callable[[str, str], None]
+) -> None:
+    """Run one notebook with papermill.
+
+    Args:
+        notebook: The notebook; its folder is the working directory of its kernel.
+        partial: Path of the executed copy.
+        log: Path of the log, which gets papermill's output line by line.
+        profile: "smoke" or "full".
+        silence_min: Minutes without output and CPU time after which the notebook is stopped, > 0.
+        show: Called with ("cell 3/40", heading of the section) at the start of each cell.
+    Raises:
+        Failure: If a cell fails, the kernel dies, or the notebook is stopped.
+    """
+    arguments = dict(input_path=str(notebook), output_path=str(partial), cwd=str(notebook.parent))
+    arguments |= dict(kernel_name="python3", language="python", log_output=True, progress_bar=False)
+    arguments |= dict(start_timeout=1800, iopub_timeout=1800)  # their defaults of 60 s and 4 s fail on a busy machine
+    if profile == "full":  # smoke passes no parameter, so the copy has no injected cell
+        arguments["parameters"] = {"profile": "full"}
     process = subprocess.Popen(
-        list(map(str, command)),
+        [sys.executable, "-c", EXECUTE, json.dumps(arguments)],
         env={**os.environ, **KERNEL_ENVIRONMENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # Ctrl-C reaches this process only, which then ends papermill and its kernel
     )
-    late = threading.Event()
-
-    def stop() -> None:
-        late.set()
-        process.terminate()
-
-    timer = threading.Timer(limit_s, stop)
-    timer.start()
-    cell = 0
+    order, heading, place, running = execution_order(notebook, profile), "", "before the first cell", True
+    watch = SilenceWatch(process, 60 * silence_min)
+    watch.start()
     try:
-        for cell in cells_started(process, log):
-            show(cell, len(cells))
+        with log.open("w") as file:
+            for line in process.stdout:
+                watch.heard()
+                file.write(line)
+                file.flush()
+                if not (event := re.match(r"(Executing|Ending) Cell (\d+)-", line)):
+                    continue
+                running = event[1] == "Executing"
+                number, cell = order[int(event[2]) - 1]
+                place = f"cell {number}: {cell.source.strip().partition(chr(10))[0]}"
+                if cell.cell_type == "markdown" and (title := re.search(r"^##? (.+)$", cell.source, re.M)):
+                    heading = title[1]
+                if running:
+                    show(f"cell {number}/{order[-1][0]}", heading)
         process.wait()
     finally:
-        timer.cancel()
-        if process.poll() is None:  # Ctrl-C; the kernel ends by itself within a second of its parent
-            process.terminate()
-            process.wait()
-    if process.returncode:
-        reason = f"took more than {limit_s:g} s" if late.is_set() else last_error(log)
-        source = cells[cell - 1].source.strip().split("\n")[0] if cell else "(before the first cell)"
-        raise Failure(f"{notebook.name}, cell {cell}: {source}\n  {reason}\n  log: {log}")
+        if process.poll() is None:
+            end(process)
+    if watch.silent_s is not None:
+        place = place if running else f"after {place}"
+        reason = f"stopped: it printed nothing and used no CPU time for {watch.silent_s / 60:.1f} minutes. "
+        reason += f"The limit is {silence_min:g}; `make reproduce SILENCE={2 * silence_min:g}` raises it."
+    elif process.returncode:
+        reason = last_error(log)
+    else:
+        return
+    raise Failure(f"{notebook.name}, {place}\n  {reason}\n  log: {log}")
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that reads like an exception, or its last line."""
+    """Return the last line of a log that reads like an exception, or its last line."""
     lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
     return (errors or lines or ["no output"])[-1]
 
 
-def run(root: Path, profile: str, only: str | None, force: bool, limit_s: float) -> list[Path]:
-    """Bring the executed copies up to date and return them; raise `Failure` at the first notebook that fails."""
+class Progress:
+    """Shows how far a notebook is: one changing line in a terminal, a line for each section elsewhere."""
+
+    def __init__(self, title: str):
+        self.title, self.started, self.heading = title, time.monotonic(), ""
+        self.terminal = sys.stdout.isatty()
+        if not self.terminal:
+            print(title, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def show(self, cell: str, heading: str) -> None:
+        """Tell that a cell of a section starts."""
+        if self.terminal:
+            print(f"\r\x1b[K{self.title}  {self.seconds:4.0f} s  {cell}  {heading}"[:119], end="", flush=True)
+        elif heading != self.heading:
+            self.heading = heading
+            print(f"      {self.seconds:4.0f} s  {heading}", flush=True)
+
+    def done(self) -> None:
+        """Tell that the notebook is done."""
+        print(f"\r\x1b[K{self.title}" if self.terminal else "     ", f" done in {self.seconds:.0f} s", flush=True)
+
+
+def run(root: Path, profile: str, only: str | None, force: bool, silence_min: float) -> list[Path]:
+    """Bring the executed copies up to date and return their paths.
+
+    Args:
+        root: Checkout with notebooks/, stem/ and kernels/.
+        profile: "smoke" or "full".
+        only: Number of the one notebook to run; None runs all.
+        force: Run notebooks that are up to date too.
+        silence_min: See `execute`.
+    Raises:
+        Failure: At the first notebook that does not run to its end.
+    """
     prints = fingerprints(root, profile)
     chosen = choose_notebooks(list(prints), only)
     folder = root / "results" / "notebooks" / profile
@@ -169,28 +310,20 @@ def run(root: Path, profile: str, only: str | None, force: bool, limit_s: float)
                 print(f"{title}  up to date")
                 continue
         stamp.unlink(missing_ok=True)
-        partial, started = folder / f"{notebook.stem}.partial.ipynb", time.monotonic()
-
-        def show(cell: int, cells: int, title: str = title, started: float = started) -> None:
-            if sys.stdout.isatty():
-                print(f"\r{title}  cell {cell}/{cells}, {time.monotonic() - started:.0f} s ", end="", flush=True)
-
-        if not sys.stdout.isatty():
-            print(f"{title}  ...", flush=True)
+        partial, progress = folder / f"{notebook.stem}.partial.ipynb", Progress(title)
         try:
-            execute(notebook, partial, folder / f"{notebook.stem}.log", profile, limit_s, show)
+            execute(notebook, partial, folder / f"{notebook.stem}.log", profile, silence_min, progress.show)
             strip(partial)
             os.replace(partial, copy)
         finally:
             partial.unlink(missing_ok=True)
-        seconds = round(time.monotonic() - started, 1)
-        stamp.write_text(json.dumps({"fingerprint": prints[notebook], "seconds": seconds}))
-        print(f"\r{title}  done in {seconds:.0f} s          ", flush=True)
+        stamp.write_text(json.dumps({"fingerprint": prints[notebook], "seconds": round(progress.seconds, 1)}))
+        progress.done()
     return copies
 
 
 def publish(copies: list[Path], notebooks: Path) -> None:
-    """Put executed copies in the place of the notebooks that they came from."""
+    """Replace notebooks by their executed copies."""
     for copy in copies:
         partial = notebooks / f"{copy.stem}.partial.ipynb"
         partial.write_bytes(copy.read_bytes())
@@ -203,17 +336,24 @@ def main() -> None:
     parser.add_argument("--profile", choices=["smoke", "full", "auto"], default="auto", help="auto: full on CUDA")
     parser.add_argument("--only", metavar="NN", help="run this notebook only")
     parser.add_argument("--force", action="store_true", help="run even what is up to date")
-    parser.add_argument("--limit", type=float, metavar="S", help=f"seconds that a notebook may take ({LIMIT_S})")
+    parser.add_argument(
+        "--silence",
+        type=float,
+        default=SILENCE_MIN,
+        metavar="MIN",
+        help="stop a notebook after so many minutes without output and CPU time (%(default)g)",
+    )
     parser.add_argument("--publish", action="store_true", help="copy the executed notebooks over notebooks/")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to work on")
     arguments = parser.parse_args()
     if arguments.publish and arguments.profile != "smoke":
         parser.error("--publish needs --profile smoke: other copies hold an injected cell")
+    if not arguments.silence > 0:
+        parser.error(f"--silence must be > 0 minutes, got {arguments.silence:g}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `timeout` end like Ctrl-C
     profile = choose_profile(arguments.profile)
     try:
-        limit_s = arguments.limit or LIMIT_S[profile]
-        copies = run(arguments.root, profile, arguments.only, arguments.force, limit_s)
+        copies = run(arguments.root, profile, arguments.only, arguments.force, arguments.silence)
         if arguments.publish:
             publish(copies, arguments.root / "notebooks")
     except Failure as failure:
