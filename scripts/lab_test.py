@@ -1,8 +1,8 @@
-"""Open and run every notebook in JupyterLab in a headless Chromium, on a copy, and look at what a reader would see.
+"""Run every notebook in JupyterLab in a headless Chromium, on a copy, and check what a reader would see.
 
-For each notebook: all cells get a number, no traceback, at least one typeset formula and one loaded picture, no
-failed request. A screenshot of each is left in results/lab/. Needs Chromium (CHROMIUM=path) and playwright, which
-`make lab-test` installs into .venv; both are left out of the environment because nothing else uses them.
+Each notebook must show a number at every cell, no traceback, at least one typeset formula and one loaded picture, and
+no request may fail. A screenshot of each is left in results/lab/. The script needs Chromium (CHROMIUM=path) and
+playwright, which `make lab-test` installs into .venv. Neither is in environment.yml, because nothing else uses them.
 """
 
 import json
@@ -23,7 +23,8 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = 600  # for one notebook
+LIMIT_MS = 7_200_000  # for one notebook: catches hangs only
+START_LIMIT_MS = 600_000  # for JupyterLab, its page and a kernel
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no pop-up over the page
     "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, not only the visible ones
@@ -39,7 +40,7 @@ LOADED_PICTURES = """images => images.filter(image => image.complete && image.na
 
 
 def find_chromium() -> str:
-    """Path of the browser: CHROMIUM, or the first of Debian's and others' names on PATH."""
+    """Return the path of the browser: CHROMIUM, or the first of its usual names on PATH."""
     names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
     found = [path for name in names if name and (path := shutil.which(name))]
     if not found:
@@ -48,7 +49,7 @@ def find_chromium() -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """Return a TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -56,7 +57,7 @@ def free_port() -> int:
 
 @contextmanager
 def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
-    """A JupyterLab server on a copy of the notebooks, with settings of its own; yields a URL with {} for the path."""
+    """Run a JupyterLab server on `folder` with its own settings in `home`; yield a URL with {} for the path."""
     for name, settings in SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,7 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
     port, token = free_port(), secrets.token_hex(16)
     environment = {
         **os.environ,
+        "OMP_WAIT_POLICY": "passive",
         "JUPYTER_CONFIG_DIR": str(home),
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
@@ -83,8 +85,8 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
         server.wait(30)
 
 
-def wait_for(url: str, server: subprocess.Popen, log: Path, limit_s: float = 90) -> None:
-    """Return when the server answers; exit with the end of its log if it ends or stays silent."""
+def wait_for(url: str, server: subprocess.Popen, log: Path, limit_s: float = START_LIMIT_MS / 1000) -> None:
+    """Wait until the server answers; exit with the end of its log if it ends or the limit passes."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -96,19 +98,21 @@ def wait_for(url: str, server: subprocess.Popen, log: Path, limit_s: float = 90)
 
 
 def look_at(page: Page, url: str, picture: Path) -> list[str]:
-    """Run one notebook to its end and return what is wrong with what it shows; leave a screenshot."""
+    """Run one notebook to its end, save a screenshot, and return the list of its problems."""
     failed_requests = []
     page.on("requestfailed", lambda request: failed_requests.append(request.url))
     page.goto(url, wait_until="domcontentloaded")
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-    page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=90_000)  # before that, running does nothing
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=START_LIMIT_MS)
+    page.wait_for_selector(
+        "#jp-main-statusbar >> text=/\\| Idle/", timeout=START_LIMIT_MS
+    )  # before that, running does nothing
     page.click("li.lm-MenuBar-item:has-text('Kernel')")
     page.click("li.lm-Menu-item[data-command='kernelmenu:restart-and-clear']")
     page.click(".jp-Dialog button.jp-mod-accept")
-    page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=90_000)
+    page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=START_LIMIT_MS)
     page.click("li.lm-MenuBar-item:has-text('Run')")
     page.click("li.lm-Menu-item[data-command='runmenu:run-all']")
-    page.wait_for_function(ALL_NUMBERED_OR_FAILED, timeout=LIMIT_S * 1000)
+    page.wait_for_function(ALL_NUMBERED_OR_FAILED, timeout=LIMIT_MS)
     tracebacks = page.locator(".jp-OutputArea-output:has-text('Traceback (most recent call last)')").count()
     formulas = page.locator("mjx-container").count()
     broken_formulas = page.locator("mjx-merror, mjx-container [data-mjx-error]").count()
@@ -127,7 +131,7 @@ def look_at(page: Page, url: str, picture: Path) -> list[str]:
 
 
 def main() -> None:
-    """Look at all notebooks, or at the one whose number is given; exit with 1 if any has a problem."""
+    """Check all notebooks, or the one whose number is given; exit with 1 if any has a problem."""
     number = sys.argv[1].zfill(2) if len(sys.argv) > 1 else "[0-9][0-9]"
     notebooks = sorted((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
     if not notebooks:

@@ -1,16 +1,20 @@
 """scripts/reproduce.py on toy notebooks: success, skip, failure, resume, silence, Ctrl-C, bad arguments."""
 
 import base64
+import inspect
 import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import nbval.plugin
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -135,6 +139,24 @@ def test_a_long_cell_is_not_stopped(root, source):
     write_toy(root, 1, source)
     result = reproduce(root, "--only", "1", "--silence", "0.1")
     assert result.returncode == 0, result.stderr
+
+
+def test_waiting_threads_yield_their_core(root):
+    write_toy(root, 1, "import os\nprint(os.environ['OMP_WAIT_POLICY'])")
+    assert reproduce(root, "--only", "1").returncode == 0
+    copy = nbformat.read(root / "results" / "notebooks" / "smoke" / "01_toy.ipynb", 4)
+    assert copy.cells[-1].outputs[0].text == "passive\n"
+    assert os.environ["OMP_WAIT_POLICY"] == "passive", "conftest.py sets it for the tests"
+
+
+def test_nbval_stops_hangs_only(request):
+    options = re.search(r"^NBVAL := (.*)$", (SCRIPT.parents[1] / "Makefile").read_text(), re.M)[1]
+    limits = re.findall(r"timeout=(\d+)", options)
+    assert len(limits) == 2 and min(map(int, limits)) >= 1800
+    cell = SimpleNamespace(output_timeout=5)
+    request.config.pluginmanager.get_plugin(str(SCRIPT.parents[1] / "conftest.py")).pytest_itemcollected(cell)
+    assert cell.output_timeout >= 1800
+    assert "get_kernel_message(timeout=self.output_timeout)" in inspect.getsource(nbval.plugin.IPyNbCell.runtest)
 
 
 def test_a_log_shows_a_line_for_each_section(root):

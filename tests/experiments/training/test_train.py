@@ -113,7 +113,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path, attention, parallel):
         "-m",
         "stem.experiments.training.train",
     ]
-    result = subprocess.run([*torchrun, *options(two)], env=environment(), capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*torchrun, *options(two)], env=environment(), capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
     torch.testing.assert_close(curve(two.out), curve(one.out), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tensors(two.out), tensors(one.out), rtol=1e-3, atol=1e-5)
