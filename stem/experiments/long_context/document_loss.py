@@ -1,4 +1,4 @@
-"""Loss on long documents by position: rows for notebook 01, every method on equal texts."""
+"""Loss on long documents by position, every method on the same texts, for notebook 01."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""RULER's synthetic tasks built offline: lm-eval's prompts and metrics, our own seeding and haystack.
+"""RULER's synthetic tasks built offline: lm-eval's prompts, our own seeding and haystack.
 
-lm-eval draws all samples from one global generator, so another task list gives other samples, and it downloads essays
-for five of the tasks. Here each (task, length, seed) has its own stream, and essays are CPython's language reference.
+lm-eval draws all samples from one global generator, so that another task list gives other samples. It also downloads
+essays for five of the tasks. Here each (task, length, seed) has a random stream of its own, and CPython's language
+reference takes the place of the essays.
 """
 
 import contextlib
@@ -30,26 +31,19 @@ NEEDLES = {
     "niah_multiquery": ("essay", "words", "numbers", {"num_needle_q": 4}),
 }
 TASKS = (*NEEDLES, "ruler_vt", "ruler_cwe", "ruler_fwe")
-ONE_ANSWER = (
-    "niah_single_1",
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_multikey_2",
-    "niah_multikey_3",
-)
+ONE_ANSWER = tuple(task for task in NEEDLES if task.startswith(("niah_single", "niah_multikey")))
 TOKENIZER_SAMPLE = "One of the special magic numbers for goofy-hat is: 7057337. The sky is blue.\n\nVAR AZWOQ = 46987\n"
 SHORTEST = 512  # below this the templates and the answer do not fit [tokens]
 
 
 def build_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> list[dict]:
-    """Samples of one RULER task at one length; the same on every call, whatever else was built before.
+    """Samples of one RULER task at one length, equal on every call.
 
     Args:
         task: One of `TASKS`.
         tokenizer: Hugging Face tokenizer; it sizes the prompts.
         length: Longest prompt plus answer [tokens], >= `SHORTEST`. The real length can be shorter, see lm-eval.
-        samples: How many, >= 1. Sample i does not depend on it.
+        samples: Number of samples, >= 1. Sample i does not depend on it.
         seed: Any integer.
     Returns:
         lm-eval's documents: "input", "gen_prefix", "outputs" (list of answers), "max_length" = length.
@@ -90,10 +84,10 @@ def build_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0
 
 
 def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> list[dict]:
-    """`build_samples` through a file in `$STEM_CACHE/ruler` (default ~/.cache/stem/ruler); arguments as there.
+    """`build_samples` with a cache in `$STEM_CACHE/ruler` (default ~/.cache/stem/ruler), with the same arguments.
 
-    The file is named after task, length, seed and what the tokenizer does. One that holds enough samples is read, also
-    where lm-eval is not installed; otherwise it is written again, unless the cache is read-only.
+    The name of a file holds task, length, seed and a fingerprint of the tokenizer. A file with enough samples is read,
+    even where lm-eval is not installed. A file with fewer samples is replaced, unless the cache is read-only.
     """
     tokens = documents.fingerprint(str(tokenizer(TOKENIZER_SAMPLE).input_ids))
     name = f"{task}-{length}-{seed}-{tokens}.json.xz"
@@ -122,7 +116,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed Python's and NumPy's global generators, which lm-eval draws from, and put their states back afterwards."""
+    """Seed Python's and NumPy's global generators, from which lm-eval draws, and restore their states at the end."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
