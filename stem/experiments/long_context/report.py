@@ -1,6 +1,6 @@
 """Tables, verdicts and figures from the rows of results/long_context/answers/ and .../extension/; nothing is measured.
 
-Densities, block sizes, tasks and counts are those that the rows hold; what a run did not reach is left out.
+Densities, block sizes, tasks and counts come from the rows. Measurements that a run did not reach are left out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ NATS = "log p(answer), minus dense [nats]"
 
 
 def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
-    """Full rows of one device: the embedded model's, those of the extended one, and those of other models.
+    """Rows of full runs on one device: the embedded model, the extended model, and other models.
 
     Args:
-        device, extension_device: As in the column device; the second is that of the extension, default the first.
+        device: Value of the column device.
+        extension_device: Value of that column for the extended model; None means `device`.
     Returns:
-        All columns of both experiments and "cell", task and length in one text.
+        All columns of both parts, and "cell", which joins task and length.
     """
     parts = []
     for experiment, of in (("long_context/answers", device), ("long_context/extension", extension_device or device)):
@@ -45,12 +46,12 @@ def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
 
 
 def verdict(nats: float) -> str:
-    """What a mean difference of answers to dense attention amounts to: a rule fixed before rows were read."""
+    """Verdict on a mean difference of answers to dense attention [nats], by a rule fixed before rows were read."""
     return "close to dense" if nats > CLOSE else "worse than dense" if nats > FAILS else "fails"
 
 
 def coverage(rows: pd.DataFrame) -> pd.DataFrame:
-    """How much each measure rests on: methods, densities, block sizes and the fewest samples, by model and length."""
+    """Number of methods, densities, block sizes, tasks and (fewest) samples, by model, measure and length."""
     chosen = rows[(rows.method != "dense") & rows.measure.isin([*WORSE, "time"]) & (rows.task != "all")]
     groups = chosen.groupby(["model", "measure", "length"], sort=False)
     counts = dict(methods=("method", "nunique"), densities=("asked", "nunique"), block_sizes=("block_size", "nunique"))
@@ -58,10 +59,10 @@ def coverage(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def controls(rows: pd.DataFrame) -> pd.DataFrame:
-    """Whether the short window fails where it must: one line for each model, measure, cell and block size.
+    """Failures of the control, the short window: one line per model, measure, cell and block size.
 
-    Of documents, the last span of all kinds counts. "fails" means that the interval of the difference to dense
-    attention lies on the bad side of zero, and beyond `FAILS` for answers.
+    For documents, the last span of all kinds counts. The control fails where the interval of its difference to dense
+    attention lies on the bad side of zero, and for answers beyond `FAILS`.
     """
     window = rows[(rows.method == "window") & rows.measure.isin(WORSE)]
     documents = (window.measure == "loss") & (window.task == "all")
@@ -74,10 +75,10 @@ def controls(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(rows: pd.DataFrame, measure: str, asked: float, block_size: int, by: str = "cell") -> pd.DataFrame:
-    """Methods at one density and block size, best first: what each loses, by cell, and its mean over these.
+    """Differences to dense attention at one density and block size: methods, best first, by cell, and their means.
 
-    Columns "density" (computed), "mean", then one for each value of `by`. Of documents, each kind's later half counts;
-    methods that lack a cell come last and have no mean.
+    The columns are "density" (computed), "mean", then one for each value of `by`. For documents, the later half of each
+    kind counts. Methods that lack a cell come last and have no mean.
     """
     chosen = rows[(rows.measure == measure) & (rows.task != "all")]
     chosen = chosen[(chosen.asked == asked) & (chosen.block_size == block_size)]
@@ -89,21 +90,21 @@ def differences(rows: pd.DataFrame, measure: str, asked: float, block_size: int,
 
 
 def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
-    """Shares of right answers by cell and method: "generated", and "right", in one sparse forward, on equal samples."""
+    """Shares of right answers by cell and method: "generated", and "right" in one sparse forward, on equal samples."""
     chosen = rows[rows.measure.isin(["generated", "right"]) & rows.block_size.isin([float("nan"), block_size])]
     table = chosen.pivot_table(index=["cell", "method"], columns="measure", values="value", sort=False)
     return table.reindex(columns=["generated", "right"]).dropna()
 
 
 def points(rows: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
-    """Methods by method, block_size, asked and length: density, nats lost, ms of a prompt's prefill.
+    """One point per method, block_size, asked and length: density, nats lost, ms of a prompt's prefill.
 
     Args:
-        rows: Of one model.
-        task: Whose answers count; None is the one that was asked of most methods.
+        rows: Rows of one model.
+        task: Task whose answers count; None takes the task that most methods answered.
     Returns:
-        ms is of the measure "time", missing where that was not taken: the method's share of the dense pass beside it,
-        times the median of all dense passes.
+        Columns method, block_size, asked, length, density, nats, n (fewest samples), ms, task. ms is the method's time
+        as a share of the dense time beside it, times the median of all dense times; NaN where it was not timed.
     """
     answers = rows[rows.measure == "answer"]
     task = answers.groupby("task", sort=False).size().idxmax() if task is None else task
@@ -116,7 +117,7 @@ def points(rows: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
 
 
 def best(points: pd.DataFrame, count: int = 6, also: Sequence[str] = ("stem", "window")) -> list[str]:
-    """The methods that lose least where most methods have points, best first, and beside these the ones named."""
+    """Names of the methods that lose least, best first, where most methods have points; then the names in `also`."""
     chosen = points[points.asked.notna()]
     (asked, size) = chosen.groupby(["asked", "block_size"]).method.nunique().idxmax()
     mean = chosen[(chosen.asked == asked) & (chosen.block_size == size)].groupby("method").nats.mean()
@@ -125,7 +126,7 @@ def best(points: pd.DataFrame, count: int = 6, also: Sequence[str] = ("stem", "w
 
 
 def against(points: pd.DataFrame, x: str, methods: Sequence[str]) -> Figure:
-    """What answers lose against "density" or "ms": one panel a length, one colour a method, one line a block size."""
+    """Nats lost over "density" or "ms": one panel per length, one colour per method, one line per block size."""
     shown = points[points.method.isin(methods) & points[x].notna()]
     shown = shown.assign(blocks=shown.block_size.fillna(0).astype(int))
     lengths = sorted(shown.length.unique())
@@ -147,7 +148,7 @@ def near_and_fast(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(points: pd.DataFrame) -> str:
-    """Methods of `near_and_fast` as a sentence's list, one entry for each method and length."""
+    """Points of `near_and_fast` as text, "stem at 4K (1.20×), ...", one entry per method and length, or "none"."""
     found = points.drop_duplicates(["method", "length"]).sort_values("length", kind="stable")
     told = [f"{row.method} at {tokens_label(row.length)} ({row.speedup:.2f}×)" for row in found.itertuples()]
     return ", ".join(told) or "none"
