@@ -42,7 +42,7 @@ CONTROL = "sliding_window"  # the dense model also reads through a window: a mea
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What one profile trains and reads: the arms, the seeds, the lengths."""
+    """Arms, seeds and lengths that one profile trains and reads."""
 
     config: TrainConfig
     """Run of every arm, except its attention, seed and folder."""

@@ -91,7 +91,7 @@ def stop_after(stop: int):
 
 
 def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """What a run's checkpoint holds."""
+    """Tensors of a run's checkpoint."""
     with safe_open(Path(folder) / "checkpoint.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
