@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {"README.md": "tables", "figures": "tables", "notebooks": "reproduce"}  # others: the experiment's own target
+SHARED = {"README.md": "tables", "figures": "tables"}  # others: the experiment's own target
 TARGETS = set(re.findall(r"^([a-z_-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
