@@ -54,9 +54,7 @@ def training_tokens(tokenizer) -> Tensor:
     return torch.tensor([token for text in ids for token in text])
 
 
-def fine_tune(
-    model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed: int = 0, impl: str | None = None, say=print
-) -> list[dict]:
+def fine_tune(model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed: int = 0, say=print) -> list[dict]:
     """Train all weights of a model on random windows of `tokens`, with Stem or with the model's own dense attention.
 
     Args:
@@ -65,7 +63,6 @@ def fine_tune(
         config: Steps, length, learning rate and Stem's config.
         sparse: Train with Stem on.
         seed: Seed of the windows, which are the same for both kinds of attention.
-        impl: See stem.hf.enable.
         say: Called with progress lines.
     Returns:
         One row for each step: step, loss [nats], grad_norm.
@@ -76,7 +73,7 @@ def fine_tune(
     )
     random = np.random.default_rng(seed)
     rows, start = [], time.perf_counter()
-    with hf.stem_prefill(model, config.stem_config, impl) if sparse else contextlib.nullcontext():
+    with hf.stem_prefill(model, config.stem_config) if sparse else contextlib.nullcontext():
         for step in range(config.steps):
             first = int(random.integers(len(tokens) - config.length))
             window = tokens[None, first : first + config.length + 1].to(device)
@@ -112,7 +109,7 @@ def held_out_rows(model, tokenizer, config: AdaptConfig) -> list[dict]:
     return rows
 
 
-def run_arm(config: AdaptConfig, arm: str, seed: int, impl: str | None = None, say=print) -> list[dict]:
+def run_arm(config: AdaptConfig, arm: str, seed: int, say=print) -> list[dict]:
     """Fine-tune the model with one attention and read the held-out text after it.
 
     For arm "dense" and seed 0, the held-out text is also read before the fine-tuning.
@@ -121,7 +118,6 @@ def run_arm(config: AdaptConfig, arm: str, seed: int, impl: str | None = None, s
         config: Settings.
         arm: One of ARMS, the attention during the fine-tuning.
         seed: Seed of the windows.
-        impl: See stem.hf.enable.
         say: Called with progress lines.
     Returns:
         Rows like those of stem.experiments.training.probe. Column trained is "pretrained", "adapt_dense" or
@@ -134,7 +130,7 @@ def run_arm(config: AdaptConfig, arm: str, seed: int, impl: str | None = None, s
         rows += [dict(trained="pretrained") | row for row in held_out_rows(model, tokenizer, config)]
     name = f"adapt_{arm}"
     steps = fine_tune(
-        model, training_tokens(tokenizer), config, sparse=arm == "stem", seed=seed, impl=impl,
+        model, training_tokens(tokenizer), config, sparse=arm == "stem", seed=seed,
         say=lambda line: say(f"{name} seed {seed}: {line}"),
     )  # fmt: skip
     for row in steps:
