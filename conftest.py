@@ -40,7 +40,8 @@ def pytest_terminal_summary(terminalreporter):
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         path = Path(getattr(report, "nodeid", "").split("::")[0])
         seconds[path.parent if len(path.parts) > 2 else path] += getattr(report, "duration", 0)
-    terminalreporter.section("minutes by part")
-    for path, total in seconds.most_common():
-        if total > 5:
-            terminalreporter.write_line(f"{total / 60:6.1f}  {path}")
+    slow = [(path, total) for path, total in seconds.most_common() if total > 5]
+    if slow:
+        terminalreporter.section("minutes by part")
+    for path, total in slow:
+        terminalreporter.write_line(f"{total / 60:6.1f}  {path}")
