@@ -34,7 +34,7 @@ def test_thresholds_are_solved_unless_the_forced_blocks_cost_more(tokenizer, mod
     solved = solve(0.5, config)
     assert solved.allocation == "adaptive" and 0 < solved.threshold < 1 and told == []
     monkeypatch.setattr(stem, "calibrate", lambda *_, **__: stem.hf.calibration.calibrate(model, [], 0.5))
-    assert solve(0.5, config) is None and "is left out: prompts must hold" in told[0]
+    assert solve(0.5, config) is None and "is left out: prompts must be tensors" in told[0]
 
 
 @pytest.mark.parametrize("name", methods.BLIND)
