@@ -55,10 +55,11 @@ class Layer:
         if self.own or self.config is None:
             return self.own or "dense"
         name = "stem" if isinstance(self.config, StemConfig) else "selector"
-        return f"{name}, dense for {self.gaps} prompts with gaps in their padding" if self.gaps else name
+        return f"{name}; prompts dense because of gaps in their padding: {self.gaps}" if self.gaps else name
 
     @property
     def is_sparse(self) -> bool:
+        """Whether prefill is sparse where the model calls Stem."""
         return self.own is None and self.config is not None
 
     def count(self, selection: BlockSelection) -> None:
@@ -82,8 +83,9 @@ class Report(Sequence):
 
     Each row is a dict:
         layer: Index of the layer in the model. Linear layers of hybrid models have no row: see `layer`.
-        attention: "stem" or "selector" where prefill is sparse. "dense" where the config is None, or "dense: ..." with
-            the reason why Stem cannot serve the layer. The model's own type where that is not full attention, such as
+        attention: "stem" or "selector" where prefill is sparse, followed by the number of prompts that were dense
+            because of gaps in their padding. "dense" where the config is None, or "dense: ..." with the reason why Stem
+            cannot serve the layer. The model's own type where that is not full attention, such as
             "sliding_attention". The implementation that the user chose after `enable`, such as "eager".
         density: Kept over causal block pairs in Stem's prefill since `enable`, in [0, 1]: the mean of head_density. 1.0
             for dense layers. None for other attention, and before the first prefill.

@@ -103,7 +103,7 @@ def test_a_second_turn_after_a_row_that_ended_earlier():
     dense, sparse = found
     torch.testing.assert_close(sparse[0], dense[0], **CLOSE)
     assert (sparse[1] - dense[1]).abs().max() > 1e-2
-    assert "dense for 1 prompts with gaps" in hf.density(model)[0]["attention"]
+    assert "gaps in their padding: 1" in hf.density(model)[0]["attention"]
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])

@@ -48,7 +48,7 @@ def test_prompts_with_gaps_count_as_dense():
         with hf.stem_prefill(model, config) as report:
             logits(model, ids, attention_mask=mask)
         name = "stem" if config is FIXED else "selector"
-        assert report[0]["attention"] == f"{name}, dense for 1 prompts with gaps in their padding"
+        assert report[0]["attention"] == f"{name}; prompts dense because of gaps in their padding: 1"
         size = 16 if config is FIXED else 128
         dense = 21 if size == 16 else 1  # causal block pairs of 96 tokens
         assert report[0]["density"] == pytest.approx((2 * (1 + 2 + 3 * 4) + dense) / (2 * 21 + dense))
