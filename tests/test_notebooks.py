@@ -1,4 +1,4 @@
-"""Form of the committed notebooks: what makes them readable, reviewable and checkable. nbval runs them."""
+"""Form of the committed notebooks: outline, length of cells, checks, exercises, stored outputs. nbval runs them."""
 
 import ast
 import re
