@@ -67,6 +67,7 @@ def test_scoreboard_and_headline_read_the_rows():
     answer = dict(model="smollm2", task="niah_single_2", measure="generated", length=8192, count=100, block_size=64.0)
     answer |= dict(asked=0.25, dense=0.5, low=-0.4, high=-0.2)
     answers = [
+        answer | dict(method="stem adaptive", value=0.4, difference=-0.1, density=0.24, length=4096),
         answer | dict(method="stem", value=0.2, difference=-0.3, density=0.25),
         answer | dict(method="stem adaptive", value=0.53, difference=0.03, low=-0.02, high=0.1, density=0.24),
     ]
@@ -93,6 +94,7 @@ def test_scoreboard_and_headline_read_the_rows():
     assert "5.0× over cuDNN (150 → 30 ms)** at 128K tokens and density 25.0%" in operator
     assert "2.5× over cuDNN (75 → 30 ms)" in first
     assert "53% of niah_single_2 right" in needles and "difference +3 points, 95 % interval -2 to +10" in needles
+    assert needles.endswith("With `dense_up_to=0` it answers 40% at 4K tokens, dense attention 50%.")
 
 
 def test_lengths_are_whole_k_or_plain():
