@@ -158,8 +158,8 @@ def _needles() -> str:
         return "**Quality at equal density**: `make evaluation PROFILE=full` writes this number."
     row, other = adaptive.iloc[-1], published.iloc[-1]
     shorter = "".join(
-        f" With `dense_up_to=0` it answers {each.value:.0%} at {tokens_label(each.length)} tokens, dense attention "
-        f"{each.dense:.0%}."
+        f" With `dense_up_to=0`, `adaptive` answers {each.value:.0%} at {tokens_label(each.length)} tokens, "
+        f"dense attention {each.dense:.0%}."
         for each in adaptive.iloc[:-1].itertuples()
     )
     return (

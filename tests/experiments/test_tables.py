@@ -94,7 +94,7 @@ def test_scoreboard_and_headline_read_the_rows():
     assert "5.0× over cuDNN (150 → 30 ms)** at 128K tokens and density 25.0%" in operator
     assert "2.5× over cuDNN (75 → 30 ms)" in first
     assert "53% of niah_single_2 right" in needles and "difference +3 points, 95 % interval -2 to +10" in needles
-    assert needles.endswith("With `dense_up_to=0` it answers 40% at 4K tokens, dense attention 50%.")
+    assert needles.endswith("With `dense_up_to=0`, `adaptive` answers 40% at 4K tokens, dense attention 50%.")
 
 
 def test_lengths_are_whole_k_or_plain():
