@@ -8,8 +8,10 @@ because the softmax comes before the sum over a block, one cell with a peak is e
     pool_shares       shares of the key blocks, mean or root mean square over the query cells of a block, logarithm
     pair_tokens       the same as pair_cells for single queries and keys: the last blocks' shares of attention itself
 
-Weights are powers of two relative to the largest logit of their row in the first tile of keys, not in all of them: only
-quotients of a row's sums matter, and fp32 and bf16 have room for 2^100 and less than 2^-100 of that.
+Weights are powers of two relative to a reference of their row, the largest logit of the row's first tile of keys: only
+quotients of a row's sums matter, and fp32 and bf16 reach 2^127. Where the sum of a program's weights says that a
+reference was too low, the program computes its sums again relative to the largest logit of each row. If programs share
+a row, each of them stores by how much it raised the references, and pool_shares brings their sums to a common one.
 
 With a peak, a cell is read through corners, `peak` of the way from its mean to the largest and to the smallest value of
 each dimension, and a pair's logit is one dot product, 2 D wide: the positive part of the query's upper corner with the
@@ -30,7 +32,7 @@ from .sparse_forward import operand_dtype
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1e-37)  # stands for a share of 0, whose logarithm would be -inf
-LARGEST_POWER = tl.constexpr(100.0)  # of two, of a weight; a row's sums stay finite
+LARGEST_SUM = tl.constexpr(2.0**64)  # of a program's weights; above it they are computed again
 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
 DEPTH_BYTES = 256  # of the part of a wider row that one product reads
@@ -41,8 +43,9 @@ FEATURE_TILE, FEATURE_WARPS = 8, 4  # cells of one program of cell_features, and
 UNROLL = 16  # rows of each cell that are in flight at once
 STAGES = 3  # key tiles in flight, where one product reads whole features of COLUMN_TILE cells
 WARPS = 8
+REGISTERS = 128  # of a thread, so that two programs fit into a multiprocessor
 SMALLEST_DOT = 16  # columns of the smallest product
-PROGRAMS = 256  # that the keys of few query cells are split into, enough to fill a GPU
+PROGRAMS = tl.constexpr(256)  # that the keys of few query cells are split into, enough to fill a GPU
 TOKEN_TILE = 16384  # sums of some queries and all key blocks that one step of pool_shares reads
 BUFFER_BYTES = 512 * 2**20  # of the sums of one chunk of query blocks
 
@@ -179,8 +182,10 @@ def load_features(features_ptr, cells, num_cells, depth, DEPTH: tl.constexpr, DT
 
 @triton.jit
 def cell_logits(
-    q_tile, q_features_ptr, k_features_ptr, rows, first_column, num_q_cells, num_k_cells, last_positions, all_see,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr, DTYPE: tl.constexpr,
+    q_tile, q_features_ptr, k_features_ptr, bonus_ptr, rows, first_column, num_q_cells, num_k_cells,
+    last_positions, all_see,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr,
+    CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Logits of query cells `rows`, whose first features are q_tile, and COLUMNS key cells; -inf where not seen."""
     columns, depth = first_column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH_TILE)
@@ -190,6 +195,9 @@ def cell_logits(
         q_later = load_features(q_features_ptr, rows, num_q_cells, later + depth, DEPTH, DTYPE)
         k_later = load_features(k_features_ptr, columns, num_k_cells, later + depth, DEPTH, DTYPE)
         logits = tl.dot(q_later, k_later.T, logits, input_precision="ieee")
+    if bonus_ptr is not None:
+        bonus = tl.load(bonus_ptr + columns // CELLS_PER_BLOCK, mask=columns < num_k_cells, other=0.0)
+        logits += (bonus * LOG2_E)[None, :]
     if first_column + COLUMNS > all_see:
         visible = columns[None, :] * K_CELL <= last_positions[:, None]
         logits = tl.where(visible, logits, float("-inf"))
@@ -204,17 +212,61 @@ def sum_weights(logits, reference, CELLS_PER_BLOCK: tl.constexpr, SUMS: tl.const
     axis.
     """
     WEIGHTS: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.bfloat16
-    weights = tl.exp2(tl.minimum(logits - reference[:, None], LARGEST_POWER)).to(WEIGHTS)
+    weights = tl.exp2(logits - reference[:, None]).to(WEIGHTS)
     cell_block = tl.arange(0, logits.shape[1]) // CELLS_PER_BLOCK
     member = (cell_block[:, None] == tl.arange(0, SUMS)[None, :]).to(WEIGHTS)  # [COLUMNS, SUMS]
     return tl.dot(weights, member, input_precision="ieee")
 
 
 @triton.jit
+def pair_tiles(
+    q_tile, q_features_ptr, k_features_ptr, bonus_ptr, sums_ptr, reference, first_cell, rows, start, stop,
+    num_q_cells, num_k_cells, num_kv_blocks, chunk_cells, last_positions, all_see,
+    COLUMNS: tl.constexpr, SUMS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr,
+    CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of key cells start .. stop - 1 relative to a reference [ROWS]; returns the sum of all weights."""
+    block_in_tile = tl.arange(0, SUMS)
+    BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
+    total = tl.zeros([rows.shape[0], SUMS], tl.float32)
+    for first_column in tl.range(start, stop, COLUMNS, num_stages=STAGES):
+        logits = cell_logits(
+            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, first_cell + rows, first_column,
+            num_q_cells, num_k_cells, last_positions, all_see,
+            COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
+        )  # fmt: skip
+        sums = sum_weights(logits, reference, CELLS_PER_BLOCK, SUMS, DTYPE)
+        blocks = first_column // CELLS_PER_BLOCK + block_in_tile
+        exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
+        tl.store(sums_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], sums, mask=exists)
+        total += sums
+    return tl.sum(tl.sum(total, axis=1), axis=0)
+
+
+@triton.jit
+def largest_logits(
+    largest, q_tile, q_features_ptr, k_features_ptr, bonus_ptr, rows, start, stop, num_q_cells, num_k_cells,
+    last_positions, all_see,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr,
+    CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The largest of `largest` and of the logits of key cells start .. stop - 1, [ROWS]."""
+    for first_column in tl.range(start, stop, COLUMNS, num_stages=1):
+        logits = cell_logits(
+            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, rows, first_column, num_q_cells, num_k_cells,
+            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
+        )  # fmt: skip
+        largest = tl.maximum(largest, tl.max(logits, axis=1))
+    return largest
+
+
+@triton.jit
 def pair_cells_kernel(
     q_features_ptr,
     k_features_ptr,
+    bonus_ptr,
     sums_ptr,
+    shifts_ptr,
     num_q_heads,
     heads_per_kv_head,
     num_q_cells,
@@ -240,52 +292,79 @@ def pair_cells_kernel(
 
     Grid: (B * Hq, row tiles, splits of the keys).
     Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
-    The longest rows come first. sums_ptr: [B * Hq, chunk_cells, nk], the weights of the key cells of a block that the
-    query cell sees; of later blocks it is not written. For 16-bit features it is bf16.
+    The longest rows come first. bonus_ptr: fp32 [B * Hkv, nk] added to the logits of a block's cells, or None.
+    sums_ptr: [B * Hq, chunk_cells, nk], the weights of the key cells of a block that the query cell sees; of later
+    blocks it is not written. For 16-bit features it is bf16. shifts_ptr: see raise_references; None if there is one
+    split.
     """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
-    num_kv_heads = num_q_heads // heads_per_kv_head
+    batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
     q_features_ptr += batch_head * num_q_cells * DEPTH
-    k_features_ptr += (batch * num_kv_heads + head // heads_per_kv_head) * num_k_cells * DEPTH
+    k_features_ptr += batch_kv_head * num_k_cells * DEPTH
+    if bonus_ptr is not None:
+        bonus_ptr += batch_kv_head * num_kv_blocks
     sums_ptr += batch_head * chunk_cells * num_kv_blocks
 
-    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    row_tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    first_row = row_tile * ROWS
     rows = first_row + tl.arange(0, ROWS)
     # a query cell sees a key cell that starts no later than its own last token
     first_token = first_position + (first_cell + first_row) * Q_CELL
     last_positions = tl.minimum(first_token + (tl.arange(0, ROWS) + 1) * Q_CELL, kv_len) - 1
     end = tl.minimum(first_token + ROWS * Q_CELL, kv_len)
     all_see = (tl.minimum(first_token + Q_CELL, kv_len) - 1) // K_CELL + 1  # key cells that every row sees
-    block_in_tile = tl.arange(0, SUMS)
-    BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
 
     q_cells = first_cell + rows
     q_tile = load_features(q_features_ptr, q_cells, num_q_cells, tl.arange(0, DEPTH_TILE), DEPTH, DTYPE)
-    logits = cell_logits(
-        q_tile, q_features_ptr, k_features_ptr, q_cells, 0, num_q_cells, num_k_cells,
-        last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, DTYPE,
+    reference = largest_logits(
+        tl.full([ROWS], float("-inf"), tl.float32), q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells,
+        0, COLUMNS, num_q_cells, num_k_cells, last_positions, all_see,
+        COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
     )  # fmt: skip
-    reference = tl.max(logits, axis=1)  # [ROWS]
-    first_split = tl.program_id(2) * split_cells
-    stop = tl.minimum(tl.cdiv(end, K_CELL), first_split + split_cells)
-    for first_column in tl.range(first_split, stop, COLUMNS, num_stages=STAGES):
-        logits = cell_logits(
-            q_tile, q_features_ptr, k_features_ptr, q_cells, first_column, num_q_cells, num_k_cells,
-            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, DTYPE,
-        )  # fmt: skip
-        sums = sum_weights(logits, reference, CELLS_PER_BLOCK, SUMS, DTYPE)
-        blocks = first_column // CELLS_PER_BLOCK + block_in_tile
-        exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
-        tl.store(sums_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], sums, mask=exists)
+    start = tl.program_id(2) * split_cells
+    stop = tl.minimum(tl.cdiv(end, K_CELL), start + split_cells)
+    if shifts_ptr is not None:
+        program = (batch_head * tl.cdiv(chunk_cells, ROWS) + row_tile) * tl.num_programs(2) + tl.program_id(2)
+        shifts_ptr += program * (1 + ROWS)
+        tl.store(shifts_ptr, 0.0)
+    total = float("inf")
+    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):  # a copy of the pass would take more registers
+        if not (total < LARGEST_SUM):
+            total = pair_tiles(
+                q_tile, q_features_ptr, k_features_ptr, bonus_ptr, sums_ptr, reference, first_cell, rows, start, stop,
+                num_q_cells, num_k_cells, num_kv_blocks, chunk_cells, last_positions, all_see,
+                COLUMNS, SUMS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE, STAGES,
+            )  # fmt: skip
+            if (attempt == 0) & (not (total < LARGEST_SUM)):  # also NaN: an infinite weight met a zero of a product
+                largest = largest_logits(
+                    reference, q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells,
+                    start, stop, num_q_cells, num_k_cells, last_positions, all_see,
+                    COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
+                )  # fmt: skip
+                reference = raise_references(reference, largest, shifts_ptr)
+
+
+@triton.jit
+def raise_references(reference, largest, shifts_ptr):
+    """References of a program's rows, [ROWS], raised by whole powers of two to at least the largest logits.
+
+    shifts_ptr: where the largest shift and those of the rows are stored, [1 + ROWS]; None if no other program reads
+    keys for these rows.
+    """
+    shifts = tl.ceil(largest - reference)
+    if shifts_ptr is not None:
+        tl.store(shifts_ptr, tl.max(shifts, axis=0))
+        tl.store(shifts_ptr + 1 + tl.arange(0, shifts.shape[0]), shifts)
+    return reference + shifts
 
 
 @triton.jit
 def token_products(
-    q_tile, k_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+    q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Products of the queries of q_block, at `positions`, and the keys of a block; -inf in the future."""
+    """Products of the queries of q_block, at `positions`, and the keys of a block, -inf in the future; its bonus."""
     keys = block * BLOCK + in_block
     exists = (keys < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
     k_ptr += (tl.zeros([], tl.int64) + block * BLOCK) * stride_kn
@@ -293,14 +372,50 @@ def token_products(
     products = tl.dot(q_tile, k_tile.to(DTYPE).T, input_precision="ieee")
     if block == q_block:
         products = tl.where(keys[None, :] <= positions[:, None], products, float("-inf"))
-    return products
+    return products, 0.0 if bonus_ptr is None else tl.load(bonus_ptr + block) * LOG2_E
+
+
+@triton.jit
+def pair_blocks(
+    q_tile, k_ptr, bonus_ptr, sums_ptr, reference, positions, q_block, start, stop, in_block, dims,
+    stride_kn, stride_kd, num_kv_blocks, kv_len, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of key blocks start .. stop - 1 relative to a reference [BLOCK]; returns the sum of weights."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in tl.range(start, stop):
+        products, bonus = token_products(
+            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+            HEAD_DIM, BLOCK, DTYPE,
+        )  # fmt: skip
+        sums = tl.sum(tl.exp2(products * scale_log2 - (reference - bonus)[:, None]), axis=1)
+        tl.store(sums_ptr + in_block * num_kv_blocks + block, sums)
+        total += sums
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def largest_products(
+    largest, q_tile, k_ptr, bonus_ptr, positions, q_block, start, stop, in_block, dims, stride_kn, stride_kd, kv_len,
+    scale_log2, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The largest of `largest` and of the logits of key blocks start .. stop - 1, [BLOCK]."""
+    for block in tl.range(start, stop, num_stages=1):
+        products, bonus = token_products(
+            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+            HEAD_DIM, BLOCK, DTYPE,
+        )  # fmt: skip
+        largest = tl.maximum(largest, tl.max(products, axis=1) * scale_log2 + bonus)
+    return largest
 
 
 @triton.jit
 def pair_tokens_kernel(
     q_ptr,
     k_ptr,
+    bonus_ptr,
     sums_ptr,
+    shifts_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -325,15 +440,19 @@ def pair_tokens_kernel(
     """One program pairs the queries of one block with the keys of those of split_blocks key blocks that they see.
 
     Grid: (B * Hq, query blocks from first_block on, splits of the keys). sums_ptr: [B * Hq, query blocks * BLOCK, nk]
-    as in pair_cells_kernel.
+    as in pair_cells_kernel, like bonus_ptr and shifts_ptr.
     """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
+    kv_head = head // heads_per_kv_head
     q_block = first_block + tl.program_id(1)
     scale_log2 = scale * LOG2_E
-    sums_ptr += (batch_head * tl.num_programs(1) + tl.program_id(1)) * BLOCK * num_kv_blocks
+    tile = batch_head * tl.num_programs(1) + tl.program_id(1)
+    sums_ptr += tile * BLOCK * num_kv_blocks
     q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head // heads_per_kv_head * stride_kh
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    if bonus_ptr is not None:
+        bonus_ptr += (batch * (num_q_heads // heads_per_kv_head) + kv_head) * num_kv_blocks
 
     in_block, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     positions = q_block * BLOCK + in_block
@@ -341,54 +460,97 @@ def pair_tokens_kernel(
     exists = ((rows >= 0) & (positions < kv_len))[:, None] & (dims < HEAD_DIM)[None, :]
     q_pointers = q_ptr + rows.to(tl.int64)[:, None] * stride_qn + dims[None, :] * stride_qd
     q_tile = tl.load(q_pointers, mask=exists, other=0.0).to(DTYPE)
-    first = tl.program_id(2) * split_blocks
-    products = token_products(
-        q_tile, k_ptr, positions, q_block, 0, in_block, dims, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK, DTYPE
-    )
-    reference = tl.max(products, axis=1) * scale_log2  # [BLOCK]
-    for block in tl.range(first, tl.minimum(q_block + 1, first + split_blocks)):
-        products = token_products(
-            q_tile, k_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
-            HEAD_DIM, BLOCK, DTYPE,
-        )  # fmt: skip
-        weights = tl.exp2(tl.minimum(products * scale_log2 - reference[:, None], LARGEST_POWER))
-        tl.store(sums_ptr + in_block * num_kv_blocks + block, tl.sum(weights, axis=1))
+    reference = largest_products(
+        tl.full([BLOCK], float("-inf"), tl.float32), q_tile, k_ptr, bonus_ptr, positions, q_block, 0, 1, in_block, dims,
+        stride_kn, stride_kd, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
+    )  # fmt: skip
+    start = tl.program_id(2) * split_blocks
+    stop = tl.minimum(q_block + 1, start + split_blocks)
+    if shifts_ptr is not None:
+        shifts_ptr += (tile * tl.num_programs(2) + tl.program_id(2)) * (1 + BLOCK)
+        tl.store(shifts_ptr, 0.0)
+    total = float("inf")
+    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):  # a copy of the pass would take more registers
+        if not (total < LARGEST_SUM):
+            total = pair_blocks(
+                q_tile, k_ptr, bonus_ptr, sums_ptr, reference, positions, q_block, start, stop, in_block, dims,
+                stride_kn, stride_kd, num_kv_blocks, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
+            )  # fmt: skip
+            if (attempt == 0) & (not (total < LARGEST_SUM)):  # also NaN: an infinite weight met a zero of a product
+                largest = largest_products(
+                    reference, q_tile, k_ptr, bonus_ptr, positions, q_block, start, stop, in_block, dims,
+                    stride_kn, stride_kd, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
+                )  # fmt: skip
+                reference = raise_references(reference, largest, shifts_ptr)
+
+
+@triton.jit
+def align_splits(
+    sums_ptr, shifts_ptr, first_cell, blocks, causal, num_kv_blocks, num_splits, blocks_per_split,
+    CELLS: tl.constexpr, CELL_TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Bring the sums of CELLS query cells, from first_cell of a chunk on, to one reference a cell, in memory.
+
+    shifts_ptr: of a head, as raise_references stores them for every split of each ROWS cells. Where no reference was
+    raised, nothing has to be done.
+    """
+    STRIDE: tl.constexpr = 1 + ROWS
+    shifts_ptr += first_cell // ROWS * num_splits * STRIDE
+    splits = tl.arange(0, PROGRAMS)
+    if tl.max(tl.load(shifts_ptr + splits * STRIDE, mask=splits < num_splits, other=0.0), axis=0) > 0:
+        for offset in range(0, CELLS, CELL_TILE):
+            cells = offset + tl.arange(0, CELL_TILE)
+            of_cells_ptr = shifts_ptr + 1 + (first_cell + cells) % ROWS
+            largest = tl.zeros([CELL_TILE], tl.float32)
+            for split in range(num_splits):
+                raised = tl.load(shifts_ptr + split * STRIDE) > 0
+                largest = tl.maximum(largest, tl.load(of_cells_ptr + split * STRIDE, mask=raised, other=0.0))
+            of_blocks = blocks // blocks_per_split * STRIDE
+            raised = (tl.load(shifts_ptr + of_blocks, mask=causal, other=0.0) > 0)[None, :]
+            shifts = tl.load(of_cells_ptr[:, None] + of_blocks[None, :], mask=raised, other=0.0)
+            pointers = sums_ptr + cells[:, None] * num_kv_blocks + blocks[None, :]
+            sums = tl.load(pointers, mask=causal[None, :], other=0.0).to(tl.float32)
+            sums *= tl.exp2(shifts - largest[:, None])
+            tl.store(pointers, sums.to(sums_ptr.dtype.element_ty), mask=causal[None, :])
+        tl.debug_barrier()
 
 
 @triton.jit
 def pool_shares(
     sums_ptr,
-    value_bonus_ptr,
+    shifts_ptr,
     batch_head,
     row,
     blocks,
-    num_q_heads,
-    heads_per_kv_head,
     num_q_blocks,
     num_kv_blocks,
     first_row,
     chunk_cells,
+    num_splits,
+    blocks_per_split,
     first_position,
     q_start,
     kv_len,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
     RMS: tl.constexpr,
 ):
     """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
 
     sums_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
-    kv_len on) do not count. value_bonus_ptr may be None. CELL_TILE cells are read at once.
+    kv_len on) do not count. shifts_ptr: see align_splits; None if there is one split. CELL_TILE cells are read at once.
     """
     causal = blocks <= num_kv_blocks - num_q_blocks + row
-    sums_ptr += (batch_head * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
-    if value_bonus_ptr is not None:
-        batch, head = batch_head // num_q_heads, batch_head % num_q_heads
-        batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
-        bonus_ptr = value_bonus_ptr + batch_kv_head * num_kv_blocks
-        bonus = tl.load(bonus_ptr + blocks, mask=causal, other=float("-inf")) * LOG2_E
-        boost = tl.exp2(bonus - tl.max(bonus, axis=0))  # a logit's bonus is a factor of its weight
+    first_cell_of_row = (row - first_row) * CELLS
+    sums_ptr += (batch_head * chunk_cells + first_cell_of_row) * num_kv_blocks
+    if shifts_ptr is not None:
+        shifts_ptr += batch_head * tl.cdiv(chunk_cells, ROWS) * num_splits * (1 + ROWS)
+        align_splits(
+            sums_ptr, shifts_ptr, first_cell_of_row, blocks, causal, num_kv_blocks, num_splits, blocks_per_split,
+            CELLS, CELL_TILE, ROWS,
+        )  # fmt: skip
     shares = tl.zeros([blocks.shape[0]], tl.float32)
     num_counted = 0
     for first_cell in range(0, CELLS, CELL_TILE):
@@ -397,8 +559,6 @@ def pool_shares(
         counted = (first_tokens + CELL > q_start) & (first_tokens < kv_len)  # [CELL_TILE]
         offsets = cells[:, None] * num_kv_blocks + blocks[None, :]
         weights = tl.load(sums_ptr + offsets, mask=causal[None, :], other=0.0).to(tl.float32)
-        if value_bonus_ptr is not None:
-            weights *= boost[None, :]
         weights *= (1 / tl.sum(weights, axis=1))[:, None]
         weights = tl.where(counted[:, None], weights, 0.0)  # [CELL_TILE, N]
         shares += tl.sum(weights * weights if RMS else weights, axis=0)
@@ -414,20 +574,21 @@ def pool_shares(
 @triton.jit
 def pool_shares_kernel(
     sums_ptr,
-    value_bonus_ptr,
+    shifts_ptr,
     scores_ptr,
-    num_q_heads,
-    heads_per_kv_head,
     num_q_blocks,
     num_kv_blocks,
     first_row,
     chunk_cells,
+    num_splits,
+    blocks_per_split,
     first_position,
     q_start,
     kv_len,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
     RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
@@ -435,9 +596,8 @@ def pool_shares_kernel(
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.arange(0, ROW_SIZE)
     scores = pool_shares(
-        sums_ptr, value_bonus_ptr, batch_head, row, blocks,
-        num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks,
-        first_row, chunk_cells, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, RMS,
+        sums_ptr, shifts_ptr, batch_head, row, blocks, num_q_blocks, num_kv_blocks, first_row, chunk_cells,
+        num_splits, blocks_per_split, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, ROWS, RMS,
     )  # fmt: skip
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
@@ -553,15 +713,15 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
 
 
 def pair_cells(
-    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float
-) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
+    q: torch.Tensor, k: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells, scale: float
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, tuple[int, ...]]]:
     """Sums of the weights of all cell pairs, some query blocks at a time.
 
     Args:
-        q, k, scale: As in `cell_scores`.
+        q, k, value_bonus, scale: As in `cell_scores`.
     Yields:
-        How many query blocks the chunk has; sums, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; and
-        the numbers that pool_shares takes for it.
+        How many query blocks the chunk has; sums, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; the
+        shifts of its splits, see raise_references, None if there is one; and the numbers that pool_shares takes for it.
     """
     (batch, num_q_heads), num_kv_heads = q.shape[:2], k.shape[1]
     num_q_blocks, num_kv_blocks = cells.num_q_blocks, cells.num_kv_blocks
@@ -582,11 +742,12 @@ def pair_cells(
     for first_row in range(0, num_q_blocks, chunk_rows):
         rows = min(chunk_rows, num_q_blocks - first_row)
         row_tiles = -(-rows * cells.query_cells // ROW_TILE)
-        columns_per_program = -(-num_columns // -(-PROGRAMS // (heads * row_tiles)))
+        num_splits, columns_per_split = split_keys(num_columns, heads * row_tiles)
+        shifts = empty_shifts(sums, ROW_TILE, num_splits)
         launch(
             pair_cells_kernel,
-            (heads, row_tiles, -(-num_columns // columns_per_program)),
-            (q_features, k_features, sums),
+            (heads, row_tiles, num_splits),
+            (q_features, k_features, value_bonus, sums, shifts),
             (
                 num_q_heads,
                 heads_per_kv_head,
@@ -597,7 +758,7 @@ def pair_cells(
                 chunk_cells,
                 cells.first_position,
                 cells.kv_len,
-                columns_per_program * columns,
+                columns_per_split * columns,
             ),
             DEPTH=depth,
             Q_CELL=cells.q_cell,
@@ -611,14 +772,21 @@ def pair_cells(
             STAGES=1 if depth > depth_tile else STAGES if columns <= COLUMN_TILE else 2,
             num_warps=WARPS,
             num_stages=2,
+            **most_registers(operand, depth),
         )
-        numbers = num_q_heads, heads_per_kv_head, num_q_blocks, num_kv_blocks
-        yield rows, sums, (*numbers, first_row, chunk_cells, cells.first_position, cells.q_start, cells.kv_len)
+        blocks_per_split = columns_per_split * columns // cells.key_cells
+        numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split
+        yield rows, sums, shifts, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
 
 
 def pair_tokens(
-    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, exact_last_blocks: int
-) -> tuple[int, torch.Tensor, tuple[int, ...]]:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    value_bonus: torch.Tensor | None,
+    cells: Cells,
+    scale: float,
+    exact_last_blocks: int,
+) -> tuple[int, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
     """Sums of the weights of single queries, those of the last `exact_last_blocks` query blocks, and single keys.
 
     A last block that is less than half full is one more.
@@ -633,22 +801,23 @@ def pair_tokens(
     operand = operand_dtype(torch.float32 if triton.knobs.runtime.interpret else q.dtype)
     sums_dtype = torch.float32 if operand == tl.float32 else torch.bfloat16
     sums = q.new_empty(heads, count * size, num_kv_blocks, dtype=sums_dtype)
-    blocks_per_program = -(-num_kv_blocks // -(-PROGRAMS // (heads * count)))
+    num_splits, blocks_per_split = split_keys(num_kv_blocks, heads * count)
+    shifts = empty_shifts(sums, size, num_splits)
     first_block = num_kv_blocks - count
-    numbers = num_q_heads, num_q_heads // num_kv_heads
     launch(
         pair_tokens_kernel,
-        (heads, count, -(-num_kv_blocks // blocks_per_program)),
-        (q, k, sums),
+        (heads, count, num_splits),
+        (q, k, value_bonus, sums, shifts),
         (
             *q.stride(),
             *k.stride(),
-            *numbers,
+            num_q_heads,
+            num_q_heads // num_kv_heads,
             num_kv_blocks,
             first_block,
             cells.q_start,
             cells.kv_len,
-            blocks_per_program,
+            blocks_per_split,
             float(scale),
         ),
         HEAD_DIM=head_dim,
@@ -657,16 +826,38 @@ def pair_tokens(
         DTYPE=operand,
         num_warps=WARPS if size == 128 else WARPS // 2,
         num_stages=2,
+        **most_registers(operand, head_dim),
     )
     first_row = cells.num_q_blocks - count
-    numbers += cells.num_q_blocks, num_kv_blocks, first_row, count * size
-    return count, sums, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
+    numbers = cells.num_q_blocks, num_kv_blocks, first_row, count * size, num_splits, blocks_per_split
+    return count, sums, shifts, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
+
+
+def most_registers(operand: tl.dtype, depth: int) -> dict[str, int]:
+    """Option that bounds the registers of a program where shared memory has room for a second one."""
+    two_fit = operand.primitive_bitwidth == 16 and depth * 2 <= DEPTH_BYTES
+    return dict(maxnreg=REGISTERS) if two_fit and not torch.version.hip else {}
+
+
+def split_keys(tiles: int, programs: int) -> tuple[int, int]:
+    """Number of splits of the keys of one program, so that there are PROGRAMS, and the tiles of keys of each split."""
+    tiles_per_split = -(-tiles // -(-PROGRAMS.value // programs))
+    return -(-tiles // tiles_per_split), tiles_per_split
+
+
+def empty_shifts(sums: torch.Tensor, row_tile: int, num_splits: int) -> torch.Tensor | None:
+    """Memory for raise_references, fp32 [B * Hq, row tiles, splits, 1 + row_tile]; None if there is one split."""
+    heads, rows, _ = sums.shape
+    if num_splits == 1:
+        return None
+    return sums.new_empty(heads, -(-rows // row_tile), num_splits, 1 + row_tile, dtype=torch.float32)
 
 
 def cell_constants(cells: Cells) -> dict[str, int]:
     """What is known when a kernel that pools the shares of cells is compiled, and its warps."""
     row_size = max(2, triton.next_power_of_2(cells.num_kv_blocks))
-    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, ROW_SIZE=row_size)
+    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, ROWS=ROW_TILE, RMS=cells.rms)
+    constants |= dict(ROW_SIZE=row_size)
     return constants | dict(num_warps=min(16, max(1, row_size // 1024)))
 
 
@@ -674,7 +865,7 @@ def token_constants(cells: Cells) -> dict[str, int]:
     """The same for single queries, which are many for the few programs that there are: they are read some at a time."""
     constants = cell_constants(cells)
     at_once = min(cells.block_size, max(1, TOKEN_TILE // constants["ROW_SIZE"]))
-    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once)
+    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once, ROWS=cells.block_size)
     return constants | dict(num_warps=min(16, max(8, constants["ROW_SIZE"] // 512)))
 
 
@@ -701,11 +892,11 @@ def cell_scores(
     heads = q.shape[0] * q.shape[1]
     scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
 
-    def pool(rows: int, sums: torch.Tensor, numbers: tuple[int, ...], constants: dict[str, int]) -> None:
-        launch(pool_shares_kernel, (rows, heads), (sums, value_bonus, scores), numbers, **constants)
+    def pool(rows: int, sums: torch.Tensor, shifts: torch.Tensor | None, numbers: tuple, constants: dict) -> None:
+        launch(pool_shares_kernel, (rows, heads), (sums, shifts, scores), numbers, **constants)
 
-    for chunk in pair_cells(q, k, cells, scale):
+    for chunk in pair_cells(q, k, value_bonus, cells, scale):
         pool(*chunk, cell_constants(cells))
-    if exact_last_blocks:  # writes these rows anew
-        pool(*pair_tokens(q, k, cells, scale, exact_last_blocks), token_constants(cells))
+    if exact_last_blocks:  # overwrites the scores of these rows
+        pool(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells))
     return scores

@@ -1,0 +1,94 @@
+"""Scores of cells: logits far above those of the first tile of keys lose nothing."""
+
+import pytest
+import torch
+from stem.kernels import cell_scores as cell_kernels
+from stem.kernels.share_select import pool_select
+
+from stem import BlockSelection, StemConfig, block_budget, block_scores, select_blocks
+from stem.cells import kernel_cells
+from stem.scores import cell_bonus
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE, BLOCKS = 16, 24
+CONFIG = StemConfig.preset("adaptive", block_size=SIZE, dense_up_to=0, threshold=0.02, exact_last_blocks=0)
+# logit that each kind adds to all keys of a block
+LOGITS = {
+    "many blocks tie at 100, one is at 200": [0.0] * 8 + [100.0] * 8 + [200.0] + [100.0] * 7,
+    "one block at 1500": [0.0] * 16 + [1500.0] + [0.0] * 7,
+    "ascending by 40 a block": [40.0 * block for block in range(24)],
+    "descending from 1500 in the third block": [0.0, 700.0] + [1500.0 - 40.0 * block for block in range(22)],
+    "a few blocks close to each other": [0.0] * 9 + [80.0, 81.0] + [0.0] * 8 + [81.5] + [0.0] * 4,
+    "in the last block only": [0.0] * 23 + [300.0],
+}
+
+
+def inputs(kind, num_q_heads=1, num_kv_heads=1, num_queries=SIZE * BLOCKS, peak_heads=None, head_dim=16):
+    """q, k and v: logits of about 1, to which keys add LOGITS[kind]; in the first `peak_heads` query heads only."""
+    q = torch.randn(1, num_q_heads, num_queries, head_dim)
+    k, v = torch.randn(2, 1, num_kv_heads, SIZE * BLOCKS, head_dim)
+    q[..., 0] = 0.0
+    q[:, :peak_heads, :, 0] = 4.0  # times the key's and the scale of 0.25: the logit
+    k[..., 0] = torch.tensor(LOGITS[kind]).repeat_interleave(SIZE)
+    return q.to(DEVICE), k.to(DEVICE), v.to(DEVICE)
+
+
+def kept_by(impl, q, k, v, config):
+    """Block mask of the selection by share."""
+    cells = kernel_cells(q.shape[2], k.shape[2], config)
+    rules = config.threshold, config.sink_blocks, config.local_blocks, 0, config.dense_last_blocks
+    if impl == "triton":
+        bonus = cell_bonus(v, config, "triton")
+        lists = pool_select(q, k, bonus, cells, q.shape[-1] ** -0.5, *rules, config.exact_last_blocks)
+        return BlockSelection(*lists, SIZE, cells.num_kv_blocks, q.shape[2], k.shape[2]).to_mask()
+    scores = block_scores(q, k, v, config, impl="torch")
+    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    budget = block_budget(cells.num_kv_blocks, config)
+    return select_blocks(scores, budget, config, impl="torch", **lengths).to_mask()
+
+
+@pytest.mark.parametrize("exact_last_blocks", [0, 2])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_blocks_far_above_the_first_tile_are_kept_as_by_torch(kind, exact_last_blocks):
+    q, k, v = inputs(kind)
+    config = CONFIG.replace(exact_last_blocks=exact_last_blocks)
+    expected, found = (kept_by(impl, q, k, v, config) for impl in ("torch", "triton"))
+    assert torch.equal(found, expected)
+    best = torch.tensor(LOGITS[kind])[None].expand(BLOCKS, -1).tril().argmax(-1)
+    assert found[0, :, torch.arange(BLOCKS), best].all()
+
+
+@pytest.mark.parametrize("programs", [1, 64])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(num_queries=200),
+        dict(num_q_heads=4, num_kv_heads=2, peak_heads=1),
+        dict(config=dict(value_weight=60.0)),
+        dict(config=dict(score_pooling="mean", score_peak=0.0, score_cells=4)),
+        dict(config=dict(score_cells=16, score_peak=0.0)),
+        dict(buffer_bytes=1 << 15),
+    ],
+    ids=["chunk", "GQA, one head has peaks", "value bonus", "means", "one-token cells", "query blocks in parts"],
+)
+def test_peaks_in_every_variant_of_the_kernels(programs, change, monkeypatch):
+    monkeypatch.setattr(cell_kernels, "PROGRAMS", cell_kernels.tl.constexpr(programs))
+    monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", change.pop("buffer_bytes", cell_kernels.BUFFER_BYTES))
+    config = CONFIG.replace(exact_last_blocks=1, **change.pop("config", {}))
+    q, k, v = inputs("many blocks tie at 100, one is at 200", **change)
+    expected, found = (kept_by(impl, q, k, v, config) for impl in ("torch", "triton"))
+    assert torch.equal(found, expected)
+
+
+def test_only_peaks_are_computed_twice():
+    config = CONFIG.replace(exact_last_blocks=1)
+    for kind, logit in (("one block at 1500", 0.0), ("one block at 1500", 4.0)):
+        q, k, _ = inputs(kind)
+        q[..., 0] = logit
+        cells = kernel_cells(q.shape[2], k.shape[2], config)
+        args = q, k, None, cells, 0.25
+        chunks = [*cell_kernels.pair_cells(*args), cell_kernels.pair_tokens(*args, config.exact_last_blocks)]
+        shifts = [shifts[..., 0].max() for _, _, shifts, _ in chunks]  # [heads, row tiles, splits, 1 + rows]
+        assert len(shifts) == 2
+        for largest in shifts:
+            assert largest > 2000 if logit else largest == 0  # powers of two
