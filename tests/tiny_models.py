@@ -74,7 +74,7 @@ def logits(model, ids, **kwargs):
 
 
 def masked_forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The same attention through a token mask, in fp64: what a sparse layer is compared with."""
+    """Attention through a token mask in fp64, which sparse layers are compared with."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     token_mask, value_dim = attention_mask, value.shape[3]
     value = nn.functional.pad(value, (0, query.shape[3] - value_dim))

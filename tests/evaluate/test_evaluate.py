@@ -263,7 +263,7 @@ def test_options_of_single_layers():
 
 
 def _parsed(monkeypatch, *command: str):
-    """What lm-eval would run for a command line."""
+    """Return the arguments that lm-eval would run for a command line."""
     seen = []
     monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda self, arguments: seen.append(arguments))
     monkeypatch.setattr(sys, "argv", ["stem.evaluate", *command])

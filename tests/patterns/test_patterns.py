@@ -296,7 +296,7 @@ def test_methods_spend_what_the_schedule_of_the_config_costs(name, schedule):
 
 @pytest.mark.parametrize("name", ["sparse_transformer_strided", "sparse_transformer_fixed", "vertical_slash"])
 def test_solved_parameters_are_parameters(name):
-    """What is solved is a pattern of the native form: some native parameters give it, or one block more in a row."""
+    """A solved pattern has the native form: some native parameters give it, or one block more in a row."""
     q, k, v = draw(128, 128, 1, 1, torch.float32)
     solved = patterns.select(name, q, k, v, CONFIG).to_mask()
     tries = {

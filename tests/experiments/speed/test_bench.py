@@ -71,7 +71,7 @@ def test_right_results_pass(problem):
 
 
 def drop_one_block(selection):
-    """The same lists without the first free block of each row that has more than four."""
+    """Remove the first free block of each row that has more than four."""
     mask = selection.to_mask()
     mask[..., 1] &= mask.sum(-1) < 4
     return stem.BlockSelection.from_mask(mask, selection.block_size, q_len=selection.q_len, kv_len=selection.kv_len)

@@ -95,7 +95,7 @@ def test_with_widgets_the_picture_follows_them(model, ids):
 
 
 class Shell:
-    """What IPython.get_ipython returns in a kernel."""
+    """Stands for the shell that IPython.get_ipython returns in a kernel."""
 
     kernel = object()
 
