@@ -454,8 +454,8 @@ def hopper_forward_kernel(
 
 @cache
 def is_sm90(device: torch.device) -> bool:
-    """Whether a CUDA device has compute capability 9.0."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether a CUDA device is an NVIDIA GPU of compute capability 9.0; AMD's MI200 reports 9.0 too."""
+    return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -485,14 +485,16 @@ def stream_scratch(device: torch.device, stream: int, num_tasks: int) -> torch.T
     return new_scratch(device, num_tasks)
 
 
-def unsupported(q: torch.Tensor, block_size: int) -> str:
-    """What of this problem the kernel does not cover, in words; empty if it covers all of it."""
-    if not q.is_cuda or not is_sm90(q.device):
-        return f"device {torch.cuda.get_device_name(q.device) if q.is_cuda else q.device}, accepted: CUDA of sm_90"
-    if q.dtype not in DTYPES:
-        return f"dtype {q.dtype}, accepted: {', '.join(map(str, DTYPES))}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"head_dim {q.shape[-1]}, accepted: {', '.join(map(str, HEAD_DIMS))}"
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """Reason why the kernel does not cover a problem; empty if it covers it."""
+    if device.type != "cuda" or not is_sm90(device):
+        return (
+            f"device {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, accepted: CUDA of sm_90"
+        )
+    if dtype not in DTYPES:
+        return f"dtype {dtype}, accepted: {', '.join(map(str, DTYPES))}"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim}, accepted: {', '.join(map(str, HEAD_DIMS))}"
     if block_size != BLOCK_SIZE:
         return f"block_size {block_size}, accepted: {BLOCK_SIZE}"
     return ""
@@ -500,7 +502,7 @@ def unsupported(q: torch.Tensor, block_size: int) -> str:
 
 def supports(q: torch.Tensor, block_size: int) -> bool:
     """Whether the kernel covers queries like q and blocks of this size: sm_90, fp16 or bf16, D 64 or 128, block 128."""
-    return not unsupported(q, block_size)
+    return not unsupported(q.device, q.dtype, q.shape[-1], block_size)
 
 
 def tma_rows(x: torch.Tensor) -> torch.Tensor:

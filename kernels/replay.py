@@ -21,10 +21,9 @@ from .launch import ALIGNMENT, ON_LAUNCH, Tiles, current_stream, is_watched, lay
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
 PLACE_BYTES = 256  # alignment of what lies between two kernels, as torch's allocator has it
-MOST_RECORDINGS = 1024
+MOST_STREAMS = 64  # with a recording of one kind of call
 MOST_BYTES = 256 << 20  # allocated by a call that is recorded; where it is more, nobody sees the host's time
-NEVER_MET, MET = "never met", "met once"
-RECORDINGS: dict[tuple, Recording | str | None] = {}  # MET after a first call; None where a call cannot be repeated
+NEVER_MET, MET = "never met", "met once"  # a recording is None if the call cannot be repeated
 
 
 class Launch(NamedTuple):
@@ -147,18 +146,20 @@ def storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def replay(inputs: tuple[Tensor, ...], options: tuple, call: Callable[[], tuple]) -> tuple:
+def replay(
+    recordings: dict[int, Recording | str | None], inputs: tuple[Tensor, ...], call: Callable[[], tuple]
+) -> tuple:
     """call(), from the third time on as a recording where it can be one.
 
     Args:
+        recordings: The caller's, one dict for each kind of call; inputs of one dict have equal types, shapes and
+            strides, and all else that decides what `call` does is the same. It fills with one entry for each stream.
         inputs: All tensors that differ from call to call, the first on a CUDA device.
-        options: Hashable: what else decides what `call` does, beside the inputs' types, shapes and strides.
         call: Returns tensors that it allocates, or None.
     """
     device = inputs[0].get_device()
     stream = current_stream(device)
-    key = (stream, options, *((x.device, x.dtype, x.shape, x.stride()) for x in inputs))
-    recording = RECORDINGS.get(key, NEVER_MET)
+    recording = recordings.get(stream, NEVER_MET)
     if recording is None or not is_quiet(device):
         return call()
     addresses = [x.data_ptr() for x in inputs]
@@ -167,13 +168,13 @@ def replay(inputs: tuple[Tensor, ...], options: tuple, call: Callable[[], tuple]
     if type(recording) is Recording:
         return recording.repeat(addresses, stream) or call()
     if recording is NEVER_MET:  # what a first call does once, compiling for example, is not recorded
-        if len(RECORDINGS) >= MOST_RECORDINGS:
-            RECORDINGS.clear()
-        RECORDINGS[key] = MET
+        if len(recordings) >= MOST_STREAMS:
+            recordings.clear()
+        recordings[stream] = MET
         return call()
     with Recorder() as recorder:
         outputs = call()
-    RECORDINGS[key] = recorder.recording(inputs, outputs)
+    recordings[stream] = recorder.recording(inputs, outputs)
     return outputs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from numbers import Integral
 from typing import NamedTuple
 
@@ -90,21 +90,36 @@ def scores_matter(rows: BlockRows, config: StemConfig) -> bool:
     if config.allocation == "adaptive":
         return not keeps_every_block(rows, config)
     budget = _budget(rows.prompt, config)[rows.first : rows.stop]
-    forced = config.sink_blocks + max(config.local_blocks, 1)
+    forced = config.always_kept.count
     free = 0 if config.forced == "on_top" else forced  # budget that goes to forced blocks
     return any(forced <= row and free < kept <= row for row, kept in enumerate(budget, rows.first))
 
 
-@cache
+@lru_cache(maxsize=4096)
+def kept_blocks(rows: BlockRows, config: StemConfig) -> int | None:
+    """Key blocks that these query blocks keep in one head, the same for all finite inputs; None if scores decide it."""
+    counts = range(rows.first + 1, rows.stop + 1)
+    if keeps_every_block(rows, config):
+        return sum(counts)
+    if config.allocation == "adaptive" or (config.forced == "on_top" and scores_matter(rows, config)):
+        return None
+    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
+    forced = config.always_kept.count if config.forced == "on_top" else 0
+    return sum(min(count, max(kept, forced)) for count, kept in zip(counts, budget, strict=True))
+
+
+@lru_cache(maxsize=4096)
 def device_budget(rows: BlockRows, config: StemConfig, device: torch.device) -> tuple[Tensor, int]:
     """The budget of these query blocks, int32 [nq] on a device, and the length of the longest list it can give.
 
-    Cached, so that only the first call for a length copies to the device, which waits for it; and for good, because a
-    CUDA graph may have its address.
+    Cached: only the first call for a length waits for the copy to the device. A plan that a CUDA graph has recorded
+    keeps its budget alive.
     """
     budget = _budget(rows.prompt, config)[rows.first : rows.stop]
-    forced = config.sink_blocks + max(config.local_blocks, 1) if config.forced == "on_top" else 0
-    return torch.tensor(budget, dtype=torch.int32, device=device), min(rows.stop, max(budget) + forced)
+    forced = config.always_kept.count if config.forced == "on_top" else 0
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward pass later
+        on_device = torch.tensor(budget, dtype=torch.int32, device=device)
+    return on_device, min(rows.stop, max(budget) + forced)
 
 
 def causal_pairs(num_kv_blocks: int) -> int:
@@ -158,7 +173,7 @@ def _k_start(n: int, config: StemConfig) -> float:
 def _rows(n: int, k_start: float, config: StemConfig) -> np.ndarray:
     """The schedule for a given k_start: int64 [n], row i in 1..i + 1."""
     row = np.arange(1, n + 1)
-    decay = 1.0 if config.allocation == "uniform" else config.decay
+    decay = config.decay
     if config.decay_from == "first_row":
         budget = np.floor(k_start - (k_start * (1 - decay) / n) * row)
     else:

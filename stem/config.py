@@ -1,12 +1,13 @@
-"""StemConfig: every knob of the method, with unit, range, default and the paper's symbol."""
+"""StemConfig: every knob of the method, in five sections, with unit, range, default and the paper's symbol."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from math import inf
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from stem.validation import check_choice, check_integer, check_number
 
@@ -21,6 +22,21 @@ Pooling = Literal["mean", "rms"]
 
 # (from this many key blocks on, share of the key blocks, blocks added)
 Regimes = tuple[tuple[int, float, int], ...]
+
+DEFAULT_DECAY = 0.7
+
+SECTIONS = {
+    "grid": ("block_size",),
+    "budget": ("density", "k_start", "k_start_regimes", "min_blocks", "allocation", "threshold"),
+    "decay": ("decay", "decay_from"),
+    "always kept": (
+        "sink_blocks", "local_blocks", "forced", "dense_first_blocks", "dense_last_blocks", "dense_up_to",
+    ),
+    "scores and cells": (
+        "score_stride", "value_weight", "value_norm", "routing_scale", "reduction", "score_cells", "score_query_cells",
+        "score_peak", "score_pooling", "exact_last_blocks",
+    ),
+}  # fmt: skip
 
 PRESETS = {
     "paper": dict(k_start_regimes=((0, 0.2, 0), (129, 0.1, 0)), min_blocks=54),
@@ -57,11 +73,43 @@ PRESETS = {
 }
 
 
+class AlwaysKept(NamedTuple):
+    """Blocks that a row keeps whatever the scores are."""
+
+    sink_blocks: int
+    local_blocks: int
+    on_top: bool
+    """Whether they are added to the budget."""
+
+    @property
+    def count(self) -> int:
+        """Forced blocks of a row that is long enough [blocks]."""
+        return self.sink_blocks + max(self.local_blocks, 1)
+
+
+class ShareRules(NamedTuple):
+    """Rules of `allocation="adaptive"` for a prompt."""
+
+    threshold: float
+    sink_blocks: int
+    local_blocks: int
+    dense_first_blocks: int
+    dense_last_blocks: int
+
+
+class ValueTerm(NamedTuple):
+    """Value term of the scores."""
+
+    norm: ValueNorm
+    weight: float
+
+
 @dataclass(frozen=True)
 class StemConfig:
-    """What to score, how many blocks to keep and which blocks are always kept.
+    """Settings of the method: the grid, the budget, its decay, the blocks that are always kept, scores and cells.
 
-    At most one of `density`, `k_start` and `k_start_regimes` sets the budget; with none of them, density is 0.25.
+    SECTIONS lists the fields of each of these five sections. At most one of `density`, `k_start` and `k_start_regimes`
+    sets the budget; with none of them, density is 0.25. `allocation="uniform"` is another name for `decay=1`.
     """
 
     block_size: int = 128
@@ -82,7 +130,7 @@ class StemConfig:
     min_blocks: int = 0
     """Lower bound of k_start, 54 in the paper; where it binds, a `density` is exceeded [blocks]."""
 
-    decay: float = 0.7
+    decay: float = DEFAULT_DECAY
     """k_end / k_start, mu in Eq. 3, in (0, 1]; 1 keeps the budget constant."""
 
     decay_from: DecayFrom = "first_row"
@@ -140,7 +188,8 @@ class StemConfig:
     [blocks]. Our choice."""
 
     allocation: Allocation = "position_decay"
-    """Shape of the budget over rows: Eq. 3, constant ("uniform"), or a threshold on each block's share ("adaptive")."""
+    """Shape of the budget over rows: Eq. 3, or a threshold on each block's share ("adaptive"). "uniform" becomes
+    "position_decay" with decay 1."""
 
     threshold: float | None = None
     """With allocation="adaptive": keep a block whose share of its row's mass exceeds this, in (0, 1]."""
@@ -165,6 +214,7 @@ class StemConfig:
         check_choice("routing_scale", self.routing_scale, get_args(RoutingScale))
         check_choice("reduction", self.reduction, get_args(Reduction))
         check_choice("allocation", self.allocation, get_args(Allocation))
+        self._merge_uniform()
         self._check_adaptive()
         if self.reduction == "softmax":
             self._check_cells("score_cells")
@@ -213,19 +263,35 @@ class StemConfig:
         check_choice("preset", name, tuple(PRESETS))
         unknown = set(overrides) - {field.name for field in fields(cls)}
         if unknown:
-            raise TypeError(f"unknown StemConfig field {sorted(unknown)}; fields: {[f.name for f in fields(cls)]}")
+            known = "; ".join(f"{section}: {', '.join(names)}" for section, names in SECTIONS.items())
+            raise TypeError(f"StemConfig has no field {', '.join(sorted(unknown))}; its fields are {known}")
         settings = dict(PRESETS[name])
         if name == "adaptive" and overrides.get("block_size") == 64:
             settings["score_cells"] = 16
         if overrides.get("density") is not None or overrides.get("k_start") is not None:
             settings.update(k_start_regimes=None, min_blocks=0, threshold=None)
             if name == "adaptive":
-                settings.update(allocation="uniform", dense_up_to=0)
+                settings.update(allocation="position_decay", decay=1.0, dense_up_to=0)
         return cls(**{**settings, **overrides})
 
     def replace(self, **changes) -> StemConfig:
         """A copy with some fields changed; validated like a new one."""
         return replace(self, **changes)
+
+    @cached_property
+    def always_kept(self) -> AlwaysKept:
+        """Forced blocks and whether they are added to the budget."""
+        return AlwaysKept(self.sink_blocks, self.local_blocks, self.forced == "on_top")
+
+    @cached_property
+    def value_term(self) -> ValueTerm:
+        """Norm and weight of the value term."""
+        return ValueTerm(self.value_norm, self.value_weight)
+
+    def share_rules(self, num_kv_blocks: int) -> ShareRules:
+        """Rules of `allocation="adaptive"` for a prompt of n key blocks."""
+        dense = self.dense_blocks_of(num_kv_blocks), self.dense_last_blocks
+        return ShareRules(self.threshold, self.sink_blocks, self.local_blocks, *dense)
 
     def dense_blocks_of(self, num_kv_blocks: int) -> int:
         """Query blocks at the start of a prompt of n key blocks that keep everything: all n up to `dense_up_to`."""
@@ -269,6 +335,14 @@ class StemConfig:
         if not regimes or min(regimes)[0] != 0:
             raise ValueError(f"k_start_regimes must start at 0 key blocks, got {self.k_start_regimes!r}")
         object.__setattr__(self, "k_start_regimes", regimes)  # lists, as JSON gives them, become hashable
+
+    def _merge_uniform(self) -> None:
+        if self.allocation != "uniform":
+            return
+        if self.decay not in (1.0, DEFAULT_DECAY):
+            raise ValueError(f"allocation='uniform' is decay=1, got decay={self.decay!r}; give one of the two")
+        object.__setattr__(self, "allocation", "position_decay")
+        object.__setattr__(self, "decay", 1.0)
 
     def _check_adaptive(self) -> None:
         if (self.allocation == "adaptive") != (self.threshold is not None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem.autocast import autocast_once
 from stem.cells import cell_scores
 from stem.config import StemConfig, check_config
 from stem.validation import check_finite, check_impl, check_qkv, check_scale, compute_dtype
@@ -12,6 +13,7 @@ from stem.validation import check_finite, check_impl, check_qkv, check_scale, co
 LOG_EPS = 1e-6  # added to value norms before the logarithm by AngelSlim and hpc-ops; smallest deviation of a z-score
 
 
+@autocast_once
 def block_scores(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, scale: float | None = None, impl: str | None = None
 ) -> Tensor:
@@ -35,17 +37,21 @@ def block_scores(
     check_qkv(q, k, v)
     check_finite(q=q, k=k, v=v)
     check_config(config)
-    impl = check_impl(impl, ("torch", "triton"), q)
+    impl = check_impl(impl, ("torch", "triton"), q.device, q.dtype)
+    return score(q, k, v, config, check_scale(scale, q.shape[-1]), impl)
+
+
+def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str) -> Tensor:
+    """block_scores of checked arguments."""
     q, k, v = q.detach(), k.detach(), v.detach()
-    scale = check_scale(scale, q.shape[-1])
     if config.reduction == "softmax":
         return cell_scores(q, k, cell_bonus(v, config, impl), config, scale, impl=impl)
     scale = routing_scale(q.shape[-1], config, scale)
     if impl == "triton":
         from stem.kernels.block_scores import score_blocks, score_inputs
 
-        value = config.value_norm, config.value_weight
-        return score_blocks(*score_inputs(q, k, v, config.block_size, config.score_stride, *value), scale)
+        inputs = score_inputs(q, k, v, config.block_size, config.score_stride, *config.value_term)
+        return score_blocks(*inputs, scale)
     bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
     offset = k.shape[2] - q.shape[2]
     q_sums = group_sums(q, config.block_size, config.score_stride, reverse=True, offset=offset)

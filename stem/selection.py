@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ class BlockSelection:
         mask = self.to_mask()
         diagonal = torch.ones_like(mask).tril(first).triu(first)
         partial, full = (
-            BlockSelection.from_mask(kept, self.block_size)._padded_lists()
+            BlockSelection.from_mask(kept, self.block_size).padded_lists()
             for kept in (mask & diagonal, mask & ~diagonal)
         )
         block_size = self.block_size
@@ -126,7 +126,7 @@ class BlockSelection:
         lengths = (self.kv_len - start, self.kv_len)
         return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=lengths)
 
-    def _padded_lists(self) -> tuple[Tensor, Tensor]:
+    def padded_lists(self) -> tuple[Tensor, Tensor]:
         """kv_num_blocks and kv_indices widened to num_kv_blocks columns, as BlockMask expects."""
         missing = self.num_kv_blocks - self.kv_indices.shape[-1]
         return self.kv_num_blocks, torch.nn.functional.pad(self.kv_indices, (0, missing))
@@ -156,23 +156,21 @@ def select_blocks(
         ValueError, TypeError: If shapes do not fit, a budget is below 1, or a name is unknown.
     """
     _check_scores(scores, budget, config)
-    impl = check_impl(impl, ("torch", "triton"), scores)
+    impl = check_impl(impl, ("torch", "triton"), scores.device, scores.dtype)
     nq, nk = scores.shape[-2:]
     q_len, kv_len = _lengths(q_len, kv_len, nq, nk, config.block_size)
     on_top = config.forced == "on_top"
     if impl == "triton" and config.allocation != "adaptive":
         from stem.kernels.block_select import select_topk
 
-        forced_blocks = config.sink_blocks + max(config.local_blocks, 1)
-        width = min(nk, int(budget[nk - nq :].max()) + (forced_blocks if on_top else 0))
+        width = min(nk, int(budget[nk - nq :].max()) + (config.always_kept.count if on_top else 0))
         rows = budget[nk - nq :].to(scores.device)
-        lists = select_topk(scores, rows, config.sink_blocks, config.local_blocks, on_top, width)
+        lists = select_topk(scores, rows, *config.always_kept, width)
         return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
     if impl == "triton":
         from stem.kernels.share_select import select_above
 
-        dense = config.dense_blocks_of(nk), config.dense_last_blocks
-        lists = select_above(scores, config.threshold, config.sink_blocks, config.local_blocks, *dense)
+        lists = select_above(scores, *config.share_rules(nk))
         return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
     priority = _forced_priority(nq, nk, config, scores.device)
     forced = priority < 0
@@ -237,3 +235,22 @@ def _check_scores(scores: Tensor, budget: Tensor, config: StemConfig) -> None:
         raise ValueError(f"budget must have one entry per key block [{scores.shape[-1]}], got {tuple(budget.shape)}")
     if budget.device.type == "cpu" and budget.min() < 1:
         raise ValueError(f"budget must be >= 1 in every row, got {int(budget.min())}")
+
+
+def fit_selection(selection: BlockSelection, q: Tensor, k: Tensor) -> BlockSelection:
+    """The selection with q's and k's lengths; raises unless its heads, blocks and device are theirs."""
+    if not isinstance(selection, BlockSelection):
+        raise TypeError(f"selection must be a BlockSelection, got {type(selection).__name__}")
+    if selection.kv_indices.device != q.device:
+        raise ValueError(f"selection must be on q's device {q.device}, got {selection.kv_indices.device}")
+    heads = tuple(selection.kv_num_blocks.shape[:2])
+    if heads != tuple(q.shape[:2]):
+        raise ValueError(f"selection must have q's batch size and heads {tuple(q.shape[:2])}, got {heads}")
+    q_len, kv_len, size = q.shape[2], k.shape[2], selection.block_size
+    blocks = (-(-kv_len // size) - (kv_len - q_len) // size, -(-kv_len // size))
+    if blocks != (selection.num_q_blocks, selection.num_kv_blocks):
+        raise ValueError(
+            f"selection must have {blocks[0]} query and {blocks[1]} key blocks of {size} for {q_len} queries and "
+            f"{kv_len} keys, got {selection.num_q_blocks} and {selection.num_kv_blocks}"
+        )
+    return replace(selection, q_len=q_len, kv_len=kv_len)

@@ -127,14 +127,14 @@ def check_prompt_length(prompt_length: int | None, kv_len: int) -> None:
         raise ValueError(f"prompt_length must be at least k's {kv_len} tokens, got {prompt_length}")
 
 
-def check_impl(impl: str | None, accepted: tuple[str, ...], x: Tensor) -> str:
-    """The implementation to run: the explicit choice, or "triton" on CUDA and "torch" elsewhere."""
+def check_impl(impl: str | None, accepted: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation to run: the explicit choice, or "triton" on CUDA and "torch" elsewhere."""
     if impl is None:
-        return "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
+        return "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
     if impl not in accepted:
         raise ValueError(f"impl must be None or one of {', '.join(map(repr, accepted))}, got {impl!r}")
-    if impl == "triton" and x.dtype == torch.float64:
+    if impl == "triton" and dtype == torch.float64:
         raise TypeError("impl='triton' takes float16, bfloat16 or float32, got torch.float64")
-    if impl == "triton" and x.device.type == "cpu":
+    if impl == "triton" and device.type == "cpu":
         check_triton_on_cpu()
     return impl

@@ -21,6 +21,14 @@ def seed():
 
 
 @pytest.fixture
+def fresh_plans(monkeypatch):
+    """No plan of an earlier test is found, and none of this test's later."""
+    import stem.planning
+
+    monkeypatch.setattr(stem.planning, "PLANS", {})
+
+
+@pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty and its relatives return NaN (the largest integer for int types), so that unwritten values show."""
     for owner, name in [

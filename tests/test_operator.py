@@ -32,25 +32,26 @@ def test_rows_scored_in_chunks_select_what_all_rows_select(value_norm, forced, m
     config = StemConfig(block_size=16, score_stride=8, k_start=3, value_norm=value_norm, forced=forced)
     config = config.replace(sink_blocks=1, local_blocks=1)
     for queries in (q, q[:, :, 20:]):
-        expected = stem.attention.select(queries, k, v, config, 0.25, "torch").to_mask()
+        expected = stem.planning.select(queries, k, v, config, 0.25, "torch").to_mask()
         for rows_at_a_time in (5, 2):
-            monkeypatch.setattr(stem.attention, "CHUNK_SCORES", rows_at_a_time * 2 * 5)
-            assert torch.equal(stem.attention.select(queries, k, v, config, 0.25, "triton").to_mask(), expected)
+            monkeypatch.setattr(stem.choose, "CHUNK_SCORES", rows_at_a_time * 2 * 5)
+            assert torch.equal(stem.planning.select(queries, k, v, config, 0.25, "triton").to_mask(), expected)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("lengths", [(90, 90), (50, 133)], ids=str)
-def test_where_no_score_matters_the_forced_blocks_are_taken_unscored(lengths, impl, monkeypatch):
+def test_where_no_score_matters_the_forced_blocks_are_taken_unscored(lengths, impl, monkeypatch, fresh_plans):
     config = StemConfig(block_size=16, score_stride=8, k_start=3, decay=0.8, sink_blocks=1, local_blocks=2)
     q, k, v = (
         torch.randn(2, heads, tokens, 16, device=DEVICE)
         for heads, tokens in zip((4, 2, 2), lengths[:1] + 2 * lengths[1:], strict=True)
     )
     with monkeypatch.context() as patch:
-        patch.setattr(stem.attention, "SHORT_BLOCKS", 0)
+        patch.setattr(stem.planning, "SHORT_BLOCKS", 0)
         expected = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
-    for module, name in ((stem.attention, "block_scores"), (stem.attention, "_select_by_budget")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("scores were computed"))
+    stem.planning.PLANS.clear()
+    for name in ("choose_scores", "choose_topk"):
+        monkeypatch.setattr(stem.choose, name, lambda *_, **__: pytest.fail("scores were computed"))
     found = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1].to_mask(), expected[1].to_mask())
@@ -113,7 +114,9 @@ def test_a_cuda_graph_replays_what_eager_code_computes(name, impl, dtype):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["paper", "zscore", "strides that TMA cannot read"])
-def test_attention_that_begins_before_all_blocks_are_chosen(name, batch, heads, lengths, in_graph, monkeypatch):
+def test_attention_that_begins_before_all_blocks_are_chosen(
+    name, batch, heads, lengths, in_graph, monkeypatch, fresh_plans
+):
     """Scores of the inputs before, in the memory that all calls share, must never be what is attended by."""
     changes = dict(value_norm="zscore", forced="on_top") if name == "zscore" else {}
     config = StemConfig.preset("paper", **changes)
@@ -128,14 +131,15 @@ def test_attention_that_begins_before_all_blocks_are_chosen(name, batch, heads, 
             x.normal_(generator=generator)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stem.attention, "_overlaps", lambda *_: False)
+        patch.setattr(stem.planning.Plan, "_path", lambda plan: "lists")
         expected = []
         for seed in range(5):
             fill(seed)
             out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
             expected.append((out, selection.to_mask()))
     assert selection.density() < 1
-    monkeypatch.setattr(stem.attention, "_attend", lambda *_: pytest.fail("one stage after the other"))
+    stem.planning.PLANS.clear()
+    monkeypatch.setattr(stem.planning, "attend", lambda *_: pytest.fail("one stage after the other"))
     fill(0)
     out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
     if in_graph:
@@ -157,5 +161,5 @@ def test_memory_of_scores_and_selection():
     q, k, v = (torch.randn(1, heads, 2**17, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    stem.attention.select(q, k, v, StemConfig(), 128**-0.5, "triton")
+    stem.planning.select(q, k, v, StemConfig(), 128**-0.5, "triton")
     assert torch.cuda.max_memory_allocated() - before <= 2**30

@@ -1,4 +1,4 @@
-"""Dense causal attention by torch's fused kernels: what a selection that keeps every block amounts to."""
+"""Dense causal attention by torch's fused kernels, for selections that keep every block."""
 
 from __future__ import annotations
 
@@ -8,38 +8,46 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None] | None:
-    """Dense causal attention of a whole prompt by the fastest fused kernel that torch has for it: cuDNN's, then FA2.
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, return_lse: bool) -> str | None:
+    """Fastest fused kernel of torch for dense causal attention of a whole prompt; None if none covers the problem.
 
-    The operators behind SDPA are called by name, because SDPA neither returns the log-sum-exp nor prefers cuDNN; and as
-    functions of torch rather than of torch.ops, whose calls take the host about 3 us longer.
+    The answer depends on shapes, strides, dtypes, the device and the two flags, not on values.
 
     Args:
-        q, k, v, scale: As in stem.stem_attention.
-        return_lse: Whether the log-sum-exp is wanted; its gradient would be lost, so it comes without gradients only.
+        q, k, v: As in stem.stem_attention.
+        needs_grad, return_lse: The kernels lose the gradient of the log-sum-exp, so together they give None.
     Returns:
-        out like q and lse [B, Hq, N], or None for lse if it was not wanted; None if no kernel covers the problem.
+        "cudnn" or "flash" on CUDA, "cpu" or (with gradients) "sdpa" on the CPU, or None.
     """
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.shape[2] != k.shape[2] or (needs_grad and return_lse):
         return None
-    if q.is_cuda:
-        params = SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
-        if can_use_cudnn_attention(params):
-            with_lse = needs_grad or return_lse  # the backward pass needs it
-            out, lse, *_ = torch._scaled_dot_product_cudnn_attention(
-                q, k, v, None, with_lse, is_causal=True, scale=scale
-            )
-        elif can_use_flash_attention(params) and q.shape[3] % 8 == 0:
-            out, lse, *_ = torch._scaled_dot_product_flash_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            return None
-    elif q.device.type == "cpu" and not needs_grad:
-        out, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True, scale=scale)
-    elif q.device.type == "cpu":
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    else:
+    if q.device.type == "cpu":
+        return "sdpa" if needs_grad else "cpu"
+    if not q.is_cuda:
         return None
-    return out, lse.view(q.shape[:3]) if return_lse else None
+    params = SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
+    if can_use_cudnn_attention(params):
+        return "cudnn"
+    return "flash" if can_use_flash_attention(params) and q.shape[3] % 8 == 0 else None
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: str, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output like q and log-sum-exp [B, Hq, N] (None unless `with_lse`) by a kernel that `dense_kernel` named.
+
+    SDPA neither returns the log-sum-exp nor prefers cuDNN, so the operators behind SDPA are called by name; functions
+    of torch take the host about 3 us less than those of torch.ops.
+    """
+    if kernel == "cudnn":
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        out, lse, *_ = torch._scaled_dot_product_cudnn_attention(
+            q, k, v, None, with_lse or needs_grad, is_causal=True, scale=scale
+        )
+    elif kernel == "flash":
+        out, lse, *_ = torch._scaled_dot_product_flash_attention(q, k, v, is_causal=True, scale=scale)
+    elif kernel == "cpu":
+        out, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return out, lse.view(q.shape[:3]) if with_lse else None

@@ -1,32 +1,21 @@
-"""Stem as operators of torch.library: what torch.compile sees, and where gradients enter the kernels.
+"""Attention over the kept blocks as operators of torch.library: for torch.compile, and for gradients of the kernels.
 
-    stem::select_blocks                      q, k, v -> lists; no gradient flows through a selection
     stem::block_sparse_attention             q, k, v, lists -> out, lse
-    stem::block_sparse_attention_backward    its gradient; has none itself
+    stem::block_sparse_attention_backward    its gradient, which cannot be differentiated again
 
-`impl` is that of stem.block_sparse_attention, "" where it is None; configs travel as JSON, which operators accept.
+`impl` is that of stem.block_sparse_attention, "" where it is None: the operator then chooses when it runs.
 """
 
 from __future__ import annotations
-
-import json
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from stem.config import StemConfig
+from stem.impl.coverage import resolve_impl, sparse_kernel
 from stem.impl.gather import gather_attention, gather_gradients
 from stem.selection import BlockSelection
-
-
-def select(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str | None, prompt_length: int | None
-) -> BlockSelection:
-    """Scores, budget and selection as one operator; the lists have room for every key block, their length is data."""
-    lists = select_op(q, k, v, config.as_json, scale, impl or "", prompt_length)
-    return BlockSelection(*lists, config.block_size, lists[0].shape[3], q.shape[2], k.shape[2])
+from stem.validation import compute_dtype
 
 
 def attend(
@@ -35,26 +24,6 @@ def attend(
     """Attention over the kept blocks as one operator, differentiable once; see stem.block_sparse_attention."""
     lists = selection.kv_indices, selection.kv_num_blocks
     return attention_op(q, k, v, *lists, selection.block_size, scale, impl or "")
-
-
-@custom_op("stem::select_blocks", mutates_args=())
-def select_op(
-    q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, impl: str, prompt_length: int | None
-) -> tuple[Tensor, Tensor]:
-    from stem.attention import select
-
-    selection = select(q, k, v, _from_json(config), scale, impl or None, prompt_length)
-    kv_num_blocks, kv_indices = selection._padded_lists()
-    return kv_indices.clone(), kv_num_blocks.clone()  # a compiled graph may write into what an operator returns
-
-
-@select_op.register_fake
-def _(q, k, v, config, scale, impl, prompt_length):
-    size = _from_json(config).block_size
-    num_kv_blocks = (k.shape[2] + size - 1) // size
-    num_q_blocks = num_kv_blocks - (k.shape[2] - q.shape[2]) // size
-    rows = q.shape[0], q.shape[1], num_q_blocks
-    return q.new_empty((*rows, num_kv_blocks), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
 
 
 @custom_op("stem::block_sparse_attention", mutates_args=())
@@ -68,23 +37,17 @@ def attention_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    impl = _resolve(impl, q, block_size)
+    impl = resolve_impl(impl or None, q.device, q.dtype, q.shape[3], block_size)
     if impl == "torch":
         out, lse = gather_attention(q, k, v, _selection(q, k, kv_indices, kv_num_blocks, block_size), scale)
-    elif impl == "triton":
-        from stem.kernels.sparse_forward import sparse_forward
-
-        out, lse = sparse_forward(q, k, v, kv_indices, kv_num_blocks, block_size, scale)
     else:
-        from stem.kernels.hopper_forward import sparse_forward
-
-        out, lse = sparse_forward(q, k, v, kv_indices, kv_num_blocks, block_size, scale)
+        out, lse = sparse_kernel(impl)(q, k, v, kv_indices, kv_num_blocks, block_size, scale)
     return _laid_out_like(out, q), lse.contiguous()
 
 
 @attention_op.register_fake
 def _(q, k, v, kv_indices, kv_num_blocks, block_size, scale, impl):
-    return _empty_like(q), q.new_empty(q.shape[:3], dtype=_statistics_dtype(q))
+    return _empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
 @custom_op("stem::block_sparse_attention_backward", mutates_args=())
@@ -102,7 +65,7 @@ def attention_backward_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _resolve(impl, q, block_size) == "torch":
+    if resolve_impl(impl or None, q.device, q.dtype, q.shape[3], block_size) == "torch":
         selection = _selection(q, k, kv_indices, kv_num_blocks, block_size)
         gradients = gather_gradients(q, k, v, selection, scale, dout, dlse)
     else:
@@ -139,12 +102,6 @@ attention_op.register_autograd(_differentiate, setup_context=_save)
 attention_backward_op.register_autograd(_refuse)
 
 
-def _resolve(impl: str, q: Tensor, block_size: int) -> str:
-    from stem.attention import _choose
-
-    return _choose(impl or None, q, block_size)
-
-
 def _selection(q: Tensor, k: Tensor, kv_indices: Tensor, kv_num_blocks: Tensor, block_size: int) -> BlockSelection:
     num_kv_blocks = -(-k.shape[2] // block_size)
     return BlockSelection(kv_indices, kv_num_blocks, block_size, num_kv_blocks, q.shape[2], k.shape[2])
@@ -160,12 +117,3 @@ def _laid_out_like(result: Tensor, x: Tensor) -> Tensor:
     """The result with the strides that the fake implementation promises; kernels copy inputs that they cannot read."""
     promised = _empty_like(x, device="meta").stride()
     return result if result.stride() == promised else _empty_like(x).copy_(result)
-
-
-def _statistics_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@lru_cache(maxsize=256)
-def _from_json(text: str) -> StemConfig:
-    return StemConfig(**json.loads(text))

@@ -43,7 +43,8 @@ def uniform_budget(config: StemConfig, num_kv_blocks: int, row_blocks: int | Non
     else:
         budget = dict(density=None, k_start=row_blocks)
     return config.replace(
-        allocation="uniform",
+        allocation="position_decay",
+        decay=1.0,
         threshold=None,
         k_start_regimes=None,
         min_blocks=0,

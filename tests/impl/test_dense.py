@@ -26,10 +26,10 @@ def draw(q_len, kv_len, dtype=torch.float32, heads=(4, 2), dim=16, device="cpu")
 
 
 @pytest.fixture
-def no_scores(monkeypatch):
-    """Scoring fails, so whoever passes did without."""
-    for name in ("block_scores", "_select_by_budget", "_select_by_share"):
-        monkeypatch.setattr(stem.attention, name, lambda *_, **__: pytest.fail("scores were computed"))
+def no_scores(monkeypatch, fresh_plans):
+    """Scoring fails, so a test that passes did not score."""
+    for name in ("choose_scores", "choose_topk", "choose_share"):
+        monkeypatch.setattr(stem.choose, name, lambda *_, **__: pytest.fail("scores were computed"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +48,7 @@ def test_it_is_dense_attention(name, lengths, dtype, no_scores):
 @pytest.mark.parametrize("short_blocks", [64, 1])
 @pytest.mark.parametrize("impl", [None, "torch"])
 def test_the_selection_is_the_one_that_scores_would_give(impl, short_blocks, no_scores, monkeypatch):
-    monkeypatch.setattr(stem.attention, "SHORT_BLOCKS", short_blocks)
+    monkeypatch.setattr(stem.planning, "SHORT_BLOCKS", short_blocks)
     (q, k, v), config = draw(50, 133), DENSE["density"]
     _, found = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)
     scores, budget = stem.block_scores(q, k, v, config), stem.block_budget(9, config)
@@ -74,15 +74,15 @@ def test_gradients(lengths, return_lse, no_scores):
         torch.testing.assert_close(one, other)
 
 
-def test_an_explicit_implementation_still_scores(monkeypatch):
+def test_an_explicit_implementation_still_chooses(monkeypatch, fresh_plans):
     q, k, v = draw(40, 40)
     calls = []
-    original = stem.attention.select
-    monkeypatch.setattr(stem.attention, "select", lambda *a: calls.append("select") or original(*a))
-    monkeypatch.setattr(stem.attention, "fused_attention", lambda *_: pytest.fail("dense kernel"))
+    original = stem.planning.Plan.choose
+    monkeypatch.setattr(stem.planning.Plan, "choose", lambda *a: calls.append("choose") or original(*a))
+    monkeypatch.setattr(stem.planning, "fused_attention", lambda *_: pytest.fail("dense kernel"))
     for config, impl in [(DENSE["density"], "torch"), (StemConfig(block_size=16, density=0.9), None)]:
         stem.stem_attention(q, k, v, config, impl=impl)
-    assert calls == ["select"] * 2
+    assert calls == ["choose"] * 2
 
 
 def test_scale_is_passed_on():

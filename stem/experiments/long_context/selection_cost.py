@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from stem.attention import select, stem_attention
+from stem.attention import stem_attention
 from stem.config import StemConfig
 from stem.experiments import records
+from stem.planning import select
 from stem.scores import block_scores
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from stem import patterns
-from stem.attention import IMPLS
+from stem.impl.coverage import IMPLS
 from stem.config import StemConfig
 from stem.experiments.training.distributed import PARALLEL
 from stem.experiments.training.model import ModelSize

@@ -1,0 +1,35 @@
+"""Autocast as SDPA treats it: inputs are cast once, at the entry, and products inside keep their own precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+
+def is_autocast(x: object) -> bool:
+    """Whether autocast is on for the device of a tensor; False for anything else."""
+    return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast_once(function: Callable) -> Callable:
+    """The function with its tensors cast to autocast's dtype as SDPA casts them, and autocast off inside; fp64 stays."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if not is_autocast(first):
+            return function(*args, **kwargs)
+        kind = first.device.type
+        dtype = torch.get_autocast_dtype(kind)
+
+        def cast(x):
+            low = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(dtype) if low and x.device.type == kind else x
+
+        with torch.autocast(kind, enabled=False):
+            return function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+
+    return call

@@ -1,0 +1,91 @@
+"""From q, k and v to the kept blocks, in the way that a Plan names; on CUDA without a host synchronisation."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from stem.budget import BlockRows, full_rows
+from stem.cells import kernel_cells
+from stem.config import StemConfig
+from stem.scores import cell_bonus, routing_scale, score
+from stem.selection import BlockSelection, select_blocks
+
+CHUNK_SCORES = 1 << 26  # block scores held at a time by choose_topk: 256 MiB
+
+
+@lru_cache(maxsize=256)
+def forced_lists(
+    batch: int, heads: int, config: StemConfig, rows: BlockRows, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Lists for budgets that forced blocks use up, whatever the scores are; shared between calls, read only."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward pass later
+        scores = torch.zeros(batch, heads, rows.stop - rows.first, rows.stop)
+        selection = select_blocks(scores, rows.budget(config), rows.at_the_end(config), impl="torch")
+        return selection.kv_indices.to(device), selection.kv_num_blocks.to(device)
+
+
+def choose_scores(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, rows: BlockRows, scale: float, impl: str
+) -> BlockSelection:
+    """Scores of all block pairs in memory, then the selection; covers every config."""
+    config_here = rows.at_the_end(config)
+    scores = score(q, k, v, config_here, scale, impl)
+    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    return select_blocks(scores, rows.budget(config), config_here, impl=impl, **lengths)
+
+
+def choose_share(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, rows: BlockRows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Lists of the blocks whose share of their row exceeds the threshold, by Triton; scores are never stored."""
+    from stem.kernels.share_select import pool_select
+
+    config = rows.at_the_end(config)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    cells = kernel_cells(q.shape[2], k.shape[2], config)
+    rules = config.share_rules(cells.num_kv_blocks)
+    return pool_select(q, k, cell_bonus(v, config, "triton"), cells, scale, *rules, config.exact_last_blocks)
+
+
+def choose_topk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    rows: BlockRows,
+    scale: float,
+    budget: Tensor,
+    width: int,
+    at_once: bool,
+) -> tuple[Tensor, Tensor]:
+    """Lists of the best blocks by mean score, as many as the budget says, by Triton and some rows at a time.
+
+    Args:
+        budget, width: From `stem.budget.device_budget`.
+        at_once: Score and select in one launch, for prompts of at most score_select.MAX_KV_BLOCKS key blocks.
+    """
+    from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
+    from stem.kernels.block_select import empty_lists, select_topk
+    from stem.kernels.score_select import score_select
+
+    (batch, heads, q_len), kv_len, size = q.shape[:3], k.shape[2], config.block_size
+    num_q_blocks, offset = rows.stop - rows.first, kv_len - q_len
+    lists = empty_lists(batch, heads, num_q_blocks, width, q.device)
+    scale = routing_scale(q.shape[3], config, scale)
+    step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * rows.stop)))
+    args = q, k, v, size, config.score_stride, *config.value_term
+    if at_once and step == num_q_blocks:
+        inputs = score_inputs(*args, first_q_block=full_rows(rows, config))
+        return score_select(*inputs, scale, budget, *config.always_kept, lists)
+    q_sums, k_sums, value_bonus = score_inputs(*args, num_q_blocks=step)
+    for row in range(0, num_q_blocks, step):
+        if row:
+            start, stop = ((rows.first + x) * size - offset for x in (row, row + step))
+            chunk = q[:, :, start:stop]
+            q_sums = block_sums(chunk, size, config.score_stride, reverse=True, offset=offset + start)
+        scores = score_blocks(q_sums, k_sums, value_bonus, scale, rows.first + row)
+        select_topk(scores, budget, *config.always_kept, width, lists, row)
+    return lists

@@ -1,0 +1,28 @@
+"""Attention over the kept blocks by a named implementation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stem.impl.coverage import sparse_kernel
+from stem.impl.flex import flex_attention
+from stem.impl.gather import gather_attention
+from stem.reference import masked_attention
+from stem.selection import BlockSelection
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the kept blocks by a resolved implementation."""
+    if impl == "reference":
+        return masked_attention(q, k, v, selection.to_token_mask(), scale, return_lse=True)
+    if impl == "torch":
+        return gather_attention(q, k, v, selection, scale)
+    if impl == "flex":
+        return flex_attention(q, k, v, selection, scale)
+    if needs_grad:  # the operators hold the backward pass and cost the host some tens of us
+        from stem.impl import operators
+
+        return operators.attend(q, k, v, selection, scale, impl)
+    return sparse_kernel(impl)(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)

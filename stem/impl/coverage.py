@@ -1,0 +1,38 @@
+"""Which implementation attends: names, coverage, and the forward kernel behind a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from stem.validation import check_impl
+
+IMPLS = ("reference", "torch", "triton", "hopper", "flex")
+
+
+def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """Implementation that attends: an explicit one, else the fastest that covers the problem.
+
+    Raises:
+        ValueError, TypeError: If an explicit implementation is unknown or does not cover the problem.
+    """
+    chosen = check_impl(impl, IMPLS, device, dtype)
+    if impl == "hopper" or (impl is None and chosen == "triton"):
+        from stem.kernels.hopper_forward import unsupported
+
+        reason = unsupported(device, dtype, head_dim, block_size)
+        if impl is None:
+            return "triton" if reason else "hopper"
+        if reason:
+            raise ValueError(f"impl='hopper' does not cover {reason}")
+    return chosen
+
+
+def sparse_kernel(impl: str) -> Callable:
+    """Forward kernel of an implementation: (q, k, v, kv_indices, kv_num_blocks, block_size, scale) -> out, lse."""
+    if impl == "triton":
+        from stem.kernels.sparse_forward import sparse_forward
+    else:
+        from stem.kernels.hopper_forward import sparse_forward
+    return sparse_forward

@@ -1,0 +1,319 @@
+"""From a Problem to a Plan: everything about a call that does not depend on the numbers in q, k and v.
+
+`plan_for` looks a plan up by shapes, strides, dtypes, devices, config, options and gradient mode; on a miss it checks
+the arguments and decides. `Plan.run` is what is left for every call: choose the blocks where there is a choice, attend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import NoneType
+
+import torch
+from torch import Tensor
+
+from stem import choose
+from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, kept_blocks, scores_matter
+from stem.config import StemConfig, check_config
+from stem.impl.attend import attend
+from stem.impl.coverage import resolve_impl
+from stem.impl.dense import dense_kernel, fused_attention
+from stem.selection import BlockSelection
+from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale, compute_dtype
+
+SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are cached: launches dominate there
+# With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 9 to 64 heads).
+LISTS_TOKENS, LISTS_ROWS = 640, 20 * 1024  # tokens of the prompt; queries of all heads and batch entries
+MOST_PLANS = 1024
+# How scores and selection run for an implementation of the attention; None is Triton on CUDA and torch elsewhere.
+CHOOSE_IMPL = {"reference": "torch", "torch": "torch", "triton": "triton", "hopper": "triton", "flex": None}
+
+PLANS: dict[tuple, Plan] = {}  # the oldest goes first
+CAPTURED: list[Plan] = []  # a CUDA graph may read their tables
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call without its numbers: enough to decide how it runs, on any machine and without tensors."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    """Queries, the last of the keys' positions [tokens]."""
+
+    kv_len: int
+    """Keys [tokens]."""
+
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    config: StemConfig
+    scale: float
+    """Softmax scale."""
+
+    impl: str | None = None
+    """See stem.block_sparse_attention."""
+
+    prompt_length: int | None = None
+    """See stem.stem_attention [tokens]."""
+
+    return_selection: bool = False
+    return_lse: bool = False
+    needs_grad: bool = False
+    """Whether a gradient may be wanted: gradient mode is on and an input requires one."""
+
+    is_plain: bool = True
+    """Whether q, k and v are plain tensors, whose launches may be recorded and replayed."""
+
+    dense_kernel: str | None = None
+    """torch's fused kernel for the problem, see stem.impl.dense.dense_kernel."""
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: StemConfig,
+        scale: float | None = None,
+        impl: str | None = None,
+        prompt_length: int | None = None,
+        return_selection: bool = False,
+        return_lse: bool = False,
+    ) -> Problem:
+        """The problem of these arguments of stem.stem_attention.
+
+        Raises:
+            ValueError, TypeError: For arguments that no plan covers, whatever the values of q, k and v.
+        """
+        check_qkv(q, k, v)
+        check_config(config)
+        check_prompt_length(prompt_length, k.shape[2])
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return cls(
+            q.shape[0],
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            k.shape[2],
+            q.shape[3],
+            q.dtype,
+            q.device,
+            config,
+            check_scale(scale, q.shape[3]),
+            impl,
+            prompt_length,
+            bool(return_selection),
+            bool(return_lse),
+            needs_grad,
+            type(q) is type(k) is type(v) is Tensor,
+            dense_kernel(q, k, v, needs_grad, bool(return_lse)) if impl is None and q.shape[0] else None,
+        )
+
+
+@dataclass(eq=False)
+class Plan:
+    """How a problem runs, decided once; `explain` says it in words."""
+
+    problem: Problem
+    recordings: dict = field(default_factory=dict)
+    """Launches of earlier calls by stream, see stem.kernels.replay."""
+
+    def __post_init__(self) -> None:
+        p = self.problem
+        self.rows = BlockRows.of(p.q_len, p.kv_len, p.config.block_size, p.prompt_length)
+        self.impl = resolve_impl(p.impl, p.device, p.dtype, p.head_dim, p.config.block_size)
+        self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
+        if self.choose_impl == "triton" and p.dtype == torch.float64:
+            self.choose_impl = "torch"
+        self.choice = self._choice()
+        self.path = self._path()
+        kernels_alone = p.impl in (None, "triton", "hopper") and not p.needs_grad
+        self.is_repeatable = p.is_plain and p.device.type == "cuda" and kernels_alone and not p.return_selection
+        if self.is_repeatable:
+            from stem.kernels.replay import replay
+
+            self.replay = replay
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, BlockSelection | None]:
+        """Output, log-sum-exp and selection for tensors of this problem; None for what was not asked for."""
+        if self.is_repeatable:
+            return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:2]), None
+        return self._run(q, k, v)
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
+        """The kept blocks, read only; see the functions of stem.choose."""
+        p, rows = self.problem, self.rows
+        if self.choice == "forced":
+            return self._selection(choose.forced_lists(p.batch, p.q_heads, p.config, rows, p.device))
+        if self.choice == "all":
+            return BlockSelection.every_block(p.batch, p.q_heads, p.q_len, p.kv_len, p.config.block_size, p.device)
+        if self.choice == "topk":
+            lists = choose.choose_topk(q, k, v, p.config, rows, p.scale, *self.budget, self._is_short)
+            return self._selection(lists)
+        if self.choice == "share":
+            return self._selection(choose.choose_share(q, k, v, p.config, rows, p.scale))
+        return choose.choose_scores(q, k, v, p.config, rows, p.scale, self.choose_impl)
+
+    def explain(self) -> str:
+        """One sentence: how the problem runs, and why."""
+        p = self.problem
+        tokens = f"{p.q_len} queries on {p.kv_len} keys" if p.q_len < p.kv_len else f"{p.kv_len} tokens"
+        what = f"{tokens} in blocks of {p.config.block_size}"
+        if self.path == "empty":
+            return f"{what}: the batch is empty, so nothing runs."
+        if self.path == "dense":
+            return f"{what}: torch's dense kernel ({p.dense_kernel}) attends, because every row keeps every block."
+        how = {
+            "all": "every row keeps every block, so the lists hold all of them",
+            "forced": "forced blocks use up every row's budget, so cached lists serve every call",
+            "topk": "Triton scores the blocks and keeps the best of each row's budget",
+            "share": "Triton keeps the blocks whose share of their row exceeds the threshold, without storing scores",
+            "scores": f"{self.choose_impl} scores every block pair in memory and selects",
+        }[self.choice]
+        then = f'impl="{self.impl}" attends'
+        if self.path == "overlap":
+            then += f", beginning with the first {full_rows(self.rows, p.config)} rows, which keep every block, while "
+            then += "the other rows' blocks are chosen"
+        then += " through an operator that holds the backward pass" if self._needs_operator else ""
+        return f"{what}: {how}; {then}{'; repeated calls replay the launches' if self.is_repeatable else ''}."
+
+    @property
+    def kept_blocks(self) -> int | None:
+        """Kept block pairs of one head, the same for finite q, k and v of any value; None where they decide it."""
+        return kept_blocks(self.rows, self.problem.config)
+
+    @cached_property
+    def budget(self) -> tuple[Tensor, int]:
+        """The budget of each row on the device, and the longest list; see stem.budget.device_budget."""
+        return device_budget(self.rows, self.problem.config, self.problem.device)
+
+    def _choice(self) -> str:
+        config, rows = self.problem.config, self.rows
+        if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
+            return "forced"
+        if keeps_every_block(rows, config):
+            return "all"
+        if self.choose_impl == "triton" and config.reduction == "mean" and config.allocation != "adaptive":
+            return "topk"
+        if self.choose_impl == "triton" and config.reduction == "softmax" and config.allocation == "adaptive":
+            return "share"
+        return "scores"
+
+    def _path(self) -> str:
+        p, rows = self.problem, self.rows
+        if not p.batch:
+            return "empty"
+        if p.impl is None and p.dense_kernel and keeps_every_block(rows, p.config):
+            is_long = p.kv_len >= LISTS_TOKENS and p.batch * p.q_heads * p.q_len >= LISTS_ROWS
+            if not (is_long and self.impl == "hopper" and not p.needs_grad):
+                return "dense"
+        if self.impl == "hopper" and self.choice == "topk" and not p.needs_grad and self._is_short:
+            return "overlap" if full_rows(rows, p.config) else "lists"
+        return "lists"
+
+    @property
+    def _is_short(self) -> bool:
+        from stem.kernels.score_select import MAX_KV_BLOCKS
+
+        return self.rows.stop <= MAX_KV_BLOCKS
+
+    @property
+    def _needs_operator(self) -> bool:
+        return self.problem.needs_grad and self.impl in ("triton", "hopper")
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, BlockSelection | None]:
+        p = self.problem
+        check_finite(q=q, k=k, v=v)
+        if q.is_cuda and torch.cuda.is_current_stream_capturing() and self not in CAPTURED:
+            CAPTURED.append(self)
+        selection = None
+        if self.path == "empty":
+            out, lse = q.clone(), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+        elif self.path == "dense":
+            out, lse = fused_attention(q, k, v, p.scale, p.dense_kernel, p.return_lse)
+        elif self.path == "overlap":
+            out, lse, selection = self._attend_while_choosing(q, k, v)
+        else:
+            selection = self.choose(q, k, v)
+            out, lse = attend(q, k, v, selection, p.scale, self.impl, p.needs_grad)
+        if p.return_selection and selection is None:
+            selection = self.choose(q, k, v)
+        return out, lse if p.return_lse else None, selection if p.return_selection else None
+
+    def _attend_while_choosing(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, BlockSelection]:
+        """Scoring, selection and attention overlap (programmatic dependent launch); full rows need no list."""
+        from stem.kernels.hopper_forward import prepare
+
+        start = prepare(q, k, v, self.problem.scale)  # may launch kernels of its own, so it comes first
+        selection = self.choose(q, k, v)
+        full = full_rows(self.rows, self.problem.config)
+        return *start(selection.kv_indices, selection.kv_num_blocks, full), selection
+
+    def _selection(self, lists: tuple[Tensor, Tensor]) -> BlockSelection:
+        p = self.problem
+        return BlockSelection(*lists, p.config.block_size, self.rows.stop, p.q_len, p.kv_len)
+
+
+def plan_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    scale: float | None = None,
+    impl: str | None = None,
+    prompt_length: int | None = None,
+    return_selection: bool = False,
+    return_lse: bool = False,
+) -> Plan:
+    """Plan for these arguments of stem.stem_attention, cached by everything that it depends on.
+
+    Autocast and torch.compile never reach the cache: the entry casts once and switches autocast off, and a compiled
+    graph holds operators. Alignment of addresses is looked at by every replay.
+
+    Raises:
+        ValueError, TypeError: As Problem.of and resolve_impl, on a miss.
+    """
+    args = config, scale, impl, prompt_length, bool(return_selection), bool(return_lse)
+    if not (
+        type(q) is type(k) is type(v) is Tensor
+        and type(config) is StemConfig
+        and type(scale) in (NoneType, float)  # 1, 1.0 and True are one key
+        and type(prompt_length) in (NoneType, int)
+        and type(impl) in (NoneType, str)
+    ):
+        return Plan(Problem.of(q, k, v, *args))
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    gradients = modes[0] and (q.requires_grad or k.requires_grad or v.requires_grad)
+    layouts = q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device
+    key = args, modes, gradients, layouts, v.shape, v.stride(), v.dtype, v.device
+    plan = PLANS.get(key)
+    if plan is None:
+        plan = Plan(Problem.of(q, k, v, *args))
+        while len(PLANS) >= MOST_PLANS:
+            del PLANS[next(iter(PLANS))]
+        PLANS[key] = plan
+    return plan
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    scale: float,
+    impl: str | None,
+    prompt_length: int | None = None,
+) -> BlockSelection:
+    """Scores, budget and selection of stem.stem_attention without the attention.
+
+    Args:
+        q, k, v, config, scale, prompt_length: As there.
+        impl: "torch", "triton" or None (Triton on CUDA).
+    Returns:
+        The selection, read only: calls of one length may share the lists.
+    """
+    check_finite(q=q, k=k, v=v)
+    return plan_for(q, k, v, config, scale, impl, prompt_length).choose(q, k, v)
