@@ -15,7 +15,7 @@ def is_autocast(x: object) -> bool:
 
 
 def autocast_once(function: Callable) -> Callable:
-    """The function with its tensors cast to autocast's dtype as SDPA casts them, and autocast off inside; fp64 stays."""
+    """The function with its tensors cast as autocast casts those of SDPA (fp64 stays), and with autocast off inside."""
 
     @wraps(function)
     def call(*args, **kwargs):

@@ -15,8 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from stem import hf, patterns
-from stem.impl.coverage import IMPLS
 from stem.config import StemConfig
+from stem.impl.coverage import IMPLS
 from stem.pretrained import resolve
 from stem.validation import check_choice
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from stem.impl.coverage import IMPLS
 from stem.config import StemConfig
 from stem.hf.models import attention_modules, config_by_layer, give_own_configs, own_attention, refuse_dense_models
 from stem.hf.report import NAME, Layer, Report, Selector
+from stem.impl.coverage import IMPLS
 from stem.validation import check_prompt_length
 
 

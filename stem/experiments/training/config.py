@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from stem import patterns
-from stem.impl.coverage import IMPLS
 from stem.config import StemConfig
 from stem.experiments.training.distributed import PARALLEL
 from stem.experiments.training.model import ModelSize
 from stem.experiments.training.tasks import TASKS, VOCAB_SIZE
+from stem.impl.coverage import IMPLS
 from stem.validation import check_choice, check_integer, check_number
 
 SMALLEST = {
