@@ -488,9 +488,7 @@ def stream_scratch(device: torch.device, stream: int, num_tasks: int) -> torch.T
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """Reason why the kernel does not cover a problem; empty if it covers it."""
     if device.type != "cuda" or not is_sm90(device):
-        return (
-            f"device {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, accepted: CUDA of sm_90"
-        )
+        return f"device {device}, accepted: CUDA of sm_90"
     if dtype not in DTYPES:
         return f"dtype {dtype}, accepted: {', '.join(map(str, DTYPES))}"
     if head_dim not in HEAD_DIMS:

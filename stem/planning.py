@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from types import NoneType
 
 import torch
@@ -31,6 +32,7 @@ CHOOSE_IMPL = {"reference": "torch", "torch": "torch", "triton": "triton", "hopp
 
 PLANS: dict[tuple, Plan] = {}  # the oldest goes first
 CAPTURED: list[Plan] = []  # a CUDA graph may read their tables
+LOCK = Lock()  # of PLANS, while it changes
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Plan:
         self.rows = BlockRows.of(p.q_len, p.kv_len, p.config.block_size, p.prompt_length)
         self.impl = resolve_impl(p.impl, p.device, p.dtype, p.head_dim, p.config.block_size)
         self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
-        if self.choose_impl == "triton" and p.dtype == torch.float64:
+        if p.dtype == torch.float64 or not p.batch:
             self.choose_impl = "torch"
         self.choice = self._choice()
         self.path = self._path()
@@ -147,7 +149,7 @@ class Plan:
         """The kept blocks, read only; see the functions of stem.choose."""
         p, rows = self.problem, self.rows
         if self.choice == "forced":
-            return self._selection(choose.forced_lists(p.batch, p.q_heads, p.config, rows, p.device))
+            return self._selection(self.forced)
         if self.choice == "all":
             return BlockSelection.every_block(p.batch, p.q_heads, p.q_len, p.kv_len, p.config.block_size, p.device)
         if self.choice == "topk":
@@ -189,6 +191,12 @@ class Plan:
     def budget(self) -> tuple[Tensor, int]:
         """The budget of each row on the device, and the longest list; see stem.budget.device_budget."""
         return device_budget(self.rows, self.problem.config, self.problem.device)
+
+    @cached_property
+    def forced(self) -> tuple[Tensor, Tensor]:
+        """Lists of forced blocks on the device; see stem.choose.forced_lists."""
+        p = self.problem
+        return choose.forced_lists(p.batch, p.q_heads, p.config, self.rows, p.device)
 
     def _choice(self) -> str:
         config, rows = self.problem.config, self.rows
@@ -292,9 +300,10 @@ def plan_for(
     plan = PLANS.get(key)
     if plan is None:
         plan = Plan(Problem.of(q, k, v, *args))
-        while len(PLANS) >= MOST_PLANS:
-            del PLANS[next(iter(PLANS))]
-        PLANS[key] = plan
+        with LOCK:
+            while len(PLANS) >= MOST_PLANS:
+                del PLANS[next(iter(PLANS))]
+            PLANS[key] = plan
     return plan
 
 

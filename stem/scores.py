@@ -37,7 +37,7 @@ def block_scores(
     check_qkv(q, k, v)
     check_finite(q=q, k=k, v=v)
     check_config(config)
-    impl = check_impl(impl, ("torch", "triton"), q.device, q.dtype)
+    impl = check_impl(impl, ("torch", "triton"), q.device, q.dtype) if q.shape[0] else "torch"
     return score(q, k, v, config, check_scale(scale, q.shape[-1]), impl)
 
 

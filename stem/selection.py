@@ -54,8 +54,8 @@ class BlockSelection:
         nq, nk = block_mask.shape[-2:]
         if block_mask.device.type == "cpu" and block_mask.triu(nk - nq + 1).any():
             raise ValueError("block_mask must not keep a future block (above the diagonal), got one that does")
-        width = nk if block_mask.is_cuda else max(1, int(block_mask.sum(-1).max()))
         counts = block_mask.sum(-1, dtype=torch.int32)
+        width = nk if block_mask.is_cuda or not counts.numel() else max(1, int(counts.max()))
         order = block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :width].to(torch.int32)
         unused = torch.arange(width, device=order.device) >= counts[..., None]
         return cls(order.masked_fill(unused, 0), counts, block_size, nk, *_lengths(q_len, kv_len, nq, nk, block_size))

@@ -65,14 +65,14 @@ def _check_layouts(
     k_device: torch.device,
     v_device: torch.device,
 ) -> None:
-    """check_qkv by what it depends on; what passed once is not looked at again."""
+    """check_qkv of shapes, dtypes and devices; cached."""
     for name, shape, dtype in (("q", q_shape, q_dtype), ("k", k_shape, k_dtype), ("v", v_shape, v_dtype)):
         if len(shape) != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-        if 0 in shape:
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(shape)}")
+        if 0 in shape[1:]:
+            raise ValueError(f"{name} must have no empty dimension but the batch, got shape {tuple(shape)}")
     (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = q_shape, k_shape
     for name, shape, dtype, device in (("k", k_shape, k_dtype, k_device), ("v", v_shape, v_dtype, v_device)):
         if dtype != q_dtype:

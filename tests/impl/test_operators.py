@@ -5,6 +5,7 @@ import torch
 
 import stem
 from stem import StemConfig
+from stem.compiled import _from_json, select_op
 from stem.impl import operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +52,7 @@ def test_operators_pass_the_checks_of_torch(impl):
             operators.attention_backward_op, (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl), test_utils=CHECKS
         )
         for prompt_length in (None, 500):
-            torch.library.opcheck(operators.select_op, (q, k, v, CONFIG.as_json, 0.25, impl, prompt_length))
+            torch.library.opcheck(select_op, (q, k, v, CONFIG.as_json, 0.25, impl, prompt_length))
 
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -149,9 +150,9 @@ def test_a_graph_with_symbolic_lengths_serves_every_length():
 @pytest.mark.parametrize("preset", ["paper", "angelslim", "hpc_ops"])
 def test_configs_survive_their_way_through_an_operator(preset):
     config = StemConfig.preset(preset)
-    assert operators._from_json(config.as_json) == config
+    assert _from_json(config.as_json) == config
     for k_start in (1, 1.0):
-        decoded = operators._from_json(StemConfig(k_start=k_start).as_json).k_start
+        decoded = _from_json(StemConfig(k_start=k_start).as_json).k_start
         assert decoded == k_start and type(decoded) is type(k_start)
 
 
