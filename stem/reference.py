@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem.autocast import autocast_once
 from stem.validation import compute_dtype
 
 
@@ -15,6 +16,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     return masked_attention(q, k, v, causal, scale)
 
 
+@autocast_once
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, scale: float | None = None, *, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -35,6 +37,7 @@ def masked_attention(
     return (out, lse) if return_lse else out
 
 
+@autocast_once
 def attention_probabilities(
     q: Tensor, k: Tensor, token_mask: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stem.attention import block_sparse_attention, stem_attention
+from stem.autocast import autocast_once
 from stem.config import StemConfig
 from stem.hf.padding import as_bool, packed_mask, rows_by_span, stem_mask, token_mask
 from stem.hf.report import LAYERS, NAME, Layer
@@ -67,13 +68,16 @@ def stem_attention_forward(
         raise ValueError("is_causal=False: Stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: Stem attention has none; set the model's attention dropout to 0")
-    if torch.is_autocast_enabled(query.device.type):  # as SDPA does: rotary positions leave q and k in fp32, v not
-        autocast = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x.to(autocast) for x in (query, key, value))
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return _prefill(layer, query, key, value, mask, scaling), None
+
+
+@autocast_once  # rotary positions leave q and k in fp32 where v is in autocast's dtype
+def _prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """`_sparse_prefill`, in a compiled graph without gradients as one operator."""
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if torch.compiler.is_compiling() and not differentiable:
-        return torch.ops.stem.sparse_prefill(query, key, value, mask, scaling, layer.handle), None
-    return _sparse_prefill(layer, query, key, value, mask, scaling), None
+        return torch.ops.stem.sparse_prefill(q, k, v, mask, scale, layer.handle)
+    return _sparse_prefill(layer, q, k, v, mask, scale)
 
 
 AttentionInterface.register(NAME, stem_attention_forward)

@@ -11,6 +11,7 @@ import inspect
 
 from torch import Tensor
 
+from stem.autocast import autocast_once
 from stem.config import StemConfig, check_config
 from stem.patterns import (
     bigbird,
@@ -61,6 +62,7 @@ def keywords(name: str) -> dict[str, object]:
     return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+@autocast_once
 def select(
     name: str, q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, **native: float | None
 ) -> BlockSelection:
