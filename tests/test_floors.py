@@ -19,8 +19,16 @@ ALLOWED = {  # packages -> the modules that may import them; notebooks and scrip
 }
 BESIDE_THE_METHOD = ("patterns", "experiments", "evaluate", "hf", "vllm", "distributed")
 VAGUE = re.compile(r"(What|Those|As|The same|Which|That of|Whether)\b")
-NOT_YET = {("stem.impl.operators", "stem.attention")}  # arrows that are being mended
-pending = pytest.mark.xfail(reason="being mended")
+NOT_YET_LONG = ("block_scores", "cell_scores", "hopper_forward", "sparse_backward", "sparse_forward")  # being mended
+NOT_YET_PLAIN = (
+    "kernels/",
+    "tests/kernels/",
+    "tests/test_attention.py",
+    "stem/budget.py",
+    "stem/impl/coverage.py",
+    "stem/patterns/",
+    "stem/scores.py",
+)
 
 
 def name_of(path: Path) -> str:
@@ -98,12 +106,12 @@ def test_floors_and_circles_are_told_apart():
 
 
 def test_imports_go_down():
-    up = [arrow for arrow in ARROWS if floor(arrow[1]) > floor(arrow[0]) and arrow not in NOT_YET]
+    up = [arrow for arrow in ARROWS if floor(arrow[1]) > floor(arrow[0])]
     assert not up
 
 
 def test_no_import_circle():
-    ours = [arrow for arrow in ARROWS if arrow[1] in FILES and arrow not in NOT_YET]
+    ours = [arrow for arrow in ARROWS if arrow[1] in FILES]
     assert not circle(ours)
 
 
@@ -119,7 +127,7 @@ def test_heavy_packages_stay_where_they_belong(packages):
         for source, target in ARROWS
         if within(target, packages) and floor(source) < 3 and not within(source, ALLOWED[packages])
     ]
-    assert not set(astray) - NOT_YET
+    assert not astray
 
 
 def test_kernels_import_torch_and_triton_only():
@@ -137,7 +145,8 @@ def test_the_method_imports_torch_triton_and_numpy_only():
 
 @pytest.mark.parametrize("name", ["scores", "budget", "selection"])
 def test_stages_do_not_import_each_other(name):
-    others = {f"stem.{other}" for other in ("scores", "budget", "selection", "attention") if other != name}
+    stages = ("scores", "budget", "selection", "choose", "planning", "attention")
+    others = {f"stem.{other}" for other in stages if other != name}
     assert not [target for target in IMPORTS[f"stem.{name}"] if within(target, tuple(others))]
 
 
@@ -161,21 +170,20 @@ def test_changelog_names_modules_that_exist():
 # sizes and first lines
 
 
-@pending
+@pytest.mark.xfail(reason="being mended")
 def test_the_method_is_compact():
     method = [p for p in (ROOT / "stem").rglob("*.py") if p.relative_to(ROOT).parts[1] not in BESIDE_THE_METHOD]
     assert sum(len(path.read_text().splitlines()) for path in method) < 2300
 
 
-@pending
 def test_long_files_say_why():
     texts = {name: path.read_text() for name, path in FILES.items() if path.suffix == ".py"}
     long = {name: text for name, text in texts.items() if len(text.splitlines()) > 400}
     reason = re.compile(r"\d lines|one file because")
-    assert not [name for name, text in long.items() if not reason.search(ast.get_docstring(ast.parse(text)) or "")]
+    silent = [name for name, text in long.items() if not reason.search(ast.get_docstring(ast.parse(text)) or "")]
+    assert not set(silent) - {f"stem.kernels.{name}" for name in NOT_YET_LONG}
 
 
-@pending
 def test_first_lines_say_what_is_returned_or_done():
     vague = []
     for path in sorted(
@@ -188,4 +196,4 @@ def test_first_lines_say_what_is_returned_or_done():
             returns = getattr(node, "returns", None)
             if first and not (first[0] == "Whether" and returns and ast.unparse(returns) == "bool"):
                 vague.append(f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'module')}")
-    assert not vague
+    assert not [place for place in vague if not place.startswith(NOT_YET_PLAIN)]
