@@ -7,17 +7,18 @@ import torch.nn.functional as F
 import stem
 from stem import BlockSelection, StemConfig, metrics, patterns, reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["reference", "torch", "triton", "flex"]
 CONFIG = StemConfig(block_size=16, score_stride=8, sink_blocks=1, local_blocks=1, density=0.5)
 SHARES = StemConfig.preset("adaptive", block_size=16, score_cells=4, threshold=0.1, dense_up_to=0)
 
 
 def draw(dtype=torch.bfloat16):
-    return [(2 * torch.randn(1, heads, 160, 16)).to(dtype) for heads in (4, 2, 2)]
+    return [(2 * torch.randn(1, heads, 160, 16, device=DEVICE)).to(dtype) for heads in (4, 2, 2)]
 
 
 def everything():
-    return BlockSelection.every_block(1, 4, 160, 160, 16, torch.device("cpu"))
+    return BlockSelection.every_block(1, 4, 160, 160, 16, torch.device(DEVICE))
 
 
 def mean_error(out, exact):
@@ -28,7 +29,7 @@ def mean_error(out, exact):
 def test_the_output_is_as_exact_as_that_of_sdpa(impl):
     q, k, v = draw()
     exact = reference.masked_attention(q.double(), k.double(), v.double(), everything().to_token_mask())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         allowed = 1.3 * mean_error(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), exact)
         for out in (
             stem.block_sparse_attention(q, k, v, everything(), impl=impl),
@@ -41,7 +42,7 @@ def test_the_output_is_as_exact_as_that_of_sdpa(impl):
 def test_gradients_are_those_of_inputs_cast_by_hand(impl):
     def gradients(cast, autocast):
         inputs = [x.float().requires_grad_() for x in tensors]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             out = stem.stem_attention(*(x.to(cast) for x in inputs), CONFIG, impl=impl)
         out.float().sin().sum().backward()
         return [out, *(x.grad for x in inputs)]
@@ -55,18 +56,18 @@ def test_gradients_are_those_of_inputs_cast_by_hand(impl):
 @pytest.mark.parametrize("impl", [None, *IMPLS])
 def test_dtypes_are_those_of_sdpa(impl, dtypes):
     q, k, v = (x.to(dtype) for x, dtype in zip(draw(), dtypes, strict=True))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out, selection, lse = stem.stem_attention(q, k, v, CONFIG, impl=impl, return_selection=True, return_lse=True)
         assert out.dtype == expected.dtype == torch.bfloat16 and lse.dtype == torch.float32
         assert stem.block_sparse_attention(q, k, v, selection, impl=impl).dtype == torch.bfloat16
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             assert stem.stem_attention(q.float(), k.float(), v.float(), CONFIG, impl=impl).dtype == torch.float32
 
 
 def test_fp64_stays_fp64():
     q, k, v = draw(torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert stem.stem_attention(q, k, v, CONFIG).dtype == torch.float64
 
 
@@ -77,7 +78,7 @@ def test_scores_stay_fp32_and_selections_are_those_of_cast_inputs(config, impl):
     cast = [x.bfloat16() for x in (q, k, v)]
     scores = stem.block_scores(*cast, config, impl=impl)
     selected = stem.stem_attention(*cast, config, impl=impl, return_selection=True)[1]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         found = stem.block_scores(q, k, v, config, impl=impl)
         assert found.dtype == torch.float32 and torch.equal(found, scores)
         again = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)[1]
@@ -88,13 +89,13 @@ def test_scores_stay_fp32_and_selections_are_those_of_cast_inputs(config, impl):
 def test_patterns_select_as_from_cast_inputs(name):
     q, k, v = draw(torch.float32)
     expected = patterns.select(name, *(x.bfloat16() for x in (q, k, v)), CONFIG)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(patterns.select(name, q, k, v, CONFIG).to_mask(), expected.to_mask())
 
 
 def test_measures_keep_their_precision():
     q, k, v = draw()
     mass = metrics.block_attention_mass(q, k, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(metrics.block_attention_mass(q, k, 16), mass)
-        assert torch.equal(metrics.attention_recall(q, k, everything()), torch.ones(1, 4))
+        assert torch.equal(metrics.attention_recall(q, k, everything()), torch.ones(1, 4, device=DEVICE))

@@ -103,9 +103,11 @@ def test_explain_says_what_runs_and_why(tokens, config, changes, said, hopper):
     assert said in Plan(problem(tokens, config, **changes)).explain()
 
 
-def draw(q_len=120, kv_len=120, dtype=torch.float32):
+def draw(q_len=120, kv_len=120, impl=None):
+    """q, k, v on the CPU; on the GPU for impl="triton" where there is one, since its kernels are compiled there."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     sizes = (4, q_len), (2, kv_len), (2, kv_len)
-    return [torch.randn(2, heads, tokens, 16, dtype=dtype) for heads, tokens in sizes]
+    return [torch.randn(2, heads, tokens, 16, device=device) for heads, tokens in sizes]
 
 
 SMALL = dict(block_size=16, score_stride=8, sink_blocks=1, local_blocks=1)
@@ -124,7 +126,7 @@ CONFIGS = {
 @pytest.mark.parametrize("lengths", [(120, 120), (33, 100)], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_known_counts_are_the_realised_ones(name, lengths, impl):
-    q, k, v = draw(*lengths)
+    q, k, v = draw(*lengths, impl)
     for prompt_length in (None, 400):
         plan = plan_for(q, k, v, CONFIGS[name], impl=impl, prompt_length=prompt_length)
         realised = plan.choose(q, k, v).kv_num_blocks.sum(-1)
@@ -209,7 +211,7 @@ def cached_tensors():
 def test_training_works_after_inference_mode_on_the_same_shapes(name, impl, fresh_plans):
     stem.budget.device_budget.cache_clear()
     stem.choose.forced_lists.cache_clear()
-    q, k, v = draw()
+    q, k, v = draw(impl=impl)
     with torch.inference_mode():
         before = stem.stem_attention(q, k, v, CONFIGS[name], impl=impl)
         assert stem.stem_attention(q, k, v, CONFIGS[name], impl=impl, return_selection=True)[0].equal(before)
@@ -223,7 +225,7 @@ def test_training_works_after_inference_mode_on_the_same_shapes(name, impl, fres
 
 @pytest.mark.parametrize("impl", [None, "reference", "torch", "triton"])
 def test_an_empty_batch_gives_empty_tensors(impl):
-    q, k, v = (x[:0].requires_grad_() for x in draw())
+    q, k, v = (x[:0].requires_grad_() for x in draw(impl=impl))
     out, selection, lse = stem.stem_attention(
         q, k, v, CONFIGS["density"], impl=impl, return_selection=True, return_lse=True
     )
