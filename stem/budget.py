@@ -127,16 +127,6 @@ def causal_pairs(num_kv_blocks: int) -> int:
     return num_kv_blocks * (num_kv_blocks + 1) // 2
 
 
-def uniform_cost(num_tokens: float, k: float) -> float:
-    """Query-key pairs of a constant budget of k tokens: N k - k^2 / 2 (Eq. 2, an approximation)."""
-    return num_tokens * k - k**2 / 2
-
-
-def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
-    """Query-key pairs of Token Position-Decay, budgets in tokens (Eq. 4, an approximation)."""
-    return num_tokens * k_start - k_start**2 / 2 - k_start * (1 - decay) * (num_tokens - k_start) / 2
-
-
 @lru_cache(maxsize=256)
 def _fewer_last_blocks(config: StemConfig, dense: int, missing: int, missing_half_full: int) -> StemConfig:
     return config.replace(

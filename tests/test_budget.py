@@ -9,15 +9,8 @@ import torch
 
 import stem
 from stem import StemConfig, block_budget, select_blocks
-from stem.budget import (
-    BlockRows,
-    causal_pairs,
-    decay_cost,
-    full_rows,
-    keeps_every_block,
-    scores_matter,
-    uniform_cost,
-)
+from stem.budget import BlockRows, causal_pairs, full_rows, keeps_every_block, scores_matter
+from stem.experiments.theory.paper import decay_cost, uniform_cost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, 8, 32, 55, 56, 85, 128, 129, 159, 160, 256, 512, 1024]

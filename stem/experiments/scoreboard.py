@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from stem import StemConfig, block_budget
-from stem.budget import decay_cost, uniform_cost
 from stem.experiments.markdown import full_rows, markdown_table, number, tokens_label
 from stem.experiments.speed.report import DENSE_LABELS
 from stem.experiments.theory import paper
@@ -58,7 +57,8 @@ def _cost() -> list[str]:
     blocks, k_start, decay = 256, 64, 0.7
     config = StemConfig(k_start=k_start, decay=decay, sink_blocks=1, local_blocks=1)
     exact = [config.replace(decay=1.0), config, config.replace(decay_from="k_start")]
-    formulas = uniform_cost(blocks, k_start), decay_cost(blocks, k_start, decay), decay_cost(blocks, k_start, decay)
+    by_decay = paper.decay_cost(blocks, k_start, decay)
+    formulas = paper.uniform_cost(blocks, k_start), by_decay, by_decay
     off = [formula / int(block_budget(blocks, of).sum()) - 1 for formula, of in zip(formulas, exact, strict=True)]
     fits = [abs(error) < 0.01 for error in off]
     ours = f"{off[0]:+.1%} and {off[1]:+.1%} off the exact count; {off[2]:+.1%} if decay starts in row k_start"

