@@ -1,6 +1,6 @@
-"""The method as loops in float64, written from the paper and the descriptions of its two public implementations.
+"""Stem as loops in float64, written from the paper and the descriptions of its two public implementations.
 
-Nothing here imports the library, so that a test against an oracle compares two independent readings of the sources.
+Nothing here imports the library. A test against an oracle compares two independent readings of the sources.
 """
 
 import math
@@ -10,15 +10,15 @@ import torch
 
 
 def repeat_heads(x, num_q_heads):
-    """[B, Hkv, ...] -> [B, Hq, ...]: each KV head serves Hq / Hkv consecutive query heads."""
+    """Repeat each KV head for its Hq / Hkv consecutive query heads: [B, Hkv, ...] -> [B, Hq, ...]."""
     return x.repeat_interleave(num_q_heads // x.shape[1], 1)
 
 
 def antidiagonal_sums(q, k, block, stride):
-    """Unfactorised: q_r . k_c added up over the sampled token pairs of every block pair, float64 [B, Hq, nq, nk].
+    """Sum q_r . k_c over the sampled token pairs of every block pair, pair by pair: float64 [B, Hq, nq, nk].
 
-    A pair is sampled when it lies on the antidiagonal of its cell: r % stride + c % stride == stride - 1.
-    Also sums the sampled pairs of future blocks; who compares masks them.
+    A pair is sampled if it lies on the antidiagonal of its cell: r % stride + c % stride == stride - 1. Future blocks
+    are summed too.
     """
     products = q.double() @ repeat_heads(k, q.shape[1]).double().mT
     offset = k.shape[2] - q.shape[2]
@@ -31,16 +31,16 @@ def antidiagonal_sums(q, k, block, stride):
 
 
 def log_value_term(v, block):
-    """max(0, log of the largest value norm in the block), Eq. 7: float64 [B, Hkv, nk]."""
+    """Return max(0, log of the largest value norm in the block), Eq. 7: float64 [B, Hkv, nk]."""
     norms = v.double().norm(dim=-1)
     blocks = range(0, v.shape[2], block)
     return torch.stack([norms[..., start : start + block].amax(-1).log().clamp_min(0) for start in blocks], -1)
 
 
 def zscored_value_term(v, block, stride, *, padded):
-    """Mean over a block's stride groups of ReLU(z-score of log(largest norm + 1e-6)): float64 [B, Hkv, nk].
+    """Return the mean over a block's stride groups of ReLU(z-score of log(largest norm + 1e-6)): float64 [B, Hkv, nk].
 
-    Mean and unbiased deviation are over the groups that hold a token, or over those of all blocks when `padded`.
+    Mean and unbiased deviation of the z-score are over the groups that hold a token, or over all groups if `padded`.
     """
     norms = v.double().norm(dim=-1)
     nk, per_block = math.ceil(v.shape[2] / block), block // stride
@@ -60,7 +60,7 @@ def zscored_value_term(v, block, stride, *, padded):
 
 
 def preset_scores(name, q, k, v, block):
-    """Block scores of a preset, float64 [B, Hq, nq, nk], -inf in the future."""
+    """Return the block scores of a preset: float64 [B, Hq, nq, nk], -inf in the future."""
     head_dim, stride = q.shape[3], 8 if name == "angelslim" else 16
     sums, samples = antidiagonal_sums(q, k, block, stride), block * block // stride
     if name == "paper":
@@ -76,13 +76,16 @@ def preset_scores(name, q, k, v, block):
 
 
 def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0, power=1):
-    """Log of each block's share of its row: softmax over sub-block cells, then the query block's cells pooled.
+    """Return the log of each block's share of its row, computed cell by cell: float64 [B, Hq, nq, nk].
 
-    `cells`: of a query block and of a key block; `power`: of the power mean over query cells, 1 or 2.
+    Each row of cells is a softmax. The cells of a query block are pooled by a power mean; cells without a query do not
+    count. The logit of a cell pair is the mean of q.k over its antidiagonal samples, corrected for missing tokens. With
+    a peak the logit is a product of cell summaries, shifted by the share `peak` from a cell's mean towards its largest
+    and smallest value in each dimension.
 
-    Cell by cell, from the definition: the logit of a cell pair is the mean of q.k over its antidiagonal samples,
-    missing rows as zeros, then corrected for the rows that exist; cells without a query do not count. With a peak,
-    it is a product of values that lie `peak` of the way from a cell's mean to its largest or smallest, by dimension.
+    Args:
+        cells: Number of cells of a query block and of a key block.
+        power: Exponent of the power mean, 1 or 2.
     """
     (size, key_size), scale = (block // of for of in cells), 1 / math.sqrt(q.shape[3])
     kv_len, q_start, nk = k.shape[2], k.shape[2] - q.shape[2], math.ceil(k.shape[2] / block)
@@ -126,7 +129,7 @@ def softmax_scores(q, k, v, block, stride, cells, value_weight, peak=0.0, power=
 
 
 def hide_future(scores):
-    """-inf where the key block comes after the query block; the rows are the last query blocks."""
+    """Set -inf where the key block comes after the query block; the rows are the last query blocks."""
     nq, nk = scores.shape[-2:]
     scores = scores.clone()
     for row in range(nq):
@@ -135,13 +138,13 @@ def hide_future(scores):
 
 
 def paper_schedule(n, decay=Fraction(7, 10), floor=54):
-    """Eq. 3 in exact arithmetic, k_start a share of the blocks but at least 54: entry i keeps 1..i + 1 blocks."""
+    """Return the budgets of Eq. 3 in exact arithmetic; k_start is a share of the blocks, at least `floor` blocks."""
     k_start = min(n, max(floor, Fraction(1, 5) * n if n <= 128 else Fraction(1, 10) * n))
     return [max(1, min(i, math.floor(k_start - k_start * (1 - decay) / n * i))) for i in range(1, n + 1)]
 
 
 def three_regime_schedule(n, decay=Fraction(7, 10)):
-    """The public implementations' schedule, exactly: constant up to row k, then a line down to decay * k."""
+    """Return the budgets of the public implementations: constant up to row k, then linear down to decay * k."""
     k = n if n < 56 else n // 5 + 30 if n < 160 else n // 10 + 30
     kept = []
     for row in range(n):
@@ -151,7 +154,7 @@ def three_regime_schedule(n, decay=Fraction(7, 10)):
 
 
 def row_selection(scores, q_block, budget, sink, local, *, on_top=False):
-    """Ascending list of the key blocks that one row keeps; scores: a list, budget and the rest in blocks."""
+    """Return the key blocks that one row keeps, ascending; scores is a list, budget, sink and local are in blocks."""
     value = [-math.inf if math.isnan(x) else x for x in scores]
     by_score = sorted(range(q_block + 1), key=lambda j: (-value[j], j))
     forced = []
@@ -163,7 +166,7 @@ def row_selection(scores, q_block, budget, sink, local, *, on_top=False):
 
 
 def selection_mask(scores, budget, sink, local, *, on_top=False):
-    """`row_selection` for every row: bool [B, Hq, nq, nk]; budget has an entry per key block."""
+    """Return `row_selection` of every row as a mask: bool [B, Hq, nq, nk]; budget has an entry for each key block."""
     nq, nk = scores.shape[-2:]
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     for b, h, r in torch.cartesian_prod(*map(torch.arange, scores.shape[:3])).tolist():
@@ -173,14 +176,14 @@ def selection_mask(scores, budget, sink, local, *, on_top=False):
 
 
 def token_mask(block_mask, block, q_len, kv_len):
-    """bool [B, Hq, q_len, kv_len]: the block is kept and the key is not in the query's future."""
+    """Return the token mask of kept blocks without the future: bool [B, Hq, q_len, kv_len]."""
     first = (kv_len - q_len) // block
     row, column = torch.arange(kv_len - q_len, kv_len), torch.arange(kv_len)
     return block_mask[:, :, row // block - first][..., column // block] & (column <= row[:, None])
 
 
 def attention(q, k, v, allowed, scale=None):
-    """Softmax attention over the allowed tokens and its log-sum-exp, in float64; a row without any gives 0, -inf."""
+    """Return attention over the allowed tokens and its log-sum-exp, float64; 0 and -inf in a row without any."""
     q, k, v = q.double(), repeat_heads(k, q.shape[1]).double(), repeat_heads(v, q.shape[1]).double()
     logits = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
     logits = torch.where(allowed, logits, -math.inf)
@@ -191,12 +194,12 @@ def attention(q, k, v, allowed, scale=None):
 
 
 def causal(q_len, kv_len):
-    """bool [q_len, kv_len] of dense causal attention."""
+    """Return the token mask of dense causal attention: bool [q_len, kv_len]."""
     return torch.arange(kv_len) <= torch.arange(kv_len - q_len, kv_len)[:, None]
 
 
 def constant_rows(pairs, n):
-    """Counts per row of the widest constant budget of at most `pairs` block pairs, what is left to the first rows."""
+    """Return the widest constant budget of at most `pairs` block pairs; the first rows get one more to use them up."""
     width = max(w for w in range(1, n + 1) if sum(min(i, w) for i in range(1, n + 1)) <= pairs)
     counts = [min(i, width) for i in range(1, n + 1)]
     for row in range(n):
@@ -206,13 +209,13 @@ def constant_rows(pairs, n):
 
 
 def probabilities(q, k):
-    """Dense causal attention probabilities, float64 [B, Hq, Nq, Nkv]."""
+    """Return dense causal attention probabilities: float64 [B, Hq, Nq, Nkv]."""
     logits = q.double() @ repeat_heads(k, q.shape[1]).double().mT * q.shape[3] ** -0.5
     return torch.where(causal(q.shape[2], k.shape[2]), logits, -math.inf).softmax(-1)
 
 
 def block_means(x, block):
-    """Sum over a block's keys, mean over a block's queries: [B, Hq, Nq, Nkv] -> [B, Hq, nq, nk], on the key grid."""
+    """Sum over a block's keys and average over its queries, on the key grid: [B, Hq, Nq, Nkv] -> [B, Hq, nq, nk]."""
     q_len, kv_len = x.shape[2:]
     row, column = torch.arange(kv_len - q_len, kv_len) // block, torch.arange(kv_len) // block
     rows = [x[:, :, row == i].mean(2) for i in range(int(row[0]), int(row[-1]) + 1)]

@@ -1,7 +1,7 @@
-"""Masks of the patterns as loops in float64, written from their specifications with the parameters of the sources.
+"""Patterns as loops in float64, written from their specifications with the parameters of the sources.
 
-Each function returns the kept key blocks of one head as a list of sets, one for each query block. `size` is the number
-of tokens in a block; the queries are the last positions of the keys. Nothing here imports the library.
+Each pattern returns the kept key blocks of one head as a list of sets, one for each query block. `size` is the number
+of tokens in a block. The queries are the last positions of the keys. Nothing here imports the library.
 """
 
 import math
@@ -10,28 +10,28 @@ LAST_QUERIES = 64
 
 
 def rows(q_len, kv_len, size):
-    """Indices of the query blocks on the key grid."""
+    """Return the indices of the query blocks on the key grid."""
     return range((kv_len - q_len) // size, math.ceil(kv_len / size))
 
 
 def by_rule(q_len, kv_len, size, keep):
-    """Fixed patterns: keep(i, j) says whether row i keeps block j."""
+    """Return the blocks of a fixed pattern, in which row i keeps block j if keep(i, j)."""
     return [{j for j in range(i + 1) if keep(i, j)} for i in rows(q_len, kv_len, size)]
 
 
 def descending(values):
-    """Indices from the largest value to the smallest, ties to the lower index."""
+    """Return the indices from the largest value to the smallest; ties go to the lower index."""
     return sorted(range(len(values)), key=lambda index: (-values[index], index))
 
 
 def last_rows(p, count):
-    """{position: probabilities} of the last `count` queries; p is [Nq, Nkv]."""
+    """Return {position: probabilities} of the last `count` queries; p is [Nq, Nkv]."""
     q_len, kv_len = p.shape
     return {kv_len - q_len + r: p[r].tolist() for r in range(max(0, q_len - count), q_len)}
 
 
 def line_sums(probabilities, kv_len):
-    """Sum over the rows of each key, and of each offset (position minus key)."""
+    """Sum the rows for each key, and for each offset (position minus key)."""
     vertical, slash = [0.0] * kv_len, [0.0] * kv_len
     for position, row in probabilities.items():
         for key in range(position + 1):
@@ -41,7 +41,7 @@ def line_sums(probabilities, kv_len):
 
 
 def vertical_slash(p, size, verticals, slashes):
-    """MInference: p is the dense probability matrix of one head, [Nq, Nkv]."""
+    """Return the blocks of MInference's vertical-slash; p is the dense probability matrix of one head, [Nq, Nkv]."""
     q_len, kv_len = p.shape
     vertical, slash = line_sums(last_rows(p, LAST_QUERIES), kv_len)
     vertical[:30] = [math.inf] * len(vertical[:30])
@@ -58,7 +58,7 @@ def vertical_slash(p, size, verticals, slashes):
 
 
 def mean_rows(x, start, stop):
-    """Mean of the rows start..stop - 1 of a list of vectors."""
+    """Return the mean of the rows start..stop - 1 of a list of vectors."""
     chosen = x[start:stop]
     return [sum(column) / len(chosen) for column in zip(*chosen, strict=True)]
 
@@ -74,7 +74,7 @@ def softmax(logits):
 
 
 def divergence(a, b):
-    """Jensen-Shannon divergence, natural logarithm."""
+    """Return the Jensen-Shannon divergence, natural logarithm."""
     total = 0.0
     for x, y in zip(a, b, strict=True):
         middle = (x + y) / 2
@@ -83,7 +83,7 @@ def divergence(a, b):
 
 
 def query_means(q, kv_len, size):
-    """Mean of the queries of each query block; q is a list of vectors."""
+    """Return the mean of the queries of each query block; q is a list of vectors."""
     offset = kv_len - len(q)
     return [
         mean_rows(q, max(0, i * size - offset), (i + 1) * size - offset) for i in rows(len(q), kv_len, size)
@@ -91,7 +91,7 @@ def query_means(q, kv_len, size):
 
 
 def flexprefill(q, k, p, size, gamma, tau, min_budget):
-    """FlexPrefill of one head: q, k are lists of vectors, p [Nq, Nkv]; the rows, and whether it is query-aware."""
+    """Return the blocks of FlexPrefill and if the head is query-aware; q, k are lists of vectors, p is [Nq, Nkv]."""
     q_len, kv_len = p.shape
     if kv_len <= max(2 * size, min_budget):
         return by_rule(q_len, kv_len, size, lambda i, j: True), None
@@ -132,7 +132,7 @@ def flexprefill(q, k, p, size, gamma, tau, min_budget):
 
 
 def flashprefill(q, k, size, alpha, sinks=2, window=4, last=2):
-    """FlashPrefill of one head: q, k are lists of vectors."""
+    """Return the blocks of FlashPrefill; q, k are lists of vectors."""
     kv_len, scale, result = len(k), len(q[0]) ** -0.5, []
     offset = kv_len - len(q)
     key_means = [mean_rows(k, j * size, (j + 1) * size) for j in range(math.ceil(kv_len / size))]
@@ -149,7 +149,7 @@ def flashprefill(q, k, size, alpha, sinks=2, window=4, last=2):
 
 
 def top_share(shares, i, forced, share):
-    """One row: forced blocks, then others in descending order until `share` of the row's sum is kept."""
+    """Return one row: forced blocks, then others in descending order until `share` of the row's sum is kept."""
     kept = {j for j in forced if j <= i}
     total, mass = sum(shares[: i + 1]), sum(shares[j] for j in kept)
     for j in descending(shares[: i + 1]):

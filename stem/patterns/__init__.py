@@ -1,8 +1,32 @@
-"""Methods on one frame: each is select(q, k, v, config) -> BlockSelection, and everything downstream is shared.
+"""Methods that Stem is compared with: each gives the key blocks that every query block keeps.
 
-All but "dense" and "stem" solve one of their own parameters for what the config's schedule costs, so that methods are
-compared at equal density; where blocks that a method always keeps cost more, its docstring says so. The parameters of
-the sources are keywords: a given one holds, and where it is the solved one, the density follows from it.
+`select(name, q, k, v, config)` returns a BlockSelection, and all later code is shared by the methods.
+
+| name | file | blocks that a row keeps |
+|---|---|---|
+| dense | dense.py | every causal block |
+| stem | stem.py | the best by Output-Aware Metric, budget of Token Position-Decay |
+| uniform_topk | stem.py | the best by routing scores, constant budget |
+| sliding_window | window.py | a local window |
+| longformer | window.py | a local window, global blocks |
+| a_shape | window.py | a local window, first blocks |
+| tri_shape | window.py | a local window, first blocks; the last rows are dense |
+| sparse_transformer_strided | sparse_transformer.py | a local window, every stride-th block |
+| sparse_transformer_fixed | sparse_transformer.py | its own group, the last blocks of all groups |
+| bigbird | bigbird.py | a local window, global blocks, random blocks |
+| random | bigbird.py | random blocks, the config's sink and local blocks |
+| vertical_slash | vertical_slash.py | columns and diagonals of the last queries' attention |
+| flexprefill | flexprefill.py | such columns and diagonals, or the best pairs of pooled scores |
+| xattention | xattention.py | the best by a softmax over antidiagonal sums |
+| flashprefill | flashprefill.py | blocks near the row's largest sum against mean keys |
+| oracle_mass | oracle.py | the best by true attention mass |
+| oracle_output | oracle.py | the best by true attention mass times value norms |
+
+All methods but "dense" and "stem" solve one of their own parameters, so that they keep as many block pairs as the
+config's schedule and can be compared at equal density. A parameter that is given is not solved. Density can be higher
+than requested where a method always keeps more blocks; its docstring then gives the least density.
+
+In the docstrings row i is a query block, j a key block, and i - j = 0 the diagonal. Windows include the diagonal.
 """
 
 from __future__ import annotations
@@ -21,13 +45,12 @@ from stem.patterns import (
     oracle,
     sparse_transformer,
     stem,
-    streaming,
     vertical_slash,
     window,
     xattention,
 )
 from stem.selection import BlockSelection
-from stem.validation import check_finite, check_qkv
+from stem.validation import check_choice, check_finite, check_qkv
 
 _SELECT = {
     "dense": dense.select,
@@ -38,8 +61,8 @@ _SELECT = {
     "bigbird": bigbird.select,
     "sparse_transformer_strided": sparse_transformer.select_strided,
     "sparse_transformer_fixed": sparse_transformer.select_fixed,
-    "a_shape": streaming.select_a_shape,
-    "tri_shape": streaming.select_tri_shape,
+    "a_shape": window.select_a_shape,
+    "tri_shape": window.select_tri_shape,
     "vertical_slash": vertical_slash.select,
     "flexprefill": flexprefill.select,
     "xattention": xattention.select,
@@ -51,13 +74,13 @@ _SELECT = {
 
 
 def names() -> tuple[str, ...]:
-    """Names that `select` takes."""
+    """Return the names that `select` takes."""
     return tuple(_SELECT)
 
 
 def keywords(name: str) -> dict[str, object]:
-    """The native parameters of a method and their defaults; None is solved or chosen as the method's docstring says."""
-    _check_name(name)
+    """Return a method's own parameters with their defaults; its docstring says how it chooses a value for None."""
+    check_choice("name", name, names())
     parameters = inspect.signature(_SELECT[name]).parameters.values()
     return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -66,16 +89,16 @@ def keywords(name: str) -> dict[str, object]:
 def select(
     name: str, q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, **native: float | None
 ) -> BlockSelection:
-    """The blocks that a method keeps.
+    """Return the key blocks that a method keeps in each query block.
 
     Args:
         name: One of `names()`.
-        q, k, v: As in stem.stem_attention.
-        config: Block size and density (default StemConfig()); other fields as the method's docstring says.
-        native: The method's own parameters, see `keywords`; they win over the config.
+        q, k, v: See stem.stem_attention. An empty batch gives an empty selection.
+        config: Block size and density (default StemConfig()). Methods that read other fields say so.
+        native: The method's own parameters, see `keywords`. They win over the config.
     Raises:
-        ValueError, TypeError: For an unknown name or keyword, bad tensors, or `allocation="adaptive"` with a method
-            other than "stem" and "dense".
+        ValueError, TypeError: If a name, keyword, value or tensor is not accepted, or if `allocation="adaptive"` is
+            given to a method that solves a parameter for a density.
     """
     accepted = keywords(name)
     if unknown := sorted(set(native) - set(accepted)):
@@ -85,9 +108,6 @@ def select(
     check_qkv(q, k, v)
     check_finite(q=q, k=k, v=v)
     check_config(config)
+    if not q.shape[0]:
+        return dense.select(q, k, v, config)
     return _SELECT[name](q, k, v, config, **native)
-
-
-def _check_name(name: str) -> None:
-    if name not in _SELECT:
-        raise ValueError(f"name must be one of {', '.join(map(repr, _SELECT))}, got {name!r}")

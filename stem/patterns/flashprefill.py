@@ -5,16 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from stem.budget import causal_pairs
 from stem.config import StemConfig
 from stem.patterns.common import (
     block_counts,
     block_means,
     check_blocks,
     check_share,
-    distances,
+    local_and_first,
     select_mask,
-    target_pairs,
+    target_of_rows,
 )
 from stem.scores import mask_future
 from stem.selection import BlockSelection
@@ -31,27 +30,29 @@ def select(
     window_blocks: int = 4,
     dense_last_blocks: int = 2,
 ) -> BlockSelection:
-    """Keep blocks whose sum over the row block of exp(q . mean k / sqrt(d)) is at least alpha times the row's largest.
+    """Keep blocks whose score is at least alpha times the row's largest (FlashPrefill).
 
-    First blocks, a window and dense last query blocks are always kept and are the least density: 0.23 at 64 blocks,
-    0.12 at 128. The last query blocks are those of q: every chunk of a prompt fed in chunks has its own.
+    The score of a block pair is the sum over its queries of exp(q . mean k / sqrt(d)). First blocks, a window and dense
+    last rows are always kept and are the least density: 0.23 at 64 blocks, 0.12 at 128. The last rows are those of q: a
+    prompt in chunks has dense rows at the end of each chunk.
 
-    alpha: In [0, 1], 0.08 to 0.22 in the sources. None solves it for the config's density in these rows, one value for
-        all heads, whose densities differ.
-    sink_blocks, window_blocks, dense_last_blocks: Kept anyway, >= 0; the diagonal is in the window.
+    Args:
+        alpha: Share of the row's largest score, in [0, 1], 0.08 to 0.22 in the sources. None solves one value for all
+            heads, so that they have the config's density together in the rows of q.
+        sink_blocks: First blocks, >= 0 [blocks].
+        window_blocks: Width of the window, >= 0 [blocks]; the diagonal is kept in any case.
+        dense_last_blocks: Last rows that keep every block, >= 0 [blocks].
     """
     check_share(alpha=alpha)
     check_blocks(0, sink_blocks=sink_blocks, window_blocks=window_blocks, dense_last_blocks=dense_last_blocks)
     nq, nk = block_counts(q, k, config)
+    forced = local_and_first(q, k, config, local_blocks=max(window_blocks, 1), first_blocks=sink_blocks)[-nq:]
+    forced[max(0, nq - dense_last_blocks) :] = True
     scores = _scores(q, k, config)
     levels = scores - scores.amax(-1, keepdim=True)  # log of the ratio to the row's largest, [B, Hq, nq, nk]
-    distance = distances(nk, q.device)[-nq:]
-    forced = (distance < max(window_blocks, 1)) | (torch.arange(nk, device=q.device) < sink_blocks)
-    forced = forced | (torch.arange(nq, device=q.device) >= nq - dense_last_blocks)[:, None]
-    levels = levels.masked_fill(forced & (distance >= 0), torch.inf)
+    levels = levels.masked_fill(forced.tril(nk - nq), torch.inf)
     if alpha is None:
-        density = target_pairs(config, nk) / causal_pairs(nk)
-        count = max(1, round(density * q.shape[1] * int((distance >= 0).sum())))
+        count = max(1, round(target_of_rows(q, k, config)))
         least = levels.flatten(1).sort(-1, descending=True)[0][:, count - 1, None, None, None]
     else:
         least = math.log(alpha) if alpha else -math.inf
@@ -59,7 +60,7 @@ def select(
 
 
 def _scores(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
-    """Logarithm of the sums, -inf in the future: [B, Hq, nq, nk]."""
+    """Return the logarithm of the scores, -inf in the future: [B, Hq, nq, nk]."""
     size, offset = config.block_size, k.shape[2] - q.shape[2]
     means = block_means(k, size).repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = q.to(means.dtype) @ means.mT * q.shape[-1] ** -0.5  # [B, Hq, Nq, nk]

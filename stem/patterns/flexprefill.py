@@ -3,25 +3,26 @@
 import torch
 from torch import Tensor
 
-from stem.budget import causal_pairs
 from stem.config import StemConfig
+from stem.patterns import dense
 from stem.patterns.common import (
-    bisect,
     block_counts,
     block_means,
     check_blocks,
     check_share,
     distances,
     last_probabilities,
+    local_and_first,
     offset_sums,
-    pool_blocks,
+    ranks,
     select_mask,
-    target_pairs,
+    target_of_rows,
 )
 from stem.scores import mask_future
 from stem.selection import BlockSelection
 
 MIN_BUDGET = 512
+BISECTIONS = 30
 
 
 def select(
@@ -34,54 +35,54 @@ def select(
     tau: float = 0.1,
     min_budget: int | None = None,
 ) -> BlockSelection:
-    """Block columns and diagonals that hold a share gamma of the last block's attention, or pairs of pooled scores.
+    """Keep columns and diagonals that hold a share gamma of the last queries' attention, or pairs of pooled scores.
 
-    The last B queries give each column and each diagonal its mass. A head whose pooled estimate of its block mass is
-    within tau of the true one (root of the Jensen-Shannon divergence, natural logarithm) is query-aware: it keeps the
-    best pairs of softmax(mean q_i . mean k_j / sqrt(d)) over the whole prompt until they hold gamma, beside minimal
-    columns and diagonals. First column and diagonal are always kept, and prompts of at most max(2 B, min_budget) tokens
-    are dense. The last B queries are those of q, and a query-aware head chooses among q's rows: a chunk of a prompt
-    estimates with its own.
+    With B the block size, the last B queries of q give each column and each diagonal its mass. A head is query-aware if
+    the pooled estimate of its block mass is within tau of the true mass (root of the Jensen-Shannon divergence, natural
+    logarithm). A query-aware head keeps the best pairs of softmax(mean q_i . mean k_j / sqrt(d)) until they hold gamma
+    of the sum over all rows of q, and the minimal columns and diagonals. All heads keep the first column and the
+    diagonal. Prompts of at most max(2 B, min_budget) tokens are dense. Each chunk of a prompt estimates with its own
+    queries.
 
-    gamma: Share in [0, 1], 0.9 or 0.95 in the paper. None solves it for the config's density in these rows, over all
-        heads, whose densities differ; the minimal columns and diagonals are the least density.
-    tau: Largest distance of a query-aware head, in [0, 1]; 0 leaves columns and diagonals only.
-    min_budget: Least columns, and least diagonals, in whole blocks [tokens]; None is 512 with a given gamma and one
-        block where gamma is solved.
+    Args:
+        gamma: Share, in [0, 1], 0.9 or 0.95 in the paper. None solves one value for all heads, so that they have the
+            config's density together in the rows of q. The minimal columns and diagonals are the least density.
+        tau: Largest distance of a query-aware head, in [0, 1]; 0 makes no head query-aware.
+        min_budget: Least columns and least diagonals of a head, rounded up to whole blocks [tokens]. None is 512 with
+            a given gamma, and one block where gamma is solved.
     """
     check_share(gamma=gamma, tau=tau)
     check_blocks(0, min_budget=min_budget)
     if min_budget is None:
         min_budget = config.block_size if gamma is None else MIN_BUDGET
-    nq, nk = block_counts(q, k, config)
     if k.shape[2] <= max(2 * config.block_size, min_budget):
-        return select_mask(torch.ones(nk, nk, dtype=torch.bool, device=q.device), q, k, config)
-    heads = _Heads(q, k, config.block_size, tau, max(1, -(-min_budget // config.block_size)))
+        return dense.select(q, k, v, config)
+    heads = _Heads(q, k, config, tau, max(1, -(-min_budget // config.block_size)))
     if gamma is None:
-        target = target_pairs(config, nk) / causal_pairs(nk) * q.shape[1] * int(heads.causal.sum())
-        share = bisect(heads.pairs, target, torch.zeros(q.shape[0], device=q.device))
+        share = _bisect(heads, target_of_rows(q, k, config), q)
     else:
         share = torch.full((q.shape[0],), gamma, dtype=torch.float64, device=q.device)
     return select_mask(heads.keep(share), q, k, config)
 
 
 class _Heads:
-    """What the choice needs, prepared once for any gamma."""
+    """Masses, ranks and kinds of the heads, computed once for every gamma that is tried."""
 
-    def __init__(self, q: Tensor, k: Tensor, size: int, tau: float, least: int) -> None:
-        self.size, self.least = size, least
+    def __init__(self, q: Tensor, k: Tensor, config: StemConfig, tau: float, least: int) -> None:
+        size = self.size = config.block_size
+        self.least = least
         probabilities = last_probabilities(q, k, size)  # [B, Hq, up to size, Nkv]
         vertical, slash = probabilities.mean(2), offset_sums(probabilities) / probabilities.shape[2]
-        column_mass = pool_blocks(vertical, size)  # [B, Hq, nk], sums to 1
+        column_mass = _pool_blocks(vertical, size)  # [B, Hq, nk], sums to 1
         self.cumulative = [x.sort(-1, descending=True)[0].cumsum(-1) for x in (vertical, slash)]
-        self.column_rank = _rank(column_mass)
+        self.column_rank = ranks(column_mass)
         q_means, k_means = block_means(q, size, k.shape[2] - q.shape[2]), block_means(k, size)
         k_means = k_means.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        nq, nk = q_means.shape[2], k_means.shape[2]
+        nq, nk = block_counts(q, k, config)
         distance = distances(nk, q.device)[-nq:]
-        self.slash_rank = _rank(pool_blocks(slash, size))[..., distance.clamp_min(0)]  # [B, Hq, nq, nk]
+        self.slash_rank = ranks(_pool_blocks(slash, size))[..., distance.clamp_min(0)]  # [B, Hq, nq, nk]
         self.causal = distance >= 0
-        self.forced = (distance == 0) | (torch.arange(nk, device=q.device) == 0)
+        self.forced = local_and_first(q, k, config, first_blocks=1)[-nq:]
         scale = q.shape[-1] ** -0.5
         last = q[:, :, -size:].to(q_means.dtype).mean(2, keepdim=True)
         estimate = (last @ k_means.mT * scale).softmax(-1)[:, :, 0]
@@ -92,29 +93,40 @@ class _Heads:
         self.before = before.view_as(pairs) / nq  # share of the pairs that come before this one
 
     def keep(self, gamma: Tensor) -> Tensor:
-        """Block pairs of every head for gamma [B]: bool [B, Hq, nq, nk]."""
+        """Return the block pairs of every head for gamma [B]: bool [B, Hq, nq, nk]."""
         columns, slashes = (self._blocks(cumulative, gamma)[..., None, None] for cumulative in self.cumulative)
         lines = (self.column_rank[:, :, None] < columns) | (self.slash_rank < slashes)
         pairs = (self.before < gamma[:, None, None, None]) & self.query_aware[..., None, None]
         return (lines | pairs | self.forced) & self.causal
 
-    def pairs(self, gamma: Tensor) -> Tensor:
-        """How many block pairs of each prompt `keep` keeps: int64 [B]."""
-        return self.keep(gamma).sum((1, 2, 3))
-
     def _blocks(self, cumulative: Tensor, gamma: Tensor) -> Tensor:
-        """Columns (or diagonals) of each head: int64 [B, Hq] [blocks]."""
+        """Return the number of columns, or diagonals, of each head: int64 [B, Hq] [blocks]."""
         tokens = (cumulative <= gamma[:, None, None]).sum(-1) + 1  # the smallest number whose mass exceeds gamma
         return (tokens // self.size + 1).clamp_min(self.least).masked_fill(self.query_aware, self.least)
 
 
-def _rank(x: Tensor) -> Tensor:
-    """Place of each entry in descending order, ties to the lower index."""
-    return x.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+def _bisect(heads: _Heads, target: float, q: Tensor) -> Tensor:
+    """Return for each prompt the gamma in [0, 1] whose number of block pairs is nearest to the target: fp64 [B]."""
+    low = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
+    high = torch.ones_like(low)
+    best, gap = low, (heads.keep(low).sum((1, 2, 3)) - target).abs()
+    for step in range(BISECTIONS + 1):
+        tried = high if step == 0 else (low + high) / 2
+        count = heads.keep(tried).sum((1, 2, 3))
+        best, gap = torch.where((count - target).abs() < gap, tried, best), gap.minimum((count - target).abs())
+        if step:
+            low, high = torch.where(count < target, tried, low), torch.where(count < target, high, tried)
+    return best
 
 
 def _distance(p: Tensor, q: Tensor) -> Tensor:
-    """Root of the Jensen-Shannon divergence of two distributions over the last dimension, natural logarithm."""
+    """Return the root of the Jensen-Shannon divergence over the last dimension, natural logarithm."""
     middle = (p + q) / 2
     divergence = (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum(-1) / 2
     return divergence.clamp_min(0).sqrt()
+
+
+def _pool_blocks(x: Tensor, block_size: int) -> Tensor:
+    """Return sums over blocks of the last dimension: [..., N] -> [..., nk]."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size))
+    return x.unflatten(-1, (-1, block_size)).sum(-1)

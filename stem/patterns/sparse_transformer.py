@@ -1,4 +1,4 @@
-"""Sparse Transformers (arXiv 1904.10509) in blocks: strided and fixed, their two heads merged into one."""
+"""Sparse Transformers (arXiv 1904.10509) in blocks: strided and fixed, each with its two kinds of heads in one."""
 
 import math
 
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from stem.config import StemConfig
-from stem.patterns.common import block_counts, check_blocks, distances, select_mask, target_pairs
-from stem.patterns.window import add_window
+from stem.patterns.common import add_window, block_counts, check_blocks, distances, select_mask, target_pairs
 from stem.selection import BlockSelection
 
 SMALL = 0.01  # difference of density at which the fixed pattern prefers fewer summary blocks
@@ -23,20 +22,21 @@ def select_strided(
     window_blocks: int | None = None,
     stride_blocks: int | None = None,
 ) -> BlockSelection:
-    """A window and every stride-th block before: keep j where i - j < window or (i - j) mod stride = 0.
+    """Keep a window and every stride-th block before it: i - j < window or (i - j) mod stride = 0.
 
-    window_blocks: Width, the diagonal included, >= 1; None solves it for the config's density.
-    stride_blocks: Distance of the strided blocks, >= 1. None is the paper's square root of the number of blocks,
-        rounded up, where the window is given; where the window is solved, it is the smallest stride whose blocks cost
-        at most half of the density, so that both parts get about as much.
+    Args:
+        window_blocks: Width of the window, >= 1 [blocks]. None solves it for the config's density.
+        stride_blocks: Distance between the strided blocks, >= 1 [blocks]. None beside a given window is the paper's
+            choice, the square root of the number of blocks, rounded up. None beside a solved window is the smallest
+            stride whose blocks cost at most half of the density, so that window and strided blocks cost about as much.
     """
     check_blocks(1, window_blocks=window_blocks, stride_blocks=stride_blocks)
     n = block_counts(q, k, config)[1]
     if stride_blocks is None and window_blocks is not None:
-        stride_blocks = math.isqrt(n - 1) + 1
+        stride_blocks = _root(n)
     elif stride_blocks is None:
         half = target_pairs(config, n) / 2
-        stride_blocks = next((s for s in range(1, n) if strided_pairs(n, s) <= half), n)
+        stride_blocks = next((s for s in range(1, n) if sum(range(n, 0, -s)) <= half), n)  # causal pairs of stride s
     kept = distances(n, q.device) % stride_blocks == 0
     return select_mask(add_window(kept, config, window_blocks), q, k, config)
 
@@ -50,20 +50,22 @@ def select_fixed(
     stride_blocks: int | None = None,
     summary_blocks: int | None = None,
 ) -> BlockSelection:
-    """The own group of blocks and the last ones of every group: floor(j / s) = floor(i / s) or j mod s >= s - c.
+    """Keep the row's own group of s blocks and the last c of every group: floor(j/s) = floor(i/s) or j mod s >= s - c.
 
-    None for both solves them for the config's density: of the groups and summaries that come within 0.01 of it, the
-    fewest summary blocks, then the longest group; where none does, the nearest. No stride of n blocks costs less than
-    about 2 / sqrt(n) of the pairs: the least density is 0.24 at 64 blocks, 0.17 at 128.
+    None for both parameters solves them for the config's density. Of all (s, c) within 0.01 of the density, the method
+    takes the fewest summary blocks, then the longest group. Where none is that close, it takes the nearest density. The
+    pattern costs at least about 2 / sqrt(n) of the causal pairs of n blocks: 0.25 at 64 blocks, 0.17 at 128.
 
-    stride_blocks: s, blocks in a group, >= 1; None beside a given c is the square root of the number of blocks.
-    summary_blocks: c in 1..s; None beside a given s is 1.
+    Args:
+        stride_blocks: s, the group's length, >= 1 [blocks]. None beside a given c is the square root of the number of
+            blocks, rounded up.
+        summary_blocks: c, summary blocks of a group, in 1..s [blocks]. None beside a given s is 1.
     """
     check_blocks(1, stride_blocks=stride_blocks, summary_blocks=summary_blocks)
     n = block_counts(q, k, config)[1]
     if stride_blocks is None and summary_blocks is None:
         stride_blocks, summary_blocks = _solve_fixed(n, target_pairs(config, n))
-    stride_blocks = math.isqrt(n - 1) + 1 if stride_blocks is None else stride_blocks
+    stride_blocks = _root(n) if stride_blocks is None else stride_blocks
     summary_blocks = 1 if summary_blocks is None else summary_blocks
     if summary_blocks > stride_blocks:
         raise ValueError(f"summary_blocks must be at most stride_blocks={stride_blocks}, got {summary_blocks}")
@@ -73,26 +75,26 @@ def select_fixed(
     return select_mask(kept, q, k, config)
 
 
-def strided_pairs(n: int, stride: int) -> int:
-    """Causal block pairs of n blocks whose distance is a multiple of the stride."""
-    return sum(n - distance for distance in range(0, n, stride))
+def _root(n: int) -> int:
+    """Return the square root of n >= 1, rounded up."""
+    return math.isqrt(n - 1) + 1
 
 
-def fixed_pairs(n: int, stride: int) -> np.ndarray:
-    """Causal block pairs that the fixed pattern keeps, for every c in 1..stride: int64 [stride]."""
+def _solve_fixed(n: int, pairs: int) -> tuple[int, int]:
+    """Return (s, c) for `pairs` block pairs of n blocks; see `select_fixed`."""
+    tolerance = SMALL * n * (n + 1) / 2
+    found = []
+    for stride in range(1, n + 1):
+        off = np.abs(_fixed_pairs(n, stride) - pairs)
+        found += [(max(gap, tolerance), c, -stride) for c, gap in enumerate(off.tolist(), 1)]
+    _, summary, stride = min(found)
+    return -stride, summary
+
+
+def _fixed_pairs(n: int, stride: int) -> np.ndarray:
+    """Return the causal block pairs that the fixed pattern keeps for each c in 1..stride: int64 [stride]."""
     block = np.arange(n)
     own = (block % stride + 1).sum()
     later = (n - (block // stride + 1) * stride).clip(0)  # rows of later groups, for each key block
     place = np.bincount(block % stride, weights=later, minlength=stride)[::-1]  # from the last place of a group
     return own + place.cumsum().astype(np.int64)
-
-
-def _solve_fixed(n: int, pairs: int) -> tuple[int, int]:
-    """(s, c) as the docstring of `select_fixed` says."""
-    tolerance = SMALL * n * (n + 1) / 2
-    found = []
-    for stride in range(1, n + 1):
-        off = np.abs(fixed_pairs(n, stride) - pairs)
-        found += [(max(gap, tolerance), c, -stride) for c, gap in enumerate(off.tolist(), 1)]
-    _, summary, stride = min(found)
-    return -stride, summary

@@ -1,4 +1,4 @@
-"""Stem itself, and the paper's ablation of it."""
+"""Stem, and the ablation of its paper with a constant budget."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from stem.selection import BlockSelection, select_blocks
 
 
 def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig) -> BlockSelection:
-    """Output-Aware Metric and Token Position-Decay (Algorithm 1), every field of the config as documented."""
+    """Keep the best blocks by Output-Aware Metric, budget of Token Position-Decay (Algorithm 1); reads every field."""
     budget = block_budget(block_counts(q, k, config)[1], config)
     return select_blocks(block_scores(q, k, v, config), budget, config, q_len=q.shape[2], kv_len=k.shape[2])
 
@@ -18,10 +18,12 @@ def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig) -> BlockSelectio
 def select_uniform(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, row_blocks: int | None = None
 ) -> BlockSelection:
-    """Score-aware metric with a constant budget of equal cost: the paper's "uniform" ablation (Table 5).
+    """Keep the best blocks by routing scores under a constant budget (Stem's "uniform" ablation, Table 5).
 
-    row_blocks: Blocks of every row, >= 1; None solves it for the config's density. The config's sink and local blocks
-        are inside.
+    The config's scores count, without their value term. Its sink and local blocks are inside the budget.
+
+    Args:
+        row_blocks: Budget of every row, >= 1 [blocks]. None solves it for the config's density.
     """
     check_blocks(1, row_blocks=row_blocks)
     config = uniform_budget(config, block_counts(q, k, config)[1], row_blocks)

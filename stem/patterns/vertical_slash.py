@@ -1,5 +1,7 @@
 """Vertical-slash pattern of MInference (arXiv 2407.02490) in blocks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,9 @@ from stem.patterns.common import (
     block_counts,
     check_blocks,
     distances,
-    largest,
     last_probabilities,
     offset_sums,
+    ranks,
     select_mask,
     target_pairs,
 )
@@ -20,36 +22,39 @@ LAST_QUERIES = 64
 FORCED_VERTICALS, FORCED_SLASHES = 30, 100  # first tokens, nearest offsets, ranked before all others
 LEAST_VERTICALS, LEAST_SLASHES = 30, 50
 VERTICALS, SLASHES = 1000, 6096  # MInference's setting for heads that its search does not know
+NEVER = 2**40  # a rank that no number of columns or diagonals reaches
 
 
 def select(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, verticals: int | None = None, slashes: int | None = None
 ) -> BlockSelection:
-    """Key columns and diagonals that the last 64 queries attend to most; one number of each for all heads.
+    """Keep the key columns and the diagonals that the last 64 queries attend to most (MInference's vertical-slash).
 
-    Their exact attention to all keys gives every column its sum (the first 30 tokens come first) and every diagonal its
-    sum (the nearest 100 offsets come first). A block pair is kept if it holds a kept column or touches a kept diagonal.
-    MInference gathers single columns; in blocks, a column costs its whole block. Which blocks a column or a diagonal
-    touches is counted in whole blocks, also at the prompt's end.
+    The exact attention of these queries to all keys ranks columns and diagonals by their sums. The first 30 tokens and
+    the nearest 100 offsets rank before all others. A block pair is kept if it holds a kept column or touches a kept
+    diagonal. MInference gathers single columns, here a column costs its whole block. A block touches a diagonal by its
+    grid of whole blocks, also at the ragged end of the prompt.
 
-    The last 64 queries are those of q: every chunk of a prompt fed in chunks estimates with its own. The 30 columns and
-    50 offsets that are the minimum are the least density.
+    The last 64 queries are those of q: each chunk of a prompt has its own. All heads keep the same numbers of columns
+    and diagonals. The minimum of 30 columns and 50 diagonals is the least density.
 
-    verticals: Columns, at least 30 [tokens]. None for both solves them for the config's density: MInference's default
-        of 1000 columns to 6096 offsets, scaled, then as many columns as fit; None beside given slashes is 1000.
-    slashes: Diagonals, at least 50 [tokens of offset]; None beside given verticals is 6096.
+    Args:
+        verticals: Number of columns [tokens]; values below 30 count as 30. None beside given slashes is 1000.
+        slashes: Number of diagonals [tokens]; values below 50 count as 50. None beside given verticals is 6096. None
+            for both solves them for the config's density: MInference's ratio of 1000 columns to 6096 diagonals, then
+            as many more columns as fit.
     """
     check_blocks(0, verticals=verticals, slashes=slashes)
     size, nk = config.block_size, block_counts(q, k, config)[1]
     probabilities = last_probabilities(q, k, LAST_QUERIES)
-    columns = _first_ranks(probabilities.sum(2), FORCED_VERTICALS)  # [B, Hq, Nkv]
-    offsets = _first_ranks(offset_sums(probabilities), FORCED_SLASHES)
+    columns = _ranks(probabilities.sum(2), FORCED_VERTICALS)  # [B, Hq, Nkv]
+    offsets = _ranks(offset_sums(probabilities), FORCED_SLASHES)
     column_rank = _block_minimum(columns, size)  # [B, Hq, nk]
     own = _block_minimum(offsets, size)
     inside = _block_minimum(
-        offsets.index_fill(2, torch.arange(0, offsets.shape[2], size, device=q.device), _NEVER), size
+        offsets.index_fill(2, torch.arange(0, offsets.shape[2], size, device=q.device), NEVER), size
     )
-    slash_rank = own.minimum(torch.nn.functional.pad(inside, (1, 0), value=_NEVER)[..., :-1])
+    slash_rank = own.minimum(torch.nn.functional.pad(inside, (1, 0), value=NEVER)[..., :-1])
     levels = torch.broadcast_tensors(
         column_rank[:, :, None], slash_rank[..., distances(nk, q.device).clamp_min(0)]
     )  # [B, Hq, nk, nk] each: how many columns, or diagonals, must be kept to keep the pair
@@ -63,26 +68,24 @@ def select(
     return select_mask(columns | diagonals, q, k, config)
 
 
-_NEVER = 2**40  # a rank that no count reaches
-
-
-def _first_ranks(sums: Tensor, forced: int) -> Tensor:
-    """Place of each entry in descending order, int64; the first `forced` entries come before all others."""
+def _ranks(sums: Tensor, forced: int) -> Tensor:
+    """Return each entry's place in descending order, int64; the first `forced` entries come before all others."""
     sums = sums.clone()
     sums[..., :forced] = torch.inf
-    return sums.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return ranks(sums)
 
 
 def _block_minimum(ranks: Tensor, size: int) -> Tensor:
-    """Smallest rank in each block: [..., N] -> [..., nk]."""
-    ranks = torch.nn.functional.pad(ranks, (0, -ranks.shape[-1] % size), value=_NEVER)
+    """Return the smallest rank in each block: [..., N] -> [..., nk]."""
+    ranks = torch.nn.functional.pad(ranks, (0, -ranks.shape[-1] % size), value=NEVER)
     return ranks.unflatten(-1, (-1, size)).amin(-1)
 
 
 def _solve(column: Tensor, slash: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """Numbers of columns and diagonals that keep about `pairs` block pairs of a prompt: int64 [B] each.
+    """Return the numbers of columns and diagonals that keep about `pairs` block pairs of a prompt: int64 [B] each.
 
-    column, slash: [B, Hq, nk, nk], how many of either must be kept to keep the pair.
+    Args:
+        column, slash: Number of columns, or diagonals, that must be kept to keep the pair, [B, Hq, nk, nk].
     """
     causal = torch.ones_like(column[0, 0], dtype=torch.bool).tril()
     column, slash = column[..., causal].flatten(1), slash[..., causal].flatten(1)
@@ -91,12 +94,23 @@ def _solve(column: Tensor, slash: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         return ((column < verticals[:, None]) | (slash < slashes[:, None])).sum(1)
 
     least = torch.full((column.shape[0],), LEAST_SLASHES, device=column.device)
-    most = int(column[column < _NEVER].max()) + 1  # ranks of columns and offsets have one range
-    slashes = largest(lambda count: kept(_verticals(count), count) <= pairs, least, most)
-    verticals = largest(lambda count: kept(count, slashes) <= pairs, _verticals(slashes), most)
+    most = int(column[column < NEVER].max()) + 1  # ranks of columns and offsets have one range
+    slashes = _largest(lambda count: kept(_verticals(count), count) <= pairs, least, most)
+    verticals = _largest(lambda count: kept(count, slashes) <= pairs, _verticals(slashes), most)
     further = kept(verticals + 1, slashes) - pairs < pairs - kept(verticals, slashes)
     return verticals + further, slashes
 
 
 def _verticals(slashes: Tensor) -> Tensor:
+    """Return MInference's number of columns for these numbers of diagonals."""
     return (slashes * VERTICALS // SLASHES).clamp_min(LEAST_VERTICALS)
+
+
+def _largest(fits: Callable[[Tensor], Tensor], low: Tensor, high: int) -> Tensor:
+    """Return for each prompt the largest number in low..high that fits, low if none does: int64 [B]."""
+    high = torch.full_like(low, high).maximum(low)
+    for _ in range(int(high.max() - low.min()).bit_length()):
+        middle = (low + high + 1) // 2
+        good = fits(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, (middle - 1).maximum(low))
+    return low

@@ -1,24 +1,23 @@
-"""Patterns of recent blocks: sliding window and Longformer."""
+"""Local windows with and without first blocks: sliding window, Longformer, A-shape and Tri-shape."""
 
-import torch
 from torch import Tensor
 
 from stem.config import StemConfig
-from stem.patterns.common import block_counts, check_blocks, distances, fill_rows, select_mask, target_pairs
+from stem.patterns.common import add_window, check_blocks, local_and_first, select_mask
 from stem.selection import BlockSelection
 
 
 def select_sliding(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, window_blocks: int | None = None
 ) -> BlockSelection:
-    """The most recent blocks only: keep j where i - j < window.
+    """Keep the most recent blocks: i - j < window.
 
-    window_blocks: Width, the diagonal included, >= 1; None solves it for the config's density, a width between two
-        whole numbers as the wider window in the first rows.
+    Args:
+        window_blocks: Width of the window, >= 1 [blocks]. None solves it for the config's density. Where the density
+            lies between two widths, the first rows have the wider one.
     """
     check_blocks(1, window_blocks=window_blocks)
-    kept = distances(block_counts(q, k, config)[1], q.device) == 0
-    return select_mask(add_window(kept, config, window_blocks), q, k, config)
+    return select_mask(add_window(local_and_first(q, k, config), config, window_blocks), q, k, config)
 
 
 def select_longformer(
@@ -31,31 +30,65 @@ def select_longformer(
     global_blocks: int = 1,
     dilation: int = 1,
 ) -> BlockSelection:
-    """Window and global blocks (Longformer, arXiv 2004.05150, made causal): keep j where i - j < window or j < global.
+    """Keep a window and global blocks: i - j < window or j < global (Longformer, arXiv 2004.05150, made causal).
 
-    A global row sees all of its past: the global blocks come first, so it does anyway. Global blocks and the diagonal
-    are the least density.
+    Global rows see all of their past without a rule of their own, because the global blocks come first. The global
+    blocks and the diagonal are the least density.
 
-    window_blocks: Blocks in the window, the diagonal included, >= 1; None solves it for the config's density.
-    global_blocks: First blocks, seen by every row, >= 0; the paper's choice depends on the task.
-    dilation: Steps between the window's blocks, >= 1: every dilation-th of the last window * dilation blocks. A
-        dilation d alone reaches no more than 1 / d of the pairs.
+    Args:
+        window_blocks: Number of blocks in the window, >= 1. None solves it for the config's density.
+        global_blocks: First blocks that every row sees, >= 0 [blocks]. The paper chooses them by task.
+        dilation: Step between the window's blocks, >= 1 [blocks]: the window holds every dilation-th of the last
+            window * dilation blocks. A dilation d alone keeps at most 1 / d of the causal pairs.
     """
     check_blocks(1, window_blocks=window_blocks, dilation=dilation)
     check_blocks(0, global_blocks=global_blocks)
-    distance = distances(block_counts(q, k, config)[1], q.device)
-    kept = (distance == 0) | (torch.arange(distance.shape[1], device=q.device) < global_blocks)
+    kept = local_and_first(q, k, config, first_blocks=global_blocks)
     return select_mask(add_window(kept, config, window_blocks, dilation), q, k, config)
 
 
-def add_window(kept: Tensor, config: StemConfig, window_blocks: int | None, dilation: int = 1) -> Tensor:
-    """Add the last `window_blocks` blocks (at steps of `dilation`) to each row of bool [nk, nk].
+def select_a_shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    *,
+    sink_blocks: int | None = None,
+    window_blocks: int | None = None,
+) -> BlockSelection:
+    """Keep first blocks and a window: j < sinks or i - j < window (StreamingLLM, arXiv 2309.17453).
 
-    None: as wide as the config's density allows, one block wider in the first rows to use it up.
+    The first blocks and the diagonal are the least density.
+
+    Args:
+        sink_blocks: First blocks, >= 0 [blocks]. None takes the config's. StreamingLLM itself keeps 4 tokens.
+        window_blocks: Width of the window, >= 1 [blocks]. None solves it for the config's density.
     """
-    distance = distances(kept.shape[0], kept.device)
-    steps = distance % dilation == 0
-    if window_blocks is not None:
-        return kept | steps & (distance < window_blocks * dilation)
-    scores = torch.where(steps, -distance.double(), -torch.inf)
-    return fill_rows(kept, scores, pairs=target_pairs(config, kept.shape[0]))
+    return select_tri_shape(q, k, v, config, sink_blocks=sink_blocks, window_blocks=window_blocks, last_tokens=0)
+
+
+def select_tri_shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    *,
+    sink_blocks: int | None = None,
+    window_blocks: int | None = None,
+    last_tokens: int = 100,
+) -> BlockSelection:
+    """Keep the A-shape, and every block in the last rows (Tri-shape of SCBench, arXiv 2412.10319).
+
+    The first blocks, the diagonal and the dense rows are the least density. The last rows are those of the keys given
+    so far: a prompt in chunks has dense rows at the end of each chunk.
+
+    Args:
+        sink_blocks, window_blocks: As in `select_a_shape`.
+        last_tokens: Rows that hold one of the last tokens are dense, >= 0 [tokens].
+    """
+    check_blocks(1, window_blocks=window_blocks)
+    check_blocks(0, sink_blocks=sink_blocks, last_tokens=last_tokens)
+    kept = local_and_first(q, k, config, first_blocks=config.sink_blocks if sink_blocks is None else sink_blocks)
+    if last_tokens:
+        kept[max(0, k.shape[2] - last_tokens) // config.block_size :] = True
+    return select_mask(add_window(kept, config, window_blocks), q, k, config)

@@ -1,20 +1,21 @@
-"""XAttention (arXiv 2503.16428): antidiagonal scores, softmax at stride resolution, block sums."""
+"""XAttention (arXiv 2503.16428): antidiagonal sums, softmax at the resolution of the stride, sums over blocks."""
 
-import torch
 from torch import Tensor
 
 from stem.config import StemConfig
-from stem.patterns.common import block_counts, check_share, distances, select_by_scores, select_mask, top_share
+from stem.patterns.common import check_share, select_by_scores, select_share
 from stem.scores import block_scores
 from stem.selection import BlockSelection
 
 
 def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, tau: float | None = None) -> BlockSelection:
-    """The blocks of the largest share of their row, by a softmax over sums of antidiagonals of `config.score_stride`.
+    """Keep first block, diagonal, and blocks of the largest share of a softmax over antidiagonal sums (XAttention).
 
-    tau: Share of the row, in [0, 1], that the kept blocks hold (the paper's selection, 0.9 in its use): first block and
-        diagonal, then blocks in descending order until it is reached; the density follows. None keeps the top blocks
-        of each row at the config's density instead, first block and diagonal inside it.
+    The antidiagonals have the length of the config's score_stride.
+
+    Args:
+        tau: Share of the row that the kept blocks reach, in [0, 1], 0.9 in the paper's experiments; the density
+            follows. None keeps the same number of blocks in every row, solved for the config's density.
     """
     check_share(tau=tau)
     cells = config.block_size // config.score_stride
@@ -24,7 +25,4 @@ def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, tau: float | 
     scores = block_scores(q, k, v, scored)
     if tau is None:
         return select_by_scores(scores, q, k, config, sink_blocks=1, local_blocks=1)
-    nq, nk = block_counts(q, k, config)
-    distance = distances(nk, q.device)[-nq:]
-    forced = (distance == 0) | (torch.arange(nk, device=q.device) == 0)
-    return select_mask(top_share(scores.exp(), forced, tau), q, k, config)
+    return select_share(scores.exp(), tau, q, k, config, sink_blocks=1)
