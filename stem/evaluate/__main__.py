@@ -1,4 +1,23 @@
-"""`python -m stem.evaluate`: lm-eval's command line with the model name `stem`."""
+r"""`python -m stem.evaluate`: lm-eval's command line with the model name `stem`.
+
+    # needs no files: see stem.evaluate.local_data
+    python -m stem.evaluate --model stem --model_args pretrained=smollm2,density=0.25,block_size=64 \
+        --tasks niah_single_1,ruler_vt --metadata '{"max_seq_lengths":[2048]}' --limit 10
+    # another method with its own parameter, the first two layers dense; needs pip install "lm_eval[longbench]"
+    python -m stem.evaluate --model stem \
+        --model_args pretrained=Qwen/Qwen3-8B,pattern=xattention,tau=0.9,dense_layers=2 --tasks longbench
+    # files of the folder data in place of downloads
+    python -m stem.evaluate --model stem --model_args pretrained=smollm2 --data_dir data \
+        --tasks niah_single_2,ruler_qa_squad
+    # all GPUs share the requests; two CPU processes share them after `accelerate launch --cpu --num_processes 2`
+    accelerate launch -m stem.evaluate --model stem --model_args pretrained=Qwen/Qwen3-8B --tasks longbench2
+
+Options of single layers need JSON: `--model_args '{"pretrained": "smollm2", "layers": {"3": {"density": 0.5}, "4":
+null}}'` gives layer 3 another density and makes layer 4 dense. `stem.evaluate.harness.StemLM` lists all options.
+
+lm-eval cuts a prompt that is longer than max_length minus the tokens to generate, on the left. Give `--model_args` a
+max_length that holds the prompts.
+"""
 
 import argparse
 import sys

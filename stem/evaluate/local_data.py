@@ -7,6 +7,8 @@
 | ruler_qa_hotpot | hotpot_dev_distractor_v1.json | HotpotQA |
 | longbench_* | longbench/<name>.jsonl, for example longbench/2wikimqa.jsonl | THUDM/LongBench, data.zip |
 | longbench2_* | longbench_v2.json | THUDM/LongBench-v2, data.json |
+
+The RULER tasks niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe and ruler_fwe need no files.
 """
 
 import json

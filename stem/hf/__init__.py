@@ -8,9 +8,20 @@
     model.generate(**inputs)                 # prefill is sparse from here on
     stem.hf.density(model)                   # one row per layer: what was really computed
 
-A call with several queries is prefill and sparse; assisted decoding verifies its candidates in such calls. A call with
-one query is decode and dense (SDPA). Dense in prefill too: sliding-window layers, layers whose config is None, layers
-whose heads have more than 256 dimensions, and prompts with padding between their tokens. The report tells which.
+A call with several queries is prefill and sparse. A call with one query is decode and dense (SDPA). These stay dense in
+prefill: layers whose config is None, layers whose heads have more than 256 dimensions, and prompts with padding between
+their tokens. Sliding-window layers keep their own attention. The report tells which attention ran.
+
+`enable` accepts every causal model that attends through transformers' AttentionInterface. Small random models of these
+families are tested: Llama, Qwen2, Qwen3 and its MoE, Mistral, Mixtral, Gemma 1 and 3, Phi-1 to 3, GPT-NeoX, GPT-2,
+OLMo-2, SmolLM3, StarCoder2, Cohere, GLM, Ernie 4.5, Granite, DeepSeek-V3, and the attention layers of Qwen3-Next. At
+density 1 their logits are the model's own; below it they equal a reference that attends through a token mask.
+
+Tests also cover padded batches, chunked prefill, cached prefixes, dynamic, static, hybrid and quantised caches, LoRA,
+gradient checkpointing, device_map, and torch.compile(model, fullgraph=True) under torch.no_grad().
+
+Assisted decoding verifies its candidates in calls with several queries, so it can give other text than greedy decoding.
+Offloaded caches of transformers 5.17 gave other tokens than its dynamic cache on an H200, with SDPA too.
 """
 
 from stem.hf.forward import NAME, stem_attention_forward
