@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .launch import can_overlap, launch
+from .common import at_least_sm90
+from .launch import launch
 
 MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program keeps in registers
 DIM_TILE = 64  # dimensions of V that are squared and added at a time
@@ -465,7 +466,7 @@ def score_inputs(
         ),
         DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
         LOG_TERM=log_term,
-        CAN_OVERLAP=can_overlap(q.device),
+        CAN_OVERLAP=at_least_sm90(q.device),
         **constants,
     )
     if not log_term:

@@ -29,10 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
+from .common import LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, num_multiprocessors, with_dense_rows
 from .launch import Tiles, current_stream, launch
-
-LOG2_E = gl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
-LN_2 = gl.constexpr(0.6931471805599453)
 
 BLOCK_SIZE = 128
 HEAD_DIMS = (64, 128)
@@ -48,12 +46,7 @@ LAUNCH_REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
-LARGEST_SUM = gl.constexpr(2.0**64)  # of a row's weights; leaves values up to 2^63 room in the accumulator
-SUMS = gl.constexpr(8)  # partial sums of a row's weights: as many as keep every addition inside a thread
-
 BYTES_AT_ONCE = 4 << 20  # of keys and values of the heads in turn; with more, an NVIDIA H200 is slower at 8K and above
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
-TMA_BYTES = 16  # alignment of addresses and strides
 TMA_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
@@ -468,15 +461,10 @@ def heads_at_once(num_keys: int, head_dim: int, num_kv_heads: int) -> int:
     return max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= most)
 
 
-@cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def new_scratch(device: torch.device, num_tasks: int) -> torch.Tensor:
-    """What a launch needs beside its inputs: two counters, 0, and room to note tasks."""
-    return torch.zeros(2 + NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=device)
+    """Scratch memory of a launch: two counters, 0, and room to note tasks. Never an inference tensor: it is cached."""
+    with torch.inference_mode(False):
+        return torch.zeros(2 + NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=64)  # one launch of a stream follows the other and finds the zeros that it left: none writes them
@@ -503,19 +491,8 @@ def supports(q: torch.Tensor, block_size: int) -> bool:
     return not unsupported(q.device, q.dtype, q.shape[-1], block_size)
 
 
-def tma_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself if TMA can read it: unit stride of D, address and other strides multiples of 16 bytes; else a copy."""
-    batch_stride, head_stride, row_stride, dim_stride = x.stride()
-    elements = TMA_BYTES // x.element_size()
-    aligned = not (batch_stride % elements or head_stride % elements or row_stride % elements)
-    positive = batch_stride > 0 and head_stride > 0 and row_stride > 0
-    if aligned and positive and dim_stride == 1 and x.data_ptr() % TMA_BYTES == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
-    """Gluon's descriptor of x [B, H, N, D], as `tma_rows` gives it, in tiles of a shape."""
+    """Gluon's descriptor of x [B, H, N, D], that TMA can read, in tiles of a shape."""
     return TensorDescriptor.from_tensor(x, list(shape), TMA_LAYOUT)
 
 
@@ -531,7 +508,7 @@ def prepare(
     """
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
-    q, k, v = tma_rows(q), tma_rows(k), tma_rows(v)
+    q, k, v = (with_dense_rows(x, tma=True) for x in (q, k, v))
     batch, num_q_heads, num_queries, head_dim = q.shape
     _, num_kv_heads, num_keys, _ = k.shape
     num_q_blocks = -(-num_keys // BLOCK_SIZE) - (num_keys - num_queries) // BLOCK_SIZE

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,9 +56,9 @@ def launch(
         grid: Programs along up to three axes.
         tensors: Tensors, `Tiles` and None; the first is no None.
         numbers: Ints and floats; an argument is always the one or always the other.
-        overlap: Whether it may begin while the kernel launched before it still runs (programmatic dependent launch,
-            see `can_overlap`): once each program of that has called gdc_launch_dependents or ended. Then the kernel
-            itself calls gdc_wait before it reads what that one writes. Only a hint.
+        overlap: Whether the kernel may begin while the kernel launched before it still runs (programmatic dependent
+            launch, on NVIDIA GPUs from compute capability 9.0 on), once each program of that kernel has ended or called
+            gdc_launch_dependents. It must call gdc_wait before it reads results of that kernel. Only a hint.
         constants: What is known when the kernel is compiled, with num_warps and its like.
     """
     first = tensors[0]
@@ -80,12 +79,6 @@ def launch(
     note = ON_LAUNCH.get()
     if note:
         note(variant and variant.direct, grid, tensors, overlap)
-
-
-@cache
-def can_overlap(device: torch.device) -> bool:
-    """Whether kernels on a device can be launched with `overlap`: NVIDIA GPUs from compute capability 9.0 on."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def is_watched() -> bool:

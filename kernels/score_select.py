@@ -11,7 +11,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .block_scores import PRECISION, finish_scores, operand_dtype
 from .block_select import row_size, select_rows
-from .launch import can_overlap, launch
+from .common import at_least_sm90
+from .launch import launch
 
 MAX_KV_BLOCKS = 32  # of a row; at 64, on an NVIDIA H200, two kernels are faster
 ROWS = 16  # query blocks of one program, of all heads that share a KV head
@@ -148,7 +149,7 @@ def score_select(
             max_blocks,
             float(scale),
         ),
-        overlap=can_overlap(q_sums.device),
+        overlap=at_least_sm90(q_sums.device),
         ON_TOP=on_top,
         DEPTH=q_sums.shape[-1],
         PARTS=parts,
@@ -158,7 +159,7 @@ def score_select(
         DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),
         PRECISION=PRECISION,
-        CAN_OVERLAP=can_overlap(q_sums.device),
+        CAN_OVERLAP=at_least_sm90(q_sums.device),
         num_warps=WARPS,
         num_stages=STAGES,
     )

@@ -8,10 +8,13 @@ import triton
 import triton.language as tl
 
 from .block_select import empty_lists, is_forced
-from .cell_scores import Cells, cell_constants, pair_cells, pair_tokens, pool_shares, token_constants
+from .cell_features import Cells
+from .cell_pairs import pair_cells
+from .cell_scores import cell_constants, pool_shares, token_constants
+from .common import LOG2_E
 from .launch import launch
+from .token_pairs import pair_tokens
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 KEYS_PER_WARP = 256
 
 

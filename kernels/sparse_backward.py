@@ -13,12 +13,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .sparse_forward import padded_dim
+from .common import (
+    LOG2_E,
+    TMA_BYTES,
+    at_least_sm90,
+    num_multiprocessors,
+    operand_dtype,
+    padded_dim,
+    with_dense_rows,
+)
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 STATISTICS_ROWS = 64  # rows of a program that computes row statistics, fewer if blocks are smaller
-TMA_BYTES = 16  # alignment of addresses and strides
 MAX_SPLITS = 8  # fp32 copies of dK and dV that a small problem may take
 
 
@@ -510,28 +515,12 @@ def num_splits(k: torch.Tensor, max_blocks: int) -> int:
     """
     if not k.is_cuda:
         return 1
-    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    return min(MAX_SPLITS, -(-processors // (k.shape[0] * k.shape[1] * max_blocks)))
-
-
-def operand_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The type in which tiles are multiplied: the inputs' own, but fp32 under Triton's interpreter (no bf16 there)."""
-    return tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
+    return min(MAX_SPLITS, -(-num_multiprocessors(k.device) // (k.shape[0] * k.shape[1] * max_blocks)))
 
 
 def use_descriptors(q: torch.Tensor) -> bool:
     """Whether tiles are loaded by TMA: 16-bit types on sm_90 and newer, rows of whole multiples of 16 bytes."""
-    if not q.is_cuda or q.element_size() != 2 or q.shape[-1] * q.element_size() % TMA_BYTES:
-        return False
-    return torch.cuda.get_device_capability(q.device)[0] >= 9
-
-
-def readable_rows(x: torch.Tensor, by_descriptor: bool) -> torch.Tensor:
-    """`x`, or a contiguous copy if its last dimension is not contiguous or, for TMA, rows are not 16-byte aligned."""
-    aligned = all(stride > 0 and stride * x.element_size() % TMA_BYTES == 0 for stride in x.stride()[:-1])
-    if x.stride(-1) == 1 and (not by_descriptor or (aligned and x.data_ptr() % TMA_BYTES == 0)):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return at_least_sm90(q.device) and q.element_size() == 2 and q.shape[-1] * 2 % TMA_BYTES == 0
 
 
 def tiles_of(x: torch.Tensor, rows: int, block_d: int, by_descriptor: bool):
@@ -702,9 +691,9 @@ def sparse_backward(
         dq, dk, dv like q, k, v (dv with the strides of dk), accumulated in fp32.
     """
     descriptors = use_descriptors(q)
-    q, k, v, dout = (readable_rows(x, descriptors) for x in (q, k, v, dout))
+    q, k, v, dout = (with_dense_rows(x, tma=descriptors) for x in (q, k, v, dout))
     with torch.cuda.device_of(q):
         front = (k.shape[2] - q.shape[2]) % block_size
-        statistics = row_statistics(readable_rows(out, False), dout, lse, dlse, front, block_size)
+        statistics = row_statistics(with_dense_rows(out), dout, lse, dlse, front, block_size)
         problem = (q, k, v, dout, *statistics, kv_indices, kv_num_blocks, block_size, scale, descriptors)
         return query_gradient(*problem), *key_value_gradients(*problem)

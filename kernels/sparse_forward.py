@@ -16,20 +16,22 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .common import (
+    LARGEST_SUM,
+    LOG2_E,
+    SMALLEST_SCALE,
+    SUMS,
+    at_least_sm90,
+    is_aligned,
+    operand_dtype,
+    padded_dim,
+    with_dense_rows,
+)
 from .launch import Tiles, launch
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
-
-LARGEST_SUM = tl.constexpr(2.0**64)  # of a row's weights; leaves values up to 2^63 room in the accumulator
-SUMS = tl.constexpr(8)  # partial sums of a row's weights: as many as keep every addition inside a thread
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: the kernel takes row maxima before it scales
-TMA_BYTES = 16  # alignment of addresses and strides
-SMALLEST_DOT = 16  # columns of the smallest product
 # The problem on which tile sizes are compared, large enough to take the GPU longer than its launch takes the host.
 TUNING_TOKENS, TUNING_HEADS, TUNING_WINDOW = 8192, 16, 2048
 FASTEST: dict[tuple, dict[str, int]] = {}  # kind of problem -> tiles that were the fastest
-
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -437,35 +439,11 @@ def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: t
     return times.index(min(times))
 
 
-@cache
-def padded_dim(head_dim: int) -> int:
-    """Columns of a tile of D: the next power of two that a product takes."""
-    return max(SMALLEST_DOT, triton.next_power_of_2(head_dim))
-
-
-def operand_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The type in which tiles are multiplied: the inputs' own, but fp32 under Triton's interpreter (no bf16 there)."""
-    return tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
-
-
-def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself if its last dimension is contiguous, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@cache
-def has_tma(device: torch.device) -> bool:
-    """Whether a device copies tiles by tensor descriptors: CUDA, sm_90 or newer."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def can_describe(x: torch.Tensor) -> bool:
     """Whether a tensor descriptor of x [B, H, N, D] can be made: sm_90, 16 bits, aligned, D a power of two >= 16."""
-    if not has_tma(x.device) or x.element_size() != 2 or x.data_ptr() % TMA_BYTES:
-        return False
-    batch_stride, head_stride, row_stride, _ = x.stride()
-    aligned = all(stride > 0 and stride * 2 % TMA_BYTES == 0 for stride in (batch_stride, head_stride, row_stride))
-    return aligned and x.shape[-1] == padded_dim(x.shape[-1])
+    return (
+        at_least_sm90(x.device) and x.element_size() == 2 and x.shape[-1] == padded_dim(x.shape[-1]) and is_aligned(x)
+    )
 
 
 def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
@@ -510,7 +488,7 @@ def forward_with_tiles(
     tma: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sparse_forward with tiles of given sizes, and with or without tensor descriptors; None: where they can be."""
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    q, k, v = with_dense_rows(q), with_dense_rows(k), with_dense_rows(v)
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     num_q_blocks, max_blocks = kv_indices.shape[2:]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from stem.kernels import cell_scores as cell_kernels
+from stem.kernels import cell_pairs as cell_kernels
 from stem.kernels.share_select import pool_select
+from stem.kernels.token_pairs import pair_tokens
 
 from stem import BlockSelection, StemConfig, block_budget, block_scores, select_blocks
 from stem.cells import kernel_cells
@@ -87,7 +88,7 @@ def test_only_peaks_are_computed_twice():
         q[..., 0] = logit
         cells = kernel_cells(q.shape[2], k.shape[2], config)
         args = q, k, None, cells, 0.25
-        chunks = [*cell_kernels.pair_cells(*args), cell_kernels.pair_tokens(*args, config.exact_last_blocks)]
+        chunks = [*cell_kernels.pair_cells(*args), pair_tokens(*args, config.exact_last_blocks)]
         shifts = [shifts[..., 0].max() for _, _, shifts, _ in chunks]  # [heads, row tiles, splits, 1 + rows]
         assert len(shifts) == 2
         for largest in shifts:

@@ -54,10 +54,10 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
 
 def sparse_forward_cases(head_dim, block_size, dtype):
     """Arguments of compile_for_sm90 for the forward kernel, with the tiles that the library chooses from."""
-    from stem.kernels import sparse_forward
+    from stem.kernels import common, sparse_forward
 
-    operands = sparse_forward.operand_dtype(dtype)
-    block_d = sparse_forward.padded_dim(head_dim)
+    operands = common.operand_dtype(dtype)
+    block_d = common.padded_dim(head_dim)
     constants = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, DTYPE=operands)
     choices = sparse_forward.tile_choices(head_dim, block_size, dtype)
     for tiles in choices if head_dim == block_size == 128 and dtype == torch.bfloat16 else choices[:1]:
@@ -121,12 +121,12 @@ def cases():
 def cell_cases():
     """Arguments of compile_for_sm90 for the kernels of the preset "adaptive", and of scores without corners."""
     import triton.language as tl
-    from stem.kernels import cell_scores, share_select
+    from stem.kernels import cell_features, cell_pairs, cell_scores, share_select, token_pairs
 
     for peak in (False, True):
         features = dict(HEAD_DIM=128, BLOCK_D=128, Q_CELL=16, K_CELL=16, STRIDE=1 if peak else 8, PEAK=peak)
-        features |= dict(CELLS=cell_scores.FEATURE_TILE, UNROLL=cell_scores.UNROLL, stride_qd=1, stride_kd=1)
-        yield f"cell_features {peak}", (cell_scores.cell_features_kernel, "bf16", features)
+        features |= dict(CELLS=cell_features.FEATURE_TILE, UNROLL=cell_features.UNROLL, stride_qd=1, stride_kd=1)
+        yield f"cell_features {peak}", (cell_features.cell_features_kernel, "bf16", features)
     for name, depth, depth_tile, operand, columns, stages in (
         ("corners", 256, 256, "bf16", 64, 3),
         ("narrow corners", 128, 128, "bf16", 64, 3),
@@ -134,21 +134,21 @@ def cell_cases():
         ("strided", 512, 128, "bf16", 64, 1),
         ("fp32", 256, 64, "fp32", 64, 1),
     ):
-        cells = columns if columns > cell_scores.COLUMN_TILE else 8
+        cells = columns if columns > cell_pairs.COLUMN_TILE else 8
         tiles = dict(Q_CELL=128 // cells, K_CELL=128 // cells, CELLS_PER_BLOCK=cells)
-        tiles |= dict(ROWS=cell_scores.ROW_TILE, COLUMNS=columns, SUMS=16)
+        tiles |= dict(ROWS=cell_pairs.ROW_TILE, COLUMNS=columns, SUMS=16)
         operands = dict(bf16=tl.bfloat16, fp32=tl.float32)[operand]
         wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=stages)
-        options = cell_scores.WARPS, 2, operand, cell_scores.most_registers(operands, depth).get("maxnreg")
+        options = cell_pairs.WARPS, 2, operand, cell_pairs.most_registers(operands, depth).get("maxnreg")
         optional = {} if name == "strided" else dict(bonus_ptr=None, shifts_ptr=None)
-        yield f"pair_cells {name}", (cell_scores.pair_cells_kernel, operand, tiles | wide | optional, *options)
+        yield f"pair_cells {name}", (cell_pairs.pair_cells_kernel, operand, tiles | wide | optional, *options)
     for size in (16, 64, 128):
         tokens = dict(HEAD_DIM=128, BLOCK_D=128, BLOCK=size, DTYPE=tl.bfloat16, stride_qd=1, stride_kd=1)
         tokens |= dict(bonus_ptr=None) if size == 64 else {}
-        options = 8 if size == 128 else 4, 2, "bf16", cell_scores.most_registers(tl.bfloat16, 128)["maxnreg"]
-        yield f"pair_tokens {size}", (cell_scores.pair_tokens_kernel, "bf16", tokens, *options)
+        options = 8 if size == 128 else 4, 2, "bf16", cell_pairs.most_registers(tl.bfloat16, 128)["maxnreg"]
+        yield f"pair_tokens {size}", (token_pairs.pair_tokens_kernel, "bf16", tokens, *options)
     for rms, sums_type in ((False, "fp32"), (True, "bf16")):
-        row = dict(CELL=16, CELLS=8, CELL_TILE=1, ROWS=cell_scores.ROW_TILE, RMS=rms, ROW_SIZE=8192)
+        row = dict(CELL=16, CELLS=8, CELL_TILE=1, ROWS=cell_pairs.ROW_TILE, RMS=rms, ROW_SIZE=8192)
         row |= dict(shifts_ptr=None) if rms else {}
         yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, sums_type)
         yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row, 16, 3, sums_type)

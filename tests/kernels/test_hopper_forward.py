@@ -49,6 +49,14 @@ def test_heads_in_turn_divide_all_heads_and_fit(num_keys, head_dim, num_kv_heads
     assert found == 1 or found * 2 * 2 * num_keys * head_dim <= BYTES_AT_ONCE
 
 
+def test_scratch_is_no_inference_tensor():
+    from stem.kernels.hopper_forward import new_scratch
+
+    with torch.inference_mode():
+        scratch = new_scratch(torch.device("cpu"), 3)
+    assert not scratch.is_inference() and not scratch.any()
+
+
 @pytest.fixture
 def check(assert_close_to_oracle):
     """Run the kernel on q, k, v and a block mask, and compare out and lse with the oracle."""

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from stem.kernels import driver
 from stem.kernels import launch as module
+from stem.kernels.common import at_least_sm90
 from stem.kernels.driver import DirectLaunch
-from stem.kernels.launch import Tiles, can_overlap, launch, variant_key
+from stem.kernels.launch import Tiles, launch, variant_key
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,10 +201,10 @@ def test_threads_that_launch_one_variant():
 
 
 def test_what_can_overlap():
-    assert not can_overlap(torch.device("cpu"))
+    assert not at_least_sm90(torch.device("cpu"))
 
 
-@pytest.mark.skipif(not can_overlap(torch.device(DEVICE)), reason="needs a GPU of compute capability 9.0 or newer")
+@pytest.mark.skipif(not at_least_sm90(torch.device(DEVICE)), reason="needs a GPU of compute capability 9.0 or newer")
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_kernel_begins_before_the_one_before_it_ends(overlap, in_graph):

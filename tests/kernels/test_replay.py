@@ -61,6 +61,13 @@ def test_a_recording_repeats_the_launches_with_other_tensors():
     assert torch.equal(first, x) and torch.equal(second, y) and nothing is None
 
 
+def test_a_call_recorded_in_inference_mode_is_repeated_for_training():
+    with torch.inference_mode():
+        recording = record(copy_by_way, draw())
+    out, _ = repeat(recording, draw())
+    assert not out.is_inference()
+
+
 def test_outputs_have_their_strides():
     def transposed(x):
         out = torch.empty_strided((4, 16), (1, 4))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stem.kernels import cell_scores as cell_kernels
+from stem.kernels import cell_pairs as cell_kernels
 from stem.kernels.cell_scores import Cells, cell_scores
 from stem.kernels.share_select import pool_select, select_above
 

@@ -1,0 +1,54 @@
+"""What several kernels decide alike: numbers, operand types, padded dimensions, and what TMA can read."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
+LN_2 = tl.constexpr(0.6931471805599453)
+LARGEST_SUM = tl.constexpr(2.0**64)  # of weights relative to a guessed maximum; fp32 and bf16 end at 2^128
+SUMS = tl.constexpr(8)  # partial sums of a row's weights: as many as keep every addition inside a thread
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: kernels take row maxima before they scale
+SMALLEST_DOT = 16  # columns of the smallest product
+TMA_BYTES = 16  # alignment of addresses and strides
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@cache
+def padded_dim(head_dim: int) -> int:
+    """Columns of a tile of D: the next power of two that a product takes."""
+    return max(SMALLEST_DOT, triton.next_power_of_2(head_dim))
+
+
+def operand_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton dtype in which tiles are multiplied: that of the inputs, but fp32 in the interpreter (no bf16 there)."""
+    return tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
+
+
+@cache
+def at_least_sm90(device: torch.device) -> bool:
+    """Whether a device has TMA and programmatic dependent launch: NVIDIA, compute capability 9.0 or newer."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether TMA can address x [B, H, N, D]: address and strides of B, H and N are multiples of 16 bytes, above 0."""
+    bytes_of = x.element_size()
+    if x.data_ptr() % TMA_BYTES:
+        return False
+    return all(stride > 0 and stride * bytes_of % TMA_BYTES == 0 for stride in x.stride()[:-1])
+
+
+def with_dense_rows(x: torch.Tensor, tma: bool = False) -> torch.Tensor:
+    """`x` itself if its last stride is 1 and, with `tma`, TMA can read it; else a contiguous copy."""
+    if x.stride(-1) == 1 and (not tma or is_aligned(x)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

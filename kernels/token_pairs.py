@@ -1,0 +1,189 @@
+"""Sums of softmax weights of single queries and keys: pair_cells for the last query blocks, exactly."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .cell_features import Cells
+from .cell_pairs import WARPS, empty_shifts, most_registers, raise_references, split_keys
+from .common import LARGEST_SUM, LOG2_E, operand_dtype, padded_dim
+from .launch import launch
+
+
+@triton.jit
+def token_products(
+    q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Products of the queries of q_block, at `positions`, and the keys of a block, -inf in the future; its bonus."""
+    keys = block * BLOCK + in_block
+    exists = (keys < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
+    k_ptr += (tl.zeros([], tl.int64) + block * BLOCK) * stride_kn
+    k_tile = tl.load(k_ptr + in_block[:, None] * stride_kn + dims[None, :] * stride_kd, mask=exists, other=0.0)
+    products = tl.dot(q_tile, k_tile.to(DTYPE).T, input_precision="ieee")
+    if block == q_block:
+        products = tl.where(keys[None, :] <= positions[:, None], products, float("-inf"))
+    return products, 0.0 if bonus_ptr is None else tl.load(bonus_ptr + block) * LOG2_E
+
+
+@triton.jit
+def pair_blocks(
+    q_tile, k_ptr, bonus_ptr, sums_ptr, reference, positions, q_block, start, stop, in_block, dims,
+    stride_kn, stride_kd, num_kv_blocks, kv_len, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of key blocks start .. stop - 1 relative to a reference [BLOCK]; returns the sum of weights."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in tl.range(start, stop):
+        products, bonus = token_products(
+            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+            HEAD_DIM, BLOCK, DTYPE,
+        )  # fmt: skip
+        sums = tl.sum(tl.exp2(products * scale_log2 - (reference - bonus)[:, None]), axis=1)
+        tl.store(sums_ptr + in_block * num_kv_blocks + block, sums)
+        total += sums
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def largest_products(
+    largest, q_tile, k_ptr, bonus_ptr, positions, q_block, start, stop, in_block, dims, stride_kn, stride_kd, kv_len,
+    scale_log2, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The largest of `largest` and of the logits of key blocks start .. stop - 1, [BLOCK]."""
+    for block in tl.range(start, stop, num_stages=1):
+        products, bonus = token_products(
+            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+            HEAD_DIM, BLOCK, DTYPE,
+        )  # fmt: skip
+        largest = tl.maximum(largest, tl.max(products, axis=1) * scale_log2 + bonus)
+    return largest
+
+
+@triton.jit
+def pair_tokens_kernel(
+    q_ptr,
+    k_ptr,
+    bonus_ptr,
+    sums_ptr,
+    shifts_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    num_q_heads,
+    heads_per_kv_head,
+    num_kv_blocks,
+    first_block,
+    q_start,
+    kv_len,
+    split_blocks,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One program pairs the queries of one block with the keys of those of split_blocks key blocks that they see.
+
+    Grid: (B * Hq, query blocks from first_block on, splits of the keys). sums_ptr: [B * Hq, query blocks * BLOCK, nk]
+    as in pair_cells_kernel, like bonus_ptr and shifts_ptr.
+    """
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch, head = batch_head // num_q_heads, batch_head % num_q_heads
+    kv_head = head // heads_per_kv_head
+    q_block = first_block + tl.program_id(1)
+    scale_log2 = scale * LOG2_E
+    tile = batch_head * tl.num_programs(1) + tl.program_id(1)
+    sums_ptr += tile * BLOCK * num_kv_blocks
+    q_ptr += batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    if bonus_ptr is not None:
+        bonus_ptr += (batch * (num_q_heads // heads_per_kv_head) + kv_head) * num_kv_blocks
+
+    in_block, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    positions = q_block * BLOCK + in_block
+    rows = positions - q_start
+    exists = ((rows >= 0) & (positions < kv_len))[:, None] & (dims < HEAD_DIM)[None, :]
+    q_pointers = q_ptr + rows.to(tl.int64)[:, None] * stride_qn + dims[None, :] * stride_qd
+    q_tile = tl.load(q_pointers, mask=exists, other=0.0).to(DTYPE)
+    reference = largest_products(
+        tl.full([BLOCK], float("-inf"), tl.float32), q_tile, k_ptr, bonus_ptr, positions, q_block, 0, 1, in_block, dims,
+        stride_kn, stride_kd, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
+    )  # fmt: skip
+    start = tl.program_id(2) * split_blocks
+    stop = tl.minimum(q_block + 1, start + split_blocks)
+    if shifts_ptr is not None:
+        shifts_ptr += (tile * tl.num_programs(2) + tl.program_id(2)) * (1 + BLOCK)
+        tl.store(shifts_ptr, 0.0)
+    total = float("inf")
+    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):  # a copy of the pass would take more registers
+        if not (total < LARGEST_SUM):
+            total = pair_blocks(
+                q_tile, k_ptr, bonus_ptr, sums_ptr, reference, positions, q_block, start, stop, in_block, dims,
+                stride_kn, stride_kd, num_kv_blocks, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
+            )  # fmt: skip
+            if (attempt == 0) & (not (total < LARGEST_SUM)):  # also NaN: an infinite weight met a zero of a product
+                largest = largest_products(
+                    reference, q_tile, k_ptr, bonus_ptr, positions, q_block, start, stop, in_block, dims,
+                    stride_kn, stride_kd, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
+                )  # fmt: skip
+                reference = raise_references(reference, largest, shifts_ptr)
+
+
+def pair_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    value_bonus: torch.Tensor | None,
+    cells: Cells,
+    scale: float,
+    exact_last_blocks: int,
+) -> tuple[int, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
+    """Sums of the weights of single queries, those of the last `exact_last_blocks` query blocks, and single keys.
+
+    A last block that is less than half full is one more.
+
+    Returns:
+        What pair_cells yields, for cells of one token and these query blocks.
+    """
+    (batch, num_q_heads, _, head_dim), num_kv_heads = q.shape, k.shape[1]
+    heads, size, num_kv_blocks = batch * num_q_heads, cells.block_size, cells.num_kv_blocks
+    half_full = (cells.kv_len + size // 2) // size
+    count = min(exact_last_blocks + num_kv_blocks - half_full, cells.num_q_blocks)
+    operand = operand_dtype(torch.float32 if triton.knobs.runtime.interpret else q.dtype)
+    sums_dtype = torch.float32 if operand == tl.float32 else torch.bfloat16
+    sums = q.new_empty(heads, count * size, num_kv_blocks, dtype=sums_dtype)
+    num_splits, blocks_per_split = split_keys(num_kv_blocks, heads * count)
+    shifts = empty_shifts(sums, size, num_splits)
+    first_block = num_kv_blocks - count
+    launch(
+        pair_tokens_kernel,
+        (heads, count, num_splits),
+        (q, k, value_bonus, sums, shifts),
+        (
+            *q.stride(),
+            *k.stride(),
+            num_q_heads,
+            num_q_heads // num_kv_heads,
+            num_kv_blocks,
+            first_block,
+            cells.q_start,
+            cells.kv_len,
+            blocks_per_split,
+            float(scale),
+        ),
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_dim(head_dim),
+        BLOCK=size,
+        DTYPE=operand,
+        num_warps=WARPS if size == 128 else WARPS // 2,
+        num_stages=2,
+        **most_registers(operand, head_dim),
+    )
+    first_row = cells.num_q_blocks - count
+    numbers = cells.num_q_blocks, num_kv_blocks, first_row, count * size, num_splits, blocks_per_split
+    return count, sums, shifts, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
