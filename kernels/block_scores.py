@@ -1,12 +1,14 @@
 """Block scores: group sums of queries and keys, the value term, and the GEMM that pairs the sums.
 
-The antidiagonal score of a block pair is a mean of dot products without a softmax, so it is linear in q and in k, and
-the sum over sampled pairs becomes one dot product of group sums, `stride * D` wide. `score_inputs` reads q, k and v
-once and makes all that the GEMM needs.
+The antidiagonal score of a block pair is a mean of dot products without a softmax, so it is linear in q and in k. The
+sum over sampled pairs becomes one dot product of group sums, `stride * D` wide. `score_inputs` reads q, k and v once
+and computes all inputs of the GEMM.
 
-Sums of 16-bit inputs are stored as two bf16 parts, high + low, which together keep 16 bits of the fp32 sum: the GEMM
+Sums of 16-bit inputs are stored as two bf16 parts, high + low, which together keep 16 bits of the fp32 sum. The GEMM
 then is three bf16 products (high * high, high * low, low * high), faster than any product of fp32 operands. Sums of
 fp32 inputs stay fp32.
+
+The file exceeds 400 lines because its kernels share the format of the sums.
 """
 
 from functools import cache
@@ -19,11 +21,11 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .common import at_least_sm90
 from .launch import launch
 
-MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program keeps in registers
+MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program holds in registers
 DIM_TILE = 64  # dimensions of V that are squared and added at a time
 PRECISION = "ieee" if torch.version.hip else "tf32x3"  # fp32 products, on NVIDIA by three tf32 products
 LOG_EPS = tl.constexpr(1e-6)  # added to value norms before the logarithm; smallest deviation of a z-score
-NORM_TILE = 1024  # value norms that standardize_kernel holds at a time
+NORM_TILE = 1024  # value norms that standardize_kernel reads at a time
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def add_groups(
     GROUPS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Sums of GROUPS groups of the block that starts at first_row of a head (negative before a chunk's start)."""
+    """Store the sums of GROUPS groups of the block that starts at first_row of a head (< 0 in front of a chunk)."""
     groups, dims = first_group + tl.arange(0, GROUPS), tl.arange(0, BLOCK_D)
     sums = tl.zeros([GROUPS, BLOCK_D], tl.float32)
     for sample in tl.static_range(BLOCK_SIZE // STRIDE):
@@ -93,7 +95,7 @@ def largest_norms(
 
 @triton.jit
 def split_pair(index, num_heads):
-    """Batch entry and head of a flat index, int64."""
+    """Batch entry and head of a flat index, both int64."""
     index = index.to(tl.int64)
     return index // num_heads, index % num_heads
 
@@ -178,7 +180,7 @@ def score_inputs_kernel(
             else:
                 num_groups: tl.constexpr = BLOCK_SIZE // STRIDE
                 tl.store(values_ptr + kv_program.to(tl.int64) * num_groups + tl.arange(0, num_groups), norms)
-    if CAN_OVERLAP:  # at the end: the next kernel's programs would crowd the multiprocessors that are free first
+    if CAN_OVERLAP:  # at the end, so that the next kernel does not take multiprocessors from this one
         gdc_launch_dependents()
 
 
@@ -241,7 +243,7 @@ def value_norms_kernel(
 
 @triton.jit
 def load_log_norms(norms_ptr, groups, num_groups):
-    """Logarithms of the norms of some groups; groups past the end count as empty."""
+    """Load the logarithms of the norms of some groups; groups past the end count as empty."""
     return tl.log(tl.load(norms_ptr + groups, mask=groups < num_groups, other=0.0) + LOG_EPS)
 
 
@@ -285,7 +287,7 @@ def standardize_kernel(
 
 @triton.jit
 def load_sums(sums_ptr, blocks, exists, depth, PARTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
-    """Columns `depth` of some rows of a matrix of group sums, zero outside, as operands of type DTYPE."""
+    """Load columns `depth` of some rows of a matrix of group sums, zero outside, as DTYPE."""
     exists = exists[:, None] & (depth < DEPTH)[None, :]
     offsets = blocks[:, None].to(tl.int64) * (PARTS * DEPTH) + depth[None, :]
     return tl.load(sums_ptr + offsets, mask=exists, other=0.0).to(DTYPE)
@@ -293,7 +295,7 @@ def load_sums(sums_ptr, blocks, exists, depth, PARTS: tl.constexpr, DEPTH: tl.co
 
 @triton.jit
 def finish_scores(products, value_bonus_ptr, q_blocks, kv_blocks, is_block, scale):
-    """Products of sums [M, N] to scores: scaled, with the value term of the key block, -inf in the future."""
+    """Scores [M, N] from products of sums: scaled, plus the value term of the key block, -inf in the future."""
     value_bonus = tl.load(value_bonus_ptr + kv_blocks, mask=is_block, other=0.0)
     scores = products * scale + value_bonus[None, :]
     return tl.where(kv_blocks[None, :] <= q_blocks[:, None], scores, float("-inf"))
@@ -382,12 +384,12 @@ def score_blocks_kernel(
 
 
 def num_parts(dtype: torch.dtype) -> int:
-    """In how many bf16 parts the sums of inputs of this type are stored; 1 means fp32 as it is."""
+    """Number of bf16 parts in which sums of inputs of a dtype are stored; 1 means one fp32 number."""
     return 1 if dtype == torch.float32 else 2
 
 
 def empty_sums(batch: int, num_heads: int, num_blocks: int, depth: int, x: torch.Tensor) -> torch.Tensor:
-    """Room for the group sums of inputs like `x`."""
+    """Memory for the group sums of inputs like `x`."""
     if num_parts(x.dtype) == 1:
         return x.new_empty(batch, num_heads, num_blocks, depth)
     return x.new_empty(batch, num_heads, num_blocks, 2, depth, dtype=torch.bfloat16)
@@ -395,7 +397,7 @@ def empty_sums(batch: int, num_heads: int, num_blocks: int, depth: int, x: torch
 
 @cache
 def group_constants(head_dim: int, block_size: int, stride: int, dtype: torch.dtype) -> dict[str, int]:
-    """What is known when a kernel that adds groups is compiled; kept, since to work it out takes the host some us."""
+    """Compile-time constants of the kernels that add groups; cached, since they cost some us of host time."""
     return dict(
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
@@ -417,7 +419,7 @@ def score_inputs(
     first_q_block: int = 0,
     num_q_blocks: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Group sums of queries and keys and the weighted value term: what `score_blocks` takes, in one pass over q, k, v.
+    """Group sums of queries and keys and the weighted value term, in one pass over q, k and v; see `score_blocks`.
 
     Args:
         q: fp32, fp16 or bf16 [B, Hq, Nq, D], the last Nq positions; any strides.
@@ -426,7 +428,7 @@ def score_inputs(
         stride: Tokens between samples; divides block_size.
         value_norm: "log", "zscore" or "zscore_padded", see stem.scores.value_term.
         value_weight: Factor of the value term.
-        first_q_block, num_q_blocks: Only the sums of so many query blocks from one on; default all.
+        first_q_block, num_q_blocks: First query block and number of query blocks to sum; default all.
     Returns:
         q_sums, k_sums: As from `block_sums`. value_bonus: fp32 [B, Hkv, nk].
     """
@@ -538,7 +540,7 @@ def value_norms(v: torch.Tensor, block_size: int, group_size: int) -> torch.Tens
 
 
 def operand_dtype(parts: int) -> tl.dtype:
-    """The type in which sums are multiplied; fp32 under Triton's interpreter, which has no bf16 products."""
+    """Triton dtype in which sums are multiplied; fp32 in Triton's interpreter, which has no bf16 products."""
     return tl.float32 if parts == 1 or triton.knobs.runtime.interpret else tl.bfloat16
 
 
@@ -565,7 +567,7 @@ def score_blocks(
         k_sums: From `block_sums(..., reverse=False)`, all key blocks of Hkv heads; Hq % Hkv == 0.
         value_bonus: fp32 [B, Hkv, nk], added to every score of its key block.
         scale: Factor of the dot products.
-        first_q_block: Where the first query block stands on the key grid; default so that the last ones match.
+        first_q_block: Position of the first query block on the key grid; by default the last ones match.
     Returns:
         fp32 [B, Hq, nq, nk], -inf where the key block is in the future of the query block.
     """

@@ -1,8 +1,8 @@
 """Selection: the budgeted best blocks of every row of scores, as an ascending index list, without sorting.
 
-Floats are mapped to unsigned keys that order like them; the key of the last kept block is then found bit by bit, from
-the top, by counting how many keys reach a candidate; in short rows, each key's rank is counted instead. Blocks kept by
-rule take the keys above every float.
+Floats are mapped to unsigned integer keys in the same order. The key of the last kept block is found bit by bit, from
+the top, by counting how many keys reach a candidate. In short rows, the rank of each key is counted instead. Blocks
+that are always kept get keys above every float.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from .launch import launch
 SIGN_BIT = tl.constexpr(0x80000000)
 LARGEST_KEY = tl.constexpr(0xFFFFFFFF)
 FUTURE_KEY = tl.constexpr(0)  # below the key of -inf
-SHORT_ROW = tl.constexpr(32)  # keys of a row up to which comparing all pairs is faster than the search
+SHORT_ROW = tl.constexpr(32)  # keys of a row; up to here, comparing all pairs is faster than the search
 KEYS_PER_WARP = 1024
 
 
@@ -46,7 +46,7 @@ def forced_keys(distance, kv_blocks, sink_blocks, local_blocks):
 
 @triton.jit
 def kth_largest_key(keys, counts):
-    """A threshold for each row of keys [R, N] that at least counts [R] keys reach and no more exceed.
+    """Threshold for each row of keys [R, N]: at least counts [R] keys reach it, and at most counts exceed it.
 
     Bits are set from the top down while enough keys reach the threshold; the search ends where exactly as many do.
     """
@@ -64,7 +64,7 @@ def kth_largest_key(keys, counts):
 
 @triton.jit
 def keep_best_ranks(keys, counts):
-    """`keep_largest` by the rank of each key among all of its row: N comparisons a key, at once."""
+    """`keep_largest` by the rank of each key in its row: N comparisons per key, in parallel."""
     index = tl.arange(0, keys.shape[1])
     earlier = (index[:, None] < index[None, :])[None, :, :]  # [1, N, N], the other key in axis 1
     others, own = keys[:, :, None], keys[:, None, :]
@@ -101,8 +101,8 @@ def select_rows(
 ):
     """Select the blocks of whole rows of scores [R, N] and write their lists, zeros after the count.
 
-    q_blocks, list_rows, rows_in_head, is_row [R]: where a row stands on the key grid, among all lists and in the
-    budget, and whether it exists.
+    q_blocks, list_rows, rows_in_head [R]: position of a row on the key grid, among all lists and in the budget.
+    is_row [R]: whether it exists.
     """
     distance = q_blocks[:, None] - kv_blocks[None, :]  # [R, N]
     causal = distance >= 0
@@ -144,7 +144,7 @@ def select_topk_kernel(
 ):
     """One program selects the blocks of one row of one head; the row lives in registers. Grid: (rows, B * Hq).
 
-    The scores may be some of the rows of the lists, from first_list_row on; the last list row ends the key grid.
+    The scores are rows of the lists from first_list_row on. The last list row is the last block of the key grid.
     """
     row = tl.arange(0, 1)
     row_in_head = first_list_row + tl.program_id(0) + row  # [1]
@@ -169,7 +169,7 @@ def row_size(num_kv_blocks: int) -> int:
 def empty_lists(
     batch: int, num_heads: int, num_rows: int, max_blocks: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for kv_indices int32 [B, Hq, nq, max_blocks] and kv_num_blocks int32 [B, Hq, nq]."""
+    """Memory for kv_indices int32 [B, Hq, nq, max_blocks] and kv_num_blocks int32 [B, Hq, nq]."""
     kv_indices = torch.empty(batch, num_heads, num_rows, max_blocks, dtype=torch.int32, device=device)
     return kv_indices, torch.empty(batch, num_heads, num_rows, dtype=torch.int32, device=device)
 
@@ -193,7 +193,7 @@ def select_topk(
         on_top: False charges them to the budget (diagonal first, then sinks and locals in turn, while it lasts);
             True adds them to the best `budget` blocks by score.
         max_blocks: Length of the lists; at least the largest count that the budget (and on_top) can give.
-        lists: From `empty_lists`, to write the rows into; default new ones.
+        lists: From `empty_lists`, written in place; by default new ones.
     Returns:
         kv_indices int32 [B, Hq, nq, max_blocks], 0 past the count; kv_num_blocks int32 [B, Hq, nq]. Row r is query
         block nk - nq + r.

@@ -42,7 +42,7 @@ def store_features(
     CELLS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Features of one stride group of CELLS cells of a head. Row 0 of x stands `front` rows into cell 0.
+    """Store the features of one stride group of CELLS cells of a head. Row 0 of x is row `front` of cell 0.
 
     Group sums are divided by the rows of the whole cell, so that the product of two rows, times STRIDE, is the mean
     logit of the sampled pairs. With PEAK, STRIDE is 1. The features are multiplied by `scale` before they are rounded.
@@ -116,8 +116,8 @@ def cell_features_kernel(
 ):
     """One program reads one stride group of CELLS cells of one head, of queries or of keys.
 
-    Grid: (num_q_programs + B * Hkv * key tiles, STRIDE), with num_q_programs = B * Hq * query tiles. Queries first:
-    their row 0 stands `front` rows into cell 0.
+    Grid: (num_q_programs + B * Hkv * key tiles, STRIDE), with num_q_programs = B * Hq * query tiles. The programs of
+    queries come first. Row 0 of the queries is row `front` of cell 0.
     """
     program, group = tl.program_id(0), tl.program_id(1)
     WIDTH: tl.constexpr = HEAD_DIM * (2 if PEAK else STRIDE)
@@ -143,7 +143,7 @@ def cell_features_kernel(
 
 @dataclass(frozen=True)
 class Cells:
-    """How blocks are read through cells, and what the lengths of a prompt make of that."""
+    """Cells of the blocks of a prompt: their sizes and number."""
 
     block_size: int
     """Tokens per block."""
@@ -158,7 +158,7 @@ class Cells:
     """Groups of a cell, the stride of the antidiagonal samples in a cell pair; 1 takes the plain means."""
 
     peak: float
-    """How far a cell's corners lie from its mean (0) to its extremes (1); above 0, stride is 1."""
+    """Distance of a cell's corners from its mean (0) towards its extremes (1); above 0, stride is 1."""
 
     rms: bool
     """Whether a query block takes the root mean square of its cells' shares, not the mean."""
@@ -184,7 +184,7 @@ class Cells:
 
     @cached_property
     def first_position(self) -> int:
-        """Where the first query block starts, at or before q_start."""
+        """Position of the first token of the first query block, at or before q_start."""
         return self.q_start // self.block_size * self.block_size
 
     @cached_property
@@ -199,17 +199,17 @@ class Cells:
 
 
 def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose products are the logits of cell pairs, in powers of two.
+    """Features of cells: products of their rows are the logits of cell pairs, in base 2.
 
     Args:
         q: [B, Hq, Nq, D], any strides.
         k: [B, Hkv, Nkv, D].
         cells: Group g of a cell averages its rows g, g + stride, ... (all of them if stride is 1).
-        scale: Softmax scale, of which the queries' features take care.
+        scale: Softmax scale; the queries' features are multiplied by it.
     Returns:
         Features of the query cells and of the key cells, [B, H, cells, stride * D] (2 * D wide if peak > 0) like q,
-        fp32 under Triton's interpreter. Those of queries have their groups in reverse order, or the positive and
-        negative parts of their corners.
+        fp32 in Triton's interpreter. Queries have their groups in reverse order, or the positive and negative parts of
+        their corners. fp16 overflows if |q| * scale * stride * log2(e) exceeds 65504.
     """
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     num_q_cells, num_k_cells = cells.num_q_blocks * cells.query_cells, cells.num_kv_blocks * cells.key_cells

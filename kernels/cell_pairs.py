@@ -21,16 +21,16 @@ DEPTH_BYTES = 256  # of the part of a wider row that one product reads
 ROW_TILE = 128  # query cells of one program
 COLUMN_TILE = 64  # key cells of one product, more only where a block has more
 BLOCK_TILE = 32  # most key blocks of one product
-STAGES = 3  # key tiles in flight, where one product reads whole features of COLUMN_TILE cells
+STAGES = 3  # key tiles in flight, if one product reads whole features of COLUMN_TILE cells
 WARPS = 8
 REGISTERS = 128  # of a thread, so that two programs fit into a multiprocessor
-PROGRAMS = tl.constexpr(256)  # that the keys of few query cells are split into, enough to fill a GPU
+PROGRAMS = tl.constexpr(256)  # into which the keys of few query cells are split: enough to fill a GPU
 BUFFER_BYTES = 512 * 2**20  # of the sums of one chunk of query blocks
 
 
 @triton.jit
 def load_features(features_ptr, cells, num_cells, depth, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows `cells` and columns `depth` of a head's cell features, zero outside."""
+    """Load rows `cells` and columns `depth` of the cell features of a head, zero outside."""
     exists = (cells < num_cells)[:, None] & (depth < DEPTH)[None, :]
     return tl.load(features_ptr + cells.to(tl.int64)[:, None] * DEPTH + depth[None, :], mask=exists, other=0.0).to(
         DTYPE
@@ -44,7 +44,7 @@ def cell_logits(
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr,
     CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Logits of query cells `rows`, whose first features are q_tile, and COLUMNS key cells; -inf where not seen."""
+    """Logits of query cells and COLUMNS key cells, in base 2, -inf in the future; q_tile: first features of `rows`."""
     columns, depth = first_column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH_TILE)
     k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
     logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")
@@ -65,8 +65,8 @@ def cell_logits(
 def sum_weights(logits, reference, CELLS_PER_BLOCK: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr):
     """Sums of 2^(logits - reference), [ROWS, COLUMNS], over each block's CELLS_PER_BLOCK columns: [ROWS, SUMS].
 
-    A product with the 0-1 matrix of which cell is in which block adds them up, far cheaper than sums along a part of an
-    axis.
+    They are added by a product with a 0-1 matrix (which cell is in which block), far cheaper than sums along a part of
+    an axis.
     """
     WEIGHTS: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.bfloat16
     weights = tl.exp2(logits - reference[:, None]).to(WEIGHTS)
@@ -186,7 +186,8 @@ def pair_cells_kernel(
         shifts_ptr += program * (1 + ROWS)
         tl.store(shifts_ptr, 0.0)
     total = float("inf")
-    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):  # a copy of the pass would take more registers
+    # a second copy of the pass, outside of a loop, would need more registers
+    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):
         if not (total < LARGEST_SUM):
             total = pair_tiles(
                 q_tile, q_features_ptr, k_features_ptr, bonus_ptr, sums_ptr, reference, first_cell, rows, start, stop,
@@ -315,13 +316,13 @@ def pair_cells(
 
 
 def most_registers(operand: tl.dtype, depth: int) -> dict[str, int]:
-    """Option that bounds the registers of a program where shared memory has room for a second one."""
+    """Launch option that limits registers if the shared memory of a multiprocessor has room for two programs."""
     two_fit = operand.primitive_bitwidth == 16 and depth * 2 <= DEPTH_BYTES
     return dict(maxnreg=REGISTERS) if two_fit and not torch.version.hip else {}
 
 
 def split_keys(tiles: int, programs: int) -> tuple[int, int]:
-    """Number of splits of the keys of one program, so that there are PROGRAMS, and the tiles of keys of each split."""
+    """Number of splits of the keys, so that there are about PROGRAMS programs, and the tiles of keys of each split."""
     tiles_per_split = -(-tiles // -(-PROGRAMS.value // programs))
     return -(-tiles // tiles_per_split), tiles_per_split
 

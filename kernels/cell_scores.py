@@ -19,7 +19,7 @@ from .launch import launch
 from .token_pairs import pair_tokens
 
 TINY = tl.constexpr(1e-37)  # stands for a share of 0, whose logarithm would be -inf
-TOKEN_TILE = 16384  # sums of some queries and all key blocks that one step of pool_shares reads
+TOKEN_TILE = 16384  # sums that one step of pool_shares reads, of some queries and all key blocks
 
 
 @triton.jit
@@ -29,15 +29,7 @@ def pool_shares(
     batch_head,
     row,
     blocks,
-    num_q_blocks,
-    num_kv_blocks,
-    first_row,
-    chunk_cells,
-    num_splits,
-    blocks_per_split,
-    first_position,
-    q_start,
-    kv_len,
+    numbers,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
@@ -46,9 +38,12 @@ def pool_shares(
 ):
     """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
 
+    numbers: of the chunk, as pair_cells yields them, see pool_shares_kernel.
     sums_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
     kv_len on) do not count. shifts_ptr: see align_splits; None if there is one split. CELL_TILE cells are read at once.
     """
+    num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split = numbers[:6]
+    first_position, q_start, kv_len = numbers[6:]
     causal = blocks <= num_kv_blocks - num_q_blocks + row
     first_cell_of_row = (row - first_row) * CELLS
     sums_ptr += (batch_head * chunk_cells + first_cell_of_row) * num_kv_blocks
@@ -99,19 +94,20 @@ def pool_shares_kernel(
     RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
-    """One program finishes one query block of one head; the row lives in registers. Grid: (rows, B * Hq)."""
+    """One program computes the scores of one query block of one head, in registers. Grid: (rows, B * Hq)."""
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.arange(0, ROW_SIZE)
-    scores = pool_shares(
-        sums_ptr, shifts_ptr, batch_head, row, blocks, num_q_blocks, num_kv_blocks, first_row, chunk_cells,
-        num_splits, blocks_per_split, first_position, q_start, kv_len, CELL, CELLS, CELL_TILE, ROWS, RMS,
+    numbers = (
+        num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split, first_position, q_start,
+        kv_len,
     )  # fmt: skip
+    scores = pool_shares(sums_ptr, shifts_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, ROWS, RMS)
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
 
 def cell_constants(cells: Cells) -> dict[str, int]:
-    """What is known when a kernel that pools the shares of cells is compiled, and its warps."""
+    """Compile-time constants and warps of the kernels that pool the shares of cells."""
     row_size = max(2, triton.next_power_of_2(cells.num_kv_blocks))
     constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, ROWS=ROW_TILE, RMS=cells.rms)
     constants |= dict(ROW_SIZE=row_size)
@@ -119,7 +115,7 @@ def cell_constants(cells: Cells) -> dict[str, int]:
 
 
 def token_constants(cells: Cells) -> dict[str, int]:
-    """The same for single queries, which are many for the few programs that there are: they are read some at a time."""
+    """cell_constants for single queries: several are read at once, since there are many for few programs."""
     constants = cell_constants(cells)
     at_once = min(cells.block_size, max(1, TOKEN_TILE // constants["ROW_SIZE"]))
     constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once, ROWS=cells.block_size)
@@ -140,7 +136,7 @@ def cell_scores(
         q: [B, Hq, Nq, D], fp16, bf16 or fp32: the last Nq positions.
         k: [B, Hkv, Nkv, D].
         value_bonus: fp32 [B, Hkv, nk], added to the logits of a key block's cells; None is zero.
-        cells: Of these lengths.
+        cells: Cells for these lengths.
         scale: Softmax scale, >= 0 if peak > 0.
         exact_last_blocks: Query blocks at the end that are read token by token.
     Returns:

@@ -1,4 +1,4 @@
-"""What several kernels decide alike: numbers, operand types, padded dimensions, and what TMA can read."""
+"""Constants, operand dtypes, padded dimensions and TMA alignment that several kernels share."""
 
 from functools import cache
 

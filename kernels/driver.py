@@ -1,8 +1,8 @@
-"""Compiled kernels started by the CUDA driver itself, called through ctypes.
+"""Kernels started by the CUDA driver, called through ctypes, without Triton's launcher.
 
-Triton's launcher works out every parameter anew at each call, tensor descriptors in Python, which takes the host 12 to
-20 us. Here all that stays the same is written once for each compiled variant, and a call writes addresses alone. What
-this file does not understand of a variant (`DirectLaunch.of` gives None then) Triton launches.
+Triton's launcher computes every parameter at each launch, tensor descriptors in Python. That costs 12 to 20 us of host
+time. Here each compiled variant has a buffer of parameters, and a launch only writes addresses into it. If a variant
+has a feature that this file does not know, `DirectLaunch.of` returns None, and Triton launches the variant.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAUNCH_CONFIG, LAUNCH_ATTRIBUTE = struct.Struct("7I4xQQI4x"), struct.Struct("I4x
 
 @cache
 def cuda_driver() -> ctypes.CDLL | None:
-    """The driver's library with the two functions that are called; None without CUDA, or before CUDA 12."""
+    """Library of the CUDA driver; None without CUDA, or before CUDA 12."""
     if not torch.version.cuda:
         return None
     try:
@@ -49,7 +49,7 @@ def cuda_driver() -> ctypes.CDLL | None:
 class DirectLaunch:
     """A compiled variant and the buffer that its parameters are read from.
 
-    The buffer holds a slot for every tensor, which each call writes, then the numbers, which belong to the variant.
+    The buffer holds a slot for every tensor, which each call writes, then the numbers, which never change.
     """
 
     def __init__(self, variant, layout: Parameters) -> None:
@@ -69,12 +69,12 @@ class DirectLaunch:
 
     @classmethod
     def of(cls, variant, tensors: tuple, numbers: tuple) -> DirectLaunch | None:
-        """That of a variant that Triton compiled for arguments like these; None where Triton has to launch it.
+        """DirectLaunch of a variant that Triton compiled; None where Triton has to launch it.
 
         Args:
             variant: From `kernel.warmup`, loaded.
             tensors: Tensors, None and `stem.kernels.launch.Tiles`, the kernel's first arguments.
-            numbers: Ints and floats, the next ones. All others are constants.
+            numbers: Ints and floats, the arguments after the tensors. All others are constants.
         """
         metadata = variant.metadata
         scratch = metadata.global_scratch_size or metadata.profile_scratch_size
@@ -87,11 +87,11 @@ class DirectLaunch:
     def __call__(
         self, grid: tuple[int, int, int], stream: int, addresses: list[int], layouts: list, overlap: bool
     ) -> int:
-        """Start the kernel; returns the driver's error, 0 for none.
+        """Launch the kernel; returns the driver's error code, 0 for none.
 
         Args:
-            addresses: Of all tensors, 0 for None.
-            layouts: (shape, strides, dtype) of what the kernel takes as a tensor descriptor, None for other tensors.
+            addresses: Address of each tensor, 0 for None.
+            layouts: (shape, strides, dtype) of each tensor that the kernel takes as a tensor descriptor, else None.
             overlap: See stem.kernels.launch.launch.
         """
         values = [
@@ -107,7 +107,7 @@ class DirectLaunch:
 
 
 class Parameters:
-    """Which parameters a variant takes, in its order, and where in the buffer each is."""
+    """Parameters of a variant, in its order: the place of each in the buffer, and its size."""
 
     def __init__(self) -> None:
         self.places: list[int] = []
@@ -118,7 +118,7 @@ class Parameters:
 
     @classmethod
     def of(cls, variant, tensors: tuple, numbers: tuple) -> Parameters | None:
-        """Those of a variant, see `DirectLaunch.of`; None if it takes anything else than is known here."""
+        """Parameters of a variant, see `DirectLaunch.of`; None if the type of one is unknown."""
         self, types = cls(), list(variant.src.signature.values())
         maps = iter(getattr(variant.metadata, "tensordesc_meta", None) or ())
         for x, kind in zip(tensors, types, strict=False):
@@ -127,7 +127,7 @@ class Parameters:
                 if tensor_map is None or tensor_map.get("fp4_padded") or x.base.dtype not in MAP_TYPES:
                     return None
                 self.add_tensor_map(x.base.ndim, tensor_map["swizzle"], tuple(tensor_map["block_size"]))
-            elif kind.startswith("*") or kind == "constexpr":  # a missing tensor is no parameter
+            elif kind.startswith("*") or kind == "constexpr":  # Triton compiles None into the kernel
                 self.add_address(missing=kind == "constexpr")
             else:
                 return None
@@ -135,21 +135,21 @@ class Parameters:
         for number, kind in kinds:
             if kind in NUMBERS:
                 self.add_number(NUMBERS[kind], number)
-            elif kind != "constexpr":  # 1 is no parameter
+            elif kind != "constexpr":  # Triton compiles 1 into the kernel
                 return None
         for _ in range(2):
             self.add_number("Q", 0)  # two addresses of scratch memory that Triton appends, none here
         return self
 
     def add_address(self, missing: bool) -> None:
-        """The parameter of a tensor, or none where it is None."""
+        """Add the parameter of a tensor; a missing tensor has none."""
         if not missing:
             self.places.append(len(self.boxes) * SLOT)
             self.sizes.append(ADDRESS_BYTES)
         self.boxes.append(None)
 
     def add_tensor_map(self, rank: int, swizzle: int, box: tuple[int, ...]) -> None:
-        """The parameters of a tensor descriptor, as `described` packs them: its map, its shape, its strides."""
+        """Add the parameters of a tensor descriptor, as `described` packs them: tensor map, shape, strides."""
         place = len(self.boxes) * SLOT
         shape = place + MAP_BYTES
         strides = place + MAP_BYTES + struct.calcsize(f"{rank}i0q")
@@ -158,13 +158,13 @@ class Parameters:
         self.boxes.append((swizzle, box))
 
     def add_number(self, form: str, number: float) -> None:
-        """A parameter that is the same at every call, in a format of struct."""
+        """Add a parameter that is the same at every call, in a format of struct."""
         self.places.append(len(self.boxes) * SLOT + len(self.numbers))
         self.sizes.append(struct.calcsize(form))
         self.numbers += struct.pack(form, number).ljust(NUMBER_BYTES, b"\0")
 
     def slot_format(self) -> str:
-        """What a call writes, as a format of struct."""
+        """Format of struct for the slots that a call writes."""
         slots = (f"{SLOT}s" if box else f"Q{SLOT - ADDRESS_BYTES}x" for box in self.boxes)
         return "=" + "".join(slots)
 
@@ -180,12 +180,12 @@ def parameter_sizes(ptx: str) -> list[int]:
 def described(
     address: int, shape: tuple, strides: tuple, dtype: torch.dtype, swizzle: int, box: tuple[int, ...]
 ) -> bytes:
-    """What a kernel takes for a tensor descriptor: the tensor map of a tensor at an address, its shape and strides.
+    """Bytes that a kernel takes for a tensor descriptor: tensor map, shape and strides of a tensor at an address.
 
     Args:
         shape, strides: Of the tensor [elements]; the last stride is 1.
         swizzle: The driver's number for how a tile is laid out in shared memory.
-        box: Shape of what one copy brings [elements].
+        box: Shape of the tile that one copy reads [elements].
     Raises:
         RuntimeError: If the driver refuses.
     """

@@ -1,21 +1,23 @@
-"""Block-sparse causal attention, forward, for sm_90 in Gluon: the result of sparse_forward.py, about 1.4 times as fast.
+"""Block-sparse causal attention, forward, for sm_90 in Gluon: results of sparse_forward.py, about 1.4 times as fast.
 
-A task is one query block of one head. One program runs on each multiprocessor and takes tasks from a common counter
-until none is left. Its warps have three roles, one partition each:
+A task is one query block of one head. One persistent program runs on each multiprocessor and takes tasks from a common
+counter. Its warps have three roles, one partition each:
 
     producer, 1 warp: takes the task; copies Q, and K and V of the listed blocks, last block first, into rings (TMA)
-    consumer 0 and 1, 4 warps each: half of the query block's rows; QK^T, online softmax and PV (warpgroup MMA)
+    consumer 0 and 1, 4 warps each: half of the query block's rows; QK^T, softmax and PV (warpgroup MMA)
 
 The producer runs ahead, into the next task too, until the rings are full. `full` barriers tell the consumers that a
 tile has landed, `empty` barriers tell the producer that it has been read. A consumer issues QK^T of a block and PV of
 the block before it back to back, both asynchronous; while it computes exponentials, the tensor cores work for the other
 consumer. Weights stay in registers up to PV.
 
-Weights are powers of two relative to a reference of their row. The online softmax takes the running maximum, so that
-no weight exceeds 1, and pays for it with a maximum and a rescaled accumulator per tile. Any other reference gives the
-same quotient as long as nothing overflows, and fp32 and bf16 reach 2^127. So here it is the maximum of the row's first
-tile, once and for all. Where a row's sum says that this was too low, the task is noted, and done again with the online
-softmax when no other is left; fp16, which ends at 2^16, is done so from the start.
+Weights are powers of two relative to a reference of their row. The online softmax takes the running maximum, which
+costs a maximum and a rescaled accumulator per tile. Any other reference gives the same quotient as long as nothing
+overflows, and fp32 and bf16 reach 2^127. So here the reference is the maximum of the row's first tile. If a row's sum
+says that this was too low, the task is noted, and recomputed with the online softmax after all other tasks. fp16
+overflows at 2^16 and always takes the online softmax.
+
+The file exceeds 400 lines because it holds one kernel: its partitions share barriers, rings and layouts.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 NUM_CONSUMERS = gl.constexpr(2)
 CONSUMER_WARPS = gl.constexpr(4)  # a warpgroup, which is what issues an sm_90 MMA
 PRODUCER_WARPS = gl.constexpr(1)
-NUM_STAGES = gl.constexpr(2)  # tiles in each ring; three are no faster
+NUM_STAGES = gl.constexpr(2)  # tiles in each ring; three are not faster
 # Registers of a thread: the 65,536 of a multiprocessor are dealt to 12 warps at launch (the third warpgroup is the
 # producer's, mostly idle), and then the producer hands nearly all of its own to the consumers.
 LAUNCH_REGISTERS = 168
@@ -61,14 +63,14 @@ def make_barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def make_ring(desc):
-    """A ring of NUM_STAGES tiles: the tiles, and the barriers that say when one is full and when it is empty."""
+    """A ring of NUM_STAGES tiles: the tiles, the barriers that say when one is full, and those for when it is empty."""
     tiles = gl.allocate_shared_memory(desc.dtype, [NUM_STAGES] + desc.block_type.shape, desc.layout)
     return tiles, make_barriers(NUM_STAGES, 1), make_barriers(NUM_STAGES, NUM_CONSUMERS)
 
 
 @gluon.jit
 def ring_slot(step):
-    """Where the ring holds the tile of a step, and the parity of the slot's barriers in that round."""
+    """Slot of the ring that holds the tile of a step, and the parity of the slot's barriers in that round."""
     return step % NUM_STAGES, (step // NUM_STAGES) & 1
 
 
@@ -80,7 +82,7 @@ def as_matrix(tile):
 
 @gluon.jit
 def copy_tile(desc, batch, head, first_row, full, tile):
-    """Start copying rows first_row .. of a head; rows that do not exist become zeros; `full` hears of the end."""
+    """Start copying rows first_row .. of a head; missing rows become zeros. The copy arrives at `full` when it ends."""
     mbarrier.expect(full, desc.block_type.nbytes)
     tma.async_copy_global_to_shared(desc, [batch, head, first_row, 0], full, tile)
 
@@ -105,7 +107,7 @@ def wait_for_tile(ring, step):
 
 @gluon.jit
 def release_tile(ring, step):
-    """Consumer: this half of the rows needs the tile of this step no more."""
+    """Consumer: tell the producer that this half of the rows has read the tile of this step."""
     _, _, empty = ring
     slot, _ = ring_slot(step)
     mbarrier.arrive(empty.index(slot))
@@ -135,7 +137,7 @@ def row_maxima(logits, scale_log2):
 
 @gluon.jit
 def exponentials(logits, reference, scale_log2, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights of a tile relative to 2^reference, as the first operand of PV, and their row sums in parts [M, SUMS]."""
+    """Weights 2^(logit - reference) of a tile, as the first operand of PV, and their partial row sums [M, SUMS]."""
     weights = gl.exp2(logits * scale_log2 - reference[:, None])  # [M, BLOCK_SIZE]
     sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // SUMS, SUMS]), axis=1)
     return gl.convert_layout(weights.to(DTYPE), WEIGHTS), sums
@@ -161,7 +163,7 @@ def store_rows(out_ptr, out_tile, first_row, num_rows, stride_n):
 
 @gluon.jit
 def row_in_turn(turn, num_q_blocks, full_rows, rows_ahead):
-    """Which query block of a head comes at a turn: the last one first, but `rows_ahead` of the full ones before it."""
+    """Query block of a head at a turn: the last one first, but `rows_ahead` of the full ones before it."""
     others = num_q_blocks - full_rows
     row = num_q_blocks - 1 - turn
     row = gl.where(turn < rows_ahead + others, row + rows_ahead, row)
@@ -170,11 +172,11 @@ def row_in_turn(turn, num_q_blocks, full_rows, rows_ahead):
 
 @gluon.jit
 def find_task(task, problem, BLOCK: gl.constexpr):
-    """Which query block of which head a task is: (batch_head, batch, head, kv_head, first_query, kv_list).
+    """Query block and head of a task: (batch_head, batch, head, kv_head, first_query, kv_list).
 
-    As many heads are in turn as `heads_at_once` says, each with its last query block, then the one before: what is read
-    at the same time stays in the L2 cache, and the tasks that end the whole run are short. kv_list: (where it is, how
-    many blocks, whether it is read at all; otherwise it is 0, 1, ...). Waits for it.
+    `heads_at_once` heads take turns, each with its last query block, then the one before. Keys and values that are read
+    at the same time stay in the L2 cache, and the last tasks of the run are short. kv_list: (its pointer, its number of
+    blocks, whether it is read; a list that is not read holds 0, 1, ...). Waits for the kernel that writes it.
     """
     num_q_blocks, num_q_heads, heads_per_kv_head, heads_at_once = problem[:4]
     offset, kv_indices_ptr, kv_num_blocks_ptr, max_blocks, full_rows, rows_ahead = problem[4:]
@@ -216,7 +218,7 @@ def read_number(place, WARPS: gl.constexpr):
 
 @gluon.jit
 def announce_task(q_inbox, parity, task, CONSUMER: gl.constexpr):
-    """Producer: once the consumer has read its queries, write down the task that the next ones belong to."""
+    """Producer: once the consumer has read its queries, write down the task of the next ones."""
     _, q_empty, _, tasks = q_inbox
     mbarrier.wait(q_empty.index(CONSUMER), parity ^ 1)
     write_number(task, tasks.index(CONSUMER), PRODUCER_WARPS)
@@ -232,7 +234,7 @@ def wait_for_task(q_inbox, parity, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem):
-    """Copy the halves of a query block, then K and V of every listed block from the last to the first; their number."""
+    """Copy the halves of a query block, then K and V of its listed blocks, last one first; returns their number."""
     q_full, _, q_tiles, _ = q_inbox
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
@@ -253,7 +255,7 @@ def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_be
 
 @gluon.jit
 def announce_end(q_inbox, parity, num_tasks):
-    """Tell the consumers that no task is left."""
+    """Tell the consumers that there are no more tasks."""
     q_full, _, _, _ = q_inbox
     for consumer in gl.static_range(NUM_CONSUMERS):
         announce_task(q_inbox, parity, num_tasks, consumer)
@@ -262,7 +264,7 @@ def announce_end(q_inbox, parity, num_tasks):
 
 @gluon.jit
 def produce(q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo, num_tasks, problem):
-    """Feed task after task to the consumers, then once more those that they have noted."""
+    """Feed task after task to the consumers, then again every task that they have noted."""
     _, q_empty, _, _ = q_inbox
     last_noted, redo_ptr = redo
     parity = 0
@@ -294,8 +296,8 @@ def attend(
 ):
     """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
 
-    `q_read` hears when the queries are needed no more. ONLINE: the reference follows the running maximum; otherwise it
-    is that of the first tile.
+    Arrives at `q_read` after the last use of the queries. ONLINE: the reference follows the running maximum; otherwise
+    it is that of the first tile.
     """
     DTYPE: gl.constexpr = q_tile.dtype
     ROWS: gl.constexpr = q_tile.shape[0]
@@ -332,7 +334,7 @@ def attend(
                 accumulator = scale_rows(accumulator, rescale)
                 sums = scale_rows(sums, rescale)
             sums += tile_sums
-        mbarrier.arrive(q_read)  # from here on the next task's queries can come
+        mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
         v_tile = wait_for_tile(v_ring, first_step + num_blocks - 1)
         accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
         accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
@@ -350,7 +352,7 @@ def consume_round(
 ):  # fmt: skip
     """Task by task until the end is announced: attend, store output and log-sum-exp; without ONLINE, note overflows.
 
-    Gives back the parity and the first step after it.
+    Returns the parity and the first step of the next round.
     """
     _q_full, q_empty, q_tiles, _tasks = q_inbox
     last_noted, redo_ptr = redo
@@ -358,7 +360,7 @@ def consume_round(
     ROWS: gl.constexpr = q_tiles.shape[3]
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     q_tile, q_read = as_matrix(q_tiles.index(CONSUMER)), q_empty.index(CONSUMER)
-    noted = -1  # the task that was noted last; redo_ptr says for each which was noted before it
+    noted = -1  # the task noted last; redo_ptr holds for each noted task the one before it
     task = wait_for_task(q_inbox, parity, CONSUMER)
     while task < num_tasks:
         batch_head, batch, head, _kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
@@ -384,7 +386,7 @@ def consume_round(
         first_step += num_blocks
         task = wait_for_task(q_inbox, parity, CONSUMER)
     write_number(noted, last_noted.index(CONSUMER), CONSUMER_WARPS)
-    mbarrier.arrive(q_read)  # the producer can read it, and announce a task
+    mbarrier.arrive(q_read)  # the producer may read it and announce a task
     return parity ^ 1, first_step
 
 
@@ -393,7 +395,7 @@ def consume(
     CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
     out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2,
 ):  # fmt: skip
-    """Attend from half of a query block to every listed block: all tasks, then once more those that were noted."""
+    """Attend from half of a query block to its listed blocks: all tasks, then again those that were noted."""
     NO_ROOM: gl.constexpr = q_inbox[2].dtype == gl.float16
     parity, first_step = consume_round(
         gl.to_tensor(0), gl.to_tensor(0), CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
@@ -415,12 +417,12 @@ def hopper_forward_kernel(
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
     num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, scale,
 ):  # fmt: skip
-    """One program computes one task after another; q_desc's tiles are half a query block, k_desc's a key block.
+    """One persistent program computes one task after another. Grid: any number of programs, one for a multiprocessor.
 
-    The lists of the first `full_rows` query blocks are not read, those of others only after gdc_wait.
-    Grid: any number of programs, of which a multiprocessor holds one. scratch_ptr: two int32, 0 before and after: how
-    many tasks were taken beside the first of each program, which is its own number, and how many programs are done;
-    then room for one of every task and consumer.
+    Tiles of q_desc are half a query block, those of k_desc and v_desc a key block of BLOCK_SIZE tokens. The lists of
+    the first `full_rows` query blocks are not read, those of others only after gdc_wait. scratch_ptr: two int32
+    counters, 0 before and after the launch: tasks taken after the first of each program, which is its own number, and
+    programs that have ended; then an int32 for every task and consumer.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
@@ -430,7 +432,7 @@ def hopper_forward_kernel(
     NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER)
     redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), scratch_ptr + 2)
-    # What ring is to K and V, this is to Q, with one slot for each consumer: full, empty, tiles, and whose they are.
+    # A ring for Q with one slot for each consumer: full, empty, tiles, and the task of each tile.
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
     shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), redo, num_tasks, problem)
     outputs = (out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale * LOG2_E)
@@ -453,9 +455,9 @@ def is_sm90(device: torch.device) -> bool:
 
 @lru_cache(maxsize=4096)
 def heads_at_once(num_keys: int, head_dim: int, num_kv_heads: int) -> int:
-    """How many KV heads of all batch entries are in turn, a divisor of their number: several where prompts are short.
+    """Number of KV heads of all batch entries that take turns, a divisor of their number; several for short prompts.
 
-    Then all long tasks come before all short ones, and no multiprocessor begins a long one near the end.
+    With several heads, all long tasks come before all short ones, and no multiprocessor begins a long one near the end.
     """
     most = max(1, BYTES_AT_ONCE // (2 * num_keys * head_dim * DTYPES[0].itemsize))
     return max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= most)
@@ -467,14 +469,14 @@ def new_scratch(device: torch.device, num_tasks: int) -> torch.Tensor:
         return torch.zeros(2 + NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=64)  # one launch of a stream follows the other and finds the zeros that it left: none writes them
+@lru_cache(maxsize=64)  # launches of a stream run one after the other, and each leaves the counters at 0
 def stream_scratch(device: torch.device, stream: int, num_tasks: int) -> torch.Tensor:
-    """That of all launches of a size on a stream, the current one."""
+    """Scratch memory shared by all launches of a size on the current stream."""
     return new_scratch(device, num_tasks)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
-    """Reason why the kernel does not cover a problem; empty if it covers it."""
+    """Reason why the kernel does not cover a problem, in words; empty if it does."""
     if device.type != "cuda" or not is_sm90(device):
         return f"device {device}, accepted: CUDA of sm_90"
     if dtype not in DTYPES:
@@ -499,12 +501,13 @@ def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """All of sparse_forward but its launch, so that this can follow the kernel that writes the lists at once.
+    """Do everything in sparse_forward but its launch, so that the launch can overlap with the kernel before it.
 
     Returns:
-        attend(kv_indices, kv_num_blocks, full_rows=0) -> out, lse. So many first query blocks keep all their causal
-        blocks, whatever the lists say. If there are any, the kernel launched last need not have ended when attention to
-        them begins; but what wrote q, k and v must have ended when that one began.
+        attend(kv_indices, kv_num_blocks, full_rows=0) -> out, lse. The first `full_rows` query blocks keep all their
+        causal blocks, whatever the lists say. If there are any, the kernel that was launched last may still run when
+        attention to them begins (programmatic dependent launch). The kernels that wrote q, k and v must have ended
+        before that kernel began.
     """
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
@@ -542,7 +545,7 @@ def prepare(
                 num_q_blocks,
                 kv_indices.shape[3],
                 full_rows,
-                min(full_rows, -(-num_programs // heads)),  # one task for each program while the lists are written
+                min(full_rows, -(-num_programs // heads)),  # one full row for each program while the lists are written
                 num_tasks,
                 max(float(scale), SMALLEST_SCALE),
             ),
@@ -564,5 +567,5 @@ def sparse_forward(
     block_size: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See sparse_forward.py, whose arguments and results these are, for what `supports` accepts."""
+    """Attention over the lists, for problems that `supports` accepts; see sparse_forward.sparse_forward."""
     return prepare(q, k, v, scale)(kv_indices, kv_num_blocks)

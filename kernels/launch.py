@@ -1,7 +1,7 @@
-"""Launches: which compiled variant of a kernel fits its arguments is worked out once, not on every call.
+"""Kernel launches that cost little host time: compiled variants are cached, and the CUDA driver starts them.
 
-Triton looks at every argument of every call for that, which takes the host longer than a short prompt takes the GPU.
-Here the variant is remembered by the types of the tensors and by the numbers themselves, and started by the driver.
+Triton inspects every argument at every launch. On short prompts that takes the CPU longer than the kernel takes the
+GPU. Here the compiled variant is cached by the dtypes of the tensors and by the values of the numbers.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from triton.runtime.jit import JITFunction
 
 from .driver import DirectLaunch
 
-ALIGNMENT = 16  # bytes; a variant is compiled for addresses that are, or are not, multiples of it
-MOST_VARIANTS = 4096  # remembered; each new length of a prompt adds one to every kernel
+ALIGNMENT = 16  # bytes; Triton compiles one variant for addresses that are multiples of it, and one for others
+MOST_VARIANTS = 4096  # in the cache; each new prompt length adds one for every kernel
 VARIANTS: dict[tuple, Variant] = {}
 ON_LAUNCH: ContextVar[Callable | None] = ContextVar("ON_LAUNCH", default=None)
 """Called after each launch of this thread: note(its DirectLaunch or None, grid, tensors, overlap)."""
 
 
 class Tiles(NamedTuple):
-    """A tensor that a kernel reads tile by tile, by TMA: what it takes as a tensor descriptor."""
+    """A tensor that a kernel reads by TMA, tile by tile, and takes as a tensor descriptor."""
 
     base: torch.Tensor
     shape: tuple[int, ...]
-    """Of a tile."""
+    """Shape of a tile."""
 
     describe: Callable
-    """Triton's or Gluon's way to make the descriptor: describe(base, shape)."""
+    """Function that makes Triton's or Gluon's descriptor: describe(base, shape)."""
 
 
 class Variant(NamedTuple):
@@ -40,26 +40,26 @@ class Variant(NamedTuple):
 
     compiled: object
     constants: tuple
-    """Its constant arguments in order."""
+    """Constant arguments of the kernel, in order."""
 
     direct: DirectLaunch | None
-    """Starts it without Triton, where that is possible."""
+    """Launches the kernel without Triton; None where Triton has to launch it."""
 
 
 def launch(
     kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, *, overlap: bool = False, **constants
 ) -> None:
-    """kernel[grid](*tensors, *numbers, **constants) on the device of the tensors, which the kernel takes in this order.
+    """Launch kernel[grid](*tensors, *numbers, **constants) on the device of the tensors.
 
     Args:
         kernel: A kernel of Triton or Gluon.
         grid: Programs along up to three axes.
-        tensors: Tensors, `Tiles` and None; the first is no None.
-        numbers: Ints and floats; an argument is always the one or always the other.
+        tensors: Tensors, `Tiles` and None, the first arguments of the kernel; the first one is not None.
+        numbers: Ints and floats, the next arguments; each has the same of the two types at every launch.
         overlap: Whether the kernel may begin while the kernel launched before it still runs (programmatic dependent
             launch, on NVIDIA GPUs from compute capability 9.0 on), once each program of that kernel has ended or called
             gdc_launch_dependents. It must call gdc_wait before it reads results of that kernel. Only a hint.
-        constants: What is known when the kernel is compiled, with num_warps and its like.
+        constants: Compile-time constants, the last arguments, and options such as num_warps.
     """
     first = tensors[0]
     device = (first.base if type(first) is Tiles else first).get_device()  # -1: the CPU
@@ -73,7 +73,7 @@ def launch(
     else:
         grid = (*grid, 1, 1)[:3]
         start, layouts = variant.direct, [layout(x) for x in tensors]
-        # where the driver reports an error, Triton meets it too, and raises it
+        # after an error of the driver, Triton launches again and raises it
         if start is None or is_watched() or start(grid, current_stream(device), addresses, layouts, overlap):
             variant.compiled[grid](*with_descriptors(tensors), *numbers, *variant.constants)
     note = ON_LAUNCH.get()
@@ -82,20 +82,20 @@ def launch(
 
 
 def is_watched() -> bool:
-    """Whether a profiler wants Triton to tell it of launches."""
+    """Whether a profiler has a hook in Triton's launches."""
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def current_stream(device: int) -> int:
-    """Handle of the current stream of a CUDA device; torch's own objects take the host 5 us."""
+    """Handle of the current stream of a CUDA device; torch's stream objects would cost 5 us of host time."""
     return driver.active.get_current_stream(device)
 
 
 def variant_key(kernel, device: int, tensors: tuple, numbers: tuple, constants: dict) -> tuple[tuple | None, list[int]]:
-    """What decides the compiled variant, and the tensors' addresses, 0 for None.
+    """Cache key of the compiled variant, and the address of each tensor, 0 for None.
 
-    The key is None where the variant is left to Triton: interpreted, or a tensor is not aligned.
+    The key is None where Triton has to choose the variant: in the interpreter, or if a tensor is not aligned.
     """
     types, addresses, all_bits = [], [], 0
     for x in tensors:
@@ -116,7 +116,7 @@ def variant_key(kernel, device: int, tensors: tuple, numbers: tuple, constants: 
 
 
 def remember(key: tuple, kernel, grid: tuple, tensors: tuple, numbers: tuple, constants: dict) -> Variant:
-    """Let Triton compile and load the variant for these arguments, and keep it."""
+    """Compile and load the variant for these arguments with Triton, and cache it."""
     if len(VARIANTS) == MOST_VARIANTS:
         VARIANTS.clear()
     compiled = kernel.warmup(*with_descriptors(tensors), *numbers, grid=grid, **constants)
@@ -132,5 +132,5 @@ def layout(x: torch.Tensor | Tiles | None) -> tuple | None:
 
 
 def with_descriptors(tensors: tuple) -> list:
-    """The tensors as Triton takes them."""
+    """The tensors, with Triton's or Gluon's descriptors in place of `Tiles`."""
     return [x.describe(x.base, x.shape) if type(x) is Tiles else x for x in tensors]

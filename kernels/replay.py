@@ -1,9 +1,9 @@
-"""Calls that are recorded once and then repeated: the same launches, with the addresses of other tensors.
+"""Replay of calls: the launches of an earlier call, repeated with the addresses of other tensors.
 
-To check a short prompt's inputs, look up its budget, allocate what lies between two kernels and launch them takes the
-host longer than the kernels take the GPU. All of it depends on shapes, strides and options alone; so where a call comes
-again, its launches are started one after the other and nothing else is done, as from a CUDA graph, whose inputs would
-have to stay at one address.
+On short prompts the CPU needs longer to check inputs, look up the budget, allocate intermediate tensors and launch
+kernels than the GPU needs to run them. All of that depends on shapes, strides and options alone. When a call comes
+again, its recorded launches are started one after the other and nothing else is done. A CUDA graph would do the same,
+but its inputs would have to stay at one address.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .launch import ALIGNMENT, ON_LAUNCH, Tiles, current_stream, is_watched, lay
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
-PLACE_BYTES = 256  # alignment of what lies between two kernels, as torch's allocator has it
-MOST_STREAMS = 64  # with a recording of one kind of call
-MOST_BYTES = 256 << 20  # allocated by a call that is recorded; where it is more, nobody sees the host's time
+PLACE_BYTES = 256  # alignment of intermediate tensors, that of torch's allocator
+MOST_STREAMS = 64  # with a recording of one kind of call; more clear them
+MOST_BYTES = 256 << 20  # that a recorded call may allocate; calls that allocate more are bound by the GPU
 NEVER_MET, MET = "never met", "met once"  # a recording is None if the call cannot be repeated
 
 
@@ -32,29 +32,29 @@ class Launch(NamedTuple):
     start: DirectLaunch
     grid: tuple[int, int, int]
     places: list[tuple[int, int]]
-    """Where each tensor begins: (which of the memories, bytes from there)."""
+    """Place of each tensor: (index of its memory, offset in bytes)."""
 
     layouts: list
     overlap: bool
-    """See DirectLaunch, both."""
+    """For layouts and overlap see DirectLaunch."""
 
 
 class Recording(NamedTuple):
-    """A call as its launches. Its memories are the inputs, the outputs, the workspace, and all memory at 0."""
+    """A recorded call. Its memories are the inputs, the outputs, the workspace, and all memory from address 0 on."""
 
     launches: list[Launch]
     outputs: list[tuple | None]
     """(shape, strides, dtype) of each output; None for an output that is None."""
 
     workspace_bytes: int
-    """Memory of all that lies between two kernels."""
+    """Memory of all intermediate tensors."""
 
     device: torch.device
     kept: list[Tensor]
-    """What stays where it is from call to call, tables for example."""
+    """Tensors that stay in place from call to call, such as tables; kept alive here."""
 
     def repeat(self, addresses: list[int], stream: int) -> list[Tensor | None] | None:
-        """The outputs for inputs at these addresses; None if the driver refuses a launch."""
+        """Launch all kernels for inputs at these addresses; returns the outputs, None if a launch fails."""
         on_device = dict(device=self.device)
         outputs = [made and torch.empty_strided(made[0], made[1], dtype=made[2], **on_device) for made in self.outputs]
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, **on_device)
@@ -66,7 +66,7 @@ class Recording(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what happens inside it: allocations, launches, and whether there was anything else, but for views."""
+    """Context that notes allocations and launches, and whether any other torch operation ran, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
         self.complete = self.complete and start is not None
 
     def recording(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, ...]) -> Recording | None:
-        """What was noted of a call with these inputs and outputs; None if that is not all that it takes."""
+        """Recording of the call with these inputs and outputs; None if it cannot be repeated."""
         starts = {x.data_ptr(): (memory, 0) for memory, x in enumerate(inputs)}
         if not self.complete or not self.launches or len(starts) < len(inputs):  # two of them at one address
             return None
@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
             if storage(x) in owned:
                 memory, offset = owned[storage(x)]
                 return memory, offset + x.data_ptr() - storage(x)
-            if storage(x) in of_inputs:  # a part of one: of which, is not known
+            if storage(x) in of_inputs:  # a part of an input; which one is unknown
                 return None
             kept.append(x)
             return everything, x.data_ptr()
@@ -142,18 +142,18 @@ class Recorder(TorchDispatchMode):
 
 
 def storage(x: Tensor) -> int:
-    """Where the memory begins that x is, or is a part of."""
+    """Address at which the memory of x begins."""
     return x.untyped_storage().data_ptr()
 
 
 def replay(
     recordings: dict[int, Recording | str | None], inputs: tuple[Tensor, ...], call: Callable[[], tuple]
 ) -> tuple:
-    """call(), from the third time on as a recording where it can be one.
+    """Results of call(); from the third time on its launches are replayed, if it can be recorded.
 
     Args:
-        recordings: The caller's, one dict for each kind of call; inputs of one dict have equal types, shapes and
-            strides, and all else that decides what `call` does is the same. It fills with one entry for each stream.
+        recordings: Recordings of one kind of call, one for each stream, filled here. All calls with one dict have inputs
+            of the same dtypes, shapes and strides, and everything else that decides what `call` does is the same.
         inputs: All tensors that differ from call to call, the first on a CUDA device.
         call: Returns tensors that it allocates, or None.
     """
@@ -167,7 +167,7 @@ def replay(
         return call()
     if type(recording) is Recording:
         return recording.repeat(addresses, stream) or call()
-    if recording is NEVER_MET:  # what a first call does once, compiling for example, is not recorded
+    if recording is NEVER_MET:  # a first call may compile kernels, so it is not recorded
         if len(recordings) >= MOST_STREAMS:
             recordings.clear()
         recordings[stream] = MET
@@ -179,5 +179,5 @@ def replay(
 
 
 def is_quiet(device: int) -> bool:
-    """Whether a launch on a device is just that: the device is the current one, and no graph or profiler takes part."""
+    """Whether launches can be replayed: the device is the current one, without graph capture or profiler."""
     return device == torch.cuda.current_device() and not (torch.cuda.is_current_stream_capturing() or is_watched())

@@ -1,7 +1,7 @@
-"""Scores and selection of short prompts in one kernel: a program holds whole rows of scores, so it can select at once.
+"""Scores and selection of short prompts in one kernel: a program holds whole rows of scores and selects from them.
 
-This saves a launch, which is what bounds a short prompt. Longer rows are faster by score_blocks and select_topk, whose
-device functions these share.
+This saves a launch, and launches bound the time of short prompts. Longer rows are faster with score_blocks and
+select_topk, whose device functions this kernel uses.
 """
 
 import torch
@@ -14,7 +14,7 @@ from .block_select import row_size, select_rows
 from .common import at_least_sm90
 from .launch import launch
 
-MAX_KV_BLOCKS = 32  # of a row; at 64, on an NVIDIA H200, two kernels are faster
+MAX_KV_BLOCKS = 32  # of a row; with 64, two kernels are faster on an NVIDIA H200
 ROWS = 16  # query blocks of one program, of all heads that share a KV head
 WARPS, STAGES = 4, 4  # of a program, and the tiles in flight
 DEPTH_TILE = 32  # of a warp's share of a product of 16-bit sums
@@ -22,7 +22,7 @@ DEPTH_TILE = 32  # of a warp's share of a product of 16-bit sums
 
 @triton.jit
 def load_shares(sums_ptr, blocks, exists, depth, PARTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
-    """Columns `depth` [WARPS, DEPTH_TILE] of some rows of a matrix of group sums, [WARPS, rows, DEPTH_TILE]."""
+    """Load columns `depth` [WARPS, DEPTH_TILE] of some rows of a matrix of group sums, [WARPS, rows, DEPTH_TILE]."""
     exists = exists[None, :, None] & (depth < DEPTH)[:, None, :]
     offsets = blocks[None, :, None].to(tl.int64) * (PARTS * DEPTH) + depth[:, None, :]
     return tl.load(sums_ptr + offsets, mask=exists, other=0.0).to(DTYPE)
@@ -43,7 +43,7 @@ def products_by_shares(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """<q_sums, k_sums> of a few rows of each, [M, N]: a tile so small that each warp takes a share of the depth."""
+    """Products <q_sums, k_sums> of a few rows of each, [M, N]; each warp computes a share of the depth."""
     products = tl.zeros([WARPS, q_rows.shape[0], kv_blocks.shape[0]], tl.float32)
     shares = tl.arange(0, WARPS)[:, None] * DEPTH_TILE + tl.arange(0, DEPTH_TILE)[None, :]
     for depth_start in range(0, DEPTH, WARPS * DEPTH_TILE):
@@ -87,9 +87,9 @@ def score_select_kernel(
     PRECISION: tl.constexpr,
     CAN_OVERLAP: tl.constexpr,
 ):
-    """One program scores and selects ROWS query blocks of one KV head, those before first_scored without scores.
+    """One program scores and selects ROWS query blocks of one KV head. Grid: (row tiles, B * Hkv).
 
-    Grid: (row tiles, B * Hkv).
+    Query blocks before first_scored have score 0.
     """
     if CAN_OVERLAP:
         gdc_launch_dependents()
@@ -128,8 +128,8 @@ def score_select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """select_topk(score_blocks(q_sums, k_sums, value_bonus, scale), budget, ...) for at most MAX_KV_BLOCKS key blocks.
 
-    Args are theirs; the lists, from `empty_lists`, are those of all query blocks, and q_sums those of the last ones.
-    What comes before has score 0, so its budget must be all of its causal blocks.
+    The arguments are those of both functions. The lists, from `empty_lists`, hold all query blocks. q_sums may hold
+    only the last ones: the others have score 0, so their budget must be all their causal blocks.
     """
     batch, num_q_heads, num_q_blocks, max_blocks = lists[0].shape
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]

@@ -1,6 +1,6 @@
 """Selection by share: every block whose share of its row exceeds one threshold, as an ascending index list.
 
-From scores in memory, or at once where cells are pooled, so that the scores are never stored.
+`select_above` reads scores from memory. `pool_select` pools cells and selects at once, without storing the scores.
 """
 
 import torch
@@ -83,13 +83,13 @@ def select_above_kernel(
 
 @triton.jit
 def pool_select_row(
-    sums_ptr, shifts_ptr, row, batch_head, pooling, lists, rules,
+    sums_ptr, shifts_ptr, row, batch_head, numbers, lists, rules,
     CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Pool the cells of one query block of one head and select among the first ROW_SIZE blocks, all that it sees."""
     blocks = tl.arange(0, ROW_SIZE)
-    scores = pool_shares(sums_ptr, shifts_ptr, batch_head, row, blocks, *pooling, CELL, CELLS, CELL_TILE, ROWS, RMS)
+    scores = pool_shares(sums_ptr, shifts_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, ROWS, RMS)
     select_row(scores, blocks, row, batch_head, *lists, *rules)
 
 
@@ -122,7 +122,7 @@ def pool_select_kernel(
 ):
     """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq)."""
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    pooling = (
+    numbers = (
         num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split, first_position, q_start,
         kv_len,
     )  # fmt: skip
@@ -131,14 +131,14 @@ def pool_select_kernel(
     HALF: tl.constexpr = ROW_SIZE // 2
     if num_kv_blocks - num_q_blocks + row < HALF:  # half the work for half of the rows
         pool_select_row(
-            sums_ptr, shifts_ptr, row, batch_head, pooling, lists, rules, CELL, CELLS, CELL_TILE, ROWS, RMS, HALF
+            sums_ptr, shifts_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, ROWS, RMS, HALF
         )
         unseen = HALF + tl.arange(0, HALF)
         list_row = batch_head * num_q_blocks + row
         tl.store(kv_indices_ptr + list_row * num_kv_blocks + unseen, 0, mask=unseen < num_kv_blocks)
     else:
         pool_select_row(
-            sums_ptr, shifts_ptr, row, batch_head, pooling, lists, rules, CELL, CELLS, CELL_TILE, ROWS, RMS, ROW_SIZE
+            sums_ptr, shifts_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, ROWS, RMS, ROW_SIZE
         )
 
 
@@ -189,10 +189,7 @@ def pool_select(
     dense_last_blocks: int,
     exact_last_blocks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """select_above(cell_scores(q, k, value_bonus, cells, scale, exact_last_blocks), threshold, ...) at once.
-
-    The scores are never stored.
-    """
+    """Lists of select_above for the scores of cell_scores, which are not stored; the arguments are those of both."""
     batch, num_heads = q.shape[:2]
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)

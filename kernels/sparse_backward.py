@@ -1,11 +1,13 @@
 """Block-sparse causal attention, backward: dQ over the lists of the forward pass, dK and dV over their transpose.
 
 With P the attention weights, dP = dO V^T and delta = rowsum(out * dO) - dlse, the gradient of the logits is
-dS = P * (dP - delta); then dV = P^T dO, dK = scale * dS^T Q and dQ = scale * dS K. P is recomputed from the lse. Every
-output tile is summed by one program in a fixed order, so that two runs agree bit for bit.
+dS = P * (dP - delta); then dV = P^T dO, dK = scale * dS^T Q and dQ = scale * dS K. P is recomputed from the lse. One
+program sums each output tile in a fixed order, so two runs agree bit for bit.
 
-Rows of queries are counted on the key grid here: query block r holds grid rows r * BLOCK_SIZE .., and the first
-`front` rows, (Nkv - Nq) % BLOCK_SIZE of them, do not exist, nor do those past the last query.
+Rows of queries are counted on the key grid here: query block r holds grid rows r * BLOCK_SIZE .. The first `front`
+rows, (Nkv - Nq) % BLOCK_SIZE of them, do not exist, nor do rows past the last query.
+
+The file exceeds 400 lines because its three kernels share loads, stores and row statistics, and list their arguments.
 """
 
 import torch
@@ -23,8 +25,8 @@ from .common import (
     with_dense_rows,
 )
 
-STATISTICS_ROWS = 64  # rows of a program that computes row statistics, fewer if blocks are smaller
-MAX_SPLITS = 8  # fp32 copies of dK and dV that a small problem may take
+STATISTICS_ROWS = 64  # rows of one program of row_statistics_kernel, fewer if blocks are smaller
+MAX_SPLITS = 8  # most fp32 copies of dK and dV for a small problem
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def load_tile(
     DTYPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Rows first_row .. of a head as a [ROWS, BLOCK_D] tile, zero where there is no data; x: descriptor or pointer."""
+    """Load rows first_row .. of a head as a [ROWS, BLOCK_D] tile, zero where no data is; x: descriptor or pointer."""
     if DESCRIPTORS:
         tile = x.load([batch.to(tl.int32), head.to(tl.int32), first_row, 0]).reshape(ROWS, BLOCK_D)
     else:
@@ -57,7 +59,7 @@ def load_tile(
 
 @triton.jit
 def load_statistic(x, batch_head, num_grid_rows, first_row, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """[ROWS] fp32 of a row statistic of a head, from grid row first_row on; x: descriptor or pointer."""
+    """Load a row statistic of a head from grid row first_row on, fp32 [ROWS]; x: descriptor or pointer."""
     if DESCRIPTORS:
         values = x.load([batch_head.to(tl.int32), first_row]).reshape(ROWS)
     else:
@@ -78,7 +80,7 @@ def store_tile(
     tile,
     HEAD_DIM: tl.constexpr,
 ):
-    """Store a tile [ROWS, BLOCK_D] in the type of x, except rows and dimensions that do not exist."""
+    """Store a tile [ROWS, BLOCK_D] in the dtype of x; rows and dimensions that do not exist are skipped."""
     rows = first_row + tl.arange(0, tile.shape[0])
     dims = tl.arange(0, tile.shape[1])
     pointers = x_ptr + batch * stride_b + head * stride_h + rows.to(tl.int64)[:, None] * stride_n + dims[None, :]
@@ -110,7 +112,7 @@ def row_statistics_kernel(
 ):
     """One program computes lse * LOG2_E and delta = rowsum(out * dout) - dlse for ROWS grid rows of one head.
 
-    Rows that do not exist or attend to nothing get an lse of +inf: all their weights are recomputed as 0.
+    Rows that do not exist or have no keys get an lse of +inf, so that their recomputed weights are 0.
     Grid: (num_grid_rows / ROWS, B * Hq).
     """
     first_row = tl.program_id(0) * ROWS
@@ -164,7 +166,7 @@ def add_to_dq(
     DESCRIPTORS: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):
-    """dq_tile [M, D] plus dS K of BLOCK_N keys from first_key on, not yet scaled."""
+    """Return dq_tile [M, D] plus dS K of BLOCK_N keys from first_key on, not yet scaled."""
     k_tile = load_tile(
         k, batch, kv_head, first_key, num_keys, stride_kb, stride_kh, stride_kn,
         BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DESCRIPTORS,
@@ -315,7 +317,7 @@ def add_to_dkv(
     DESCRIPTORS: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):
-    """dk_tile and dv_tile [N, D] plus dS^T Q, not yet scaled, and P^T dO of BLOCK_M queries from grid_row on."""
+    """Return dk_tile and dv_tile [N, D] plus dS^T Q, not yet scaled, and P^T dO of BLOCK_M queries from grid_row on."""
     q_tile = load_tile(
         q, batch, head, grid_row - front, num_queries, stride_qb, stride_qh, stride_qn,
         BLOCK_M, HEAD_DIM, BLOCK_D, DTYPE, DESCRIPTORS,
@@ -386,7 +388,8 @@ def dkv_kernel(
 ):
     """One program computes BLOCK_N rows of dK and dV of one key block, summed over the query heads of its group.
 
-    With num_splits > 1, over one part of each of their lists; the parts are stride_os apart and remain to be added.
+    With num_splits > 1, a program sums over one part of each list; the parts are stride_os apart, and the caller adds
+    them.
 
     q, dout: descriptors of [1, 1, BLOCK_M, BLOCK_D] tiles, or pointers; lse_log2, delta: descriptors of [1, BLOCK_M]
     rows, or pointers; k, v: pointers; q_indices and list_starts: see transpose_lists. dK and dV have the same strides.
@@ -457,19 +460,19 @@ def dkv_kernel(
 def transpose_lists(
     kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, num_kv_blocks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lists of the key blocks: which query blocks list each, ascending; on the GPU without synchronisation.
+    """Lists of the query blocks that list each key block, ascending; computed on the GPU without synchronisation.
 
     Args:
-        kv_indices: int32 [B, Hq, nq, max]; kv_num_blocks: int32 [B, Hq, nq], how many entries of each list count.
+        kv_indices: int32 [B, Hq, nq, max]; kv_num_blocks: int32 [B, Hq, nq], entries of each list.
         num_kv_blocks: Key blocks nk.
     Returns:
-        q_indices int32 [B * Hq * nq * max], one list after the other, unused room last; list_starts int64
+        q_indices int32 [B * Hq * nq * max], one list after the other, unused entries last; list_starts int64
         [B * Hq * nk + 1]: the list of key block j of head h is q_indices[starts[h * nk + j] : starts[h * nk + j + 1]].
     """
     batch, num_q_heads, num_q_blocks, max_blocks = kv_indices.shape
     device, num_lists = kv_indices.device, batch * num_q_heads * num_kv_blocks
     dtype = torch.int32 if num_lists * num_q_blocks < 2**31 else torch.int64
-    # A listed pair as a number that sorts by head, then key block, then query block; unused entries come last.
+    # a number for each listed pair that sorts by head, then key block, then query block; unused entries come last
     head = torch.arange(batch * num_q_heads, dtype=dtype, device=device).view(batch, num_q_heads, 1, 1)
     row = torch.arange(num_q_blocks, dtype=dtype, device=device)[:, None]
     pairs = (head * num_kv_blocks + kv_indices.to(dtype)) * num_q_blocks + row
@@ -482,7 +485,7 @@ def transpose_lists(
 def tile_sizes(
     head_dim: int, block_size: int, dtype: torch.dtype, descriptors: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows, keys, warps and pipeline stages of one program of dq_kernel and of dkv_kernel (our choice, by measurement).
+    """Rows, keys, warps and pipeline stages of one program of dq_kernel and of dkv_kernel (our choice, measured).
 
     fp16 and bf16 run on tensor cores; fp32 has no exact tensor-core product, so registers bound its tiles. Tiles that
     arrive by descriptor take no registers for addresses.
@@ -507,11 +510,11 @@ def _tiles(block_m: int, block_n: int, block_size: int, head_dim: int, stages: i
 
 
 def num_splits(k: torch.Tensor, max_blocks: int) -> int:
-    """Parts that each key block's lists are cut into, so that one that every row lists does not outlast the rest.
+    """Number of parts of each key block's lists, so that a block that every row lists does not take longest.
 
-    A program of such a key block reads nq blocks of queries for each query head, while all programs of a
-    multiprocessor read nq * (list length) * B * Hkv / processors of them together. We cut until the former is at most
-    the latter, into at most MAX_SPLITS parts.
+    A program of such a key block reads nq query blocks for each query head. All programs of a multiprocessor read
+    nq * (list length) * B * Hkv / multiprocessors of them together. The lists are cut until the former number is at
+    most the latter, into at most MAX_SPLITS parts.
     """
     if not k.is_cuda:
         return 1
@@ -524,12 +527,12 @@ def use_descriptors(q: torch.Tensor) -> bool:
 
 
 def tiles_of(x: torch.Tensor, rows: int, block_d: int, by_descriptor: bool):
-    """What a kernel loads tiles of `rows` rows of x [B, H, N, D] from: a descriptor, or x itself."""
+    """Source of tiles of `rows` rows of x [B, H, N, D]: a descriptor, or x itself."""
     return TensorDescriptor.from_tensor(x, [1, 1, rows, block_d]) if by_descriptor else x
 
 
 def rows_of(x: torch.Tensor, rows: int, by_descriptor: bool):
-    """What a kernel loads `rows` entries of a statistic x [B, Hq, rows of the grid] from: a descriptor, or x itself."""
+    """Source of `rows` entries of a statistic x [B, Hq, rows of the grid]: a descriptor, or x itself."""
     return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, rows]) if by_descriptor else x
 
 
@@ -574,7 +577,7 @@ def query_gradient(
     scale: float,
     descriptors: bool,
 ) -> torch.Tensor:
-    """dQ like q; q, k, v and dout have readable rows, lse_log2 and delta are those of `row_statistics`."""
+    """dQ like q, from q, k, v and dout of `with_dense_rows`, and lse_log2 and delta of `row_statistics`."""
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     num_q_blocks, max_blocks = kv_indices.shape[2:]
     dq = torch.empty_like(q)
@@ -684,7 +687,7 @@ def sparse_backward(
 
     Args:
         q, k, v, kv_indices, kv_num_blocks, block_size, scale: As in sparse_forward.
-        out, lse: What it returned.
+        out, lse: Results of sparse_forward.
         dout: Gradient of out, its shape and dtype; any strides.
         dlse: Gradient of lse, fp32 [B, Hq, Nq]; None is zero.
     Returns:

@@ -4,9 +4,11 @@ A list is ascending, so the diagonal block, the only one that needs a mask, is t
 Keys and values are copied by tensor descriptors where the hardware has them (TMA), else loaded through pointers.
 
 The weights of a softmax may be relative to any reference of their row, as long as nothing overflows. The online softmax
-takes the running maximum, and pays for it with a maximum and a rescaled accumulator per tile. fp32 and bf16 reach
-2^127, so here it is the maximum of the first tile; where a sum says that this was too low, the program starts over with
-the online softmax. fp16, which ends at 2^16, has that from the start.
+takes the running maximum, which costs a maximum and a rescaled accumulator per tile. fp32 and bf16 reach 2^127, so here
+the reference is the maximum of the first tile. If a sum says that this was too low, the program recomputes its rows
+with the online softmax. fp16 overflows at 2^16 and always takes the online softmax.
+
+The file exceeds 400 lines because every function of its one kernel lists the arguments that it hands on.
 """
 
 from functools import cache
@@ -46,7 +48,7 @@ def load_rows(
     DTYPE: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
 ):
-    """Rows first_row .. first_row + ROWS - 1 of a head as a [ROWS, BLOCK_D] tile; zero where there is no data."""
+    """Load rows first_row .. first_row + ROWS - 1 of a head as a [ROWS, BLOCK_D] tile; zero where there is no data."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     pointers = base_ptr + tl.cast(first_row, tl.int64) * stride_n + rows[:, None] * stride_n + dims[None, :]
     exists = (dims < HEAD_DIM)[None, :]
@@ -76,7 +78,7 @@ def load_keys(
     CHECK_ROWS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """BLOCK_N keys or values from first_key on, [BLOCK_N, BLOCK_D]: by a descriptor, or a pointer to the head."""
+    """Load BLOCK_N keys or values from first_key on, [BLOCK_N, BLOCK_D]; source: descriptor, or pointer to the head."""
     if TMA:
         return source.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
@@ -100,7 +102,7 @@ def online_softmax_update(logits, v_tile, accumulator, running_max, running_sum,
 
 @triton.jit
 def softmax_update(logits, v_tile, accumulator, reference, sums, scale_log2):
-    """The same with weights relative to a given reference [M], and with row sums in parts [M, SUMS]."""
+    """Fold one tile into a softmax relative to a given reference [M], with partial row sums [M, SUMS]."""
     weights = tl.exp2(logits * scale_log2 - (reference * scale_log2)[:, None])  # [M, N]
     sums += tl.sum(weights.reshape(weights.shape[0], weights.shape[1] // SUMS, SUMS), axis=1)
     return tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee"), sums
@@ -108,7 +110,7 @@ def softmax_update(logits, v_tile, accumulator, reference, sums, scale_log2):
 
 @triton.jit
 def nothing_attended(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where a softmax starts: accumulator, running_max, running_sum and sums."""
+    """Initial state of a softmax: accumulator, running_max, running_sum and sums."""
     row = tl.zeros([BLOCK_M], tl.float32)
     return tl.zeros([BLOCK_M, BLOCK_D], tl.float32), row - float("inf"), row, tl.zeros([BLOCK_M, SUMS], tl.float32)
 
@@ -140,7 +142,7 @@ def attend_tile(
 ):
     """Attend to BLOCK_N keys from first_key on; only in the diagonal block can a key be in the future or missing.
 
-    ONLINE updates running_max and adds to running_sum; otherwise the one is the reference and `sums` takes the other.
+    ONLINE updates running_max and running_sum; otherwise running_max is the reference, and weights are added to `sums`.
     """
     k_tile = load_keys(
         k_source, batch, kv_head, first_key, num_keys, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL, TMA
@@ -163,7 +165,7 @@ def attend_tile(
 
 @triton.jit
 def first_key_of(tile, kv_indices_ptr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a tile of the listed blocks begins."""
+    """First key of a tile of the listed blocks."""
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N  # of a block
     return tl.load(kv_indices_ptr + tile // TILES) * BLOCK_SIZE + tile % TILES * BLOCK_N
 
@@ -230,7 +232,7 @@ def attend_tiles_ahead(
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The same relative to a reference; the tensor cores have the next tile's logits to do during a tile's softmax."""
+    """attend_tiles relative to a reference; the logits of the next tile are computed during the softmax of a tile."""
     if first < last:
         first_key = first_key_of(first, kv_indices_ptr, BLOCK_SIZE, BLOCK_N)
         k_tile = load_keys(
@@ -297,7 +299,7 @@ def sparse_forward_kernel(
     Grid: (nq * BLOCK_SIZE / BLOCK_M, B * Hq): the query tiles of a head are neighbours, so that its keys and values
     stay in the L2 cache, and the last tiles start first. BLOCK_M and BLOCK_N divide BLOCK_SIZE. TMA: k_source and
     v_source are descriptors of [B, Hkv, Nkv, D] with tiles of BLOCK_N rows, else pointers. AHEAD: see
-    attend_tiles_ahead; without it another program of the multiprocessor has to fill the pauses of the tensor cores.
+    attend_tiles_ahead; without it, the tensor cores idle during a softmax unless another program runs beside this one.
     """
     tiles_per_q_block: tl.constexpr = BLOCK_SIZE // BLOCK_M
     tiles_per_kv_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
@@ -363,7 +365,7 @@ def sparse_forward_kernel(
             BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, DIAGONAL=True, ONLINE=True, TMA=TMA,
         )  # fmt: skip
 
-    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list gives out 0 and lse -inf
+    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # an empty list returns out 0 and lse -inf
     out_tile = accumulator / running_sum[:, None]
     lse = running_max * scale + tl.log(running_sum)
     exists = (queries >= 0) & (queries < num_queries)
@@ -377,7 +379,7 @@ def sparse_forward_kernel(
 
 @cache
 def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
-    """Rows, keys, order, warps and pipeline stages of a program: a short list, the default first (ours, for sm_90).
+    """Candidates for rows, keys, order, warps and pipeline stages of a program, the default first (ours, for sm_90).
 
     fp16 and bf16 run on tensor cores, 16 rows and 128 dimensions a warp; fp32 has no exact tensor-core product, so
     registers bound its tiles when it is compiled.
@@ -403,8 +405,8 @@ def tile_choices(head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[di
 def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """The fastest of `tile_choices` on this device, timed at the first call for each kind of problem.
 
-    Where nothing can be timed, it is the default: in the interpreter, and while a CUDA graph is captured whose kind of
-    problem has not been met before.
+    The default where nothing can be timed: in the interpreter, and for a kind of problem that is first met while a CUDA
+    graph is captured.
     """
     choices, kind = tile_choices(head_dim, block_size, dtype), (head_dim, block_size, dtype, device)
     if kind not in FASTEST:
@@ -415,7 +417,7 @@ def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch
 
 
 def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Place in `tile_choices` of the fastest one, on a prompt of TUNING_TOKENS with a window of TUNING_WINDOW."""
+    """Index in `tile_choices` of the fastest one, on a prompt of TUNING_TOKENS with a window of TUNING_WINDOW."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -487,7 +489,7 @@ def forward_with_tiles(
     tiles: dict[str, int],
     tma: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sparse_forward with tiles of given sizes, and with or without tensor descriptors; None: where they can be."""
+    """sparse_forward with tiles of given sizes; tma: whether to use tensor descriptors, None where possible."""
     q, k, v = with_dense_rows(q), with_dense_rows(k), with_dense_rows(v)
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]

@@ -121,7 +121,8 @@ def pair_tokens_kernel(
         shifts_ptr += (tile * tl.num_programs(2) + tl.program_id(2)) * (1 + BLOCK)
         tl.store(shifts_ptr, 0.0)
     total = float("inf")
-    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):  # a copy of the pass would take more registers
+    # a second copy of the pass, outside of a loop, would need more registers
+    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):
         if not (total < LARGEST_SUM):
             total = pair_blocks(
                 q_tile, k_ptr, bonus_ptr, sums_ptr, reference, positions, q_block, start, stop, in_block, dims,
@@ -143,12 +144,12 @@ def pair_tokens(
     scale: float,
     exact_last_blocks: int,
 ) -> tuple[int, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
-    """Sums of the weights of single queries, those of the last `exact_last_blocks` query blocks, and single keys.
+    """Sums of the weights of single queries and single keys, for the last `exact_last_blocks` query blocks.
 
-    A last block that is less than half full is one more.
+    A last block that is less than half full does not count as one of them, and is added.
 
     Returns:
-        What pair_cells yields, for cells of one token and these query blocks.
+        The tuple that pair_cells yields, for cells of one token and these query blocks.
     """
     (batch, num_q_heads, _, head_dim), num_kv_heads = q.shape, k.shape[1]
     heads, size, num_kv_blocks = batch * num_q_heads, cells.block_size, cells.num_kv_blocks
