@@ -15,6 +15,7 @@ import pytest
 import torch
 from sparse_inputs import DEVICE, lists_of, random_inputs, random_mask
 from stem.kernels import sparse_backward as kernels
+from stem.kernels.common import TRITON_DTYPES
 from stem.kernels.sparse_forward import sparse_forward
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -318,9 +319,9 @@ def compile_for(capability, dtype, head_dim, block_size, descriptors):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    x, block_d = kernels.TRITON_DTYPES[dtype].name, triton.next_power_of_2(head_dim)
+    x, block_d = TRITON_DTYPES[dtype].name, triton.next_power_of_2(head_dim)
     common = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, DESCRIPTORS=descriptors)
-    common["DTYPE"] = kernels.TRITON_DTYPES[dtype]
+    common["DTYPE"] = TRITON_DTYPES[dtype]
     shared = []
     for kernel, moving, tiles, tile_rows in zip(
         (kernels.dq_kernel, kernels.dkv_kernel),
