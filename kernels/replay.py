@@ -152,8 +152,8 @@ def replay(
     """Results of call(); from the third time on its launches are replayed, if it can be recorded.
 
     Args:
-        recordings: Recordings of one kind of call, one for each stream, filled here. All calls with one dict have inputs
-            of the same dtypes, shapes and strides, and everything else that decides what `call` does is the same.
+        recordings: Recordings of one kind of call, one for each stream, filled here. All calls with one dict have
+            inputs of the same dtypes, shapes and strides, and whatever else decides what `call` does is the same.
         inputs: All tensors that differ from call to call, the first on a CUDA device.
         call: Returns tensors that it allocates, or None.
     """
