@@ -51,7 +51,7 @@ def next_kernel(ready_ptr, found_ptr, starts_ptr, CAN_OVERLAP: tl.constexpr):
 
 
 def scaled(x, bias, factor, shift=1.0, size=16, count=None, **options):
-    """What the kernel makes of x; elements from `count` on stay -1."""
+    """Result of the kernel for x; elements from `count` on stay -1."""
     count = len(x) if count is None else count
     out = torch.full((len(x),), -1.0, device=x.device)
     launch(scale_kernel, (-(-count // size),), (x, bias, out), (count, factor), SIZE=size, SHIFT=shift, **options)

@@ -17,7 +17,7 @@ BYTES = 64 * 4  # of the tensors that the stand-in for a kernel copies
 
 
 def start_copy(grid, stream, addresses, layouts, overlap):
-    """What a DirectLaunch is to a kernel: copies one tensor into the other."""
+    """Stand-in for a DirectLaunch: copies one tensor into the other."""
     source, target = addresses
     ctypes.memmove(target, source, BYTES)
     return 0

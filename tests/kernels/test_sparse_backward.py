@@ -85,7 +85,7 @@ def reference(q, k, v, token_mask, scale):
 
 
 def eager(q, k, v, token_mask, scale):
-    """The same formula in plain torch, in the dtype of the inputs: what the tolerance is derived from."""
+    """Gradients by the same formula in plain torch, in the dtype of the inputs: the tolerance is derived from them."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     token_mask = token_mask | ~token_mask.any(-1, keepdim=True)
     logits = (q @ k.mT * scale).masked_fill(~token_mask, -math.inf)
