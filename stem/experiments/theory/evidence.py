@@ -1,7 +1,8 @@
-"""Evidence of notebook 01: recall by density, attention lost by budget, and the table of the paper's claims."""
+"""Evidence of notebook 01: recall by density, attention lost by budget, losses, and the table of the paper's claims."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -9,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from stem import metrics, patterns
+from stem import hf, metrics, patterns
 from stem.budget import block_budget
 from stem.config import StemConfig
+from stem.experiments.losses import check_output_embedding, token_losses
 
 
 def recall_by_density(
@@ -97,10 +99,48 @@ class Claims:
         return pd.DataFrame(self._rows)
 
 
+@torch.no_grad()
+def document_losses(
+    model,
+    tokenizer,
+    methods: Mapping[str, StemConfig | hf.Selector | None],
+    texts: Mapping[str, str],
+    length: int,
+    bucket: int,
+) -> pd.DataFrame:
+    """Next-token loss by position in the first `length` tokens of long documents, every method on the same texts.
+
+    Args:
+        model, tokenizer: From `stem.pretrained.load`.
+        methods: Name -> attention as `stem.hf.enable` takes it; None is the model's own dense attention.
+        texts: Name -> text of more than `length` tokens, see `stem.experiments.documents`.
+        length: Tokens predicted in one prefill [tokens].
+        bucket: Positions per row [tokens], a divisor of `length`.
+    Returns:
+        Columns method, document, start (first position of the bucket), loss (mean [nats per token]).
+    Raises:
+        ValueError: If a text is too short, `bucket` does not divide `length`, or the model caps its logits.
+    """
+    if bucket < 1 or length % bucket:
+        raise ValueError(f"bucket must divide length={length}, got {bucket}")
+    check_output_embedding(model)
+    rows = []
+    for document, text in texts.items():
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : length + 1].to(model.device)
+        if ids.shape[1] <= length:
+            raise ValueError(f"texts[{document!r}] has {ids.shape[1]} tokens, more than length={length} are needed")
+        for method, attention in methods.items():
+            with contextlib.nullcontext() if attention is None else hf.stem_prefill(model, attention):
+                losses = token_losses(model, ids[:, :-1], ids[:, 1:])[0].split(bucket)
+            for start, part in zip(range(0, length, bucket), losses, strict=True):
+                rows.append(dict(method=method, document=document, start=start, loss=part.mean().item()))
+    return pd.DataFrame(rows)
+
+
 def effect(losses: pd.DataFrame, method: str, before: str) -> str:
     """Effect of a method on the loss against the method `before`, in words: a change counts beyond two standard errors.
 
-    losses: Rows of stem.experiments.long_context.document_loss.document_loss_rows.
+    losses: From `document_losses`.
     """
     loss = losses.pivot(index=["document", "start"], columns="method", values="loss")
     change = loss[method] - loss[before]

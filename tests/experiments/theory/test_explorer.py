@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 import stem  # noqa: E402
 from stem import hf, metrics, patterns  # noqa: E402
-from stem.experiments.long_context.document_loss import token_losses  # noqa: E402
+from stem.experiments.losses import token_losses  # noqa: E402
 from stem.experiments.theory import explorer, flow  # noqa: E402
 from stem.experiments.theory.explorer import Choice, Explorer, explore  # noqa: E402
 
@@ -45,9 +45,9 @@ def test_measures_are_those_of_the_layer_alone(model, ids):
     assert found.recall == pytest.approx(float(metrics.attention_recall(q, k, kept)[0, 2]))
     dense = stem.reference.dense_attention(q, k, v)
     assert found.error == pytest.approx(metrics.rel_l2_error(stem.block_sparse_attention(q, k, v, kept), dense))
-    losses = [token_losses(model, ids).mean()]
+    losses = [token_losses(model, ids[:, :-1], ids[:, 1:]).mean()]
     with hf.stem_prefill(model, {1: lambda q, k, v: patterns.select("xattention", q, k, v, choice.config)}) as report:
-        losses.append(token_losses(model, ids).mean())
+        losses.append(token_losses(model, ids[:, :-1], ids[:, 1:]).mean())
     assert [row["attention"] for row in report] == ["dense", "selector", "dense"]
     assert found.loss == pytest.approx(float(losses[1] - losses[0]), abs=2e-5) and abs(found.loss) > 1e-6
 

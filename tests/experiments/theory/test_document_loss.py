@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import stem
 from stem import pretrained
 from stem.experiments import documents
-from stem.experiments.long_context import document_loss
+from stem.experiments.theory import evidence
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
@@ -34,7 +34,7 @@ def tiny_pair():
 def test_document_loss_is_the_cross_entropy_of_all_logits(tiny_pair):
     model, tokenizer = tiny_pair
     texts = documents.stdlib_documents(["argparse"])
-    rows = document_loss.document_loss_rows({"dense": None, "stem": SPARSE}, texts, 256, 64, model=tiny_pair)
+    rows = evidence.document_losses(*tiny_pair, {"dense": None, "stem": SPARSE}, texts, 256, 64).to_dict("records")
     ids = tokenizer(texts["argparse"], return_tensors="pt").input_ids[:, :257]
     with torch.no_grad():
         logits = model(ids[:, :-1]).logits[0]
@@ -48,9 +48,9 @@ def test_document_loss_is_the_cross_entropy_of_all_logits(tiny_pair):
 
 def test_bad_document_arguments_are_named(tiny_pair):
     with pytest.raises(ValueError, match="bucket"):
-        document_loss.document_loss_rows({"dense": None}, {"a": "b"}, 100, 64, model=tiny_pair)
+        evidence.document_losses(*tiny_pair, {"dense": None}, {"a": "b"}, 100, 64)
     with pytest.raises(ValueError, match="texts\\['a'\\]"):
-        document_loss.document_loss_rows({"dense": None}, {"a": "b"}, 128, 64, model=tiny_pair)
+        evidence.document_losses(*tiny_pair, {"dense": None}, {"a": "b"}, 128, 64)
     with pytest.raises(ValueError, match="no_such_module"):
         documents.stdlib_documents(["no_such_module"])
     with pytest.raises(ValueError, match="min_chars"):
