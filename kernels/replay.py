@@ -4,6 +4,10 @@ On short prompts the CPU needs longer to check inputs, look up the budget, alloc
 kernels than the GPU needs to run them. All of that depends on shapes, strides and options alone. When a call comes
 again, its recorded launches are started one after the other and nothing else is done. A CUDA graph would do the same,
 but its inputs would have to stay at one address.
+
+A call is replayed from the third time on: the first may compile kernels, and the second is recorded. Calls that
+allocate more than 256 MiB for outputs and workspace, and calls with a tensor whose address is no multiple of 16 bytes,
+are not replayed.
 """
 
 from __future__ import annotations
