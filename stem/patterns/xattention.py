@@ -19,7 +19,7 @@ def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, tau: float | 
     """
     check_share(tau=tau)
     cells = config.block_size // config.score_stride
-    budget = dict(allocation="uniform", threshold=None) if tau is not None else {}  # the scores do not depend on it
+    budget = {} if tau is None else dict(allocation="position_decay", threshold=None)  # "adaptive" has no effect here
     pairs = dict(score_cells=cells, score_query_cells=None, score_peak=0.0, score_pooling="mean")
     scored = config.replace(reduction="softmax", routing_scale="mean", value_weight=0.0, **pairs, **budget)
     scores = block_scores(q, k, v, scored)

@@ -108,7 +108,9 @@ def test_a_given_parameter_wins_over_the_density():
     assert patterns.select("xattention", q, k, v, preset, tau=0.0).density() < 0.3
     for name, native in {"sliding_window": dict(window_blocks=2), "xattention": dict(tau=0.6)}.items():
         found = patterns.select(name, q, k, v, adaptive, **native).to_mask()
-        assert torch.equal(found, patterns.select(name, q, k, v, CONFIG, **native).to_mask())
+        plain = patterns.select(name, q, k, v, CONFIG, **native).to_mask()
+        assert torch.equal(found, plain)
+        assert torch.equal(patterns.select(name, q, k, v, CONFIG.replace(decay=0.5), **native).to_mask(), plain)
 
 
 CHANGES = {  # name and keywords, each of which changes what is kept
