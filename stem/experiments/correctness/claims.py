@@ -1,7 +1,6 @@
-"""Claims of notebook 03: each function measures one claim and returns rows.
+"""Claims of notebook 03: each function measures one claim and returns rows, one per case and implementation.
 
-A row holds claim, case, impl, dtype, error (largest absolute difference), tolerance, passed and seed. `tolerance`
-derives the tolerance from the error of plain torch code.
+A row holds claim, case, impl, dtype, error (largest absolute difference), tolerance, passed and seed.
 """
 
 from __future__ import annotations
@@ -9,10 +8,14 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from stem import patterns
 from stem.attention import block_sparse_attention, stem_attention
@@ -69,68 +72,60 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor) -> Tens
 
 
 def tolerance(eager: Tensor, oracle: Tensor, reduction: int) -> float:
-    """Largest allowed error: that of eager code in the same dtype, plus sqrt(reduction) roundings of the largest value.
+    """Largest allowed error: the error of eager code, plus sqrt(reduction) roundings of the oracle's largest value.
 
-    Args:
-        eager: Result of plain torch in the tested dtype.
-        oracle: Result in fp64.
-        reduction: Number of terms of the longest sum.
+    `eager` is in the tested dtype, `oracle` in fp64, and `reduction` is the number of terms of the longest sum.
     """
     rounding = torch.finfo(eager.dtype).eps * float(oracle.abs().max())
     return float((eager.double() - oracle).abs().max()) + math.sqrt(reduction) * rounding
 
 
-def row(claim: str, case: object, impl: str, dtype: torch.dtype, error: Tensor, allowed: float, seed: int) -> dict:
-    """Row of one measured case."""
-    error = float(error)
-    name = str(dtype).removeprefix("torch.")
-    passed = error <= allowed
-    return dict(
-        claim=claim, case=str(case), impl=impl, dtype=name, error=error, tolerance=allowed, passed=passed, seed=seed
-    )
-
-
-def runs(impl: str, q: Tensor, block_size: int) -> bool:
-    """Return True if an implementation takes these queries; "hopper" and FlexAttention on CUDA do not take all."""
-    if impl == "hopper" and q.is_cuda:
+def results(impls: Iterable[str], q: Tensor, block_size: int, call: Callable[..., Any]) -> dict[str, Any]:
+    """Implementation -> call(impl=...); "hopper" and FlexAttention on CUDA do not take all queries."""
+    left_out = {"hopper": not q.is_cuda, "flex": q.is_cuda and block_size < 128}
+    if q.is_cuda:
         from stem.kernels.hopper_forward import supports
 
-        return supports(q, block_size)
-    return impl != "hopper" and not (impl == "flex" and q.is_cuda and block_size < 128)
+        left_out["hopper"] = not supports(q, block_size)
+    return {impl: call(impl=impl) for impl in impls if not left_out.get(impl)}
+
+
+def rows_of(claim: str, case: object, found: Mapping[str, Tensor], oracle, allowed: float, seed: int) -> list[dict]:
+    """One row per implementation: the largest difference of its result from the oracle, and whether it is allowed."""
+    rows = []
+    for impl, result in found.items():
+        error, dtype = float((result.double() - oracle).abs().max()), str(result.dtype).removeprefix("torch.")
+        row = dict(claim=claim, case=str(case), impl=impl, dtype=dtype, error=error, tolerance=allowed)
+        rows.append(row | dict(passed=error <= allowed, seed=seed))
+    return rows
 
 
 def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = "equals the fp64 oracle") -> list[dict]:
     """Rows of attention over random blocks against masked attention in fp64, per shape, dtype and implementation."""
     rows = []
-    for shape in shapes:
-        for dtype in dtypes:
-            q, k, v = qkv(shape, dtype, device, seed)
-            selection = random_blocks(q, k, v, shape.block_size)
-            mask = selection.to_token_mask()
-            oracle = masked_attention(q.double(), k.double(), v.double(), mask)
-            allowed = tolerance(eager_attention(q, k, v, mask), oracle, shape.longest_sum)
-            for impl in impls:
-                if runs(impl, q, shape.block_size):
-                    out = block_sparse_attention(q, k, v, selection, impl=impl)
-                    rows.append(row(claim, shape, impl, dtype, (out.double() - oracle).abs().max(), allowed, seed))
+    for shape, dtype in product(shapes, dtypes):
+        q, k, v = qkv(shape, dtype, device, seed)
+        selection = random_blocks(q, k, v, shape.block_size)
+        mask = selection.to_token_mask()
+        oracle = masked_attention(q.double(), k.double(), v.double(), mask)
+        allowed = tolerance(eager_attention(q, k, v, mask), oracle, shape.longest_sum)
+        found = results(impls, q, shape.block_size, partial(block_sparse_attention, q, k, v, selection))
+        rows += rows_of(claim, shape, found, oracle, allowed, seed)
     return rows
 
 
 def dense_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
     """Rows of the whole operator at density 1 against dense causal attention in fp64."""
     rows = []
-    for shape in shapes:
-        for dtype in dtypes:
-            q, k, v = qkv(shape, dtype, device, seed)
-            oracle = dense_attention(q.double(), k.double(), v.double())
-            causal = torch.ones(shape.q_len, shape.kv_len, dtype=torch.bool, device=device)
-            eager = eager_attention(q, k, v, causal.tril(shape.kv_len - shape.q_len))
-            allowed = tolerance(eager, oracle, shape.longest_sum)
-            config = StemConfig(block_size=shape.block_size, density=1.0)
-            for impl in impls:
-                if runs(impl, q, shape.block_size):
-                    error = (stem_attention(q, k, v, config, impl=impl).double() - oracle).abs().max()
-                    rows.append(row("full budget equals dense", shape, impl, dtype, error, allowed, seed))
+    for shape, dtype in product(shapes, dtypes):
+        q, k, v = qkv(shape, dtype, device, seed)
+        oracle = dense_attention(q.double(), k.double(), v.double())
+        causal = torch.ones(shape.q_len, shape.kv_len, dtype=torch.bool, device=device)
+        eager = eager_attention(q, k, v, causal.tril(shape.kv_len - shape.q_len))
+        config = StemConfig(block_size=shape.block_size, density=1.0)
+        found = results(impls, q, shape.block_size, partial(stem_attention, q, k, v, config))
+        allowed = tolerance(eager, oracle, shape.longest_sum)
+        rows += rows_of("full budget equals dense", shape, found, oracle, allowed, seed)
     return rows
 
 
@@ -141,21 +136,16 @@ def score_errors(shapes, device, seed: int = 0, impls=("torch", "triton")) -> li
         config = StemConfig(block_size=shape.block_size, value_weight=0.0)
         q, k, v = qkv(shape, torch.float32, device, seed)
         products = q.double() @ k.double().repeat_interleave(shape.q_heads // shape.kv_heads, 1).mT
-        row_at = torch.arange(shape.kv_len - shape.q_len, shape.kv_len, device=device)[:, None]
-        column_at = torch.arange(shape.kv_len, device=device)
-        stride = config.score_stride
-        products = products * (row_at % stride + column_at % stride == stride - 1)
-        in_row, in_column = (
-            torch.nn.functional.one_hot(x // shape.block_size).double() for x in (row_at.flatten(), column_at)
-        )
-        sums = in_row[:, (shape.kv_len - shape.q_len) // shape.block_size :].mT @ products @ in_column
-        oracle = sums * shape.head_dim**-0.5 / (shape.block_size**2 // stride)
-        for impl in impls:
-            scores = block_scores(q, k, v, config, impl=impl)
-            past = scores.isfinite()
-            allowed = tolerance(oracle[past].float(), oracle[past], shape.block_size * shape.head_dim)
-            error = (scores.double() - oracle)[past].abs().max()
-            rows.append(row("factorised score equals the sum", shape, impl, torch.float32, error, allowed, seed))
+        offset, stride = shape.kv_len - shape.q_len, config.score_stride
+        row_at, column_at = torch.arange(offset, shape.kv_len, device=device), torch.arange(shape.kv_len, device=device)
+        products = products * (row_at[:, None] % stride + column_at % stride == stride - 1)
+        in_row, in_column = (one_hot(x // shape.block_size).double() for x in (row_at, column_at))
+        sums = in_row[:, offset // shape.block_size :].mT @ products @ in_column
+        past = torch.ones_like(sums[0, 0], dtype=torch.bool).tril(offset // shape.block_size)
+        oracle = sums[..., past] * shape.head_dim**-0.5 / (shape.block_size**2 // stride)
+        allowed = tolerance(oracle.float(), oracle, shape.block_size * shape.head_dim)
+        found = {impl: block_scores(q, k, v, config, impl=impl)[..., past] for impl in impls}
+        rows += rows_of("factorised score equals the sum", shape, found, oracle, allowed, seed)
     return rows
 
 
@@ -167,107 +157,99 @@ def influence(config: StemConfig, blocks: int, device, seed: int = 0, impl: str 
     """
     size = config.block_size
     shape = Shape(2, 1, blocks * size, blocks * size, 32, size)
-    q, k, v = qkv(shape, torch.float32, device, seed)
-    before = stem_attention(q, k, v, config, impl=impl)
+    inputs = qkv(shape, torch.float32, device, seed)
+    before = stem_attention(*inputs, config, impl=impl)
     columns = []
     for block in range(blocks):
-        tokens = slice(block * size, (block + 1) * size)
-        other = qkv(shape, torch.float32, device, seed + 1 + block)
-        changed = [x.clone() for x in (q, k, v)]
-        for x, new in zip(changed, other, strict=True):
-            x[:, :, tokens] = 3 * new[:, :, tokens]
+        changed = _changed(inputs, shape, slice(block * size, (block + 1) * size), seed + 1 + block)
         change = (stem_attention(*changed, config, impl=impl) - before).abs()
         columns.append(change.unflatten(2, (blocks, size)).amax((0, 1, 3, 4)))
     return torch.stack(columns, 1)
+
+
+def _changed(inputs: Sequence[Tensor], shape: Shape, tokens: slice, seed: int) -> list[Tensor]:
+    """q, k and v with other values, three times as large, in some tokens."""
+    changed = [x.clone() for x in inputs]
+    for x, new in zip(changed, qkv(shape, inputs[0].dtype, inputs[0].device, seed), strict=True):
+        x[:, :, tokens] = 3 * new[:, :, tokens]
+    return changed
 
 
 def causality_errors(config: StemConfig, impls, dtype, device, seed: int = 0) -> list[dict]:
     """Rows of the change in outputs before a block after new tokens from that block on; the tolerance is zero."""
     size = config.block_size
     shape = Shape(2, 1, 5 * size - 3, 5 * size - 3, 64, size)
-    q, k, v = qkv(shape, dtype, device, seed)
-    later = [3 * x for x in qkv(shape, dtype, device, seed + 1)]
-    changed = [torch.cat((x[:, :, : 3 * size], y[:, :, 3 * size :]), 2) for x, y in zip((q, k, v), later, strict=True)]
-    rows = []
-    for impl in impls:
-        if runs(impl, q, shape.block_size):
-            before, after = (stem_attention(*tensors, config, impl=impl) for tensors in ((q, k, v), changed))
-            error = (before - after)[:, :, : 3 * size].abs().max()
-            rows.append(row("no output before a block depends on it", shape, impl, dtype, error, 0.0, seed))
-    return rows
+    inputs = qkv(shape, dtype, device, seed)
+    changed = _changed(inputs, shape, slice(3 * size, None), seed + 1)
+
+    def change(impl: str) -> Tensor:
+        before, after = (stem_attention(*tensors, config, impl=impl) for tensors in (inputs, changed))
+        return (before - after)[:, :, : 3 * size]
+
+    found = results(impls, inputs[0], size, change)
+    return rows_of("no output before a block depends on it", shape, found, 0.0, 0.0, seed)
 
 
 def unread_errors(shape: Shape, impls, dtype, device, seed: int = 0) -> list[dict]:
     """Rows of the change in each query block after its unselected keys and values became NaN; the tolerance is zero."""
+    size = shape.block_size
     q, k, v = qkv(shape._replace(q_heads=1, kv_heads=1), dtype, device, seed)
-    selection = random_blocks(q, k, v, shape.block_size)
-    kept = selection.to_mask()[0, 0].repeat_interleave(shape.block_size, 1)[:, : shape.kv_len, None]  # [nq, Nkv, 1]
-    rows = []
-    for impl in (impl for impl in impls if runs(impl, q, shape.block_size)):
+    selection = random_blocks(q, k, v, size)
+    kept = selection.to_mask()[0, 0].repeat_interleave(size, 1)[:, : shape.kv_len, None]  # [nq, Nkv, 1]
+
+    def change(impl: str) -> Tensor:
         out = block_sparse_attention(q, k, v, selection, impl=impl)
-        error = 0.0
-        for block in range(selection.num_q_blocks):
-            poisoned = (x.where(kept[block], torch.nan) for x in (k, v))
-            queries = slice(block * shape.block_size, (block + 1) * shape.block_size)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN in Triton's interpreter
-                change = (block_sparse_attention(q, *poisoned, selection, impl=impl) - out)[:, :, queries]
-            error = max(error, float(change.abs().nan_to_num(nan=torch.inf).max()))
-        rows.append(row("unselected blocks are not read", shape, impl, dtype, error, 0.0, seed))
-    return rows
+        poisoned = [[x.where(mask, torch.nan) for x in (k, v)] for mask in kept]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN in Triton's interpreter
+            after = [block_sparse_attention(q, *kv, selection, impl=impl) for kv in poisoned]
+        own = [x[:, :, block * size : (block + 1) * size] for block, x in enumerate(after)]
+        return torch.cat(own, 2) - out
+
+    found = results(impls, q, size, change)
+    return rows_of("unselected blocks are not read", shape, found, 0.0, 0.0, seed)
 
 
-def chunk_errors(
-    config: StemConfig, ends, impls, device, seed: int = 0, prompt_length: int | None = None
-) -> list[dict]:
-    """Rows of a prompt in chunks that end at `ends` [tokens] against the whole prompt, in fp32.
-
-    prompt_length: Given to each chunk; None gives none.
-    """
+def chunk_errors(config, ends, impls, device, seed: int = 0, prompt_length: int | None = None) -> list[dict]:
+    """Rows of a prompt in chunks that end at `ends` [tokens], each told `prompt_length`, against the whole prompt."""
     shape = Shape(2, 1, ends[-1], ends[-1], 32, config.block_size)
     q, k, v = qkv(shape, torch.float32, device, seed)
     oracle = stem_attention(q.double(), k.double(), v.double(), config, impl="reference")
     case = f"ends {ends}, {config.allocation}" + (", told the length" if prompt_length else "")
+
+    def in_chunks(impl: str) -> Tensor:
+        attend = partial(stem_attention, config=config, impl=impl, prompt_length=prompt_length)
+        spans = zip((0, *ends), ends, strict=False)
+        return torch.cat([attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end]) for start, end in spans], 2)
+
     rows = []
-    for impl in impls:
-        if runs(impl, q, shape.block_size):
-            whole = stem_attention(q, k, v, config, impl=impl)
-            starts = (0, *ends[:-1])
-            options = dict(impl=impl, prompt_length=prompt_length)
-            chunks = [
-                stem_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], config, **options)
-                for start, end in zip(starts, ends, strict=True)
-            ]
-            allowed = tolerance(whole, oracle, shape.longest_sum)
-            error = (torch.cat(chunks, 2).double() - oracle).abs().max()
-            rows.append(row("chunks equal the whole prompt", case, impl, torch.float32, error, allowed, seed))
+    for impl, found in results(impls, q, shape.block_size, in_chunks).items():
+        allowed = tolerance(stem_attention(q, k, v, config, impl=impl), oracle, shape.longest_sum)
+        rows += rows_of("chunks equal the whole prompt", case, {impl: found}, oracle, allowed, seed)
     return rows
 
 
 def gradient_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
     """Rows of the gradients of q, k and v against autograd through masked attention in fp64, one per tensor."""
     rows = []
-    for shape in shapes:
-        for dtype in dtypes:
-            inputs = qkv(shape, dtype, device, seed)
-            selection = random_blocks(*inputs, shape.block_size)
-            mask = selection.to_token_mask()
-            oracle = _gradients(lambda *x, mask=mask: masked_attention(*x, mask), [x.double() for x in inputs])
-            eager = _gradients(lambda *x, mask=mask: eager_attention(*x, mask), inputs)
-            for impl in (impl for impl in impls if runs(impl, inputs[0], shape.block_size)):
-                found = _gradients(
-                    lambda *x, selection=selection, impl=impl: block_sparse_attention(*x, selection, impl=impl), inputs
-                )
-                for name, one, plain, exact in zip("qkv", found, eager, oracle, strict=True):
-                    allowed = tolerance(plain, exact, shape.longest_sum)
-                    error = (one.double() - exact).abs().max()
-                    rows.append(row("gradients", f"d{name}, {shape}", impl, dtype, error, allowed, seed))
+    for shape, dtype in product(shapes, dtypes):
+        inputs = qkv(shape, dtype, device, seed)
+        selection = random_blocks(*inputs, shape.block_size)
+        mask = selection.to_token_mask()
+        oracle = _gradients([x.double() for x in inputs], partial(masked_attention, token_mask=mask))
+        eager = _gradients(inputs, partial(eager_attention, token_mask=mask))
+        sparse = partial(_gradients, inputs, block_sparse_attention, selection=selection)
+        found = results(impls, inputs[0], shape.block_size, sparse)
+        for i, name in enumerate("qkv"):
+            allowed = tolerance(eager[i], oracle[i], shape.longest_sum)
+            of = {impl: gradients[i] for impl, gradients in found.items()}
+            rows += rows_of("gradients", f"d{name}, {shape}", of, oracle[i], allowed, seed)
     return rows
 
 
-def _gradients(function, inputs) -> tuple[Tensor, ...]:
+def _gradients(inputs, attend, **options) -> tuple[Tensor, ...]:
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*inputs)
+    out = attend(*inputs, **options)
     weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view_as(out)
     return torch.autograd.grad(out, inputs, weights.to(out.dtype))
 
@@ -276,8 +258,7 @@ def fuzzed_shapes(count: int, longest: int, seed: int = 0) -> list[Shape]:
     """Random shapes with Nq <= Nkv <= longest; heads, head dimension and block size come from the lists above."""
     draw = random.Random(seed)
     shapes = []
-    for _ in range(count):
-        kv_len = draw.randint(1, longest)
+    for kv_len in (draw.randint(1, longest) for _ in range(count)):
         q_len = draw.choice((kv_len, draw.randint(1, kv_len)))
         shapes.append(Shape(*draw.choice(HEADS), q_len, kv_len, draw.choice(HEAD_DIMS), draw.choice(BLOCK_SIZES)))
     return shapes
