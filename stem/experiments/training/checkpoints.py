@@ -1,13 +1,13 @@
 """Files of a training run: its checkpoint and its log, written and checked."""
 
 import contextlib
-import csv
 import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,10 +20,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two averages of each weight
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Collect weights, optimizer and random state as full tensors on the CPU.
+    """Collect weights, optimizer and random state as full tensors on the CPU, under the plain model's names.
 
-    With shards, every process must call this. The names are those of the plain model, so that a checkpoint is good for
-    any number of processes, DDP and FSDP2.
+    With shards, every process must call this.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, weight in model.named_parameters():
@@ -37,9 +36,6 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def save_checkpoint(path: Path, step: int, settings: Mapping, tensors: Mapping[str, Tensor]) -> None:
     """Write the `training_state` after `step` steps to one safetensors file that appears whole or not at all.
 
-    The file is written under another name, forced to the disk and renamed. A kill at any moment leaves the old
-    checkpoint or the new one.
-
     Raises:
         OSError: If the file cannot be written; the old checkpoint is still there.
     """
@@ -49,9 +45,9 @@ def save_checkpoint(path: Path, step: int, settings: Mapping, tensors: Mapping[s
         save_file(dict(tensors), partial, metadata)
     except SafetensorError as error:
         raise OSError(f"{partial}: {error}") from error
-    _to_disk(partial)
+    force_to_disk(partial)
     partial.replace(path)
-    _to_disk(path.parent)
+    force_to_disk(path.parent)
 
 
 def read_header(path: Path) -> tuple[int, dict]:
@@ -79,7 +75,7 @@ def check_resumable(folder: Path, settings: Mapping, columns: Sequence[str]) -> 
     Args:
         folder: Folder of the run.
         settings: TrainConfig.settings() of the run that wants to go on.
-        columns: Columns of log.csv.
+        columns: Names of the columns of log.csv.
     Raises:
         ValueError: If the checkpoint is damaged or has other settings, or if log.csv lacks one of its steps.
     """
@@ -87,7 +83,7 @@ def check_resumable(folder: Path, settings: Mapping, columns: Sequence[str]) -> 
     if not path.exists():
         return
     step, theirs = read_header(path)
-    theirs, ours = _flat(theirs), _flat(json.loads(json.dumps(settings)))
+    ours = json.loads(json.dumps(settings))
     if different := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
         changes = ", ".join(f"{name}: {theirs.get(name)} there, {ours.get(name)} asked" for name in different)
         raise ValueError(f"{path} belongs to another run ({changes}); take another folder or the same settings")
@@ -103,25 +99,20 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     step, _ = read_header(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
-    weights = model.state_dict()
-    shapes = {f"model.{name}": value.shape for name, value in weights.items()}
-    for name, weight in model.named_parameters():
+    weights = dict(model.named_parameters())
+    shapes = {"random.cpu": torch.get_rng_state().shape}
+    for name, weight in weights.items():
+        shapes |= {f"model.{name}": weight.shape, f"optimizer.{name}.step": torch.Size()}
         shapes |= {f"optimizer.{name}.{moment}": weight.shape for moment in MOMENTS}
-        shapes[f"optimizer.{name}.step"] = torch.Size()
-    shapes["random.cpu"] = torch.get_rng_state().shape
     for name, shape in shapes.items():
         found = tensors[name].shape if name in tensors else None
         if found != shape:
             about = "is missing" if found is None else f"has shape {tuple(found)}, expected {tuple(shape)}"
             raise _unusable(path, f"does not hold this model: {name} {about}")
-    model.load_state_dict({name: like(tensors[f"model.{name}"], shard) for name, shard in weights.items()})
-    names = {weight: name for name, weight in model.named_parameters()}
-    ordered = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state = {
-        index: {entry: like(tensors[f"optimizer.{names[weight]}.{entry}"], weight) for entry in ("step", *MOMENTS)}
-        for index, weight in enumerate(ordered)
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    model.load_state_dict({name: like(tensors[f"model.{name}"], weight) for name, weight in weights.items()})
+    for name, weight in weights.items():
+        entries = {entry: like(tensors[f"optimizer.{name}.{entry}"], weight) for entry in ("step", *MOMENTS)}
+        optimizer.state[weight] = entries
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -160,76 +151,49 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_log(path: Path, steps: int, columns: Sequence[str]) -> list[str]:
-    """Return the header and the rows of the first `steps` steps of a log, as lines; [] for no steps.
+def read_log(path: Path, steps: int, columns: Sequence[str]) -> str:
+    """Return the header and the rows of the first `steps` steps of a log.
 
     Raises:
         ValueError: If one of these rows is missing or damaged, so that the curve would have a hole.
     """
+    header = ",".join(columns) + "\n"
     if not steps:
-        return []
+        return header
     lines = path.read_text(errors="replace").splitlines(keepends=True)[: steps + 1] if path.exists() else []
-    whole = lines[:1] == [",".join(columns) + "\n"]
-    for step, line in enumerate(lines[1:], 1):
-        whole = whole and line.endswith("\n") and _numbers(line)[:1] == [step] and len(_numbers(line)) == len(columns)
-    if len(lines) <= steps or not whole:
+    complete = len(lines) == steps + 1 and lines[0] == header and lines[-1].endswith("\n")
+    try:
+        rows = np.loadtxt(lines[1:], delimiter=",", comments=None, ndmin=2) if complete else np.empty((0, 0))
+        complete = rows.shape == (steps, len(columns)) and (rows[:, 0] == np.arange(1, steps + 1)).all()
+    except ValueError:  # a word, or rows that differ in length
+        complete = False
+    if not complete:
         raise ValueError(
             f"{path} lacks rows of the {steps} steps of the checkpoint beside it; put the log back, or remove "
             f"{CHECKPOINT} to start from step 0"
         )
-    return lines
+    return "".join(lines)
 
 
-class Log:
-    """log.csv with one row for each step, flushed at once. Rows after the checkpoint are dropped.
-
-    Args:
-        path: The file.
-        steps_done: Steps of the checkpoint, 0 without one.
-        columns: Names of the columns.
-    Raises:
-        ValueError: See read_log.
-    """
-
-    def __init__(self, path: Path, steps_done: int, columns: Sequence[str]):
-        kept = read_log(path, steps_done, columns)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
-        self.file = path.open("a", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
-        if not kept:
-            self.writer.writeheader()
-
-    def write(self, row: Mapping[str, float]) -> None:
-        """Add a row with every digit of its floats, so that equal curves are equal files."""
-        self.writer.writerow(row)
-
-    def sync(self) -> None:
-        """Force the rows to the disk, because a checkpoint must not outlive the rows before it."""
-        os.fsync(self.file.fileno())
+def cut_log(path: Path, steps: int, columns: Sequence[str]) -> None:
+    """Start a log, or drop its rows after the first `steps` steps; see read_log for the errors."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(read_log(path, steps, columns))
+    partial.replace(path)
 
 
-def _numbers(line: str) -> list[float]:
-    try:
-        return [float(text) for text in line.split(",")]
-    except ValueError:
-        return []
-
-
-def _flat(settings: Mapping) -> dict:
-    """Settings of a run with those of its nested configs beside them: {"lr": ..., "stem_config.density": ...}."""
-    flat = {}
-    for name, value in settings.items():
-        flat |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+def append_row(path: Path, row: Mapping[str, float]) -> None:
+    """Add a row to a log with every digit of its floats, so that equal curves are equal files."""
+    with path.open("a") as file:
+        file.write(",".join(map(str, row.values())) + "\n")
 
 
 def _unusable(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} {reason}; put a whole copy back, or remove it to start from step 0")
 
 
-def _to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Wait until a file or folder would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

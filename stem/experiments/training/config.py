@@ -9,7 +9,7 @@ from stem import patterns
 from stem.config import StemConfig
 from stem.experiments.training.distributed import PARALLEL
 from stem.experiments.training.model import ModelSize
-from stem.experiments.training.tasks import TASKS, VOCAB_SIZE
+from stem.experiments.training.tasks import TASKS
 from stem.impl.coverage import IMPLS
 from stem.validation import check_choice, check_integer, check_number
 
@@ -91,10 +91,6 @@ class TrainConfig:
             raise ValueError(
                 f"start_len={self.start_len}; accepted: 0, or seq_len={self.seq_len} halved some times, from 32"
             )
-        if self.size.vocab_size < VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size={self.size.vocab_size}; accepted: {VOCAB_SIZE}, the ids of the tasks, or more"
-            )
         if bool(self.start_len) != bool(self.grow_steps):
             raise ValueError(f"start_len={self.start_len} and grow_steps={self.grow_steps} go together")
 
@@ -104,8 +100,14 @@ class TrainConfig:
         return max(0, (self.seq_len // self.start_len).bit_length() - 1) if self.start_len else 0
 
     def settings(self) -> dict:
-        """Fields that a resumed run must share with its checkpoint: all except FREE, which change rounding at most."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
+        """Fields that a resumed run must share with its checkpoint, such as "lr" and "stem_config.density".
+
+        Fields in FREE are left out, because they change rounding at most.
+        """
+        flat = {}
+        for name, value in dataclasses.asdict(self).items():
+            flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        return {name: value for name, value in flat.items() if name not in FREE}
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:

@@ -108,7 +108,8 @@ def whole(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, shard: Tensor) -> Tensor:
-    """Shard a full tensor like `shard`; it is returned as it is where `shard` is whole or of another shape."""
+    """Move a full tensor to the device of `shard`, and shard it alike if `shard` is one of its shape."""
+    value = value.to(shard.device)
     if isinstance(shard, DTensor) and value.shape == shard.shape:
-        return distribute_tensor(value.to(shard.device), shard.device_mesh, shard.placements)
+        return distribute_tensor(value, shard.device_mesh, shard.placements)
     return value

@@ -1,8 +1,7 @@
 """Small decoder-only language model whose attention can be changed at any time.
 
 The model has the shape of Llama: pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU
-feed-forward, tied embeddings, no biases and no dropout. Its weights run with dense attention, with Stem and with every
-other pattern.
+feed-forward, tied embeddings, no biases and no dropout.
 """
 
 import dataclasses
@@ -14,36 +13,34 @@ from torch import Tensor, nn
 from stem import patterns
 from stem.attention import block_sparse_attention, stem_attention
 from stem.config import StemConfig
-from stem.validation import check_choice, check_integer, check_number
+from stem.experiments.training.tasks import VOCAB_SIZE
+from stem.validation import check_choice, check_integer
+
+ROTARY_BASE = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """Sizes that decide the number of weights, and the base of the rotary frequencies.
+    """Sizes that decide the number of weights.
 
     Attributes:
-        vocab_size: Number of token ids, >= 1; 256 means plain bytes.
         layers: Number of blocks, >= 1.
         width: Width of the residual stream, an even multiple of `heads`.
         heads, kv_heads: Query and key-value heads; `heads` is a multiple of `kv_heads`.
         hidden: Inner width of the feed-forward, >= 1.
-        rope_base: Base of the rotary frequencies, > 1.
     Raises:
         ValueError, TypeError: For a value that is not accepted, naming it.
     """
 
-    vocab_size: int = 256
     layers: int = 4
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
     hidden: int = 384
-    rope_base: float = 10_000.0
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "hidden"):
-            check_integer(name, getattr(self, name), 1)
-        check_number("rope_base", self.rope_base, 1, open_below=True)
+        for field in dataclasses.fields(self):
+            check_integer(field.name, getattr(self, field.name), 1)
         if self.width % self.heads or self.head_dim % 2:
             raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
         if self.heads % self.kv_heads:
@@ -89,7 +86,7 @@ def attend(
 
 def rotary_angles(num_tokens: int, size: ModelSize, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles, fp32 [N, head_dim / 2] each (RoFormer, Eq. 15)."""
-    frequencies = size.rope_base ** (-torch.arange(0, size.head_dim, 2, device=device) / size.head_dim)
+    frequencies = ROTARY_BASE ** (-torch.arange(0, size.head_dim, 2, device=device) / size.head_dim)
     angles = torch.arange(num_tokens, device=device)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -161,21 +158,17 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self,
-        size: ModelSize,
-        attention: str = "dense",
-        stem_config: StemConfig | None = None,
-        impl: str | None = None,
+        self, size: ModelSize, attention: str = "dense", stem_config: StemConfig | None = None, impl: str | None = None
     ):
         super().__init__()
         check_choice("attention", attention, patterns.names())
         self.size, self.attention, self.stem_config, self.impl = size, attention, stem_config, impl
-        self.embedding = nn.Embedding(size.vocab_size, size.width)
+        self.embedding = nn.Embedding(VOCAB_SIZE, size.width)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width)
-        self.initialise()
+        self._initialise()
 
-    def initialise(self) -> None:
+    def _initialise(self) -> None:
         """Draw normal weights: embedding std 0.02, matrices 1/sqrt(inputs), outputs smaller by sqrt(2 layers)."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         for name, module in self.named_modules():
@@ -184,7 +177,7 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(module.weight, std=(module.in_features * writers) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Compute next-token logits [B, N, vocab_size] from int64 tokens [B, N]."""
+        """Compute next-token logits [B, N, VOCAB_SIZE] from int64 tokens [B, N]."""
         cos, sin = rotary_angles(tokens.shape[1], self.size, tokens.device)
         x = self.embedding(tokens)  # [B, N, width]
         for block in self.blocks:

@@ -26,9 +26,11 @@ from tqdm import tqdm
 from stem.experiments.training.checkpoints import (
     CHECKPOINT,
     LOG,
-    Log,
+    append_row,
     check_folder,
     check_resumable,
+    cut_log,
+    force_to_disk,
     load_checkpoint,
     only_writer,
     save_checkpoint,
@@ -121,17 +123,13 @@ def train(
         only_writer(Path(config.out)) if processes.is_main else contextlib.nullcontext(),
     ):
         processes.wait()  # from here on nobody else writes the checkpoint
-        model = run_steps(config, processes, progress=progress, on_step=on_step)
+        model = run_steps(config, processes, progress, on_step)
         processes.wait()
     return model.eval()
 
 
 def run_steps(
-    config: TrainConfig,
-    processes: Processes,
-    *,
-    progress: bool = False,
-    on_step: Callable[[int, LanguageModel], None] | None = None,
+    config: TrainConfig, processes: Processes, progress: bool, on_step: Callable[[int, LanguageModel], None] | None
 ) -> LanguageModel:
     """Do all steps of `train` that are left, in the group of its processes.
 
@@ -139,31 +137,31 @@ def run_steps(
     gloo group it would hold the GIL and wait for a gloo thread that needs the GIL to end.
     """
     names, folder = config.tasks.split(","), Path(config.out)
-    checkpoint, columns = folder / CHECKPOINT, log_columns(names)
+    checkpoint, log, columns = folder / CHECKPOINT, folder / LOG, log_columns(names)
     torch.manual_seed(config.seed)
     model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
     shared = share(model, config.parallel, processes)
     optimizer = make_optimizer(model, config)
     check_resumable(folder, config.settings(), columns)  # once more: another run may have ended here since check_run
     done = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
-    log = Log(folder / LOG, done, columns) if processes.is_main else None
-    steps = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=not (progress and log))
+    if processes.is_main:
+        cut_log(log, done, columns)
+    steps = range(done, config.steps)
+    steps = tqdm(steps, initial=done, total=config.steps, disable=not (progress and processes.is_main))
     for step in steps:
         row = take_step(step, config, names, shared, optimizer, processes)
-        if log:
-            log.write(row)
+        if processes.is_main:
+            append_row(log, row)
             steps.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             state = training_state(model, optimizer)
             if not all(value.isfinite().all() for value in state.values()):
                 raise diverged(step, config, row["loss"], "the new weights are not finite")
-            if log:
-                log.sync()
+            if processes.is_main:
+                force_to_disk(log)  # a checkpoint must not outlive the rows before it
                 save_checkpoint(checkpoint, step + 1, config.settings(), state)
         if on_step:
             on_step(step + 1, model)
-    if log:
-        log.file.close()
     return model
 
 

@@ -324,7 +324,6 @@ def test_command_line_reaches_every_part_of_the_config(tmp_path):
         ({"start_len": 48, "grow_steps": 2}, "start_len=48; accepted: 0, or seq_len=64 halved"),
         ({"start_len": 128, "grow_steps": 2}, "start_len=128"),
         ({"start_len": 16, "grow_steps": 2}, "start_len=16; accepted: .* from 32"),
-        ({"size": dataclasses.replace(SIZE, vocab_size=100)}, "vocab_size=100; accepted: 256"),
         ({"start_len": 32}, "start_len=32 and grow_steps=0 go together"),
     ],
 )
