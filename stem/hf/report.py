@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -72,10 +71,6 @@ class Layer:
         size = (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size
         self.count(BlockSelection.every_block(*q.shape[:3], k.shape[2], size, q.device))
         self.gaps += q.shape[0]
-
-    def end(self) -> None:
-        """Keep what the report says now, whatever happens to the model's config from here on."""
-        self.settings = copy.copy(self.settings)
 
 
 class Report(Sequence):

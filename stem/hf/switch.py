@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from stem.config import StemConfig
 from stem.hf.models import attention_modules, config_by_layer, give_own_configs, own_attention, refuse_dense_models
 from stem.hf.report import NAME, Layer, Report, Selector
 from stem.impl.coverage import IMPLS
-from stem.validation import check_prompt_length
+from stem.validation import check_choice, check_prompt_length
 
 
 def enable(
@@ -40,8 +41,7 @@ def enable(
         ValueError: If Stem cannot replace the model's attention or would leave every layer dense, config does not fit
             the layers, or a Selector is given a prompt_length.
     """
-    if impl is not None and impl not in IMPLS:
-        raise ValueError(f"impl must be None or one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    check_choice("impl", impl, (None, *IMPLS))
     modules = attention_modules(model)
     configs = config_by_layer(StemConfig() if config is None else config, modules)
     check_prompt_length(prompt_length, 1)
@@ -69,8 +69,8 @@ def disable(model: nn.Module) -> None:
     An attention implementation that was chosen after `enable` stays.
     """
     layers = _enabled_layers(model)
-    for layer in layers.values():
-        layer.end()
+    for layer in layers.values():  # a report says from here on what it says now
+        layer.settings = copy.copy(layer.settings)
     for module, layer in layers.items():
         if module.config._attn_implementation == NAME:
             _choose(module, layer.previous)
