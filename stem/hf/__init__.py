@@ -29,14 +29,5 @@ from stem.hf.padding import stem_mask
 from stem.hf.report import Report, Selector
 from stem.hf.switch import density, disable, enable, stem_prefill
 
-__all__ = [
-    "NAME",
-    "Report",
-    "Selector",
-    "density",
-    "disable",
-    "enable",
-    "stem_attention_forward",
-    "stem_mask",
-    "stem_prefill",
-]
+__all__ = ["NAME", "Report", "Selector", "density", "disable", "enable", "stem_attention_forward", "stem_mask"]
+__all__ += ["stem_prefill"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stem.config import StemConfig, check_config
+from stem.hf.switch import stem_prefill
 from stem.validation import check_number
 
 SMALLEST = 1e-9  # a threshold at which nearly every block is kept
@@ -20,13 +21,11 @@ MARGIN = 0.1  # each round cuts at least this share of the interval off at eithe
 class Calibration(NamedTuple):
     """Result of `calibrate`."""
 
-    config: StemConfig
-    """The given settings with `allocation="adaptive"` and the threshold."""
-
-    density: float
-    """Realised density on the prompts, as Report.density gives it."""
+    config: StemConfig  # the given settings with `allocation="adaptive"` and the threshold
+    density: float  # realised density on the prompts, as Report.density gives it
 
 
+@torch.no_grad()
 def calibrate(
     model: torch.nn.Module,
     prompts: Iterable[Tensor],
@@ -58,18 +57,21 @@ def calibrate(
     check_number("tolerance", tolerance, 0)
     config = StemConfig() if config is None else config
     check_config(config)
-    prompts = _token_ids(prompts)
-    shortest = min(prompt.shape[1] for prompt in prompts)
-    if shortest <= config.dense_up_to:
+    prompts = [prompt.to(next(model.parameters()).device) for prompt in _token_ids(prompts)]
+    lengths = [prompt.shape[1] for prompt in prompts]
+    if min(lengths) <= config.dense_up_to:
         raise ValueError(
             f"prompts must be longer than config.dense_up_to={config.dense_up_to} tokens, because shorter ones keep "
-            f"every block, got one of {shortest}"
+            f"every block, got one of {min(lengths)}"
         )
     base = config.replace(density=None, k_start=None, k_start_regimes=None, min_blocks=0)
 
     def realised(threshold: float) -> Calibration:
         adaptive = base.replace(allocation="adaptive", threshold=threshold)
-        return Calibration(adaptive, _density(model, prompts, adaptive))
+        with stem_prefill(model, adaptive) as report:
+            for prompt in prompts:
+                model(prompt, use_cache=False)
+        return Calibration(adaptive, report.density())
 
     forced = realised(1.0)
     if forced.density > density + tolerance:
@@ -78,8 +80,7 @@ def calibrate(
             f"got {density}; ask for more, or for fewer forced blocks"
         )
     low, high, best = (math.log(SMALLEST), 1.0), (0.0, forced.density), forced  # (log threshold, density)
-    longest = max(prompt.shape[1] for prompt in prompts)
-    guess = math.log(base.block_size / longest)  # an even share of the last row
+    guess = math.log(base.block_size / max(lengths))  # an even share of the last row
     for _ in range(ROUNDS):
         if abs(best.density - density) <= tolerance:
             return best
@@ -102,26 +103,15 @@ def _token_ids(prompts: Iterable[Tensor]) -> list[Tensor]:
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be {accepted}, got {_brief(prompts)}")
     prompts = list(prompts)
+    if not prompts:
+        raise ValueError(f"prompts must be {accepted}, got none")
     for prompt in prompts:
         if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.dtype == torch.bool:
             raise TypeError(f"prompts must be {accepted}, got one of {_brief(prompt)}")
         if prompt.ndim not in (1, 2) or not prompt.numel():
             raise ValueError(f"prompts must be {accepted}, got one of shape {tuple(prompt.shape)}")
-    if not prompts:
-        raise ValueError(f"prompts must be {accepted}, got none")
     return [prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts]
 
 
 def _brief(value) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else f"{type(value).__name__} {str(value)[:40]!r}"
-
-
-@torch.no_grad()
-def _density(model: torch.nn.Module, prompts: list[Tensor], config: StemConfig) -> float:
-    from stem import hf
-
-    device = next(model.parameters()).device
-    with hf.stem_prefill(model, config) as report:
-        for prompt in prompts:
-            model(prompt.to(device), use_cache=False)
-    return report.density()

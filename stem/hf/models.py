@@ -30,24 +30,23 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "config")]
     found = [module for module in found if getattr(module, "is_causal", False)]
-    configs = {id(module.config): module.config for module in found}
-    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and id(m.config) in configs]
-    generation = [getattr(m, "generation_config", None) for m in model.modules()]
-    refusal = next((reason for module in found if (reason := _refusal(module))), None)
-    if not owners:
-        refusal = "it has no causal attention layers of transformers"
-    elif not all(owner.is_backend_compatible() or owner._can_set_attn_implementation() for owner in owners):
-        refusal = "it does not compute its attention through transformers' AttentionInterface"
-    elif any(getattr(config, "is_encoder_decoder", False) for config in configs.values()):
-        refusal = "it is an encoder-decoder"
-    elif not all(getattr(config, "is_causal", True) for config in configs.values()):
-        refusal = "its config says is_causal=False"
-    elif any(getattr(config, "output_attentions", False) for config in [*configs.values(), *generation]):
-        refusal = "its config says output_attentions=True, and Stem never materialises attention weights"
-    elif not refusal and len({module.layer_idx for module in found}) < len(found):
-        refusal = "it has several attention modules with the same layer_idx"
-    if refusal:
-        raise ValueError(f"model {type(model).__name__} cannot use Stem attention: {refusal}")
+    configs = list({id(module.config): module.config for module in found}.values())
+    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(m.config is c for c in configs)]
+    interface = all(owner.is_backend_compatible() or owner._can_set_attn_implementation() for owner in owners)
+    told = [*configs, *(getattr(m, "generation_config", None) for m in model.modules())]
+    weights = any(getattr(config, "output_attentions", False) for config in told)
+    refusals = {
+        "it has no causal attention layers of transformers": not owners,
+        "it does not compute its attention through transformers' AttentionInterface": not interface,
+        "it is an encoder-decoder": any(getattr(config, "is_encoder_decoder", False) for config in configs),
+        "its config says is_causal=False": not all(getattr(config, "is_causal", True) for config in configs),
+        "its config says output_attentions=True, and Stem never materialises attention weights": weights,
+        **{refusal: True for module in found if (refusal := _refusal(module))},
+        "it has several attention modules with the same layer_idx": len({m.layer_idx for m in found}) < len(found),
+    }
+    for refusal, holds in refusals.items():
+        if holds:
+            raise ValueError(f"model {type(model).__name__} cannot use Stem attention: {refusal}")
     return {module.layer_idx: module for module in found}
 
 
@@ -71,11 +70,10 @@ def own_attention(module: nn.Module) -> str | None:
 
 def refuse_dense_models(model: nn.Module, own: Mapping[int, str | None]) -> None:
     """Raise ValueError if no layer could be sparse because of a limit of Stem; own is own_attention by layer."""
-    reasons = sorted({reason for reason in own.values() if reason})
-    if own and all(own.values()) and any(reason.startswith("dense") for reason in reasons):
+    if all(own.values()) and any(reason.startswith("dense") for reason in own.values()):
         raise ValueError(
             f"model {type(model).__name__} cannot use Stem attention: every layer would stay dense "
-            f"({', '.join(reasons)}; Stem takes head_dim 1..{MAX_HEAD_DIM})"
+            f"({', '.join(sorted(set(own.values())))}; Stem takes head_dim 1..{MAX_HEAD_DIM})"
         )
 
 
@@ -93,21 +91,19 @@ def config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemC
     """The `config` argument of `enable` as one checked entry for each attention layer."""
     if isinstance(config, StemConfig) or callable(config):
         return dict.fromkeys(modules, config)
-    if isinstance(config, Mapping):
-        if unknown := sorted(set(config) - set(modules), key=repr):
-            raise ValueError(f"config: layers {unknown} do not exist; attention layers are {sorted(modules)}")
-        configs = {index: config.get(index) for index in modules}
-    elif isinstance(config, Sequence) and not isinstance(config, str):
+    if isinstance(config, Sequence) and not isinstance(config, str):
         layers = next(iter(modules.values())).config.num_hidden_layers
         if len(config) != layers:
             raise ValueError(f"config must have an entry for each of the {layers} layers, got {len(config)}")
-        configs = {index: config[index] for index in modules}
-    else:
+        config = {index: config[index] for index in modules}
+    if not isinstance(config, Mapping):
         raise TypeError(f"config must be a StemConfig, or one per layer (mapping or sequence), got {config!r}")
-    for index, entry in configs.items():
-        if entry is not None and not isinstance(entry, StemConfig) and not callable(entry):
+    if unknown := sorted(set(config) - set(modules), key=repr):
+        raise ValueError(f"config: layers {unknown} do not exist; attention layers are {sorted(modules)}")
+    for index, entry in config.items():
+        if not (entry is None or isinstance(entry, StemConfig) or callable(entry)):
             raise TypeError(f"config of layer {index} must be a StemConfig, a Selector or None, got {entry!r}")
-    return configs
+    return {index: config.get(index) for index in modules}
 
 
 def _refusal(module: nn.Module) -> str | None:
