@@ -54,7 +54,7 @@ def training_tokens(tokenizer) -> Tensor:
     return torch.tensor([token for text in ids for token in text])
 
 
-def fine_tune(model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed: int = 0, say=print) -> list[dict]:
+def fine_tune(model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed: int = 0) -> list[dict]:
     """Train all weights of a model on random windows of `tokens`, with Stem or with the model's own dense attention.
 
     Args:
@@ -63,14 +63,11 @@ def fine_tune(model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed:
         config: Steps, length, learning rate and Stem's config.
         sparse: Train with Stem on.
         seed: Seed of the windows, which are the same for both kinds of attention.
-        say: Called with progress lines.
     Returns:
         One row for each step: step, loss [nats], grad_norm.
     """
-    device = model.device
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
-    )
+    device, cuda = model.device, model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda)
     random = np.random.default_rng(seed)
     rows, start = [], time.perf_counter()
     with hf.stem_prefill(model, config.stem_config) if sparse else contextlib.nullcontext():
@@ -87,7 +84,8 @@ def fine_tune(model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed:
             optimizer.zero_grad(set_to_none=True)
             rows.append(dict(step=step + 1, loss=loss.item(), grad_norm=norm.item()))
             if (step + 1) % max(1, config.steps // 3) == 0:
-                say(f"step {step + 1}/{config.steps}: loss {rows[-1]['loss']:.3f}, {time.perf_counter() - start:.0f} s")
+                done = f"step {step + 1}/{config.steps}: loss {rows[-1]['loss']:.3f}"
+                print(f"adapt_{ARMS[sparse]} seed {seed}: {done}, {time.perf_counter() - start:.0f} s", flush=True)
     return rows
 
 
@@ -109,7 +107,7 @@ def held_out_rows(model, tokenizer, config: AdaptConfig) -> list[dict]:
     return rows
 
 
-def run_arm(config: AdaptConfig, arm: str, seed: int, say=print) -> list[dict]:
+def run_arm(config: AdaptConfig, arm: str, seed: int) -> list[dict]:
     """Fine-tune the model with one attention and read the held-out text after it.
 
     For arm "dense" and seed 0, the held-out text is also read before the fine-tuning.
@@ -118,7 +116,6 @@ def run_arm(config: AdaptConfig, arm: str, seed: int, say=print) -> list[dict]:
         config: Settings.
         arm: One of ARMS, the attention during the fine-tuning.
         seed: Seed of the windows.
-        say: Called with progress lines.
     Returns:
         Rows like those of stem.experiments.training.probe. Column trained is "pretrained", "adapt_dense" or
         "adapt_stem", inferred is "dense" or "stem". Task "adaptation" holds loss and grad_norm of the training by step,
@@ -129,11 +126,7 @@ def run_arm(config: AdaptConfig, arm: str, seed: int, say=print) -> list[dict]:
     if (arm, seed) == ("dense", 0):
         rows += [dict(trained="pretrained") | row for row in held_out_rows(model, tokenizer, config)]
     name = f"adapt_{arm}"
-    steps = fine_tune(
-        model, training_tokens(tokenizer), config, sparse=arm == "stem", seed=seed,
-        say=lambda line: say(f"{name} seed {seed}: {line}"),
-    )  # fmt: skip
-    for row in steps:
+    for row in fine_tune(model, training_tokens(tokenizer), config, sparse=arm == "stem", seed=seed):
         span = dict(inferred=arm, task="adaptation", place="step", start=row["step"], stop=row["step"] + 1, count=1)
         rows += [dict(trained=name, measure=key, value=row[key]) | span for key in ("loss", "grad_norm")]
     rows += [dict(trained=name) | row for row in held_out_rows(model, tokenizer, config)]

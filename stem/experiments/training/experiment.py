@@ -106,36 +106,30 @@ def readings(study: Study, arm: str) -> list[str]:
     return [*study.arms, CONTROL] if arm == "dense" else [arm, "dense"]
 
 
-def run_arm(study: Study, arm: str, seed: int, out: Path, say=print) -> list[dict]:
-    """Train one arm with one seed, going on from its checkpoint if there is one, and return what the model reads.
+def run_arm(study: Study, arm: str, seed: int, out: Path) -> list[dict]:
+    """Train one arm with one seed, going on from its checkpoint in `out` if there is one, and measure the model.
 
-    Args:
-        study, arm, seed: Run to do.
-        out: Folder of its log and checkpoint.
-        say: Called with progress lines.
     Returns:
         Rows of stem.experiments.training.probe with trained and inferred (both arms) and seed.
     """
     config = arm_config(study, arm, seed, out)
     start = time.perf_counter()
 
-    def report(done: int, model: LanguageModel) -> None:
+    def tell(done: int, model: LanguageModel) -> None:
         if done % max(1, config.steps // 4) == 0:
-            say(f"{arm} seed {seed}: step {done}/{config.steps}, {time.perf_counter() - start:.0f} s")
+            print(f"{arm} seed {seed}: step {done}/{config.steps}, {time.perf_counter() - start:.0f} s", flush=True)
 
-    model = train(config, on_step=report)
+    model = train(config, on_step=tell)
     rows = [dict(trained=arm, inferred=arm, seed=seed) | row for row in probe.curve_rows(config)]
     for inferred in readings(study, arm):
         use(model, study, inferred)
-        found = probe.evaluation_rows(
-            model, study.seq_lens, study.num_rows, tasks=config.tasks.split(","), seed=seed, bf16=config.bf16
-        )
+        found = probe.evaluation_rows(model, config, study.seq_lens, study.num_rows)
         rows += [dict(trained=arm, inferred=inferred, seed=seed) | row for row in found]
-    say(f"{arm} seed {seed}: done in {time.perf_counter() - start:.0f} s")
+    print(f"{arm} seed {seed}: done in {time.perf_counter() - start:.0f} s", flush=True)
     return rows
 
 
-def speed_rows(study: Study, say=print) -> list[dict]:
+def speed_rows(study: Study) -> list[dict]:
     """Tokens per second of whole training steps at the training length, and on CUDA the peak memory, for every arm.
 
     Values are medians over `study.speed_steps` steps after three steps of warm-up. Nothing else should run meanwhile.
@@ -161,7 +155,10 @@ def speed_rows(study: Study, say=print) -> list[dict]:
             rows.append(about | dict(measure="peak_memory_mib", value=log.peak_memory_mib.max()))
             del model, optimizer
             torch.cuda.empty_cache()
-        say(f"{arm}: " + ", ".join(f"{row['value']:.0f} {row['measure']}" for row in rows if row["trained"] == arm))
+        print(
+            f"{arm}: " + ", ".join(f"{row['value']:.0f} {row['measure']}" for row in rows if row["trained"] == arm),
+            flush=True,
+        )
     return rows
 
 
@@ -177,11 +174,11 @@ def run_part(study: Study, part: str, folder: Path) -> None:
     """Do one part and write its rows to `folder`/<part>.csv, which appears whole or not at all."""
     name, _, seed = part.partition("-")
     if part == "speed":
-        rows = speed_rows(study, say=_say)
+        rows = speed_rows(study)
     elif name.startswith("adapt_"):
-        rows = adapt.run_arm(study.adaptation, name.removeprefix("adapt_"), int(seed), say=_say)
+        rows = adapt.run_arm(study.adaptation, name.removeprefix("adapt_"), int(seed))
     else:
-        rows = run_arm(study, name, int(seed), folder / part, say=_say)
+        rows = run_arm(study, name, int(seed), folder / part)
     path = folder / f"{part}.csv"
     partial_path = path.with_suffix(".partial")
     pd.DataFrame(rows).to_csv(partial_path, index=False)
@@ -216,7 +213,7 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = (), seeds: Seque
     if missing := _unfinished(folder, names):
         raise RuntimeError(f"parts failed: {', '.join(missing)}; the same command again goes on from the others")
     if profile == "full":  # figures are kept beside the rows that they show
-        _say(f"drawn: {', '.join(report.save_figures(pd.read_csv(path)))}")
+        print(f"drawn: {', '.join(report.save_figures(pd.read_csv(path)))}", flush=True)
     return path
 
 
@@ -227,7 +224,7 @@ def collect(profile: str, folder: Path, names: Sequence[str]) -> Path:
     if not done:
         raise RuntimeError(f"no part of {folder} was finished")
     path = records.write_rows("training", pd.concat(map(pd.read_csv, done)), profile)
-    _say(f"{len(done)} of {len(names)} parts written to {path}")
+    print(f"{len(done)} of {len(names)} parts written to {path}", flush=True)
     return path
 
 
@@ -248,7 +245,3 @@ def _run_in_child(study: Study, part: str, folder: Path) -> None:
     if torch.cuda.is_available():
         torch.set_num_threads(1)  # many processes share the cores
     run_part(study, part, folder)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

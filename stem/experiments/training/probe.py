@@ -16,7 +16,6 @@ from stem.experiments.training.config import TrainConfig
 from stem.experiments.training.model import LanguageModel
 from stem.experiments.training.tasks import IGNORED, make_batch
 
-CURVES = ("loss_", "grad_norm")  # log columns whose names begin like this become rows
 SPIKE = 4.0  # a gradient norm this many times the median of the 25 steps before it counts as a spike
 
 
@@ -61,17 +60,15 @@ def binned(frame: pd.DataFrame, value: str, place: str, edges: Sequence[int]) ->
     Returns:
         Dicts with measure (= value), place, start, stop, value, count.
     """
-    rows = []
-    for start, stop in zip(edges, edges[1:], strict=False):
-        inside = frame.loc[frame[place].between(start, stop - 1), value].astype(float)
-        if len(inside):
-            mean = inside.mean()
-            rows.append(dict(measure=value, place=place, start=start, stop=stop, value=mean, count=len(inside)))
-    return rows
+    bins = pd.cut(frame[place], edges, right=False)
+    return [
+        dict(measure=value, place=place, start=bin.left, stop=bin.right, value=inside.mean(), count=len(inside))
+        for bin, inside in frame[value].astype(float).groupby(bins, observed=True)
+    ]
 
 
 def curve_rows(config: TrainConfig, num_bins: int = 30) -> list[dict]:
-    """Rows of a finished run's log: means of its `CURVES` over `num_bins` bins of steps, and two rows of stability.
+    """Rows of a finished run's log: means over `num_bins` bins of steps of the losses by task and of the gradient norm.
 
     Row "spikes" counts the steps whose gradient norm is more than `SPIKE` times the median of the 25 steps before it.
     Row "largest_spike" is the largest such ratio.
@@ -79,7 +76,7 @@ def curve_rows(config: TrainConfig, num_bins: int = 30) -> list[dict]:
     log = pd.read_csv(Path(config.out) / LOG)
     edges = sorted({1 + round(config.steps * i / num_bins) for i in range(num_bins + 1)})
     rows = []
-    for name in log.columns[log.columns.str.startswith(CURVES)]:
+    for name in log.columns[log.columns.str.startswith(("loss_", "grad_norm"))]:
         rows += binned(log.dropna(subset=name), name, "step", edges)
     ratio = log.grad_norm / log.grad_norm.shift().rolling(25, min_periods=5).median()
     whole = dict(place="step", start=1, stop=config.steps + 1, count=config.steps)
@@ -88,22 +85,14 @@ def curve_rows(config: TrainConfig, num_bins: int = 30) -> list[dict]:
     return [dict(seq_len=config.seq_len, task=config.tasks) | row for row in rows]
 
 
-def evaluation_rows(
-    model: LanguageModel,
-    seq_lens: Sequence[int],
-    num_rows: int,
-    *,
-    tasks: Sequence[str] = ("text", "recall"),
-    seed: int = 0,
-    bf16: bool = False,
-) -> list[dict]:
+def evaluation_rows(model: LanguageModel, config: TrainConfig, seq_lens: Sequence[int], num_rows: int) -> list[dict]:
     """Loss by position on text and right answers by distance on other tasks, with the attention that a model has now.
 
     Args:
         model: In eval mode.
+        config: Its training run, for the tasks, the seed of the rows and `bf16`.
         seq_lens: Lengths to read, inside and beyond the training length.
         num_rows: Rows of each task at the longest length; shorter lengths get more rows, of as many tokens in all.
-        tasks, seed, bf16: As in `read`.
     Returns:
         Rows; measure is "loss" (place "position", 8 equal bins) or "correct" (place "distance", doubling bins).
     """
@@ -111,8 +100,9 @@ def evaluation_rows(
     for seq_len in seq_lens:
         eighths = [seq_len * i // 8 for i in range(9)]
         doublings = [1] + [2**i for i in range(4, seq_len.bit_length()) if 2**i < seq_len] + [seq_len]
-        for task in tasks:
-            lines = read(model, task, seq_len, num_rows * max(seq_lens) // seq_len, seed=seed, bf16=bf16)
+        for task in config.tasks.split(","):
+            count = num_rows * max(seq_lens) // seq_len
+            lines = read(model, task, seq_len, count, seed=config.seed, bf16=config.bf16)
             what = ("loss", "position", eighths) if task == "text" else ("correct", "distance", doublings)
             rows += [dict(seq_len=seq_len, task=task) | row for row in binned(lines, *what)]
     return rows

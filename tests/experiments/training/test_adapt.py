@@ -36,7 +36,7 @@ def test_both_kinds_of_attention_learn_from_the_same_windows(model):
     curves = {}
     for sparse in (False, True, True):
         model.load_state_dict(before)
-        rows = adapt.fine_tune(model, tokens, SETTINGS, sparse=sparse, say=lambda line: None)
+        rows = adapt.fine_tune(model, tokens, SETTINGS, sparse=sparse)
         curves.setdefault(sparse, []).append([row["loss"] for row in rows])
         assert model.config._attn_implementation == "sdpa", "left as it came"
         assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
@@ -71,8 +71,8 @@ def test_held_out_text_is_read_dense_and_sparse_and_never_trained_on(model):
 
 def test_rows_of_an_arm(model, monkeypatch):
     monkeypatch.setattr(adapt.pretrained, "load", lambda name: (model, tokenizer))
-    rows = pd.DataFrame(adapt.run_arm(SETTINGS, "dense", 0, say=lambda line: None))
+    rows = pd.DataFrame(adapt.run_arm(SETTINGS, "dense", 0))
     assert set(rows.trained) == {"pretrained", "adapt_dense"} and set(rows.seed) == {0}
     assert len(rows[rows.task == "adaptation"]) == 2 * SETTINGS.steps
-    rows = pd.DataFrame(adapt.run_arm(SETTINGS, "stem", 1, say=lambda line: None))
+    rows = pd.DataFrame(adapt.run_arm(SETTINGS, "stem", 1))
     assert set(rows.trained) == {"adapt_stem"} and set(rows[rows.task != "adaptation"].inferred) == {"dense", "stem"}

@@ -68,23 +68,17 @@ def test_bins_are_half_open_and_weighted_means_survive_binning():
 
 def test_rows_of_a_run(tmp_path):
     config = TrainConfig(
-        out=str(tmp_path),
-        attention="stem",
-        steps=6,
-        batch_size=4,
-        seq_len=64,
-        size=SIZE,
-        stem_config=SPARSE,
+        out=str(tmp_path), attention="stem", steps=6, batch_size=4, seq_len=64, size=SIZE, stem_config=SPARSE,
         device="cpu",
-    )
+    )  # fmt: skip
     model = train(config)
     curve = pd.DataFrame(probe.curve_rows(config, num_bins=3))
     assert set(curve.measure) == {"loss_text", "loss_recall", "grad_norm", "spikes", "largest_spike"}
     assert (curve[~curve.measure.str.contains("spike")]["count"] == 2).all()
 
-    own = pd.DataFrame(probe.evaluation_rows(model, [64, 128], num_rows=2))
+    own = pd.DataFrame(probe.evaluation_rows(model, config, [64, 128], num_rows=2))
     model.attention = "dense"
-    dense = pd.DataFrame(probe.evaluation_rows(model, [64, 128], num_rows=2))
+    dense = pd.DataFrame(probe.evaluation_rows(model, config, [64, 128], num_rows=2))
     assert set(own.measure) == {"loss", "correct"} and set(own.seq_len) == {64, 128}
     assert set(own.columns) == set(curve.columns)
     loss = own.measure == "loss"
