@@ -61,11 +61,6 @@ class Study:
     adaptation: adapt.AdaptConfig | None = None
     """Fine-tuning of a pretrained model; None leaves it out."""
 
-    @property
-    def seq_lens(self) -> list[int]:
-        """Lengths to read [tokens]."""
-        return [self.config.seq_len * times for times in self.lengths]
-
 
 STUDIES = {
     "smoke": Study(
@@ -95,12 +90,6 @@ def arm_config(study: Study, arm: str, seed: int = 0, out: str | Path = "") -> T
     return dataclasses.replace(study.config, attention=attention, stem_config=stem_config, seed=seed, out=str(out))
 
 
-def use(model: LanguageModel, study: Study, arm: str) -> None:
-    """Give a model the attention of an arm."""
-    config = arm_config(study, arm)
-    model.attention, model.stem_config = config.attention, config.stem_config
-
-
 def readings(study: Study, arm: str) -> list[str]:
     """Arms whose attention a model reads with: a dense model with all and CONTROL, others with their own and dense."""
     return [*study.arms, CONTROL] if arm == "dense" else [arm, "dense"]
@@ -121,9 +110,11 @@ def run_arm(study: Study, arm: str, seed: int, out: Path) -> list[dict]:
 
     model = train(config, on_step=tell)
     rows = [dict(trained=arm, inferred=arm, seed=seed) | row for row in probe.curve_rows(config)]
+    seq_lens = [config.seq_len * times for times in study.lengths]
     for inferred in readings(study, arm):
-        use(model, study, inferred)
-        found = probe.evaluation_rows(model, config, study.seq_lens, study.num_rows)
+        reading = arm_config(study, inferred)
+        model.attention, model.stem_config = reading.attention, reading.stem_config
+        found = probe.evaluation_rows(model, config, seq_lens, study.num_rows)
         rows += [dict(trained=arm, inferred=inferred, seed=seed) | row for row in found]
     print(f"{arm} seed {seed}: done in {time.perf_counter() - start:.0f} s", flush=True)
     return rows
@@ -150,15 +141,13 @@ def speed_rows(study: Study) -> list[dict]:
             log = pd.DataFrame([take_step(step, config, names, model, optimizer, processes) for step in steps])
         about = dict(trained=arm, inferred=arm, seed=0, seq_len=config.seq_len, task=config.tasks, place="step")
         about |= dict(start=3, stop=3 + study.speed_steps, count=study.speed_steps)
-        rows.append(about | dict(measure="tokens_per_second", value=log.tokens_per_second.median()))
+        found = {"tokens_per_second": log.tokens_per_second.median()}
         if cuda:
-            rows.append(about | dict(measure="peak_memory_mib", value=log.peak_memory_mib.max()))
+            found["peak_memory_mib"] = log.peak_memory_mib.max()
             del model, optimizer
             torch.cuda.empty_cache()
-        print(
-            f"{arm}: " + ", ".join(f"{row['value']:.0f} {row['measure']}" for row in rows if row["trained"] == arm),
-            flush=True,
-        )
+        rows += [about | dict(measure=measure, value=value) for measure, value in found.items()]
+        print(f"{arm}:", ", ".join(f"{value:.0f} {measure}" for measure, value in found.items()), flush=True)
     return rows
 
 
@@ -172,6 +161,8 @@ def part_names(study: Study, only: Sequence[str] = ()) -> list[str]:
 
 def run_part(study: Study, part: str, folder: Path) -> None:
     """Do one part and write its rows to `folder`/<part>.csv, which appears whole or not at all."""
+    if torch.cuda.is_available():
+        torch.set_num_threads(1)  # many processes share the cores
     name, _, seed = part.partition("-")
     if part == "speed":
         rows = speed_rows(study)
@@ -207,24 +198,15 @@ def run(profile: str, folder: str | Path, only: Sequence[str] = (), seeds: Seque
     records.results_dir("training")  # made before the training, to fail early
     folder = part_folder(study, folder)
     for together, workers in ((names[:1], 1), (names[1:], study.workers)):  # speed is measured alone
-        missing = _unfinished(folder, together)
-        run_in_processes([partial(_run_in_child, study, part, folder) for part in missing], workers)
-    path = collect(profile, folder, names)
-    if missing := _unfinished(folder, names):
+        run_in_processes([partial(run_part, study, part, folder) for part in _unfinished(folder, together)], workers)
+    missing = _unfinished(folder, names)
+    if done := [pd.read_csv(folder / f"{part}.csv") for part in names if part not in missing]:
+        path = records.write_rows("training", pd.concat(done), profile)
+        print(f"{len(done)} of {len(names)} parts written to {path}", flush=True)
+    if missing:
         raise RuntimeError(f"parts failed: {', '.join(missing)}; the same command again goes on from the others")
     if profile == "full":  # figures are kept beside the rows that they show
         print(f"drawn: {', '.join(report.save_figures(pd.read_csv(path)))}", flush=True)
-    return path
-
-
-def collect(profile: str, folder: Path, names: Sequence[str]) -> Path:
-    """Write the rows of all finished parts among `names` to results/training/ and return the path of the CSV."""
-    missing = _unfinished(folder, names)
-    done = [folder / f"{part}.csv" for part in names if part not in missing]
-    if not done:
-        raise RuntimeError(f"no part of {folder} was finished")
-    path = records.write_rows("training", pd.concat(map(pd.read_csv, done)), profile)
-    print(f"{len(done)} of {len(names)} parts written to {path}", flush=True)
     return path
 
 
@@ -239,9 +221,3 @@ def part_folder(study: Study, folder: str | Path) -> Path:
 
 def _unfinished(folder: Path, names: Sequence[str]) -> list[str]:
     return [part for part in names if not (folder / f"{part}.csv").exists()]
-
-
-def _run_in_child(study: Study, part: str, folder: Path) -> None:
-    if torch.cuda.is_available():
-        torch.set_num_threads(1)  # many processes share the cores
-    run_part(study, part, folder)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stem.experiments import figures, records
@@ -63,13 +64,6 @@ def span(values: pd.Series, digits: int = 3) -> str:
     return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
-def spread(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Mean, smallest and largest value over seeds for each combination of `keys`: columns value, low, high, seeds."""
-    grouped = rows.groupby(list(keys), sort=False).value
-    found = grouped.agg(value="mean", low="min", high="max", seeds="count")
-    return found.reset_index()
-
-
 def end_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Table of every arm at the end of its training: losses, gradient norm, spikes, speed and memory."""
     own = rows[(rows.place == "step") & (rows.trained == rows.inferred) & ~rows.trained.str.startswith("adapt")]
@@ -90,7 +84,7 @@ def reading_table(rows: pd.DataFrame, measure: str, task: str) -> pd.DataFrame:
     table = {}
     for (trained, inferred), group in read.groupby(["trained", "inferred"], sort=False):
         cells = {n: seeds_of(group, measure, trained, inferred, seq_len=n) for n in sorted(group.seq_len.unique())}
-        table[f"{trained} → {inferred}"] = {figures.tokens_label(n): span(values) for n, values in cells.items()}
+        table[f"{trained} → {inferred}"] = {tokens_label(n): span(values) for n, values in cells.items()}
     return pd.DataFrame(table).T
 
 
@@ -117,6 +111,12 @@ def adaptation_table(rows: pd.DataFrame, shortest: int = LATE) -> pd.DataFrame:
     return table.assign(removed=1 - table.gap_left / table.gap).rename_axis(f"seed (positions from {shortest})")
 
 
+def _lines(rows: pd.DataFrame, x: str, by: str, axis: Axes, **style) -> None:
+    """Draw a line for each value of `by`: means over seeds, shaded from the smallest to the largest value."""
+    ranges = rows.groupby([by, x], sort=False).value.agg(value="mean", low="min", high="max").reset_index()
+    figures.lines(ranges, x, "value", by, axis, band=("low", "high"), **style)
+
+
 def draw_curves(rows: pd.DataFrame) -> Figure:
     """Draw losses and gradient norms over steps: a line for each arm, shaded between the seeds."""
     own = rows[(rows.place == "step") & (rows.trained == rows.inferred)]
@@ -124,10 +124,8 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
     arms = own.trained[~own.trained.str.startswith("adapt")].unique()
     titles = [f"{len(arms)} arms learn the text", "Recall leaves the plateau of guessing", "Gradients, before clipping"]
     for axis, (measure, label), title in zip(axes, PANELS.items(), titles, strict=True):
-        lines = spread(own[(own.measure == measure) & own.trained.isin(arms)], ["trained", "stop"])
-        figures.lines(
-            lines, "stop", "value", "trained", axis, title=title, xlabel="step", ylabel=label, band=("low", "high")
-        )
+        shown = own[(own.measure == measure) & own.trained.isin(arms)]
+        _lines(shown, "stop", "trained", axis, title=title, xlabel="step", ylabel=label)
     axes[1].axhline(np.log(tasks.NUM_VALUES), color="black", linestyle=":")
     axes[1].set_ylim(0, 2)
     axes[2].set_ylim(0, None)
@@ -140,12 +138,9 @@ def draw_positions(rows: pd.DataFrame) -> Figure:
     lengths = sorted(text.seq_len.unique())
     figure, axes = figures.new(2, width=5.2)
     for axis, length in zip(axes, (lengths[0], lengths[-1]), strict=True):
-        lines = spread(text[text.seq_len == length], ["trained", "start"])
-        title = f"Rows of {figures.tokens_label(length)} tokens, trained on {figures.tokens_label(lengths[0])}"
-        figures.lines(
-            lines, "start", "value", "trained", axis, title=title, xlabel="position, from [tokens]",
-            ylabel="text loss [nats]", band=("low", "high"),
-        )  # fmt: skip
+        style = dict(xlabel="position, from [tokens]", ylabel="text loss [nats]")
+        style["title"] = f"Rows of {tokens_label(length)} tokens, trained on {tokens_label(lengths[0])}"
+        _lines(text[text.seq_len == length], "start", "trained", axis, **style)
     return figure
 
 
@@ -156,15 +151,12 @@ def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]], time
     asked = asked.assign(reading=asked.trained + " → " + asked.inferred)
     wanted = [f"{trained} → {inferred}" for trained, inferred in readings]
     asked = asked[(asked.seq_len == times * trained_on) & asked.reading.isin(wanted)]
-    lines = spread(asked, ["reading", "start"])
     fixed = {"dense → dense": "0.4", "dense → sliding_window": "black"}
     colours = fixed | dict(zip([name for name in wanted if name not in fixed], figures.PALETTE, strict=False))
     figure, axis = figures.new(width=7.5)
-    figures.lines(
-        lines, "start", "value", "reading", axis, title="A window cannot answer from outside itself", xlabel="",
-        ylabel="right answers", band=("low", "high"), colours=colours,
-    )  # fmt: skip
-    figures.tokens_axis(axis, lines.start)
+    style = dict(title="A window cannot answer from outside itself", xlabel="", ylabel="right answers")
+    _lines(asked, "start", "reading", axis, colours=colours, **style)
+    figures.tokens_axis(axis, asked.start)
     axis.set(xlabel="distance to the record, from [tokens]", ylim=(0, 1.05))
     axis.axhline(1 / tasks.NUM_VALUES, color="black", linestyle=":")
     axis.axvline(trained_on, color="black", linewidth=0.5)
@@ -181,14 +173,12 @@ def draw_adaptation(rows: pd.DataFrame) -> Figure:
         "tuned dense": mean["adapt_dense"]["stem"] - control,
         "tuned with Stem": mean["adapt_stem"]["stem"] - control,
     }
-    frame = pd.concat({name: gap for name, gap in gaps.items()}, names=["model"]).rename("value").reset_index()
+    frame = pd.concat(gaps, names=["model"]).rename("value").reset_index()
     figure, axis = figures.new()
     removed = 100 * adaptation_table(rows).removed.mean()
-    title = f"Tuning with Stem removes {removed:.0f} % of its cost from position {LATE} on"
-    figures.lines(
-        spread(frame, ["model", "start"]), "start", "value", "model", axis, title=title,
-        xlabel="position, from [tokens]", ylabel="loss read with Stem over read dense [nats]", band=("low", "high"),
-    )  # fmt: skip
+    style = dict(xlabel="position, from [tokens]", ylabel="loss read with Stem over read dense [nats]")
+    style["title"] = f"Tuning with Stem removes {removed:.0f} % of its cost from position {LATE} on"
+    _lines(frame, "start", "model", axis, **style)
     axis.axhline(0, color="0.4", linewidth=1)
     return figure
 
@@ -208,20 +198,18 @@ def own_readings(rows: pd.DataFrame) -> list[tuple[str, str]]:
     return [*((arm, arm) for arm in arms), ("dense", "sliding_window")]
 
 
-def of_machine(profile: str, machine: str = "") -> pd.DataFrame:
-    """Rows of one profile on one machine: `machine` (default this one) if it has rows, else another; may be empty."""
+def of_machine(profile: str) -> pd.DataFrame:
+    """Rows of one profile on this machine if it has any, else on another machine; may be empty."""
     rows = records.read_rows("training")
-    rows = rows[rows.profile == profile] if len(rows) else rows
-    machine = machine or records.machine_name()
-    if len(rows) and machine not in set(rows.machine):
-        machine = rows.machine.iloc[-1]
-    return rows[rows.machine == machine]
+    rows = rows[rows.profile == profile]
+    own = rows[rows.machine == records.machine_name()]
+    return own if len(own) or rows.empty else rows[rows.machine == rows.machine.iloc[-1]]
 
 
 def findings(rows: pd.DataFrame) -> list[str]:
     """Sentences (Markdown) that compare the arms: each with dense, the selections with each other, and switching.
 
-    The word of a comparison is that of `verdict`: "level" means that the seeds do not tell the two apart.
+    A comparison is told in a word, see `verdict`.
     """
     read = rows[rows.measure.isin(["loss", "correct"]) & rows.task.isin(["text", "recall"])]
     lengths = sorted(read.seq_len.unique())
@@ -229,27 +217,27 @@ def findings(rows: pd.DataFrame) -> list[str]:
     seeds = rows[rows.trained == "dense"].seed.nunique()
     found = [f"{seeds} seed{'s' * (seeds > 1)} for each arm; ranges are over seeds."]
 
-    def compare(subject, what, length, measure, task, one, other, tolerance) -> str:
+    text, recall = ("text loss", "loss", "text"), ("share of right answers", "correct", "recall")
+
+    def compare(subject, kind, one, other, tolerance, length=lengths[0]) -> None:
+        what, measure, task = kind
         values, than = (seeds_of(read, measure, *pair, seq_len=length, task=task) for pair in (one, other))
         word = verdict(values, than, tolerance)
-        return f"{subject}: {what} at {length} tokens **{word}** ({span(values)} against {span(than)})."
+        found.append(f"{subject}: {what} at {length} tokens **{word}** ({span(values)} against {span(than)}).")
 
     for arm in arms[1:]:
-        own, dense = (arm, arm), ("dense", "dense")
-        found.append(compare(f"{arm} against dense", "text loss", lengths[0], "loss", "text", own, dense, 0.005))
+        subject, own, dense = f"{arm} against dense", (arm, arm), ("dense", "dense")
+        compare(subject, text, own, dense, 0.005)
         for length in (lengths[0], lengths[-1]):
-            subject = f"{arm} against dense"
-            found.append(compare(subject, "share of right answers", length, "correct", "recall", own, dense, 0.01))
+            compare(subject, recall, own, dense, 0.01, length)
     for one, other in (("stem", "uniform_topk"), ("stem_softmax", "stem")):
         if {one, other} <= set(arms):
-            pair = (one, one), (other, other)
-            for measure, task, what in (("loss", "text", "text loss"), ("correct", "recall", "share of right answers")):
-                found.append(compare(f"{one} against {other}", what, lengths[0], measure, task, *pair, 0.005))
+            for kind in (text, recall):
+                compare(f"{one} against {other}", kind, (one, one), (other, other), 0.005)
     for trained, inferred in (("dense", "stem"), ("stem", "dense")):
-        pair = (trained, inferred), (trained, trained)
         subject = f"trained {trained}, read {inferred}, against read {trained}"
-        found.append(compare(subject, "share of right answers", lengths[0], "correct", "recall", *pair, 0.01))
-        found.append(compare(subject, "text loss", lengths[0], "loss", "text", *pair, 0.005))
+        for kind, tolerance in ((recall, 0.01), (text, 0.005)):
+            compare(subject, kind, (trained, inferred), (trained, trained), tolerance)
     return found + _stability_and_speed(rows, arms)
 
 
@@ -307,16 +295,13 @@ def _training_of(device: str, rows: pd.DataFrame) -> str:
     rows = rows[rows.place.isin(("position", "distance")) & ~rows.trained.str.match("adapt_|pretrained")]
     rows = rows.assign(weighted=rows["value"] * rows["count"])
     sums = rows.groupby(["measure", "seq_len", "trained", "inferred"], sort=False)[["weighted", "count"]].sum()
-    means = (
-        (sums["weighted"] / sums["count"]).unstack(["measure", "seq_len"]).sort_index(axis=1, ascending=[False, True])
-    )
-    names = {"loss": "text loss [nats], {}", "correct": "recall, {}"}
-    header = ["trained with", "read with", *(names[measure].format(tokens_label(length)) for measure, length in means)]
-    forms = ["{:.1%}" if measure == "correct" else "{:.3f}" for measure, _ in means]
-    lines = [
-        [*arms, *(form.format(x) if x == x else MISSING for form, x in zip(forms, values, strict=True))]
-        for arms, values in zip(means.index, means.to_numpy(), strict=True)
-    ]
+    means = (sums["weighted"] / sums["count"]).unstack(["measure", "seq_len"])
+    columns = {"loss": ("text loss [nats], {}", "{:.3f}"), "correct": ("recall, {}", "{:.1%}")}
+    cells = {}
+    for (measure, length), values in means.sort_index(axis=1, ascending=[False, True]).items():
+        name, form = columns[measure]
+        cells[name.format(tokens_label(length))] = values.map(form.format, na_action="ignore").fillna(MISSING)
+    table = pd.DataFrame(cells).rename_axis(["trained with", "read with"]).reset_index()
     told = f"**{device}**, trained at {tokens_label(rows.seq_len.min())} tokens, {rows.seed.nunique()} seed(s). "
     told += "The dense model that reads through a sliding window is the control that must fail."
-    return f"{told}\n\n{markdown_table(header, lines)}{adaptation}"
+    return f"{told}\n\n{markdown_table(table.columns, table.to_numpy())}{adaptation}"

@@ -13,7 +13,7 @@ from stem import patterns
 from stem.experiments.training import experiment
 from stem.experiments.training.__main__ import main
 from stem.experiments.training.config import TrainConfig
-from stem.experiments.training.model import LanguageModel, ModelSize
+from stem.experiments.training.model import ModelSize
 
 SPARSE = stem.StemConfig(block_size=16, score_stride=4, density=0.4, sink_blocks=1, local_blocks=1)
 SIZE = ModelSize(layers=1, width=32, heads=2, kv_heads=1, hidden=48)
@@ -138,9 +138,8 @@ def test_arms_differ_in_what_they_keep_and_not_in_how_much(arm):
     assert arm == "stem" or not torch.equal(selection.to_mask(), reference.to_mask())
 
 
-def test_a_model_reads_as_an_arm():
-    model = LanguageModel(SIZE)
-    experiment.use(model, STUDY, "stem_softmax")
-    assert model.attention == "stem"
-    assert model.stem_config == SPARSE.replace(reduction="softmax", allocation="uniform")
-    assert (model.stem_config.reduction, model.stem_config.decay) == ("softmax", 1)
+def test_an_arm_changes_fields_of_the_study_s_config():
+    config = experiment.arm_config(STUDY, "stem_softmax")
+    assert config.attention == "stem"
+    assert config.stem_config == SPARSE.replace(reduction="softmax", allocation="uniform")
+    assert (config.stem_config.reduction, config.stem_config.decay) == ("softmax", 1)
