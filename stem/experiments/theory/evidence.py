@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
+from itertools import product
 
 import pandas as pd
 import torch
@@ -36,12 +37,10 @@ def recall_by_density(
     """
     mass = metrics.block_attention_mass(q, k, config.block_size)
     rows = []
-    for label, method in methods.items():
-        own = isinstance(method, StemConfig)
-        select = partial(patterns.select, "stem" if own else method, q, k, v)
-        for density in densities:
-            kept = select((method if own else config).replace(density=density)).to_mask()
-            rows.append(dict(method=label, density=density, recall=float((mass * kept).sum(-1).mean())))
+    for (label, method), density in product(methods.items(), densities):
+        pattern, own = ("stem", method) if isinstance(method, StemConfig) else (method, config)
+        kept = patterns.select(pattern, q, k, v, own.replace(density=density)).to_mask()
+        rows.append(dict(method=label, density=density, recall=float((mass * kept).sum(-1).mean())))
     return pd.DataFrame(rows)
 
 
@@ -70,10 +69,9 @@ def lost_by_allocation(mass: Tensor, densities: Sequence[float]) -> pd.DataFrame
             "one threshold": _largest(pairs.flatten()[None], count * len(pairs)).view_as(pairs),
         }
         for name, mask in kept.items():
-            of_head = mask.double().mean(1)
             lost = 1 - float((pairs * mask).sum()) / (len(pairs) * n)
-            about = dict(lowest=float(of_head.min()), highest=float(of_head.max()))
-            rows.append(dict(allocation=name, density=density, lost=lost, **about))
+            lowest, highest = map(float, mask.double().mean(1).aminmax())
+            rows.append(dict(allocation=name, density=density, lost=lost, lowest=lowest, highest=highest))
     return pd.DataFrame(rows)
 
 
@@ -83,20 +81,16 @@ def _largest(x: Tensor, count: int) -> Tensor:
     return mask.scatter_(1, x.topk(count, dim=1).indices, True)
 
 
+@dataclass
 class Claims:
-    """Table of the paper's claims that notebook 01 fills: one call adds one claim."""
+    """Table of the paper's claims that notebook 01 fills, one call a claim; `on` is the usual model and text."""
 
-    def __init__(self, on: str) -> None:
-        """on: Model and text of claims that name no other."""
-        self._on, self._rows = on, []
+    on: str
+    rows: list[dict[str, str]] = field(default_factory=list)
 
     def __call__(self, claim: str, paper: str, ours: str, verdict: str, on: str | None = None) -> None:
         """Add a claim: the paper's value, ours, a verdict, and the model and text of our value."""
-        self._rows.append(dict(claim=claim, paper=paper, ours=ours, verdict=verdict, on=on or self._on))
-
-    def table(self) -> pd.DataFrame:
-        """One row per claim, columns claim, paper, ours, verdict, on."""
-        return pd.DataFrame(self._rows)
+        self.rows.append(dict(claim=claim, paper=paper, ours=ours, verdict=verdict, on=on or self.on))
 
 
 @torch.no_grad()
@@ -111,10 +105,8 @@ def document_losses(
     """Next-token loss by position in the first `length` tokens of long documents, every method on the same texts.
 
     Args:
-        model, tokenizer: From `stem.pretrained.load`.
         methods: Name -> attention as `stem.hf.enable` takes it; None is the model's own dense attention.
-        texts: Name -> text of more than `length` tokens, see `stem.experiments.documents`.
-        length: Tokens predicted in one prefill [tokens].
+        texts: Name -> text of more than `length` tokens.
         bucket: Positions per row [tokens], a divisor of `length`.
     Returns:
         Columns method, document, start (first position of the bucket), loss (mean [nats per token]).

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, get_args
 
 import torch
@@ -46,31 +46,17 @@ class Choice:
     @property
     def config(self) -> StemConfig:
         """Settings of the method, with one sink block and two local blocks."""
-        return StemConfig(
-            block_size=self.block_size,
-            score_stride=min(16, self.block_size // 4),
-            density=self.density,
-            decay=self.decay,
-            value_weight=self.value_weight,
-            sink_blocks=1,
-            local_blocks=2,
-        )
+        chosen = {name: getattr(self, name) for name in ("block_size", "density", "decay", "value_weight")}
+        return StemConfig(score_stride=min(16, self.block_size // 4), sink_blocks=1, local_blocks=2, **chosen)
 
 
 class Measures(NamedTuple):
     """Density, recall, error and loss of a choice."""
 
-    density: float
-    """Kept block pairs over causal block pairs of the layer."""
-
-    recall: float
-    """Share of the head's true attention on kept blocks, mean over query blocks."""
-
-    error: float
-    """Relative error of the layer's attention output, all heads."""
-
-    loss: float
-    """Loss of the model above dense when only this layer is sparse [nats per token]."""
+    density: float  # kept block pairs over causal block pairs of the layer
+    recall: float  # share of the head's true attention on kept blocks, mean over query blocks
+    error: float  # relative error of the layer's attention output, all heads
+    loss: float  # of the model above dense when only this layer is sparse [nats per token]
 
 
 class Explorer:
@@ -78,15 +64,18 @@ class Explorer:
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.model, self.ids = model, ids
-        self.layers, self.heads = model.config.num_hidden_layers, model.config.num_attention_heads
         self._captured: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._dense_loss: float | None = None
 
     def qkv(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of a layer in the dense pass, fp32; see stem.experiments.theory.flow.capture."""
         if layer not in self._captured:
             self._captured[layer] = tuple(x.float() for x in flow.capture(self.model, self.ids, layer))
         return self._captured[layer]
+
+    @cached_property
+    def dense_loss(self) -> float:
+        """Loss of the model with dense attention [nats per token]."""
+        return self._loss()
 
     def selection(self, choice: Choice) -> BlockSelection:
         """Blocks that the method keeps."""
@@ -98,11 +87,10 @@ class Explorer:
         kept = self.selection(choice)
         recall = metrics.attention_recall(q, k, kept)[0, choice.head]
         error = metrics.rel_l2_error(block_sparse_attention(q, k, v, kept), dense_attention(q, k, v))
-        if self._dense_loss is None:
-            self._dense_loss = self._loss()
+        dense_loss = self.dense_loss
         with hf.stem_prefill(self.model, {choice.layer: lambda *_: kept}):
             loss = self._loss()
-        return Measures(kept.density(), float(recall), error, loss - self._dense_loss)
+        return Measures(kept.density(), float(recall), error, loss - dense_loss)
 
     def draw(self, choice: Choice, ax: Axes) -> Measures:
         """Draw the kept blocks over the attention map of one head, and return its measures."""
@@ -140,31 +128,25 @@ def explore(
     density: float = 0.25,
     block_size: int = 32,
     methods: Sequence[str] = SHOWN,
-    widgets: bool | None = None,
 ):
-    """Show which blocks a method keeps of the true attention of one head: widgets, or a grid of pictures.
+    """Show which blocks a method keeps of the true attention of one head: widgets if `live()`, else a grid of pictures.
 
     Args:
         model: A causal language model of transformers.
         ids: Token ids [1, N] of a short prompt: each change draws a map and computes a loss.
         layer, head, density, block_size: First values.
         methods: Patterns in the static grid; the widgets offer all patterns.
-        widgets: True for widgets, False for the grid, None for the answer of `live`.
     Returns:
         An ipywidgets box, or a Matplotlib figure.
     """
-    explorer = Explorer(model, ids)
-    start = Choice(layer, head, density=density, block_size=block_size)
-    if live() if widgets is None else widgets:
-        return panel(explorer, start)
-    return grid(explorer, [replace(start, method=method) for method in methods])
+    explorer, start = Explorer(model, ids), Choice(layer, head, density=density, block_size=block_size)
+    return panel(explorer, start) if live() else grid(explorer, [replace(start, method=method) for method in methods])
 
 
 def live() -> bool:
-    """Return True if STEM_WIDGETS is 1, or if it is unset and a notebook page has started this kernel.
+    """Return True if STEM_WIDGETS is 1, or if it is unset and Jupyter or VS Code has started this kernel.
 
-    Jupyter's server sets JPY_SESSION_NAME, and VS Code puts the file into the kernel's namespace. Kernels of papermill,
-    nbval and nbconvert have neither.
+    Kernels of papermill, nbval and nbconvert have neither JPY_SESSION_NAME nor the notebook's file as a name.
     """
     if (asked := os.environ.get("STEM_WIDGETS")) is not None:
         return asked == "1"
@@ -178,16 +160,12 @@ def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 4) -> Fig
     """Grid with a picture of each choice, for the value of a cell; a figure of pyplot would be shown twice."""
     lines = -(-len(choices) // columns)
     figure = _Picture(figsize=(2.7 * columns, 3.1 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for ax in axes.flat[len(choices) :]:
-        ax.set_axis_off()
-    for ax, choice in zip(axes.flat, choices, strict=False):
+    for place, choice in enumerate(choices, 1):
+        ax = figure.add_subplot(lines, columns, place)
         explorer.draw(choice, ax)
         ax.label_outer()
-    first = choices[0]
-    figure.suptitle(
-        f"Layer {first.layer}, head {first.head}: {first.density:.0%} of the block pairs of {first.block_size}"
-    )
+    of = choices[0]
+    figure.suptitle(f"Layer {of.layer}, head {of.head}: {of.density:.0%} of the block pairs of {of.block_size}")
     return figure
 
 
@@ -195,13 +173,14 @@ def panel(explorer: Explorer, start: Choice):
     """Sliders and menus beside one picture that follows them: an ipywidgets box."""
     import ipywidgets
 
+    settings = explorer.model.config
     wide = {"description_width": "6em"}
     slider = partial(ipywidgets.FloatSlider, continuous_update=False, step=0.05, style=wide)
     whole = partial(ipywidgets.IntSlider, continuous_update=False, min=0, style=wide)
     menu = partial(ipywidgets.Dropdown, style=wide)
     controls = {
-        "layer": whole(description="layer", value=start.layer, max=explorer.layers - 1),
-        "head": whole(description="head", value=start.head, max=explorer.heads - 1),
+        "layer": whole(description="layer", value=start.layer, max=settings.num_hidden_layers - 1),
+        "head": whole(description="head", value=start.head, max=settings.num_attention_heads - 1),
         "method": menu(description="method", value=start.method, options=patterns.names()),
         "density": slider(description="density", value=start.density, min=0.05, max=1.0),
         "block_size": menu(description="block size", value=start.block_size, options=get_args(BlockSize)),

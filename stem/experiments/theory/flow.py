@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from stem.config import StemConfig
 from stem.reference import attention_probabilities
 from stem.scores import block_scores
 from stem.selection import BlockSelection, select_blocks
+from stem.validation import check_integer
 
 
 def influence(probabilities: Tensor, layers: int) -> Tensor:
@@ -21,14 +24,11 @@ def influence(probabilities: Tensor, layers: int) -> Tensor:
 
     Args:
         probabilities: [..., N, N], rows sum to 1, entry (i, j) = weight of token j in row i.
-        layers: Number of times P is applied, >= 1.
+        layers: Number of times P is applied, >= 1, else ValueError.
     Returns:
         [..., N], the column means of P^layers, which sum to 1. Early columns, which every row reads, grow with depth.
-    Raises:
-        ValueError: If layers < 1.
     """
-    if layers < 1:
-        raise ValueError(f"layers must be >= 1, got {layers}")
+    check_integer("layers", layers, 1)
     return torch.linalg.matrix_power(probabilities, layers).mean(-2)
 
 
@@ -55,14 +55,9 @@ def select_in_rows(
 class Trace:
     """Hidden states, logits and density of one forward pass of a model."""
 
-    hidden: tuple[Tensor, ...]
-    """Hidden states after each layer, [1, N, C] each."""
-
-    logits: Tensor
-    """[1, N, V]."""
-
-    density: float
-    """Realised density, mean over layers; 1 for a dense pass."""
+    hidden: tuple[Tensor, ...]  # after each layer, [1, N, C] each
+    logits: Tensor  # [1, N, V]
+    density: float  # realised, mean over layers; 1 for a dense pass
 
     def errors(self, dense: Trace, rows: slice = slice(None)) -> list[float]:
         """Mean squared differences to a dense pass over the positions `rows`: one per layer, then of the logits."""
@@ -72,29 +67,20 @@ class Trace:
 
 @torch.no_grad()
 def trace(model: nn.Module, ids: Tensor, select=None) -> Trace:
-    """Run a model and keep its hidden states.
+    """Hidden states, logits and density of one forward pass of a causal language model of transformers.
 
     Args:
-        model: A causal language model of transformers.
         ids: Token ids [1, N].
         select: Argument of stem.hf.enable (a StemConfig, a Selector, or one per layer); None is dense.
     """
-    if select is None:
-        out, density = model(ids, output_hidden_states=True, use_cache=False), 1.0
-    else:
-        with hf.stem_prefill(model, select) as report:
-            out = model(ids, output_hidden_states=True, use_cache=False)
-        density = report.density()
-    return Trace(out.hidden_states[1:], out.logits, density)
+    with nullcontext() if select is None else hf.stem_prefill(model, select) as report:
+        out = model(ids, output_hidden_states=True, use_cache=False)
+    return Trace(out.hidden_states[1:], out.logits, report.density() if report else 1.0)
 
 
 def prune_spans(model: nn.Module, ids: Tensor, config: StemConfig, spans: int, keep: float) -> list[dict]:
-    """Prune one span of query rows at a time and measure the error of every later layer (the paper's Fig. 3).
+    """Prune one of `spans` equal spans of query blocks at a time and measure every layer's error (the paper's Fig. 3).
 
-    Args:
-        model, ids: As in `trace`.
-        config, keep: As in `select_in_rows`.
-        spans: Number of equal spans of query blocks.
     Returns:
         One row per span and layer: span, first_token, last_token, layer (the number of layers stands for the logits),
         mse (over all positions) and mse_last_span (over the prompt's last span).
@@ -104,20 +90,12 @@ def prune_spans(model: nn.Module, ids: Tensor, config: StemConfig, spans: int, k
     tail = slice(edges[-2] * config.block_size, None)
     dense = trace(model, ids)
     rows = []
-    for span, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        select = partial(select_in_rows, config=config, keep=keep, first_row=first, last_row=last)
-        pruned = trace(model, ids, select)
+    for span, (first, last) in enumerate(pairwise(edges)):
+        pruned = trace(model, ids, partial(select_in_rows, config=config, keep=keep, first_row=first, last_row=last))
+        first_token, last_token = first * config.block_size, min(last * config.block_size, ids.shape[1])
+        about = dict(span=span, first_token=first_token, last_token=last_token)
         for layer, (mse, mse_tail) in enumerate(zip(pruned.errors(dense), pruned.errors(dense, tail), strict=True)):
-            rows.append(
-                {
-                    "span": span,
-                    "first_token": first * config.block_size,
-                    "last_token": min(last * config.block_size, ids.shape[1]),
-                    "layer": layer,
-                    "mse": mse,
-                    "mse_last_span": mse_tail,
-                }
-            )
+            rows.append(about | dict(layer=layer, mse=mse, mse_last_span=mse_tail))
     return rows
 
 
@@ -143,13 +121,13 @@ def capture(model: nn.Module, ids: Tensor, layer: int) -> tuple[Tensor, Tensor, 
 def rollout(model: nn.Module, ids: Tensor, residual: float = 0.0) -> Tensor:
     """Share of each token in the output after each layer of a model, from its head-averaged attention alone (Eq. 1).
 
+    Memory is O(N^2) per layer.
+
     Args:
-        model, ids: As in `trace`; memory O(N^2) per layer.
-        residual: Share of a token's own stream that each layer keeps, in [0, 1); no paper source: our choice.
+        residual: Share of a token's own stream that each layer keeps, in [0, 1), else ValueError. Our choice: the paper
+            has none.
     Returns:
         fp64 [layers, N], row l = share of each token in the average output after l + 1 layers; rows sum to 1.
-    Raises:
-        ValueError: If residual is not in [0, 1).
     """
     if not 0 <= residual < 1:
         raise ValueError(f"residual must be in [0, 1), got {residual!r}")

@@ -16,9 +16,6 @@ TABLE_5 = {  # LongBench averages at equal cost
 
 TABLE_5_FAMILIES = (19.43, 61.03, 11.34, 14.94, 20.44, 60.92)  # of the last Qwen3-8B entry above
 
-_LONGBENCH = ("CC", "FSL", "MD1", "MD2", "SUM", "SYN", "average", "budget")
-_RULER = ("4K", "8K", "16K", "32K", "64K", "128K", "average", "budget")
-
 # (model, method) -> scores [%]
 _TABLE_2 = {
     ("Qwen3-8B", "Dense"): (19.09, 63.10, 11.23, 15.06, 20.63, 62.92, 32.01, 100),
@@ -58,14 +55,14 @@ def decay_cost(num_tokens: float, k_start: float, decay: float) -> float:
 
 def longbench() -> pd.DataFrame:
     """Table 2: LongBench scores by task family, their average and the computed share of token pairs [%]."""
-    return _frame(_TABLE_2, _LONGBENCH)
+    return _frame(_TABLE_2, "CC", "FSL", "MD1", "MD2", "SUM", "SYN")
 
 
 def ruler() -> pd.DataFrame:
     """Table 4: RULER scores by context length, their average and the computed share of token pairs [%]."""
-    return _frame(_TABLE_4, _RULER)
+    return _frame(_TABLE_4, "4K", "8K", "16K", "32K", "64K", "128K")
 
 
-def _frame(table: dict, columns: tuple[str, ...]) -> pd.DataFrame:
+def _frame(table: dict, *columns: str) -> pd.DataFrame:
     index = pd.MultiIndex.from_tuples(table, names=["model", "method"])
-    return pd.DataFrame(list(table.values()), index=index, columns=columns)
+    return pd.DataFrame(list(table.values()), index=index, columns=[*columns, "average", "budget"])

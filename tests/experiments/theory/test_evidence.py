@@ -45,12 +45,12 @@ def test_more_freedom_never_loses_more():
     assert (lost["a threshold per head"] < lost["a budget per row"]).all()
 
 
-def test_claims_are_a_table():
+def test_claims_are_rows():
     claim = evidence.Claims("toy")
     claim("Eq. 1", "1", "2", "not reproduced")
     claim("Eq. 2", "1", "1", "reproduced", "paper")
-    assert claim.table().on.tolist() == ["toy", "paper"]
-    assert claim.table().verdict.tolist() == ["not reproduced", "reproduced"]
+    assert [row["on"] for row in claim.rows] == ["toy", "paper"]
+    assert [row["verdict"] for row in claim.rows] == ["not reproduced", "reproduced"]
 
 
 def test_effect_needs_two_standard_errors():

@@ -67,17 +67,19 @@ def test_every_setting_changes_the_selection(model, ids, change):
     assert before.shape != after.shape or not torch.equal(before, after)
 
 
-def test_without_widgets_it_is_a_grid_of_pictures(model, ids):
+def test_without_widgets_it_is_a_grid_of_pictures(model, ids, monkeypatch):
+    monkeypatch.setenv("STEM_WIDGETS", "0")
     before = matplotlib.pyplot.get_fignums()
-    figure = explore(model, ids, **START, methods=("stem", "oracle_mass"), widgets=False)
+    figure = explore(model, ids, **START, methods=("stem", "oracle_mass"))
     assert isinstance(figure, Figure) and figure._repr_png_().startswith(b"\x89PNG")
     titles = [ax.get_title(loc="left") for ax in figure.axes if ax.axison]
     assert [title.split("\n")[0] for title in titles] == ["stem", "oracle_mass"]
     assert matplotlib.pyplot.get_fignums() == before  # else a notebook would show it twice
 
 
-def test_with_widgets_the_picture_follows_them(model, ids):
-    panel = explore(model, ids, **START, widgets=True)
+def test_with_widgets_the_picture_follows_them(model, ids, monkeypatch):
+    monkeypatch.setenv("STEM_WIDGETS", "1")
+    panel = explore(model, ids, **START)
     (*controls, text), picture = panel.children[0].children, panel.children[1]
     by_name = {control.description: control for control in controls}
     assert list(by_name) == ["layer", "head", "method", "density", "block size", "decay", "value weight"]
