@@ -28,14 +28,11 @@ def stdlib_documents(names: Sequence[str] | None = LONG_MODULES, min_chars: int 
     Args:
         names: Top-level module names such as "argparse"; None takes every top-level module, in alphabetical order.
         min_chars: Leave out documents shorter than this [characters].
-    Returns:
-        Module name -> source text, in the order of `names`.
     Raises:
         ValueError: If a name has no source file, or no document is long enough.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    if names is None:
-        names = sorted(path.stem for path in root.glob("*.py"))
+    names = sorted(path.stem for path in root.glob("*.py")) if names is None else names
     paths = {name: root / f"{name}.py" for name in names}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         raise ValueError(f"names={missing}: expected modules that are one .py file in {root}")
@@ -55,10 +52,11 @@ def prose() -> str:
 
 def reference() -> str:
     """Documentation strings of torch and NumPy: reStructuredText with formulas, tables and examples, 0.6 MB."""
-    paths = [_package_folder(name.split(".")[0]).joinpath(*name.split(".")[1:]) for name in DOCUMENTED]
-    sources = [path.with_suffix(".py").read_text(encoding="utf-8") for path in paths]
-    strings = [node.value for source in sources for node in ast.walk(ast.parse(source)) if _is_long_string(node)]
-    return "\n\n".join(strings)
+    folders = {name: _package_folder(name.split(".")[0]).parent for name in DOCUMENTED}
+    paths = [folder.joinpath(*name.split(".")).with_suffix(".py") for name, folder in folders.items()]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return "\n\n".join(value for value in values if isinstance(value, str) and len(value) > 200)
 
 
 def headers() -> str:
@@ -70,20 +68,16 @@ def headers() -> str:
 
 def licences() -> str:
     """Licence texts of torch, NumPy, pandas and Matplotlib, each text once."""
-    texts: dict[str, None] = {}
-    for package in ("matplotlib", "numpy", "pandas", "torch"):
-        for file in importlib.metadata.files(package) or ():
-            if ".dist-info/" in str(file) and re.search(r"licen[cs]e|copying|notice", file.name, re.IGNORECASE):
-                texts[Path(file.locate()).read_text(encoding="utf-8", errors="replace")] = None
-    return "\n\n".join(texts)
-
-
-def _stdlib_text() -> str:
-    return "\n".join(stdlib_documents(EVALUATED_MODULES).values())
+    files = [
+        file for name in ("matplotlib", "numpy", "pandas", "torch") for file in importlib.metadata.files(name) or ()
+    ]
+    named = re.compile(r".*\.dist-info/.*(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
+    found = [Path(file.locate()) for file in files if named.fullmatch(str(file))]
+    return "\n\n".join(dict.fromkeys(path.read_text(encoding="utf-8", errors="replace") for path in found))
 
 
 KINDS: dict[str, Callable[[], str]] = {
-    "python source": _stdlib_text,
+    "python source": lambda: "\n".join(stdlib_documents(EVALUATED_MODULES).values()),
     "prose": prose,
     "reStructuredText": reference,
     "C++ headers": headers,
@@ -115,7 +109,3 @@ def fingerprint(*texts: str) -> str:
 
 def _package_folder(name: str) -> Path:
     return Path(importlib.import_module(name).__path__[0])
-
-
-def _is_long_string(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 200

@@ -122,43 +122,26 @@ def lines(
 
 
 @styled()
-def selection(selection: BlockSelection, ax: Axes | None = None, *, head: int = 0, title: str | None = None) -> Axes:
-    """Draw the block pairs of one head of the first prompt: kept dark, skipped light, future blank."""
-    if ax is None:
-        _, ax = new(width=3.6)
-    kept = selection.to_mask()[0, head].cpu().numpy()
-    nq, nk = kept.shape
-    causal = np.tri(nq, nk, nk - nq, dtype=bool)
-    colours = ListedColormap(["white", "0.88", PALETTE[0]])
-    ax.imshow(causal.astype(int) + kept, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
-    ax.grid(False)
-    default = f"{kept.sum()} of {causal.sum()} causal block pairs are computed"
-    ax.set_title(title or default)
-    ax.set_xlabel(f"key block [{selection.block_size} tokens]")
-    ax.set_ylabel(f"query block [{selection.block_size} tokens]")
-    return ax
-
-
-@styled()
 def selections(chosen: Mapping[str, BlockSelection], *, head: int = 0, columns: int = 6) -> Figure:
-    """Grid of one `selection` picture per method, with its name and density."""
+    """Grid with the block pairs of one head per method: kept dark, skipped light, future blank; name and density."""
     lines = -(-len(chosen) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1.7 * columns, 2.1 * lines), squeeze=False)
-    for ax in axes.flat[len(chosen) :]:
-        ax.set_axis_off()
-    for ax, (name, kept) in zip(axes.flat, chosen.items(), strict=False):
-        selection(kept, ax, head=head).set_title(f"{name}\n{kept.density():.2f}", fontsize=7)
-        ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
+    figure = plt.figure(figsize=(1.7 * columns, 2.1 * lines))
+    colours = ListedColormap(["white", "0.88", PALETTE[0]])
+    for place, (name, selection) in enumerate(chosen.items(), 1):
+        kept = selection.to_mask()[0, head].cpu().numpy()
+        nq, nk = kept.shape
+        causal = np.tri(nq, nk, nk - nq, dtype=bool)
+        ax = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
+        ax.imshow(causal.astype(int) + kept, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+        ax.set_title(f"{name}\n{selection.density():.2f}", fontsize=7)
     return figure
 
 
 @styled()
-def attention_map(mass: Tensor, kept: BlockSelection, ax: Axes, *, head: int = 0, title: str | None = None) -> Axes:
+def attention_map(mass: Tensor, kept: BlockSelection, ax: Axes, *, head: int = 0, title: str) -> Axes:
     """Draw the attention of one head, darker for larger shares: blue on kept block pairs, grey on the others.
 
-    Args:
-        mass: Shares of each row, [rows, columns], at any resolution that divides the blocks.
-        kept: Selection whose head `head` is shown.
+    `mass` holds the shares of each row, [rows, columns], at any resolution that divides the blocks of `kept`.
     """
     cell = -(-kept.kv_len // mass.shape[1])
     mask = kept.to_mask()[0, head].cpu()
@@ -171,5 +154,5 @@ def attention_map(mass: Tensor, kept: BlockSelection, ax: Axes, *, head: int = 0
         part = np.ma.masked_where(~shown | (mass.cpu().numpy() == 0), shares)  # future keys have share 0
         ax.imshow(part, cmap=colours, vmin=-FAINTEST, vmax=0, extent=(0, last, last, first), interpolation="nearest")
     ax.grid(False)
-    ax.set(xlabel="key [token]", ylabel="query [token]", title=title or f"{kept.density():.0%} of the pairs kept")
+    ax.set(xlabel="key [token]", ylabel="query [token]", title=title)
     return ax

@@ -17,19 +17,12 @@ from stem.experiments import records
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Profile, seed, device and dtype of a notebook's run.
+    """Profile, seed, device and dtype of a notebook's run."""
 
-    Attributes:
-        profile: "smoke" (a CPU, minutes) or "full" (the published numbers, one GPU).
-        seed: Seed of every generator.
-        device: "cuda" where there is one, else "cpu".
-        dtype: bfloat16 on CUDA, float32 on the CPU.
-    """
-
-    profile: str
-    seed: int
-    device: torch.device
-    dtype: torch.dtype
+    profile: str  # "smoke" (a CPU, minutes) or "full" (the published numbers, one GPU)
+    seed: int  # of every generator
+    device: torch.device  # "cuda" where there is one, else "cpu"
+    dtype: torch.dtype  # bfloat16 on CUDA, float32 on the CPU
 
     @property
     def full(self) -> bool:
@@ -38,19 +31,10 @@ class Run:
 
 
 def setup(profile: str, seed: int) -> Run:
-    """Seed Python, NumPy and torch, choose the device, and print device, commit and versions.
-
-    Args:
-        profile: "smoke" or "full".
-        seed: Any integer >= 0.
-    Returns:
-        Profile, seed, device and dtype for the cells below.
-    """
-    facts = records.provenance(profile)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    cuda = torch.cuda.is_available()
+    """Seed Python, NumPy and torch, choose the device, and print device, commit and versions."""
+    facts, cuda = records.provenance(profile), torch.cuda.is_available()
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(seed)
     matplotlib.rcParams["figure.dpi"] = 72  # committed notebooks stay small
     print(f"{profile} profile on {facts['device']}, commit {facts['git_commit']}")
     print(", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers")))
@@ -60,24 +44,20 @@ def setup(profile: str, seed: int) -> Run:
 def check(claim: str, condition: Any) -> None:
     """Assert a claim of the text and print it, which shows the reader that it was verified.
 
-    Args:
-        claim: The claim in words.
-        condition: Anything with one truth value (bool, 0-d tensor, NumPy bool).
     Raises:
-        AssertionError: If the condition does not hold; its text is the claim.
+        AssertionError: If the condition (a bool, 0-d tensor or NumPy bool) does not hold; its text is the claim.
     """
-    if not bool(condition):
+    if not condition:
         raise AssertionError(f"does not hold: {claim}")
     print(f"ok: {claim}")
 
 
 def exercise(fn: Callable, against: Callable, args: tuple = ()) -> None:
-    """Compare a reader's solution with the library's answer on the same arguments.
+    """Compare the solution `fn` of a reader with the library's answer on the same positional arguments.
 
-    Args:
-        fn: The reader's function; it returns None as long as it is not attempted.
-        against: The library's function. Its tensors, numbers, sequences, mappings and dataclasses are compared to 1e-4.
-        args: Positional arguments of both.
+    A solution that returns None is not attempted. Tensors, numbers, sequences, mappings and dataclasses are compared to
+    1e-4.
+
     Raises:
         AssertionError: If the solution was attempted and differs from the answer.
     """
@@ -95,17 +75,9 @@ def exercise(fn: Callable, against: Callable, args: tuple = ()) -> None:
 
 
 def run_from_shell(number: str, experiment: str, arguments: Sequence[str] | None = None) -> None:
-    """Run the notebook that writes results/<experiment>/, through scripts/reproduce.py; exit as that script does.
-
-    Args:
-        number: Of the notebook, for example "01".
-        experiment: Name of its module in stem.experiments, for the help text.
-        arguments: Command line; None takes this process's.
-    """
-    name = f"python -m stem.experiments.{experiment}"
-    parser = argparse.ArgumentParser(
-        prog=name, description=f"Run notebook {number}, which writes results/{experiment}/."
-    )
+    """Run the notebook that writes results/<experiment>/, through scripts/reproduce.py; exit as that script does."""
+    told = f"Run notebook {number}, which writes results/{experiment}/."
+    parser = argparse.ArgumentParser(prog=f"python -m stem.experiments.{experiment}", description=told)
     parser.add_argument("--profile", choices=[*records.PROFILES, "auto"], default="auto", help="auto: full on CUDA")
     profile = parser.parse_args(arguments).profile
     script = records.repository_root() / "scripts" / "reproduce.py"

@@ -19,6 +19,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from stem.validation import check_choice
+
 PROFILES = ("smoke", "full")
 PROVENANCE = (
     "machine", "device", "torch", "triton", "transformers", "python", "git_commit", "date", "profile",
@@ -76,26 +78,14 @@ def _version(package: str) -> str:
 
 def provenance(profile: str) -> dict[str, str]:
     """Provenance of a row measured now: its columns in the order of `PROVENANCE`."""
-    _check_profile(profile)
-    return {
-        "machine": machine_name(),
-        "device": device_name(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "python": platform.python_version(),
-        "git_commit": git_commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "profile": profile,
-    }
+    check_choice("profile", profile, PROFILES)
+    versions = torch.__version__, _version("triton"), _version("transformers"), platform.python_version()
+    values = machine_name(), device_name(), *versions, git_commit(), datetime.now(UTC).strftime("%Y-%m-%d"), profile
+    return dict(zip(PROVENANCE, values, strict=True))
 
 
 def results_dir(experiment: str) -> Path:
-    """Create and return the folder of an experiment's rows and figures, under STEM_RESULTS or results/.
-
-    Args:
-        experiment: "speed", or an experiment and its part, "long_context/answers".
-    """
+    """Create and return the folder of an experiment's rows and figures, under STEM_RESULTS or results/."""
     folder = Path(os.environ.get("STEM_RESULTS") or repository_root() / "results") / _check_name(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -108,7 +98,9 @@ def write_rows(
     *,
     same: Sequence[str] | None = None,
 ) -> Path:
-    """Write this machine's rows of one experiment in place of its last run with this profile.
+    """Write this machine's rows of one experiment in place of its last run with this profile; returns the CSV's path.
+
+    The file is written under a temporary name and then moved, so it is never half-written.
 
     Args:
         experiment: Folder under results/, for example "speed" or "long_context/answers".
@@ -116,8 +108,6 @@ def write_rows(
         profile: "smoke" (file <machine>-smoke.csv) or "full" (<machine>.csv).
         same: Columns that tell what a row measured, for a run that measures a part. Old rows stay, with their own
             provenance, unless they agree with a new row in all of these columns. None replaces all old rows.
-    Returns:
-        The CSV's path. The file is written under a temporary name and then moved, so it is never half-written.
     Raises:
         ValueError: On no rows, an unknown profile, a bad name, or a reserved column.
     """
@@ -155,17 +145,11 @@ def _replaced(path: Path, new: pd.DataFrame, same: list[str]) -> pd.DataFrame:
 def read_rows(experiment: str) -> pd.DataFrame:
     """Rows of one experiment from all machines, smoke and full, with the columns of `PROVENANCE`.
 
-    Args:
-        experiment: Folder under results/, for example "speed" or "long_context/answers".
-    Returns:
-        All rows under one index, NaN where a machine did not write a column; empty without files. A file under
-        STEM_RESULTS hides the file with its name in results/.
+    Columns that a machine did not write are NaN; without files there are no rows. A file under STEM_RESULTS hides the
+    file with its name in results/.
     """
-    files = {
-        path.name: path for path in sorted((repository_root() / "results" / _check_name(experiment)).glob("*.csv"))
-    }
-    if redirected := os.environ.get("STEM_RESULTS"):
-        files |= {path.name: path for path in sorted((Path(redirected) / experiment).glob("*.csv"))}
+    places = (repository_root() / "results", Path(os.environ.get("STEM_RESULTS") or repository_root() / "results"))
+    files = {path.name: path for place in places for path in (place / _check_name(experiment)).glob("*.csv")}
     if not files:
         return pd.DataFrame(columns=list(PROVENANCE))
     return pd.concat([pd.read_csv(files[name]) for name in sorted(files)], ignore_index=True)
@@ -178,8 +162,3 @@ def _check_name(experiment: str) -> str:
             f"experiment must be one or two folder names of a-z, 0-9, _ and -, joined by a slash, got {experiment!r}"
         )
     return experiment
-
-
-def _check_profile(profile: str) -> None:
-    if profile not in PROFILES:
-        raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")

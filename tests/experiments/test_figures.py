@@ -30,16 +30,13 @@ def title(ax):
     return ax.get_title(loc="left")
 
 
-def test_selection_shows_kept_skipped_and_future():
+def test_selections_show_kept_skipped_and_future():
     mask = torch.eye(4, dtype=torch.bool)[None, None]
-    chosen = stem.BlockSelection.from_mask(mask, 16)
-    ax = figures.selection(chosen)
-    assert title(ax) == "4 of 10 causal block pairs are computed"
-    assert ax.get_xlabel() == "key block [16 tokens]"
+    (ax,) = figures.selections({"diagonal": stem.BlockSelection.from_mask(mask, 16)}).axes
+    assert title(ax) == "diagonal\n0.40"
     picture = ax.images[0].get_array()
     assert (np.diag(picture) == 2).all() and (picture[np.tril_indices(4, -1)] == 1).all()
     assert (picture[np.triu_indices(4, 1)] == 0).all()
-    assert title(figures.selection(chosen, figures.new()[1], title="mine")) == "mine"
 
 
 def test_lines_shade_a_band_and_keep_the_order():
@@ -86,7 +83,7 @@ def test_selections_is_a_grid_with_names_and_densities():
     q = torch.zeros(1, 2, 64, 16)
     config = stem.StemConfig(block_size=16, density=0.7, sink_blocks=1, local_blocks=1)
     chosen = {name: stem.patterns.select(name, q, q, q, config) for name in ("dense", "sliding_window", "a_shape")}
-    shown = [ax for ax in figures.selections(chosen, head=1, columns=2).axes if ax.axison]
+    shown = figures.selections(chosen, head=1, columns=2).axes
     assert [title(ax) for ax in shown] == ["dense\n1.00", "sliding_window\n0.70", "a_shape\n0.70"]
     assert np.array_equal(shown[1].images[0].get_array() == 2, chosen["sliding_window"].to_mask()[0, 1])
 
@@ -95,9 +92,9 @@ def test_attention_map_is_blue_where_kept_and_grey_elsewhere():
     mask = torch.ones(1, 1, 2, 3, dtype=torch.bool).tril(1)
     mask[..., 0] = False
     kept = stem.BlockSelection.from_mask(mask, 16, q_len=20, kv_len=40)
-    ax = figures.attention_map(torch.full((3, 5), 0.2), kept, figures.new()[1])  # cells of 8 tokens
+    ax = figures.attention_map(torch.full((3, 5), 0.2), kept, figures.new()[1], title="mine")  # cells of 8 tokens
     grey, blue = (image.get_array() for image in ax.images)
     assert (grey.mask == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]).all()
     assert (blue.mask == ~grey.mask).all() and grey.data[0, 0] == pytest.approx(np.log10(0.2))
     assert ax.images[0].get_extent() == [0, 40, 40, 16]
-    assert title(ax) == "60% of the pairs kept"
+    assert title(ax) == "mine"
