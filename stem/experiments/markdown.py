@@ -31,10 +31,12 @@ def tokens_label(tokens: float) -> str:
     return str(tokens)
 
 
-def full_rows(experiment: str) -> pd.DataFrame:
-    """The rows of full runs; smoke rows of a laptop change no table."""
+def full_rows(experiment: str, **values: object) -> pd.DataFrame:
+    """The rows of full runs that hold these values in these columns; smoke rows of a laptop change no table."""
     rows = records.read_rows(experiment)
-    return rows[rows.profile == "full"]
+    for column, value in ({"profile": "full"} | values).items():
+        rows = rows[rows[column] == value] if len(rows) else rows
+    return rows
 
 
 def by_device(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
