@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -66,15 +67,6 @@ def fingerprints(root: Path, profile: str) -> dict[Path, str]:
     return prints
 
 
-def choose_profile(name: str) -> str:
-    """Return the profile that "auto" means here: "full" on a machine with CUDA, else "smoke"."""
-    if name != "auto":
-        return name
-    import torch  # late: takes a second, and only auto needs it
-
-    return "full" if torch.cuda.is_available() else "smoke"
-
-
 def choose_notebooks(paths: list[Path], only: str | None) -> list[Path]:
     """Return the notebooks whose number is `only` (such as "02" or "2"), or all of them without `only`."""
     if not paths:
@@ -99,91 +91,67 @@ def strip(path: Path) -> None:
             del cell.metadata["tags"]
         for output in cell.get("outputs", []):
             if picture := output.get("data", {}).get("image/png"):
-                output.data["image/png"] = fewer_colours(picture)
+                image, file = Image.open(io.BytesIO(base64.b64decode(picture))), io.BytesIO()
+                image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+                output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
     nbformat.write(notebook, path)
 
 
-def fewer_colours(picture: str) -> str:
-    """Return a base64 PNG with at most 256 colours."""
-    file = io.BytesIO()
-    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def processes(pid: int) -> list[psutil.Process]:
+def family(process: subprocess.Popen) -> list[psutil.Process]:
     """Return a process and all its descendants, or an empty list after its end."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def cpu_seconds(pid: int) -> dict[int, float]:
-    """Map the id of a process and of each descendant to the CPU time that it has used [s]."""
-    used = {}
-    for process in processes(pid):
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        used[process.pid] = times.user + times.system
-    return used
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
 
 
 def end(process: subprocess.Popen) -> None:
     """End a process and all its descendants: ask, then kill after five seconds."""
-    family = processes(process.pid)
-    for signal_name in ("terminate", "kill"):
-        for member in family:
-            try:
-                getattr(member, signal_name)()
-            except psutil.NoSuchProcess:
-                pass
-        _, family = psutil.wait_procs(family, timeout=5)
+    members = family(process)
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for member in members:
+            with suppress(psutil.NoSuchProcess):
+                stop(member)
+        _, members = psutil.wait_procs(members, timeout=5)
     process.wait()
 
 
 class SilenceWatch(threading.Thread):
-    """Ends a process that for `limit_s` seconds neither called `heard` nor used CPU time, its descendants included.
+    """Ends a process that for `limit_s` seconds neither printed nor used CPU time, its descendants included.
 
-    Attributes:
-        silent_s: Length of the silence after which the process was ended [s]; None while it runs.
+    The caller sets `last_sign` when the process prints. `silent_s` is the length of the silence that ended it [s].
     """
 
     def __init__(self, process: subprocess.Popen, limit_s: float):
         super().__init__(daemon=True)
-        self.process, self.limit_s = process, limit_s
-        self.silent_s: float | None = None
-        self.last_sign = time.monotonic()
+        self.process, self.limit_s, self.silent_s, self.last_sign = process, limit_s, None, time.monotonic()
+        self.cpu_s: dict[int, float] = {}  # CPU time of each process at the last look [s]
 
-    def heard(self) -> None:
-        """Note that the process printed something."""
-        self.last_sign = time.monotonic()
+    def has_worked(self, interval_s: float) -> bool:
+        """Whether the processes used CPU time in the interval since the last look."""
+        before, self.cpu_s = self.cpu_s, {}
+        for member in family(self.process):
+            with suppress(psutil.NoSuchProcess):
+                self.cpu_s[member.pid] = sum(member.cpu_times()[:2])  # user and system
+        return sum(max(0.0, s - before.get(pid, 0.0)) for pid, s in self.cpu_s.items()) > IDLE_SHARE * interval_s
 
     def run(self) -> None:
-        """Compare CPU times every few seconds until the process ends."""
-        interval_s, before = min(5.0, self.limit_s / 10), cpu_seconds(self.process.pid)
+        """Look at the processes every few seconds until the first of them ends."""
+        interval_s = min(5.0, self.limit_s / 10)
         while self.process.poll() is None:
-            time.sleep(interval_s)
-            now = cpu_seconds(self.process.pid)
-            if sum(max(0.0, used - before.get(pid, 0.0)) for pid, used in now.items()) > IDLE_SHARE * interval_s:
-                self.heard()
-            before = now
+            if self.has_worked(interval_s):
+                self.last_sign = time.monotonic()
             silent_s = time.monotonic() - self.last_sign
             if silent_s > self.limit_s and self.process.poll() is None:
                 self.silent_s = silent_s
                 end(self.process)
+            time.sleep(interval_s)
 
 
 def execution_order(notebook: Path, profile: str) -> list[tuple[int, nbformat.NotebookNode]]:
-    """Return (number in the notebook, cell) in the order in which papermill counts cells.
-
-    The full profile has one cell more: papermill injects its parameters after the cell tagged "parameters".
-    """
+    """Return (number in the notebook, cell) in the order in which papermill counts cells."""
     order = list(enumerate(nbformat.read(notebook, 4).cells, 1))
-    if profile == "full":
+    if profile == "full":  # papermill injects its parameters as a cell after the one tagged "parameters"
         (tagged,) = [i for i, (_, cell) in enumerate(order) if "parameters" in cell.metadata.get("tags", [])]
         order.insert(tagged + 1, order[tagged])
     return order
@@ -192,17 +160,10 @@ def execution_order(notebook: Path, profile: str) -> list[tuple[int, nbformat.No
 def execute(
     notebook: Path, partial: Path, log: Path, profile: str, silence_min: float, show: Callable[[str, str], None]
 ) -> None:
-    """Run one notebook with papermill.
+    """Run one notebook in its folder with papermill; write the executed copy to `partial` and its output to `log`.
 
-    Args:
-        notebook: The notebook; its folder is the working directory of its kernel.
-        partial: Path of the executed copy.
-        log: Path of the log, which gets papermill's output line by line.
-        profile: "smoke" or "full".
-        silence_min: Minutes without output and CPU time after which the notebook is stopped, > 0.
-        show: Called with ("cell 3/40", heading of the section) at the start of each cell.
-    Raises:
-        Failure: If a cell fails, the kernel dies, or the notebook is stopped.
+    `show` is called with ("cell 3/40", heading of the section) at the start of each cell. Raises Failure if a cell
+    fails, the kernel dies, or the notebook is stopped because it was silent for `silence_min` minutes.
     """
     arguments = dict(input_path=str(notebook), output_path=str(partial), cwd=str(notebook.parent))
     arguments |= dict(kernel_name="python3", language="python", log_output=True, progress_bar=False)
@@ -223,7 +184,7 @@ def execute(
     try:
         with log.open("w") as file:
             for line in process.stdout:
-                watch.heard()
+                watch.last_sign = time.monotonic()
                 file.write(line)
                 file.flush()
                 if not (event := re.match(r"(Executing|Ending) Cell (\d+)-", line)):
@@ -261,8 +222,7 @@ class Progress:
     """Shows how far a notebook is: one changing line in a terminal, a line for each section elsewhere."""
 
     def __init__(self, title: str):
-        self.title, self.started, self.heading = title, time.monotonic(), ""
-        self.terminal = sys.stdout.isatty()
+        self.title, self.started, self.heading, self.terminal = title, time.monotonic(), "", sys.stdout.isatty()
         if not self.terminal:
             print(title, flush=True)
 
@@ -285,17 +245,7 @@ class Progress:
 
 
 def run(root: Path, profile: str, only: str | None, force: bool, silence_min: float) -> list[Path]:
-    """Bring the executed copies up to date and return their paths.
-
-    Args:
-        root: Checkout with notebooks/, stem/ and kernels/.
-        profile: "smoke" or "full".
-        only: Number of the one notebook to run; None runs all.
-        force: Run notebooks that are up to date too.
-        silence_min: See `execute`.
-    Raises:
-        Failure: At the first notebook that does not run to its end.
-    """
+    """Bring the executed copies up to date and return their paths; stop with a Failure at the first that fails."""
     prints = fingerprints(root, profile)
     chosen = choose_notebooks(list(prints), only)
     folder = root / "results" / "notebooks" / profile
@@ -305,10 +255,10 @@ def run(root: Path, profile: str, only: str | None, force: bool, silence_min: fl
         copy, stamp = folder / notebook.name, folder / f"{notebook.stem}.json"
         title = f"[{number}/{len(chosen)}] {notebook.stem:<24} {profile}"
         copies.append(copy)
-        if not force and copy.exists() and stamp.exists():
-            if json.loads(stamp.read_text())["fingerprint"] == prints[notebook]:
-                print(f"{title}  up to date")
-                continue
+        known = json.loads(stamp.read_text())["fingerprint"] if copy.exists() and stamp.exists() else None
+        if known == prints[notebook] and not force:
+            print(f"{title}  up to date")
+            continue
         stamp.unlink(missing_ok=True)
         partial, progress = folder / f"{notebook.stem}.partial.ipynb", Progress(title)
         try:
@@ -336,13 +286,8 @@ def main() -> None:
     parser.add_argument("--profile", choices=["smoke", "full", "auto"], default="auto", help="auto: full on CUDA")
     parser.add_argument("--only", metavar="NN", help="run this notebook only")
     parser.add_argument("--force", action="store_true", help="run even what is up to date")
-    parser.add_argument(
-        "--silence",
-        type=float,
-        default=SILENCE_MIN,
-        metavar="MIN",
-        help="stop a notebook after so many minutes without output and CPU time (%(default)g)",
-    )
+    silence = "stop a notebook after so many minutes without output and CPU time (%(default)g)"
+    parser.add_argument("--silence", type=float, default=SILENCE_MIN, metavar="MIN", help=silence)
     parser.add_argument("--publish", action="store_true", help="copy the executed notebooks over notebooks/")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to work on")
     arguments = parser.parse_args()
@@ -351,9 +296,12 @@ def main() -> None:
     if not arguments.silence > 0:
         parser.error(f"--silence must be > 0 minutes, got {arguments.silence:g}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `timeout` end like Ctrl-C
-    profile = choose_profile(arguments.profile)
+    if arguments.profile == "auto":
+        import torch  # late: takes a second, and only auto needs it
+
+        arguments.profile = "full" if torch.cuda.is_available() else "smoke"
     try:
-        copies = run(arguments.root, profile, arguments.only, arguments.force, arguments.silence)
+        copies = run(arguments.root, arguments.profile, arguments.only, arguments.force, arguments.silence)
         if arguments.publish:
             publish(copies, arguments.root / "notebooks")
     except Failure as failure:

@@ -40,9 +40,7 @@ def stem_attention_forward(
     """Attention function of transformers: sparse prefill on enabled modules, SDPA for decode and all other modules.
 
     Args:
-        module: The attention module, with Stem's state in `stem_layer` where Stem is enabled.
-        query: [B, Hq, Nq, D].
-        key, value: [B, Hkv, Nk, D]; values may have fewer dimensions (latent attention).
+        query, key, value: [B, Hq, Nq, D] and [B, Hkv, Nk, D]; values may have fewer dimensions (latent attention).
         attention_mask: From stem_mask, or a causal token mask [B or 1, 1, Nq, Nk], bool or additive.
         scaling: Softmax scale, default D**-0.5.
         kwargs: `cu_seq_lens_q` and `cu_seq_lens_k` separate packed sequences.
@@ -61,7 +59,7 @@ def stem_attention_forward(
         mask = packed_mask(mask, kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key)
     if not query.numel():  # an empty batch
         return _attend_densely(query, key, value, scaling).transpose(1, 2), None
-    if layer is None or not layer.is_sparse or query.shape[2] == 1:
+    if layer is None or layer.own or layer.config is None or query.shape[2] == 1:
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
         return sdpa_attention_forward(module, query, key, value, token_mask(mask, query, key), **options)
     if not is_causal:

@@ -53,9 +53,8 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
 def own_attention(module: nn.Module) -> str | None:
     """Reason why an attention module is not sparse whatever its config; None for full causal attention.
 
-    Returns:
-        The layer's type, such as "sliding_attention", or "dense: head_dim 512". A window that the model's longest
-        context cannot leave is full attention.
+    The reason is the layer's type, such as "sliding_attention", or "dense: head_dim 512". A window that the model's
+    longest context cannot leave is full attention.
     """
     config, index = module.config, module.layer_idx
     window = getattr(config, "sliding_window", None) or float("inf")

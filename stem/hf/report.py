@@ -56,11 +56,6 @@ class Layer:
         name = "stem" if isinstance(self.config, StemConfig) else "selector"
         return f"{name}; prompts dense because of gaps in their padding: {self.gaps}" if self.gaps else name
 
-    @property
-    def is_sparse(self) -> bool:
-        """Whether prefill is sparse where the model calls Stem."""
-        return self.own is None and self.config is not None
-
     def count(self, selection: BlockSelection) -> None:
         """Add the kept and the causal block pairs of one call."""
         self.kept = self.kept + selection.kv_num_blocks.detach().sum((0, 2), dtype=torch.int64)
@@ -78,12 +73,11 @@ class Report(Sequence):
 
     Each row is a dict:
         layer: Index of the layer in the model. Linear layers of hybrid models have no row: see `layer`.
-        attention: "stem" or "selector" where prefill is sparse, followed by the number of prompts that were dense
-            because of gaps in their padding. "dense" where the config is None, or "dense: ..." with the reason why Stem
-            cannot serve the layer. The model's own type where that is not full attention, such as
-            "sliding_attention". The implementation that the user chose after `enable`, such as "eager".
-        density: Kept over causal block pairs in Stem's prefill since `enable`, in [0, 1]: the mean of head_density. 1.0
-            for dense layers. None for other attention, and before the first prefill.
+        attention: "stem" or "selector", followed by the number of prompts that were dense because of gaps in their
+            padding. "dense" where the config is None, "dense: ..." with the reason why Stem cannot serve the layer. The
+            model's own type, such as "sliding_attention", or the user's later choice, such as "eager".
+        density: Kept over causal block pairs in prefill since `enable`, in [0, 1]: the mean of head_density. 1.0 for
+            dense layers. None for other attention, and before the first prefill.
         head_density: Density of each head, or None.
     """
 

@@ -24,18 +24,17 @@ def enable(
 ) -> None:
     """Make a model's prefill sparse; a second call replaces the config and restarts the density counts.
 
-    The model gets copies of its config objects, so that other models made from the same config keep their attention.
-
     Args:
-        model: A causal language model of transformers, or a module that holds one.
-        config: For every layer (default StemConfig()), or per layer: a sequence with an entry for each, or a mapping
-            from layer index, in which None, or a layer missing in the mapping, is dense. In place of a config, a
-            Selector (q, k, v) -> BlockSelection chooses the blocks, for example
-            functools.partial(stem.patterns.select, "xattention"); its q is scaled so that the softmax scale is D**-0.5.
+        model: A causal language model of transformers, or a module that holds one. It gets copies of its config
+            objects, so that other models made from the same config keep their attention.
+        config: For every layer (default StemConfig()), or per layer: a sequence, or a mapping from layer index. Layers
+            with None, or missing in the mapping, are dense. In place of a config, a Selector (q, k, v) ->
+            BlockSelection chooses the blocks, for example functools.partial(stem.patterns.select, "xattention"). Its q
+            is scaled so that the softmax scale is D**-0.5.
         impl: See stem.block_sparse_attention.
-        prompt_length: Tokens of the whole prompt, left padding included, where the prompt is given in chunks
-            (generate's `prefill_chunk_size`, a cached prefix): see stem.stem_attention. Tokens after the prompt count
-            as its end, and so does the last token before padding on the right. Default: each call ends its prompt.
+        prompt_length: Tokens of the whole prompt, left padding included, where the prompt is given in chunks, see
+            stem.stem_attention. Tokens after the prompt count as its end, and so does the last token before padding on
+            the right. Default: each call ends its prompt.
     Raises:
         TypeError: If model is no torch module or a config is no StemConfig.
         ValueError: If Stem cannot replace the model's attention or would leave every layer dense, config does not fit
@@ -45,10 +44,8 @@ def enable(
     modules = attention_modules(model)
     configs = config_by_layer(StemConfig() if config is None else config, modules)
     check_prompt_length(prompt_length, 1)
-    if prompt_length is not None and any(callable(entry) for entry in configs.values()):
-        raise ValueError(
-            f"prompt_length={prompt_length} is for a StemConfig; a Selector does not know the prompt's end"
-        )
+    if prompt_length is not None and any(map(callable, configs.values())):
+        raise ValueError(f"prompt_length={prompt_length} is for a StemConfig, not for a Selector")
     own = {index: own_attention(module) for index, module in modules.items()}
     refuse_dense_models(model, {index: reason for index, reason in own.items() if configs[index] is not None})
     disable(model)
@@ -56,9 +53,7 @@ def enable(
     for index, module in modules.items():
         previous = module.config._attn_implementation
         previous = "sdpa" if previous == NAME else previous  # a model made from the config of an enabled one
-        module.stem_layer = Layer(
-            index, configs[index], impl, prompt_length, own[index], settings=module.config, previous=previous
-        )
+        module.stem_layer = Layer(index, configs[index], impl, prompt_length, own[index], module.config, previous)
     for module in modules.values():
         _choose(module, NAME)
 
@@ -83,8 +78,8 @@ def stem_prefill(
 ) -> Iterator[Report]:
     """`enable` for the length of a with block; yields the Report, which remains readable afterwards.
 
-    At its end the model has the attention that it had before, Stem with its earlier config included, unless another
-    one was chosen within the block.
+    The model then has its earlier attention again (Stem with its earlier config included), unless another one was
+    chosen within the block.
     """
     before = _enabled_layers(model)
     paused = [module for module in before if module.config._attn_implementation == NAME]
