@@ -12,11 +12,11 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from stem.config import StemConfig
-from stem.experiments import figures, records
+from stem.experiments import figures
 from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, number, tokens_label
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
-WORSE = {"answer": "high", "right": "high", "generated": "high", "loss": "low"}  # the end of the interval nearer to 0
+MEASURES = ("answer", "right", "generated", "loss")
 UNITS = {"density": "computed share of the causal block pairs", "ms": "prefill of one prompt [ms]"}
 MODELS = {  # names in rows -> here
     "smollm2-0.1.2": "8K model",
@@ -26,6 +26,10 @@ MODELS = {  # names in rows -> here
     "gemma3-270m": "Gemma 3 270M",
 }
 NATS = "log p(answer), minus dense [nats]"
+ANSWERED = "Log-likelihood of the right answer, minus dense [nats], 95 % interval of the difference:"
+GENERATED = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
+READ = "Loss on the later half of documents, minus dense [nats per token]:"
+TIMED = "Speed-up of the whole model's batched prefill over dense attention, timed in turn:"
 
 
 def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
@@ -37,10 +41,8 @@ def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
     Returns:
         All columns of both parts, and "cell", which joins task and length.
     """
-    parts = []
-    for experiment, of in (("long_context/answers", device), ("long_context/extension", extension_device or device)):
-        found = records.read_rows(experiment)
-        parts.append(found[(found.device == of) & (found.profile == "full")])
+    answers, extension = full_rows("long_context/answers"), full_rows("long_context/extension")
+    parts = (answers[answers.device == device], extension[extension.device == (extension_device or device)])
     found = pd.concat([part for part in parts if len(part)], ignore_index=True)
     return found.assign(model=found.model.replace(MODELS), cell=found.task + ", " + found.length.map(tokens_label))
 
@@ -52,7 +54,7 @@ def verdict(nats: float) -> str:
 
 def coverage(rows: pd.DataFrame) -> pd.DataFrame:
     """Number of methods, densities, block sizes, tasks and (fewest) samples, by model, measure and length."""
-    chosen = rows[(rows.method != "dense") & rows.measure.isin([*WORSE, "time"]) & (rows.task != "all")]
+    chosen = rows[(rows.method != "dense") & rows.measure.isin([*MEASURES, "time"]) & (rows.task != "all")]
     groups = chosen.groupby(["model", "measure", "length"], sort=False)
     counts = dict(methods=("method", "nunique"), densities=("asked", "nunique"), block_sizes=("block_size", "nunique"))
     return groups.agg(**counts, tasks=("task", "nunique"), samples=("count", "min"))
@@ -64,12 +66,11 @@ def controls(rows: pd.DataFrame) -> pd.DataFrame:
     For documents, the last span of all kinds counts. The control fails where the interval of its difference to dense
     attention lies on the bad side of zero, and for answers beyond `FAILS`.
     """
-    window = rows[(rows.method == "window") & rows.measure.isin(WORSE)]
-    documents = (window.measure == "loss") & (window.task == "all")
-    window = window[(window.measure != "loss") | documents & (window.stop == window.length)]
-    near = pd.Series([row[WORSE[row.measure]] for _, row in window.iterrows()], window.index, dtype=float)
-    limits = window.measure.map({"answer": FAILS}).fillna(0.0)
-    fails = near.where(window.measure != "loss", -near) < limits
+    window = rows[(rows.method == "window") & rows.measure.isin(MEASURES)]
+    window = window[(window.measure != "loss") | (window.task == "all") & (window.stop == window.length)]
+    loss = window.measure == "loss"
+    near = window.low.where(loss, window.high)  # the end of the interval nearer to zero
+    fails = near.where(~loss, -near) < window.measure.map({"answer": FAILS}).fillna(0.0)
     columns = ["model", "measure", "cell", "block_size", "density", "dense", "difference"]
     return window[columns].assign(near=near, fails=fails).set_index(columns[:4]).sort_index()
 
@@ -83,9 +84,8 @@ def differences(rows: pd.DataFrame, measure: str, asked: float, block_size: int,
     chosen = rows[(rows.measure == measure) & (rows.task != "all")]
     chosen = chosen[(chosen.asked == asked) & (chosen.block_size == block_size)]
     table = chosen.pivot_table(index="method", columns=by, values="difference", sort=False)
-    density = chosen.groupby("method").density.mean()
     table.insert(0, "mean", table.mean(axis=1, skipna=False))
-    table.insert(0, "density", density)
+    table.insert(0, "density", chosen.groupby("method").density.mean())
     return table.sort_values("mean", ascending=measure == "loss")
 
 
@@ -162,28 +162,24 @@ def quality() -> str:
     rows = rows[rows.groupby(["device", "block_size"]).method.transform(lambda of: {"adaptive", "stem"} <= set(of))]
     parts = []
     for (device, size), part in rows.groupby(["device", "block_size"], sort=True):
-        tokens, texts = part.tokens.max(), sorted(part.text.unique())
+        texts = sorted(part.text.unique())
         asked = sorted(part[part.method == "stem"].asked.unique())
-        told = f"**{part.model.iloc[0]}** on {device}, every layer sparse, blocks of {size:.0f} tokens, windows of "
-        told += (
-            f"{tokens_label(tokens)} tokens of {len(texts)} kinds of text ({', '.join(texts)}). Cells hold the loss "
-        )
-        told += "above dense, mean over all positions [nats per token], and the computed density where it differs from "
-        told += "the density asked for."
         means = part.groupby(["method", "asked"])[["gap", "density"]].mean()
+        cells = {
+            key: f"{gap:+.4f}" + (f" ({density:.1%})" if abs(density - key[1]) > 0.005 else "")
+            for key, gap, density in means.itertuples()
+        }
         order = part[part.asked.isin(asked)].groupby("method").gap.mean().sort_values().index
-        lines = [[method, *(_gap_at(means, method, at) for at in asked)] for method in order]
-        header = ["method", *(f"asked for {at:.0%}" for at in asked)]
+        lines = [[method, *(cells.get((method, at), MISSING) for at in asked)] for method in order]
         cost = _cost_sentence(device) if size == StemConfig.preset("adaptive").block_size else ""  # as it was timed
-        parts += [f"{told}{_quality_sentence(means)}{cost}", markdown_table(header, lines)]
+        parts.append(
+            f"**{part.model.iloc[0]}** on {device}, every layer sparse, blocks of {size:.0f} tokens, windows of "
+            f"{tokens_label(part.tokens.max())} tokens of {len(texts)} kinds of text ({', '.join(texts)}). Cells hold "
+            "the loss above dense, mean over all positions [nats per token], and the computed density where it differs "
+            f"from the density asked for.{_quality_sentence(means)}{cost}"
+        )
+        parts.append(markdown_table(["method", *(f"asked for {at:.0%}" for at in asked)], lines))
     return "\n\n".join(parts)
-
-
-def _gap_at(means: pd.DataFrame, method: str, asked: float) -> str:
-    if (method, asked) not in means.index:
-        return MISSING
-    gap, density = means.loc[(method, asked)]
-    return f"{gap:+.4f}" + (f" ({density:.1%})" if abs(density - asked) > 0.005 else "")
 
 
 def _quality_sentence(means: pd.DataFrame) -> str:
@@ -200,13 +196,12 @@ def _quality_sentence(means: pd.DataFrame) -> str:
 
 def _cost_sentence(device: str) -> str:
     """Sentence on the time of block selection at the longest timed length, beside Stem's scores and selection."""
-    cost = full_rows("long_context/selection_cost")
-    cost = cost[cost.device == device] if len(cost) else cost
+    cost, own = full_rows("long_context/selection_cost"), full_rows("speed")
+    cost = cost[cost.device == device]
     if cost.empty:
         return ""
-    row = cost.sort_values("tokens").iloc[-1]
-    timed = full_rows("speed")
-    own = timed[(timed.device == device) & (timed.tokens == row.tokens) & (timed.config == "default")]
+    row = cost.loc[cost.tokens.idxmax()]
+    own = own[(own.device == device) & (own.tokens == row.tokens) & (own.config == "default")]
     parts = own[own.operation.isin(("scores", "selection"))].latency_ms.sum()
     attention = own[own.operation == "attention"].latency_ms.min()
     return (
@@ -227,80 +222,65 @@ def evaluation() -> str:
         part = part[part.length.isin(part[part.method != "dense"].length)]
         if part.empty:
             continue
-        answers = part[part.measure == "answer"]
         asked, size = part[part.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()  # of most measures
-        told = f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
-        told += "teacher-forced in one sparse forward. The short window is the control that must fail."
         sized = part.block_size.isna() | (part.block_size == size) | part.method.str.startswith("stem, ")  # presets
         at = part[(part.asked.isna() | (part.asked == asked)) & sized]
-        of = {measure: at[at.measure == measure] for measure in ("answer", "generated", "loss")}
-        halves = of["loss"][(of["loss"].task != "all") & (of["loss"].length == of["loss"].length.max())]
-        title = "Log-likelihood of the right answer, minus dense [nats], 95 % interval of the difference:"
-        parts += [told, _differences_table(title, of["answer"], "{:.1f}")]
-        title = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
-        parts += [_differences_table(title, of["generated"], "{:+.0%}")]
+        loss = at[(at.measure == "loss") & (at.task != "all")]
         parts += [
-            _differences_table("Loss on the later half of documents, minus dense [nats per token]:", halves, "{:+.3f}")
+            f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
+            "teacher-forced in one sparse forward. The short window is the control that must fail.",
+            _differences(ANSWERED, at[at.measure == "answer"], "{:.1f}"),
+            _differences(GENERATED, at[at.measure == "generated"], "{:+.0%}"),
+            _differences(READ, loss[loss.length == loss.length.max()], "{:+.3f}"),
+            _by_density(part[(part.measure == "answer") & part.asked.notna()]),
+            _times(at[at.measure == "time"]),
         ]
-        parts += [_by_density(answers), _times(at[at.measure == "time"])]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _by_density(answers: pd.DataFrame) -> str:
     """Answers of one task at the longest prompts, minus dense, one column per block size and density asked for."""
-    answers = answers[answers.asked.notna()]
-    cells = answers.groupby("task", sort=False).apply(lambda of: len(of[["asked", "block_size"]].drop_duplicates()))
-    if cells.max() < 2:
+    counts = answers.drop_duplicates(["task", "asked", "block_size"]).groupby("task", sort=False).size()
+    if counts.max() < 2:
         return ""
-    of = answers[answers.task == cells.idxmax()]
+    of = answers[answers.task == counts.idxmax()]
     of = of[of.length == of.length.max()]
     table = of.pivot_table(index="method", columns=["block_size", "asked"], values="difference")
     table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
     names = [f"{size:.0f}, {asked:.0%}" for size, asked in table.columns]
-    lines = [[row.Index, *(MISSING if pd.isna(x) else f"{x:.1f}" for x in row[1:])] for row in table.itertuples()]
+    lines = [[method, *(MISSING if pd.isna(x) else f"{x:.1f}" for x in nats)] for method, nats in table.iterrows()]
     title = f"{of.task.iloc[0]} at {tokens_label(of.length.iloc[0])} by block size and density asked for, minus dense "
-    title += "[nats]:"
-    return f"{title}\n\n{markdown_table(['method', *names], lines)}"
+    return f"{title}[nats]:\n\n{markdown_table(['method', *names], lines)}"
 
 
 def _times(rows: pd.DataFrame) -> str:
     """Speed-up of the whole model's prefill, one column per length, the fastest at the longest length first."""
     if rows.empty:
         return ""
-    share = rows.assign(share=rows.value / rows.dense)
-    table = share.pivot_table(index="method", columns="length", values="share")
-    dense = rows.groupby("length").dense.median()
-    lines = [["dense [ms]", *(f"{ms:.3g}" for ms in dense)]]
+    table = rows.assign(share=rows.value / rows.dense).pivot_table(index="method", columns="length", values="share")
+    lines = [["dense [ms]", *(f"{ms:.3g}" for ms in rows.groupby("length").dense.median())]]
     for method, shares in table.drop("dense", errors="ignore").sort_values(table.columns[-1]).iterrows():
         lines.append([method, *(MISSING if pd.isna(of) else f"{1 / of:.2f}×" for of in shares)])
-    title = "Speed-up of the whole model's batched prefill over dense attention, timed in turn:"
-    return f"{title}\n\n{markdown_table(['method', *map(tokens_label, table.columns)], lines)}"
+    return f"{TIMED}\n\n{markdown_table(['method', *map(tokens_label, table.columns)], lines)}"
 
 
-def _differences_table(title: str, rows: pd.DataFrame, form: str) -> str:
+def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
     """One line per method, best first, one column per task and length, with computed density and sample counts."""
     if rows.empty:
         return ""
-    rows = rows.assign(column=[f"{task}, {tokens_label(n)}" for task, n in zip(rows.task, rows.length, strict=True)])
-    columns = list(dict.fromkeys(rows.sort_values(["length"], kind="stable").column))
-    dense = rows[rows.method == "dense"].set_index("column").value
-    plain = form.replace("+", "")
-    first = (plain.format(dense[column]) for column in columns)
-    lines = [["dense itself", "100.0%", _counts(rows[rows.method == "dense"]), *first]]
-    others = rows[rows.method != "dense"]
-    loss = -1 if "loss" in set(rows.measure) else 1
-    for method in (loss * others.groupby("method").difference.mean()).sort_values(ascending=False).index:
-        of = others[others.method == method].set_index("column")
+    rows = rows.assign(column=rows.task + ", " + rows.length.map(tokens_label))
+    columns = rows.sort_values("length", kind="stable").column.unique()
+    sign = -1 if "loss" in set(rows.measure) else 1
+    order = (sign * rows.groupby("method").difference.mean().drop("dense")).sort_values(ascending=False).index
+    value, difference = form.replace("+", ""), f"{form} [{form}, {form}]"
+    lines = []
+    for method in ("dense", *order):
+        of, dense = rows[rows.method == method], method == "dense"
         texts = {
-            column: f"{form.format(row.difference)} [{form.format(row.low)}, {form.format(row.high)}]"
-            for column, row in of.iterrows()
+            row.column: value.format(row.value) if dense else difference.format(row.difference, row.low, row.high)
+            for row in of.itertuples()
         }
+        counts = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
         found = (texts.get(column, MISSING) for column in columns)
-        lines.append([method, f"{of.density.mean():.1%}", _counts(of), *found])
+        lines.append(["dense itself" if dense else method, f"{of.density.mean():.1%}", counts, *found])
     return f"{title}\n\n{markdown_table(['method', 'density', 'samples', *columns], lines)}"
-
-
-def _counts(rows: pd.DataFrame) -> str:
-    """Number of samples behind the means: "100", or "24 to 100"."""
-    fewest, most = int(rows["count"].min()), int(rows["count"].max())
-    return f"{most}" if fewest == most else f"{fewest} to {most}"
