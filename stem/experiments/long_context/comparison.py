@@ -21,19 +21,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stem import hf
-from stem.experiments.long_context.measures import (
-    answer_scores,
-    document_losses,
-    generated_scores,
-    interval,
-    prefill_ms,
-)  # fmt: skip
+from stem.experiments.long_context import measures
 from stem.experiments.long_context.methods import ADAPTIVE, Method, all_names, calibrator, methods, presets
 from stem.experiments.long_context.samples import Prompts, document_windows, exact_prompts
 from stem.experiments.long_context.study import Study, deal
@@ -55,36 +48,32 @@ class Comparison:
         self.model, self.tokenizer, self.name, self.seed = model, tokenizer, name, seed
         self.rows: list[dict] = []
         self.samples: list[dict] = []
-        self._dense: dict[tuple, _Measured] = {}
+        self._dense: dict[tuple, tuple] = {}
 
     def answers(self, method: Method, prompts: Prompts) -> None:
         """Add rows of the measures "answer" and "right"."""
-        ours, dense = self._measure(method, prompts.ids, "answer", lambda: answer_scores(self.model, prompts))
-        about = dict(task=prompts.task, length=prompts.ids.shape[1], density=ours.density, ms=ours.ms)
-        for place, measure in enumerate(("answer", "right")):
-            self._add(method, dict(measure=measure, **about), ours.result[place].float(), dense.result[place].float())
+        ours, dense, cost = self._measure(method, prompts.ids, measures.answer_scores, prompts)
+        about = dict(task=prompts.task, length=prompts.ids.shape[1], **cost)
+        for measure, *values in zip(("answer", "right"), ours, dense, strict=True):
+            self._add(method, dict(measure=measure, **about), *values)
 
     def generated(self, method: Method, prompts: Prompts) -> None:
         """Add a row of the measure "generated"; its `ms` includes decoding."""
-        ours, dense = self._measure(
-            method, prompts.ids, "generated", lambda: generated_scores(self.model, self.tokenizer, prompts)
-        )
-        about = dict(task=prompts.task, length=prompts.ids.shape[1], density=ours.density, ms=ours.ms)
-        self._add(method, dict(measure="generated", **about), ours.result, dense.result)
+        ours, dense, cost = self._measure(method, prompts.ids, measures.generated_scores, self.tokenizer, prompts)
+        about = dict(measure="generated", task=prompts.task, length=prompts.ids.shape[1])
+        self._add(method, about | cost, ours, dense)
 
     def loss(self, method: Method, kinds: Mapping[str, Tensor], spans: int = 4) -> None:
         """Add rows of the measure "loss": the later half of each kind, and `spans` equal spans of all kinds."""
         ids = torch.cat(list(kinds.values()))
-        ours, dense = self._measure(method, ids, "loss", lambda: document_losses(self.model, ids))
-        length = ids.shape[1]
+        *losses, cost = self._measure(method, ids, measures.document_losses, ids)
+        length, first = ids.shape[1], 0
         groups = [("all", slice(None), length * i // spans, length * (i + 1) // spans) for i in range(spans)]
-        first = 0
         for kind, windows in kinds.items():
             groups.append((kind, slice(first, first := first + len(windows)), length // 2, length))
         for kind, rows, start, stop in groups:
-            about = dict(measure="loss", task=kind, length=length, density=ours.density, ms=ours.ms)
-            values = [of.result[rows, start:stop].mean(-1) for of in (ours, dense)]
-            self._add(method, about | dict(start=start, stop=stop), *values)
+            about = dict(measure="loss", task=kind, length=length, **cost, start=start, stop=stop)
+            self._add(method, about, *(of[rows, start:stop].mean(-1) for of in losses))
 
     def time(self, method: Method, prompts: Prompts) -> None:
         """Add a row of the measure "time": prefill of a batch, divided by its prompts [ms].
@@ -93,13 +82,12 @@ class Comparison:
         """
         device = next(self.model.parameters()).device
         count = max(1, TIMED_TOKENS[device.type] // prompts.ids.shape[1])
-        ids, started, density = prompts.ids[:count].to(device), time.monotonic(), 1.0
-        pairs = []
+        ids, started, density, pairs = prompts.ids[:count].to(device), time.monotonic(), 1.0, []
         for _ in range(WARM_UPS[device.type] + REPETITIONS):
-            ours = dense = prefill_ms(self.model, ids)
+            ours = dense = measures.prefill_ms(self.model, ids)
             if method.attention is not None:
                 with hf.stem_prefill(self.model, method.attention) as report:
-                    ours = prefill_ms(self.model, ids)
+                    ours = measures.prefill_ms(self.model, ids)
                 density = report.density()
             pairs.append((ours, dense))
         values, dense = torch.tensor(pairs[-REPETITIONS:]).T
@@ -107,18 +95,28 @@ class Comparison:
         about = dict(measure="time", task=prompts.task, length=ids.shape[1], density=density, ms=ms)
         self._add(method, about, values, dense)
 
-    def _measure(self, method: Method, ids: Tensor, name: str, measure: Callable) -> tuple[_Measured, _Measured]:
-        """Results of `measure` under the method and under dense attention; dense results are kept."""
-        key = (name, tuple(ids.shape), int((ids * torch.arange(ids.numel()).view_as(ids)).sum()))
+    def _measure(self, method: Method, ids: Tensor, measure: Callable, *about) -> tuple:
+        """Results under the method and under dense attention, and the method's cost; dense results are kept."""
+
+        def timed() -> tuple:
+            started = time.monotonic()
+            result = measure(self.model, *about)  # ends on the CPU, so the GPU is done
+            return result, (time.monotonic() - started) * 1e3 / len(ids)
+
+        key = (measure, tuple(ids.shape), int((ids * torch.arange(ids.numel()).view_as(ids)).sum()))
         if key not in self._dense:
-            self._dense[key] = _timed(measure, len(ids), lambda: 1.0)
-        if method.attention is None:
-            return self._dense[key], self._dense[key]
-        with hf.stem_prefill(self.model, method.attention) as report:
-            return _timed(measure, len(ids), report.density), self._dense[key]
+            self._dense[key] = timed()
+        (dense, ms), density = self._dense[key], 1.0
+        ours = dense
+        if method.attention is not None:
+            with hf.stem_prefill(self.model, method.attention) as report:
+                ours, ms = timed()
+            density = report.density()
+        return ours, dense, dict(density=density, ms=ms)
 
     def _add(self, method: Method, about: dict, values: Tensor, dense: Tensor) -> None:
-        low, high = interval(values - dense, self.seed)
+        values, dense = values.float(), dense.float()
+        low, high = measures.interval(values - dense, self.seed)
         numbers = dict(value=values.mean(), dense=dense.mean(), difference=(values - dense).mean(), low=low, high=high)
         who = dict(method=method.name, block_size=method.block_size, asked=method.asked)
         numbers = {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
@@ -129,19 +127,6 @@ class Comparison:
                 self.samples.append({**who, **about, "sample": sample, "value": pair[0], "dense": pair[1]})
 
 
-class _Measured(NamedTuple):
-    result: object
-    density: float
-    ms: float
-    """Time of one sample [ms]."""
-
-
-def _timed(measure: Callable, samples: int, density: Callable[[], float]) -> _Measured:
-    started = time.monotonic()
-    result = measure()  # ends on the CPU, so the GPU is done
-    return _Measured(result, density(), (time.monotonic() - started) * 1e3 / samples)
-
-
 def run(
     study: Study,
     model,
@@ -149,8 +134,7 @@ def run(
     name: str,
     seed: int = 0,
     *,
-    part: str | None = None,
-    wait: Callable | None = None,
+    part: tuple[int, int] | None = None,
     limit_s: float = math.inf,
     show: Callable = print,
     save: Callable | None = None,
@@ -163,7 +147,6 @@ def run(
         name: Name of the model in the rows.
         seed: Seed of the RULER samples and of the bootstrap.
         part: Share of the measurements, see `study.deal`; None is all of them.
-        wait: Called after the samples are prepared and before the model is used.
         limit_s: No measurement begins after so many seconds; `show` is told how many were left out.
         show: Called with progress lines.
         save: Called with all rows so far, about every 10 s.
@@ -171,36 +154,32 @@ def run(
         ExceptionGroup: Of the measurements that failed, after all others.
     """
     comparison, started, saved = Comparison(model, tokenizer, name, seed), time.monotonic(), time.monotonic()
-    names = study.names or all_names()
+    names, calibrate, inputs, errors = study.names or all_names(), {}, {}, []
     known = [Method("dense"), *methods(names, study.densities, study.block_sizes)]
     known += presets() if study.presets else []
     order = ["dense", "window", *names[:4], *(method.name for method in presets()), *names[4:]]
     known.sort(key=lambda method: order.index(method.name))
     found = {(method.name, method.block_size, method.asked): method for method in known}
     jobs = deal([job for of in found for job in study.jobs(*of)], part)
-    calibrate = {length: cache(calibrator(model, tokenizer, length, show)) for length in study.lengths}
-    samples = dict(zip(study.lengths, study.samples, strict=True))
-    prompts, kinds, errors = {}, {}, []
     for task, length in dict.fromkeys((job.task, job.length) for job in jobs):
         if task is None:
-            kinds[length] = document_windows(tokenizer, length, study.windows)
+            inputs[task, length] = document_windows(tokenizer, length, study.windows)
         else:
-            prompts[task, length] = exact_prompts(task, tokenizer, length, samples[length], seed)
+            inputs[task, length] = exact_prompts(task, tokenizer, length, study.samples, seed)
+    for length in study.lengths:
+        calibrate[length] = cache(calibrator(model, tokenizer, length, show))
     show(f"{len(jobs)} measurements, prepared in {time.monotonic() - started:.0f} s")
-    if wait:
-        wait()
     for number, job in enumerate(jobs):
         if time.monotonic() - started > limit_s:
             show(f"{len(jobs) - number} measurements left out after {limit_s} s")
             break
         method = found[job.method, job.block_size, job.asked]
-        inputs = kinds[job.length] if job.task is None else prompts[job.task, job.length]
         try:
-            adapts = method.name in ADAPTIVE
-            if adapts:
+            if method.name in ADAPTIVE:
                 method = replace(method, attention=calibrate[job.length](method.asked, method.attention))
-            if not adapts or method.attention is not None:
-                getattr(comparison, job.what)(method, inputs)
+                if method.attention is None:
+                    continue
+            getattr(comparison, job.what)(method, inputs[job.task, job.length])
         except Exception as error:  # one failure must not cost hours of other measurements; raised at the end
             error.add_note(f"measuring {job}")
             errors.append(error)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +34,13 @@ from stem.experiments.training.train import learning_rate
 from stem.validation import check_number
 
 SMOKE = dict(stages=((512, 2, 1), (1024, 2, 1)), warmup=1, text_tokens=256)
+CURVES = ("stem", "stem adaptive", "stem softmax", "xattention")
 STUDIES = {
-    "smoke": Study((1024,), (1,), TASKS[:1], 1, 1, ("stem",), (0.5,), (32,), (0.5, 32), generates=None),
+    "smoke": Study((1024,), 1, TASKS[:1], 1, ("stem",), (0.5,), (32,), (0.5, 32), generates=None),
     "full": Study(
-        (16384, 32768),
-        (50, 50),
-        tasks=("niah_multikey_1", "niah_multiquery"),
-        windows=2,
-        names=(
-            "stem", "stem adaptive", "stem softmax", "xattention", "flashprefill", "vertical_slash", "flexprefill",
-            "a_shape",
-        ),
-        densities=(0.25, 0.1),
-        block_sizes=(64, 128),
-        curves=("stem", "stem adaptive", "stem softmax", "xattention"),
-        presets=True,
-        generates=None,
+        (16384, 32768), 50, ("niah_multikey_1", "niah_multiquery"),
+        names=(*CURVES, "flashprefill", "vertical_slash", "flexprefill", "a_shape"), curves=CURVES,
+        densities=(0.25, 0.1), presets=True, generates=None,
     ),
 }  # fmt: skip
 FAST_BACKENDS = [
@@ -146,10 +138,9 @@ def extend(
     model, tokenizer = load_with_base(config, device)
     mixture = Mixture(tokenizer, training_text() if text is None else text, config.seed)
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.train().parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     log, started = [], time.monotonic()
     steps = [(length, count) for length, steps, count in config.stages for _ in range(steps)]
-    model.train()
     for step, (length, count) in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -162,7 +153,7 @@ def extend(
         optimizer.zero_grad()
         log.append(dict(step=step, length=length, answer_loss=answer_loss.detach(), text_loss=text_loss.detach()))
         if step % 10 == 9 or step + 1 == len(steps):
-            answer, other = (sum(float(row[name]) for row in log[-10:]) / len(log[-10:]) for name in LOSSES)
+            answer, other = (fmean(row[name] for row in log[-10:]) for name in LOSSES)
             seconds = time.monotonic() - started
             told = f"step {step + 1}/{len(steps)}, {length} tokens, {seconds:.0f} s"
             show(f"{told}: answers {answer:.3f}, text {other:.3f} nats")
@@ -193,7 +184,7 @@ def curve_rows(config: ExtensionConfig, log: Sequence[dict], num_bins: int = 40)
     rows = []
     for start, stop in zip(edges, edges[1:], strict=False):
         for name in LOSSES:
-            value = sum(row[name] for row in log[start:stop]) / (stop - start)
+            value = fmean(row[name] for row in log[start:stop])
             about = dict(method="dense", measure=name, task="training", length=log[start]["length"], seed=config.seed)
             rows.append(dict(**about, start=start, stop=stop, value=float(f"{value:.5g}"), count=stop - start))
     return rows
@@ -222,15 +213,13 @@ def main(options: argparse.Namespace) -> None:
         del model
         torch.cuda.empty_cache()
     study = STUDIES[options.profile]
-    few = tuple(min(4, samples) for samples in study.samples)
-    only_dense = replace(study, samples=few, names=("dense",), block_sizes=(), presets=False)
-    for name, of, processes in ((config.model, only_dense, 1), (str(out), study, options.processes)):
-        before = list(rows)
+    dense = replace(study, samples=min(4, study.samples), names=("dense",), block_sizes=(), presets=False)
+    for name, of, processes in ((config.model, dense, 1), (str(out), study, options.processes)):
 
-        def write(found: list[dict], before: list[dict] = before) -> None:
-            show("wrote", records.write_rows("long_context/extension", before + found, options.profile))
+        def write(found: list[dict], before: tuple[dict, ...] = tuple(rows)) -> None:
+            show("wrote", records.write_rows("long_context/extension", [*before, *found], options.profile))
 
-        eager = options.eager or of is only_dense  # a few samples are not worth the compilation
+        eager = options.eager or of is dense  # a few samples are not worth the compilation
         left = options.limit - (time.monotonic() - started)
         measured = dict(processes=processes, limit_s=left, eager=eager, show=show, save=write)
         rows += answers.measure(of, name, options.seed, **measured)

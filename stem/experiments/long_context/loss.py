@@ -12,17 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stem import hf, patterns, pretrained
+from stem import hf, patterns
 from stem.config import StemConfig
 from stem.experiments import documents, records
-from stem.experiments.long_context.measures import document_losses
+from stem.experiments.long_context.measures import document_losses, load
 from stem.experiments.long_context.samples import calibration_windows, document_windows
-from stem.experiments.losses import check_output_embedding
 from stem.hf.calibration import calibrate
 
 PUBLISHED = "stem"  # the method of the paper: mean score, value term, Token Position-Decay
@@ -54,14 +52,10 @@ class LossStudy:
 STUDIES = {
     "smoke": LossStudy((PUBLISHED, "xattention", ADAPTIVE), 1024, 1, (0.31,), (32,), ("python source", "prose")),
     "full": LossStudy(
-        tuple(name for name in patterns.names() if name != "dense") + (ADAPTIVE,),
-        8192,
-        1,
-        (0.1, 0.16, 0.25, 0.31, 0.5),
-        (128, 64, 32),
-        adaptive_densities=(0.08, 0.155),
+        (*(name for name in patterns.names() if name != "dense"), ADAPTIVE), 8192, 1, (0.1, 0.16, 0.25, 0.31, 0.5),
+        (128, 64, 32), adaptive_densities=(0.08, 0.155),
     ),
-}
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -87,8 +81,7 @@ def rows(study: LossStudy, model, tokenizer, name: str, seed: int = 0, show: Cal
     prompts = calibration_windows(tokenizer, study.tokens, study.windows)
     for block_size in study.block_sizes:
         for method in study.names:
-            densities = study.densities + (study.adaptive_densities if method == ADAPTIVE else ())
-            for asked in densities:
+            for asked in study.densities + (study.adaptive_densities if method == ADAPTIVE else ()):
                 try:
                     attention = selector(method, asked, block_size, model, prompts)
                 except ValueError as error:  # the forced blocks alone exceed the density at this length
@@ -97,15 +90,12 @@ def rows(study: LossStudy, model, tokenizer, name: str, seed: int = 0, show: Cal
                 with hf.stem_prefill(model, attention) as report:
                     losses = document_losses(model, ids)
                 about = dict(method=method, block_size=block_size, asked=asked, density=round(report.density(), 4))
-                threshold = getattr(attention, "threshold", None)
-                for index, kind in enumerate(windows):
-                    of = slice(index * study.windows, (index + 1) * study.windows)
-                    gap = losses[of] - dense[of]
-                    late = gap[:, study.tokens // 4 :]
-                    numbers = dict(loss=losses[of], dense_loss=dense[of], gap=gap, gap_late=late)
+                last = dict(threshold=getattr(attention, "threshold", None), model=name, seed=seed)
+                for kind, *of in zip(windows, losses.split(study.windows), dense.split(study.windows), strict=True):
+                    gap = of[0] - of[1]
+                    numbers = dict(loss=of[0], dense_loss=of[1], gap=gap, gap_late=gap[:, study.tokens // 4 :])
                     numbers = {key: round(value.mean().item(), 5) for key, value in numbers.items()}
-                    where = dict(text=kind, windows=study.windows, tokens=study.tokens)
-                    yield {**about, **where, **numbers, "threshold": threshold, "model": name, "seed": seed}
+                    yield about | dict(text=kind, windows=study.windows, tokens=study.tokens) | numbers | last
         show(f"blocks of {block_size}: {time.monotonic() - started:.0f} s")
 
 
@@ -125,27 +115,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     full = STUDIES["full"]
     parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
     parser.add_argument("--methods", metavar="NAME", nargs="+", choices=full.names, help="measure only these methods")
-    parser.add_argument(
-        "--block-sizes",
-        metavar="TOKENS",
-        nargs="+",
-        type=int,
-        choices=full.block_sizes,
-        help="measure only these sizes",
-    )
+    sizes = dict(metavar="TOKENS", nargs="+", type=int, choices=full.block_sizes)
+    parser.add_argument("--block-sizes", **sizes, help="measure only these sizes")
 
 
 def main(options: argparse.Namespace) -> None:
     """Measure and write results/long_context/loss/; with --methods or --block-sizes, the other rows stay."""
-    study, same = STUDIES[options.profile], SAME if options.methods or options.block_sizes else None
-    names, block_sizes = tuple(options.methods or study.names), tuple(options.block_sizes or study.block_sizes)
-    study = replace(study, names=names, block_sizes=block_sizes)
+    chosen = dict(names=options.methods, block_sizes=options.block_sizes)
+    chosen = {name: tuple(values) for name, values in chosen.items() if values}
+    study, same = replace(STUDIES[options.profile], **chosen), SAME if chosen else None
     write = partial(records.write_rows, "long_context/loss", profile=options.profile, same=same)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model, tokenizer = pretrained.load(options.model, dtype=dtype)
-    check_output_embedding(model)
     found = []
-    for row in rows(study, model, tokenizer, Path(model.name_or_path).name):
+    for row in rows(study, *load(options.model)):
         found.append(row)
         if len(found) % 25 == 0:  # a run that is cut short leaves what it measured
             write(found)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from stem import hf
+from stem import hf, pretrained
 from stem.budget import block_budget
 from stem.config import StemConfig
 from stem.experiments.long_context.samples import Prompts
-from stem.experiments.losses import token_losses
+from stem.experiments.losses import check_output_embedding, token_losses
 from stem.metrics import block_attention_mass
 from stem.scores import block_scores
 from stem.selection import select_blocks
@@ -26,6 +27,13 @@ from stem.selection import select_blocks
 NUMBERS_PER_BATCH = {"cuda": 240_000_000, "cpu": 5_000_000}  # hidden states of one layer
 LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}  # positions
 RESAMPLES = 2000
+
+
+def load(name: str) -> tuple:
+    """Model of a name for `stem.pretrained.load`, in bfloat16 on a GPU, its tokenizer, and its name in rows."""
+    model, tokenizer = pretrained.load(name, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    check_output_embedding(model)
+    return model, tokenizer, Path(model.name_or_path).name
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 LATE = 4  # from this priority on, a time limit is likely to end the run before the measurement
 TASKS = ("niah_multikey_1", "niah_single_2", "ruler_vt")
+COSTLY = ("oracle_mass", "oracle_output")  # they compute full attention, so they answer at the first length only
 
 
 class Job(NamedTuple):
@@ -40,21 +41,18 @@ class Job(NamedTuple):
 class Study:
     """Models answer, read, generate and are timed with every method at the headline density and block size.
 
-    At the other densities and block sizes a method reads documents and answers the first tasks. Its other tasks follow
+    At the other densities and block sizes a method reads documents and answers the first task. Its other tasks follow
     there at the end of the run.
     """
 
     lengths: tuple[int, ...]
     """Lengths of the samples [tokens]."""
 
-    samples: tuple[int, ...]
-    """Samples of each task, one number for each length."""
+    samples: int
+    """Samples of each task."""
 
     tasks: tuple[str, ...] = TASKS
     """RULER tasks, most important first."""
-
-    everywhere: int = 1
-    """Number of tasks, from the first, that are asked early at every density and block size."""
 
     windows: int = 2
     """Documents of each kind."""
@@ -70,9 +68,6 @@ class Study:
     curves: tuple[str, ...] = ()
     """Names that are also measured at the other densities and block sizes; empty means all."""
 
-    costly: tuple[str, ...] = ("oracle_mass", "oracle_output")
-    """Names that compute full attention, and therefore answer at the first length only."""
-
     presets: bool = False
     """True also measures `methods.presets()`."""
 
@@ -81,34 +76,37 @@ class Study:
 
     def jobs(self, method: str, block_size: int | None, asked: float | None) -> list[Job]:
         """All measurements of one method at one density and block size."""
-        costly, found = method in self.costly, []
+        costly, found = method in COSTLY, []
         headline = asked is None or (asked, block_size) == self.asked_at
         if not headline and self.curves and method not in self.curves:
             return []
-        for length, samples in zip(self.lengths, self.samples, strict=True):
-            tasks = self.tasks if length == self.lengths[0] or not costly else ()
-            for place, task in enumerate(tasks):
-                late = LATE if asked == self.asked_at[0] else LATE + 1
-                priority = (1 if costly else 0) if headline else 2 if place < self.everywhere and not costly else late
-                found.append(Job(priority, "answers", length, task, method, block_size, asked, samples))
-            reads = Job(1 if headline else 3, "loss", length, None, method, block_size, asked, 5 * self.windows)
-            found.append(reads)
-            own = block_size in (None, self.asked_at[1])
-            if self.generates and headline and own and not costly:
-                found.append(Job(1, "generated", length, self.generates, method, block_size, asked, samples))
+
+        def add(priority: int, what: str, length: int, task: str | None, samples: int) -> None:
+            found.append(Job(priority, what, length, task, method, block_size, asked, samples))
+
+        late = LATE if asked == self.asked_at[0] else LATE + 1
+        for length in self.lengths:
+            for task in self.tasks if length == self.lengths[0] or not costly else ():
+                early = task == self.tasks[0] and not costly
+                add(int(costly) if headline else 2 if early else late, "answers", length, task, self.samples)
+            add(1 if headline else 3, "loss", length, None, 5 * self.windows)
+            if self.generates and headline and block_size in (None, self.asked_at[1]) and not costly:
+                add(1, "generated", length, self.generates, self.samples)
             if asked in (None, self.asked_at[0]) and not costly:
-                found.append(Job(1, "time", length, self.tasks[0], method, block_size, asked, 4))
+                add(1, "time", length, self.tasks[0], 4)
         return found
 
 
 STUDIES = {
-    "smoke": Study((1024,), (2,), TASKS[:1], 1, 1, ("stem", "xattention"), (0.5,), (32,), (0.5, 32)),
-    "full": Study((4096, 8192), (100, 100), windows=4),
-    "large": Study((4096, 8192), (20, 20), densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128), generates=None),
+    "smoke": Study(
+        (1024,), 2, TASKS[:1], 1, ("stem", "xattention"), densities=(0.5,), block_sizes=(32,), asked_at=(0.5, 32)
+    ),
+    "full": Study((4096, 8192), 100, windows=4),
+    "large": Study((4096, 8192), 20, densities=(0.25,), block_sizes=(128,), asked_at=(0.25, 128), generates=None),
 }
 
 
-def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
+def deal(jobs: Sequence[Job], part: tuple[int, int] | None = None) -> list[Job]:
     """Jobs of one part of a run, most important first.
 
     Jobs on the same samples stay in one part, because they share the dense measurement. The costliest groups are dealt
@@ -116,30 +114,19 @@ def deal(jobs: Sequence[Job], part: str | None) -> list[Job]:
 
     Args:
         jobs: All jobs of the run.
-        part: "2/3" is the second of three parts. "0/3" holds the times, which are taken while nothing else runs; the
+        part: (2, 3) is the second of three parts. (0, 3) holds the times, which are taken while nothing else runs; the
             other parts leave them out. None is the whole run.
-    Raises:
-        ValueError: If part is not such a text.
     """
-    if part is None:
-        return sorted(jobs, key=lambda job: job.priority)
-    match = re.fullmatch(r"(\d+)/([1-9]\d*)", part)
-    if not match or int(match[1]) > int(match[2]):
-        raise ValueError(f"part must be 'i/n' with 0 <= i <= n and n >= 1, got {part!r}")
-    number, parts = int(match[1]), int(match[2])
-    if number == 0:
-        return sorted((job for job in jobs if job.what == "time"), key=lambda job: job.priority)
-    groups: dict[tuple, list[Job]] = {}
-    for job in jobs:
-        if job.what != "time":
-            groups.setdefault((job.what, job.length, job.task), []).append(job)
-    dealt: list[list[Job]] = [[] for _ in range(parts)]
-    loads = [0.0] * parts
-    for group in sorted(groups.values(), key=_cost, reverse=True):
-        lightest = loads.index(min(loads))
-        dealt[lightest] += group
-        loads[lightest] += _cost(group)
-    return sorted(dealt[number - 1], key=lambda job: job.priority)
+    if part:
+        groups: dict[tuple, list[Job]] = defaultdict(list)
+        for job in jobs:
+            if job.what != "time":
+                groups[job.what, job.length, job.task].append(job)
+        dealt: list[list[Job]] = [[] for _ in range(part[1])]
+        for group in sorted(groups.values(), key=_cost, reverse=True):
+            min(dealt, key=_cost).extend(group)
+        jobs = [[job for job in jobs if job.what == "time"], *dealt][part[0]]
+    return sorted(jobs, key=lambda job: job.priority)
 
 
 def _cost(jobs: Sequence[Job]) -> float:

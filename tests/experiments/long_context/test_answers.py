@@ -6,7 +6,7 @@ import time
 import pytest
 
 from stem.experiments import processes, records
-from stem.experiments.long_context import __main__, answers, methods
+from stem.experiments.long_context import __main__, answers, comparison, methods
 from stem.experiments.long_context.study import STUDIES
 
 
@@ -14,13 +14,12 @@ from stem.experiments.long_context.study import STUDIES
 def pieces(monkeypatch):
     """Processes forked from this one, whose parts need no model: each row says who measured it and when."""
 
-    def part(study, model, seed, part, gpu, wait, limit_s, eager, show, save):
-        if wait:
-            wait()
-        rows = [{"part": part, "model": model, "seed": seed, "gpu": gpu, "eager": eager, "began": time.monotonic()}]
-        time.sleep(1.0 if part == "0/3" else 0.4)  # longer than the processes need to start
+    def part(study, model, seed, part, limit_s, eager, show, save):
+        about = dict(part=part, model=model, seed=seed, eager=eager, limit_s=limit_s)
+        rows = [{**about, "began": time.monotonic()}]
+        time.sleep(1.0 if part == (0, 3) else 0.4)  # longer than the processes need to start
         save(rows)
-        if part == "2/3" and seed == 13:
+        if part == (2, 3) and seed == 13:
             raise RuntimeError("lost")
         rows[0]["ended"] = time.monotonic()
         save(rows)
@@ -33,20 +32,33 @@ def pieces(monkeypatch):
 
 def test_times_are_taken_alone_and_the_parts_together(pieces):
     saved = []
-    rows = answers.measure(STUDIES["smoke"], "tiny", 3, processes=3, eager=True, save=saved.append)
-    assert [row["part"] for row in rows] == ["0/3", "1/3", "2/3", "3/3"] and saved[-1] == rows
+    rows = answers.measure(STUDIES["smoke"], "tiny", 3, processes=3, limit_s=99, eager=True, save=saved.append)
+    assert [row["part"] for row in rows] == [(0, 3), (1, 3), (2, 3), (3, 3)] and saved[-1] == rows
     alone, *together = rows
     assert all(row["began"] > alone["ended"] for row in together)
     assert max(row["began"] for row in together) < min(row["ended"] for row in together)
-    assert {(row["model"], row["seed"], row["eager"], row["gpu"]) for row in rows} == {("tiny", 3, True, None)}
+    assert {(row["model"], row["seed"], row["eager"]) for row in rows} == {("tiny", 3, True)}
+    assert 90 < together[0]["limit_s"] < alone["limit_s"] - 1, "the limit holds for both together"
 
 
-def test_parts_are_dealt_to_the_gpus_and_only_those_beside_the_times_wait(pieces, monkeypatch):
-    monkeypatch.setattr(answers.torch.cuda, "device_count", lambda: 2)
-    rows = answers.measure(STUDIES["smoke"], "tiny", processes=3)
-    assert [row["gpu"] for row in rows] == [0, 1, 0, 1]
-    times, first, beside, last = rows
-    assert beside["began"] > times["ended"] > max(first["began"], last["began"])
+def test_rows_are_saved_while_the_parts_run(pieces, monkeypatch):
+    monkeypatch.setattr(comparison, "SAVE_EVERY_S", 0)
+    saved = []
+    rows = answers.measure(STUDIES["smoke"], "tiny", processes=3, save=saved.append)
+    assert [row["part"] for row in saved[0]] == [(0, 3)] and len(saved) > 2 and saved[-1] == rows
+
+
+def test_parts_are_dealt_to_the_gpus(monkeypatch):
+    chosen, cuda = [], answers.torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "set_device", chosen.append)
+    monkeypatch.setattr(answers, "load", lambda model: (None, None, model))
+    monkeypatch.setattr(comparison, "run", lambda *_, part, **__: part)
+    parts = [(number, 3) for number in range(4)]
+    assert [answers._part(STUDIES["smoke"], "tiny", 0, part, 9.0, True, print, None) for part in parts] == parts
+    assert chosen == [0, 1, 0, 1]
+    assert answers._part(STUDIES["smoke"], "tiny", 0, None, 9.0, True, print, None) is None and len(chosen) == 4
 
 
 def test_a_part_that_fails_is_named_and_its_rows_and_the_others_are_kept(pieces):
@@ -59,10 +71,8 @@ def test_a_part_that_fails_is_named_and_its_rows_and_the_others_are_kept(pieces)
 def test_one_process_measures_here_and_none_is_refused(monkeypatch):
     monkeypatch.setattr(answers, "_part", lambda *about: about)
     study = STUDIES["smoke"]
-    assert answers.measure(study, "tiny", 5, limit_s=8, show=str) == (
-        (study, "tiny", 5, None, None, None, 8, False, str, None)
-    )
-    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+    assert answers.measure(study, "tiny", 5, limit_s=8, show=str) == ((study, "tiny", 5, None, 8, False, str, None))
+    with pytest.raises(ValueError, match="processes must be >= 1, got 0"):
         answers.measure(study, "tiny", processes=0)
 
 

@@ -45,7 +45,7 @@ def test_a_small_study_runs_and_stops_at_its_limit(ruler_rows, tokenizer, model,
     monkeypatch.setattr(samples, "_KIND_TOKENS", {})
     monkeypatch.setattr(samples.document_windows, "__defaults__", (("prose",),))
     options = dict(windows=1, names=("stem", "random"), densities=(0.5,), block_sizes=(32,), asked_at=(0.5, 32))
-    study = Study((256,), (1,), ("niah_multikey_2",), generates="niah_multikey_2", **options)
+    study = Study((256,), 1, ("niah_multikey_2",), generates="niah_multikey_2", **options)
     told, saved = [], []
     found = comparison.run(study, model, tokenizer, "tiny", show=told.append, save=saved.append)
     measures = {(row["method"], row["measure"]) for row in found}
@@ -54,14 +54,8 @@ def test_a_small_study_runs_and_stops_at_its_limit(ruler_rows, tokenizer, model,
     assert saved[-1] == found and all(row["value"] > 0 for row in found if row["measure"] == "time")
     assert comparison.run(study, model, tokenizer, "tiny", show=told.append, limit_s=-1) == []
     assert told[-1] == "16 measurements left out after -1 s"
-    waited = []
-    times = comparison.run(
-        study, model, tokenizer, "tiny", part="0/2", wait=lambda: waited.append(told[-1]), show=told.append
-    )
-    assert "prepared" in waited[0]
-    others = [
-        row for i in (1, 2) for row in comparison.run(study, model, tokenizer, "tiny", part=f"{i}/2", show=told.append)
-    ]
+    times, *others = (comparison.run(study, model, tokenizer, "tiny", part=(i, 2), show=told.append) for i in range(3))
+    others = sum(others, [])
     assert {row["measure"] for row in times} == {"time"} and len(times) + len(others) == len(found)
     key = ("method", "measure", "task", "start", "value", "dense", "low", "high")
     whole = {tuple(row.get(name) for name in key) for row in found if row["measure"] != "time"}
@@ -79,7 +73,7 @@ def test_the_adaptive_preset_is_calibrated_when_it_is_first_used(ruler_rows, tok
     monkeypatch.setattr(comparison, "calibrator", calibrator)
     monkeypatch.setattr(comparison, "document_windows", lambda *_: {"prose": torch.randint(1000, (1, 64))})
     options = dict(names=tuple(methods.ADAPTIVE), densities=(0.2, 0.5), block_sizes=(32,), asked_at=(0.5, 32))
-    study = Study((256,), (1,), ("niah_multikey_2",), generates=None, **options)
+    study = Study((256,), 1, ("niah_multikey_2",), generates=None, **options)
     found = comparison.run(study, model, tokenizer, "tiny", show=lambda line: None)
     adaptive, cells_alone, dense_end, window = (
         {(row["asked"], row["density"]) for row in found if row["method"] == name and row["measure"] == "answer"}
@@ -102,7 +96,7 @@ def test_a_measurement_that_fails_is_raised_after_the_others(ruler_rows, tokeniz
     monkeypatch.setattr(comparison, "document_windows", lambda *_: {"prose": torch.randint(1000, (1, 64))})
     saved = []
     with pytest.raises(ExceptionGroup, match="3 of 9 measurements of tiny failed") as raised:
-        study = Study((256,), (1,), ("niah_multikey_2",), **options)
+        study = Study((256,), 1, ("niah_multikey_2",), **options)
         comparison.run(study, model, tokenizer, "tiny", show=lambda line: None, save=saved.append)
     assert {row["method"] for row in saved[-1]} == {"dense", "window"}
     assert "method='random'" in raised.value.exceptions[0].__notes__[0]
