@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         title = part.__doc__.partition(": ")[0]
         of = parts.add_parser(name, help=title, description=title + ".")
         of.add_argument("--profile", default=argparse.SUPPRESS, **profile)  # keeps the value given before PART
-        part.add_arguments(of)
+        if part is not selection_cost:
+            part.add_arguments(of)
     options = parser.parse_args(arguments)
     for name in [options.part] if options.part else PARTS:
         PARTS[name].main(options if options.part else parser.parse_args(["--profile", options.profile, name]))

@@ -20,14 +20,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from stem import hf
 from stem.experiments.long_context import measures
-from stem.experiments.long_context.methods import ADAPTIVE, Method, all_names, calibrator, methods, presets
+from stem.experiments.long_context.methods import ADAPTIVE, Method, all_names, calibrated, methods, presets
 from stem.experiments.long_context.samples import Prompts, document_windows, exact_prompts
 from stem.experiments.long_context.study import Study, deal
 
@@ -154,7 +154,8 @@ def run(
         ExceptionGroup: Of the measurements that failed, after all others.
     """
     comparison, started, saved = Comparison(model, tokenizer, name, seed), time.monotonic(), time.monotonic()
-    names, calibrate, inputs, errors = study.names or all_names(), {}, {}, []
+    names, inputs, errors = study.names or all_names(), {}, []
+    calibrate = cache(partial(calibrated, model, tokenizer, show=show))
     known = [Method("dense"), *methods(names, study.densities, study.block_sizes)]
     known += presets() if study.presets else []
     order = ["dense", "window", *names[:4], *(method.name for method in presets()), *names[4:]]
@@ -166,8 +167,6 @@ def run(
             inputs[task, length] = document_windows(tokenizer, length, study.windows)
         else:
             inputs[task, length] = exact_prompts(task, tokenizer, length, study.samples, seed)
-    for length in study.lengths:
-        calibrate[length] = cache(calibrator(model, tokenizer, length, show))
     show(f"{len(jobs)} measurements, prepared in {time.monotonic() - started:.0f} s")
     for number, job in enumerate(jobs):
         if time.monotonic() - started > limit_s:
@@ -176,7 +175,7 @@ def run(
         method = found[job.method, job.block_size, job.asked]
         try:
             if method.name in ADAPTIVE:
-                method = replace(method, attention=calibrate[job.length](method.asked, method.attention))
+                method = replace(method, attention=calibrate(job.length, method.asked, method.attention))
                 if method.attention is None:
                     continue
             getattr(comparison, job.what)(method, inputs[job.task, job.length])

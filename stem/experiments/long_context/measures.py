@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,12 +74,11 @@ def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int |
     count = int(prompts.answer_tokens[0])
     if (prompts.answer_tokens != count).any():
         raise ValueError(f"answers of {prompts.task} must have one length, got {prompts.answer_tokens.tolist()} tokens")
-    texts, compiled = [], _swap_compiled(model, [None] * len(model.get_decoder().layers))  # decoding has other shapes
+    texts, options = [], dict(do_sample=False, max_new_tokens=count + 4, pad_token_id=tokenizer.eos_token_id)
     for (ids,) in _batches(model, tokens_per_batch, prompts.ids[:, :-count]):
-        options = dict(do_sample=False, max_new_tokens=count + 4, pad_token_id=tokenizer.eos_token_id)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         texts += tokenizer.batch_decode(out[:, ids.shape[1] :])
-    _swap_compiled(model, compiled)
     hits = [np.mean([answer in text for answer in of]) for text, of in zip(texts, prompts.answers, strict=True)]
     return torch.tensor(hits, dtype=torch.float32)
 
@@ -146,16 +145,8 @@ def fused(model) -> Iterator[None]:
         yield
     finally:
         AttentionInterface.register(hf.NAME, hf.stem_attention_forward)
-        _swap_compiled(model, [None] * len(model.get_decoder().layers))
-
-
-def _swap_compiled(model, calls: Sequence) -> list:
-    """Set the layers' compiled calls (those of Module.compile; None is eager), and return the ones before."""
-    layers = model.get_decoder().layers
-    before = [layer._compiled_call_impl for layer in layers]
-    for layer, call in zip(layers, calls, strict=True):
-        layer._compiled_call_impl = call
-    return before
+        for layer in model.get_decoder().layers:
+            layer._compiled_call_impl = None  # undoes Module.compile
 
 
 def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

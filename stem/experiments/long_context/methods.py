@@ -15,7 +15,6 @@ from stem.budget import block_budget, causal_pairs
 from stem.config import StemConfig
 from stem.experiments.long_context import samples
 
-SOURCES = ("paper", "angelslim", "hpc_ops")
 # Name -> changes to the preset "adaptive". They differ in the last block of queries, in which the question stands: the
 # preset scores it exactly, "cells alone" scores it like all other blocks, "dense end" keeps all of its key blocks.
 ADAPTIVE = {
@@ -49,7 +48,7 @@ def methods(names: Iterable[str], densities: Iterable[float], block_sizes: Itera
 
     Args:
         names: Names of `all_names`; "dense" is skipped. The names in `ADAPTIVE` get the preset's threshold, which
-            `calibrator` replaces. "stem softmax" is "stem adaptive, cells alone" with one budget for all rows in place
+            `calibrated` replaces. "stem softmax" is "stem adaptive, cells alone" with one budget for all rows in place
             of the threshold.
         densities: Densities to ask for, in (0, 1].
         block_sizes: Block sizes [tokens].
@@ -57,51 +56,43 @@ def methods(names: Iterable[str], densities: Iterable[float], block_sizes: Itera
     found = []
     for block_size in block_sizes:
         found.append(Method("window", window_control(block_size), block_size))
+        adaptive = StemConfig.preset("adaptive", block_size=block_size, dense_up_to=0)
+        own = {name: adaptive.replace(**changes) for name, changes in ADAPTIVE.items()}
         for density in densities:
-            config = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
-            adaptive = StemConfig.preset("adaptive", block_size=block_size, dense_up_to=0)
+            own["stem"] = StemConfig(block_size=block_size, density=density, sink_blocks=1, local_blocks=2)
+            uniform = dict(exact_last_blocks=0, allocation="uniform", threshold=None, density=density)
+            own["stem softmax"] = adaptive.replace(**uniform)
             for name in names:
-                if name == "dense":
-                    continue
-                elif name in ADAPTIVE:
-                    attention = adaptive.replace(**ADAPTIVE[name])
-                elif name == "stem softmax":
-                    cells_alone = adaptive.replace(exact_last_blocks=0)
-                    attention = cells_alone.replace(allocation="uniform", threshold=None, density=density)
-                elif name == "stem":
-                    attention = config
-                else:
-                    attention = _selector(name, config)
-                found.append(Method(name, attention, block_size, density))
+                if name != "dense":
+                    attention = own[name] if name in own else _selector(name, own["stem"])
+                    found.append(Method(name, attention, block_size, density))
     return found
 
 
 def _selector(name: str, config: StemConfig) -> hf.Selector:
     """A pattern as a selector; a pattern of `BLIND` selects once for all layers of the same shapes."""
-    if name not in BLIND:
-        return partial(patterns.select, name, config=config)
-    made: dict = {}
+    choose, made = partial(patterns.select, name, config=config), {}
 
-    def select(q: Tensor, k: Tensor, v: Tensor):
+    def select_once(q: Tensor, k: Tensor, v: Tensor):
         key = (q.shape, k.shape, q.device)
         if key not in made:
-            made[key] = patterns.select(name, q, k, v, config)
+            made[key] = choose(q, k, v)
         return made[key]
 
-    return select
+    return select_once if name in BLIND else choose
 
 
 def presets() -> list[Method]:
     """Stem with the schedules of its three sources, each of which sets its own density."""
-    configs = {name: StemConfig.preset(name) for name in SOURCES}
+    configs = {name: StemConfig.preset(name) for name in ("paper", "angelslim", "hpc_ops")}
     return [Method(f"stem, {name}", config, config.block_size) for name, config in configs.items()]
 
 
 def all_names() -> tuple[str, ...]:
     """All names that `methods` takes: Stem, its variants, the other patterns, and last the costly oracles."""
-    others = [name for name in patterns.names() if name != "stem" and not name.startswith("oracle")]
-    oracles = [name for name in patterns.names() if name.startswith("oracle")]
-    return ("stem", *ADAPTIVE, "stem softmax", *sorted(others, key=lambda name: name in BLIND), *oracles)
+    others = [name for name in patterns.names() if name != "stem"]
+    others.sort(key=lambda name: (name.startswith("oracle"), name in BLIND))
+    return ("stem", *ADAPTIVE, "stem softmax", *others)
 
 
 def window_control(block_size: int = 64) -> StemConfig:
@@ -112,25 +103,19 @@ def window_control(block_size: int = 64) -> StemConfig:
     return StemConfig(block_size=block_size, k_start=3, decay=1.0, sink_blocks=1, local_blocks=2)
 
 
-def calibrator(
-    model, tokenizer, length: int, show: Callable = print
-) -> Callable[[float, StemConfig], StemConfig | None]:
-    """A function of a density and a config that returns the config with the threshold that gives this density.
+def calibrated(
+    model, tokenizer, length: int, density: float, config: StemConfig, show: Callable = print
+) -> StemConfig | None:
+    """The config with the threshold that gives a density, solved on windows of `length` tokens of calibration texts.
 
-    It solves the threshold on two windows of `length` tokens that no comparison reads. It returns None where the forced
-    blocks alone exceed the density. Where no threshold fits, it tells `show` and returns None.
+    Returns None where the forced blocks alone exceed the density, and where no threshold fits, which it tells `show`.
     """
+    blocks = -(-length // config.block_size)
+    if int(block_budget(blocks, window_control(config.block_size)).sum()) / causal_pairs(blocks) > density:
+        return None
     prompts = torch.cat(samples.calibration_windows(tokenizer, length, 1))
-
-    def solve(density: float, config: StemConfig) -> StemConfig | None:
-        forced = window_control(config.block_size)
-        blocks = -(-length // config.block_size)
-        if int(block_budget(blocks, forced).sum()) / causal_pairs(blocks) > density:
-            return None
-        try:
-            return stem.calibrate(model, [prompts], density, config, tolerance=0.01).config
-        except ValueError as error:
-            show(f"adaptive at density {density}, blocks of {config.block_size}, {length} tokens is left out: {error}")
-            return None
-
-    return solve
+    try:
+        return stem.calibrate(model, [prompts], density, config, tolerance=0.01).config
+    except ValueError as error:
+        show(f"adaptive at density {density}, blocks of {config.block_size}, {length} tokens is left out: {error}")
+        return None

@@ -18,6 +18,7 @@ import numpy as np
 
 from stem import pretrained
 from stem.experiments import documents
+from stem.validation import check_choice, check_integer
 
 # task -> (haystack, needle keys, needle values, further arguments), as lm-eval's niah_utils has them
 NEEDLES = {
@@ -50,19 +51,16 @@ def build_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0
     Raises:
         ValueError: If the task is unknown, or length or samples is too small.
     """
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if length < SHORTEST:
-        raise ValueError(f"length must be at least {SHORTEST} tokens, got {length}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    check_choice("task", task, TASKS)
+    check_integer("length", length, SHORTEST)
+    check_integer("samples", samples, 1)
     stream = zlib.crc32(f"{task}|{length}|{seed}".encode())
-    with quiet(), _seeded(stream):  # the imports draw from the global generator
+    with _apart(stream):  # the imports draw from the global generator
         from stem.evaluate.offline import provide_sentence_splitter
 
         provide_sentence_splitter()
         from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils
-    with quiet(), _seeded(stream):
+    with _apart(stream):
         cwe_utils.RNG = random.Random(stream)
         sized = {"num_samples": samples, "max_seq_length": length}
         if task in NEEDLES:
@@ -102,26 +100,17 @@ def stored_samples(task: str, tokenizer, length: int, samples: int, seed: int = 
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep lm-eval's progress bars, prints and warnings out of a notebook; exceptions pass."""
-    logger = logging.getLogger("lm_eval")
+def _apart(seed: int) -> Iterator[None]:
+    """Keep lm-eval's bars, prints and warnings out of a notebook, and its draws from the global generators apart."""
+    logger, python_state, numpy_state = logging.getLogger("lm_eval"), random.getstate(), np.random.get_state()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    random.seed(seed)
+    np.random.seed(seed)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed Python's and NumPy's global generators, from which lm-eval draws, and restore their states at the end."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)

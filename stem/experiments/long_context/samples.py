@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stem.experiments import documents
 from stem.experiments.long_context import ruler
+from stem.validation import check_choice
 
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # tasks that order their answers
 
@@ -46,12 +47,14 @@ def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0
     Raises:
         ValueError: If the task does not order its answers, or a sample does not fit.
     """
-    if task not in FIXED_ORDER:
-        raise ValueError(f"task must be one of {', '.join(FIXED_ORDER)}, got {task!r}")
+    check_choice("task", task, FIXED_ORDER)
     rows, start = ruler.stored_samples(task, tokenizer, length, samples, seed), _start(tokenizer)
     plain = partial(tokenizer, add_special_tokens=False, verbose=False)
     prompts = plain([f"{row['input']} {row['gen_prefix']}" for row in rows]).input_ids
-    answers = plain([" " + ", ".join(_ordered(task, row)) for row in rows]).input_ids
+    answers = [row["outputs"] for row in rows]  # in the order of the question
+    if task == "niah_multivalue":
+        answers = [sorted(row["outputs"], key=row["input"].index) for row in rows]  # in the order of the text
+    answers = plain([f" {', '.join(of)}" for of in answers]).input_ids
     filler = plain(documents.prose()[-8 * length :]).input_ids[-length:]
     ids = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -92,16 +95,10 @@ def calibration_texts() -> tuple[str, str]:
 def needle_block(prompts: Prompts, sample: int, block_size: int) -> int:
     """Index of the key block in which the only answer of a sample first appears."""
     ids, count = prompts.ids[sample], int(prompts.answer_tokens[sample])
-    answer = ids[-count:]
-    starts = (ids.unfold(0, len(answer), 1) == answer).all(-1).nonzero()
+    starts = (ids.unfold(0, count, 1) == ids[-count:]).all(-1).nonzero()
     return int(starts[0]) // block_size
 
 
 def _start(tokenizer) -> list[int]:
     """Tokens that the tokenizer puts before every text: a BOS token, or none."""
     return tokenizer("").input_ids
-
-
-def _ordered(task: str, row: Mapping) -> list[str]:
-    """Answers in the order of the text for niah_multivalue, in the order of the question for the other tasks."""
-    return sorted(row["outputs"], key=row["input"].index) if task == "niah_multivalue" else row["outputs"]

@@ -50,10 +50,6 @@ def rows(lengths: tuple[int, ...] = (2**15, 2**17), density: float = 0.25, seed:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add no option: this part has none of its own."""
-
-
 def main(options: argparse.Namespace) -> None:
     """Measure and write results/long_context/selection_cost/, or say that there is no GPU."""
     if torch.cuda.is_available():

@@ -65,12 +65,11 @@ def test_a_small_study_runs_and_stops_at_its_limit(ruler_rows, tokenizer, model,
 def test_the_adaptive_preset_is_calibrated_when_it_is_first_used(ruler_rows, tokenizer, model, monkeypatch):
     asked = []
 
-    def calibrator(model, tokenizer, length, show):
-        return lambda density, config: (
-            asked.append((length, density)) or (config.replace(threshold=0.9) if density > 0.3 else None)
-        )
+    def calibrated(model, tokenizer, length, density, config, show):
+        asked.append((length, density))
+        return config.replace(threshold=0.9) if density > 0.3 else None
 
-    monkeypatch.setattr(comparison, "calibrator", calibrator)
+    monkeypatch.setattr(comparison, "calibrated", calibrated)
     monkeypatch.setattr(comparison, "document_windows", lambda *_: {"prose": torch.randint(1000, (1, 64))})
     options = dict(names=tuple(methods.ADAPTIVE), densities=(0.2, 0.5), block_sizes=(32,), asked_at=(0.5, 32))
     study = Study((256,), 1, ("niah_multikey_2",), generates=None, **options)

@@ -1,5 +1,7 @@
 """Methods of a comparison: names, controls, calibrated thresholds, patterns that do not look at the tensors."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
 def test_thresholds_are_solved_unless_the_forced_blocks_cost_more(tokenizer, model, monkeypatch):
     monkeypatch.setattr(samples, "calibration_texts", lambda: [documents.prose()[:4000], documents.prose()[9000:13000]])
     told = []
-    solve = methods.calibrator(model, tokenizer, 256, told.append)
+    solve = partial(methods.calibrated, model, tokenizer, 256, show=told.append)
     config = stem.StemConfig.preset("adaptive", dense_up_to=0, block_size=16)
     assert solve(0.1, config) is None
     solved = solve(0.5, config)

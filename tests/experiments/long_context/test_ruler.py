@@ -40,7 +40,7 @@ def test_a_sample_does_not_depend_on_how_many_there_are(tokenizer):
 def test_bad_ruler_arguments_are_named(tokenizer):
     for arguments, message in [
         (("niah_single_9", tokenizer, 1024, 1), "niah_single_9"),
-        (("niah_single_1", tokenizer, 100, 1), "length must be at least 512"),
+        (("niah_single_1", tokenizer, 100, 1), "length must be >= 512"),
         (("niah_single_1", tokenizer, 1024, 0), "samples"),
     ]:
         with pytest.raises(ValueError, match=message):
