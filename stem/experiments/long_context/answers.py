@@ -41,18 +41,14 @@ def measure(
     show: Callable = print,
     save: Callable | None = None,
 ) -> list[dict]:
-    """All rows of a study, measured in one process or in several that share the GPUs.
+    """Rows of a study, measured in one process or in several that share the GPUs.
 
     Args:
-        study: Measurements to take.
+        study, seed, limit_s, show, save: As in `comparison.run`.
         model: A name for `stem.pretrained.load`.
-        seed: Seed of the RULER samples and of the bootstrap.
         processes: 1 measures in this process. With a larger number, one process takes the times, and then as many
             processes as the number take the rest, spread over the GPUs.
-        limit_s: No measurement begins after so many seconds.
         eager: True does not compile the model's layers on a GPU.
-        show: Called with progress lines.
-        save: Called with all rows so far, about every 10 s.
     Raises:
         ValueError: If processes is below 1.
         RuntimeError: If a part failed, after all others have ended and their rows were saved.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -94,7 +95,7 @@ class ExtensionConfig:
         return self.stages[-1][0]
 
 
-def load_with_base(config: ExtensionConfig, device=None):
+def load_with_base(config: ExtensionConfig):
     """The model of a recipe with the new RoPE base and length and fp32 weights, and its tokenizer."""
     model, tokenizer = pretrained.load(config.model, "cpu")
     settings = model.config
@@ -102,42 +103,35 @@ def load_with_base(config: ExtensionConfig, device=None):
     settings.max_position_embeddings = max(config.length, settings.max_position_embeddings)
     rebuilt = type(model)._from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
     rebuilt.load_state_dict(model.state_dict())
-    return rebuilt.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return rebuilt.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def losses(model, batch: Sequences, text_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Mean loss over the answers, and over `text_tokens` other positions per sequence, drawn at random [nats]."""
-    device = next(model.parameters()).device
-    ids = batch.ids.to(device)
+    ids = batch.ids.to(model.device)
     hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
     asked, targets = batch.answers[:, 1:].flatten(), ids[:, 1:].flatten()
-    generator = torch.Generator().manual_seed(seed)
     others = (~asked).nonzero()[:, 0]
-    others = others[torch.randperm(len(others), generator=generator)[: text_tokens * len(ids)]]
+    drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: text_tokens * len(ids)]
     head, found = model.get_output_embeddings(), []
-    for places in (asked.nonzero()[:, 0].to(device), others.to(device)):
+    for places in (asked.nonzero()[:, 0].to(ids.device), others[drawn].to(ids.device)):
         found.append(F.cross_entropy(head(hidden[places]).float(), targets[places]))
-    return found[0], found[1]
+    return tuple(found)
 
 
-def extend(
-    config: ExtensionConfig, text: str | None = None, *, device=None, limit_s: float = math.inf, show: Callable = print
-) -> tuple[torch.nn.Module, object, list[dict]]:
-    """Train a model for a longer context.
+def extend(config: ExtensionConfig, text: str, show: Callable = print) -> tuple[torch.nn.Module, object, list[dict]]:
+    """Train a model for a longer context, on CUDA where there is a GPU.
 
     Args:
         config: The recipe.
-        text: Text that the sequences are made of; None means `training_text()`.
-        device: None means CUDA where there is a GPU.
-        limit_s: Training stops after so many seconds, at the next progress line.
+        text: Text that the sequences are made of.
         show: Called with a progress line every ten steps.
     Returns:
         (model in eval mode with fp32 weights, tokenizer, log: dicts of step, length [tokens], and `LOSSES` [nats]).
     """
     torch.manual_seed(config.seed)
-    model, tokenizer = load_with_base(config, device)
-    mixture = Mixture(tokenizer, training_text() if text is None else text, config.seed)
-    device = next(model.parameters()).device
+    model, tokenizer = load_with_base(config)
+    mixture = Mixture(tokenizer, text, config.seed)
     optimizer = torch.optim.AdamW(model.train().parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     log, started = [], time.monotonic()
     steps = [(length, count) for length, steps, count in config.stages for _ in range(steps)]
@@ -145,7 +139,7 @@ def extend(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         batch = mixture.batch(step, length, count)
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(FAST_BACKENDS, set_priority=True):
+        with torch.autocast(model.device.type, torch.bfloat16), sdpa_kernel(FAST_BACKENDS, set_priority=True):
             answer_loss, text_loss = losses(model, batch, config.text_tokens, step)
         (answer_loss + text_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -154,11 +148,8 @@ def extend(
         log.append(dict(step=step, length=length, answer_loss=answer_loss.detach(), text_loss=text_loss.detach()))
         if step % 10 == 9 or step + 1 == len(steps):
             answer, other = (fmean(row[name] for row in log[-10:]) for name in LOSSES)
-            seconds = time.monotonic() - started
-            told = f"step {step + 1}/{len(steps)}, {length} tokens, {seconds:.0f} s"
+            told = f"step {step + 1}/{len(steps)}, {length} tokens, {time.monotonic() - started:.0f} s"
             show(f"{told}: answers {answer:.3f}, text {other:.3f} nats")
-            if seconds > limit_s:
-                break
     log = [{name: float(value) if isinstance(value, Tensor) else value for name, value in row.items()} for row in log]
     return model.eval(), tokenizer, log
 
@@ -182,7 +173,7 @@ def curve_rows(config: ExtensionConfig, log: Sequence[dict], num_bins: int = 40)
     """Rows of a training log: means of both losses over bins of steps, start..stop - 1."""
     edges = sorted({round(len(log) * i / num_bins) for i in range(num_bins + 1)})
     rows = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         for name in LOSSES:
             value = fmean(row[name] for row in log[start:stop])
             about = dict(method="dense", measure=name, task="training", length=log[start]["length"], seed=config.seed)
@@ -193,7 +184,6 @@ def curve_rows(config: ExtensionConfig, log: Sequence[dict], num_bins: int = 40)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this part to its parser."""
     parser.add_argument("--out", help="folder of the model (default: $STEM_CACHE/smollm2-32k)")
-    parser.add_argument("--training-limit", type=float, default=math.inf, help="training stops after this time [s]")
     parser.add_argument("--evaluate-only", action="store_true", help="do not train; compare with the model in --out")
     answers.add_shared_arguments(parser)
 
@@ -206,8 +196,8 @@ def main(options: argparse.Namespace) -> None:
     out = Path(options.out or pretrained.cache_folder() / name)
     show, rows, started = partial(print, flush=True), [], time.monotonic()
     if not options.evaluate_only:
-        text = None if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
-        model, tokenizer, log = extend(config, text, limit_s=options.training_limit, show=show)
+        text = training_text() if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
+        model, tokenizer, log = extend(config, text, show)
         show("saved", save(model, tokenizer, out))
         rows = curve_rows(config, log)
         del model

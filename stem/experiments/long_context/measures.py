@@ -37,7 +37,7 @@ def load(name: str) -> tuple:
 
 
 @torch.no_grad()
-def answer_scores(model, prompts: Prompts, tokens_per_batch: int | None = None) -> tuple[Tensor, Tensor]:
+def answer_scores(model, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """Teacher-forced scores of the right answers, each in one forward of prompt and answer.
 
     Returns:
@@ -47,7 +47,7 @@ def answer_scores(model, prompts: Prompts, tokens_per_batch: int | None = None) 
     head = model.get_output_embeddings()
     logp, right = [], []
     longest = int(prompts.answer_tokens.max())
-    for ids, counts in _batches(model, tokens_per_batch, prompts.ids, prompts.answer_tokens):
+    for ids, counts in _batches(model, prompts.ids, prompts.answer_tokens):
         hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -longest - 1 : -1]
         logits, targets = head(hidden).float(), ids[:, -longest:]
         asked = torch.arange(longest, device=ids.device) >= longest - counts[:, None]  # answers end together
@@ -58,14 +58,14 @@ def answer_scores(model, prompts: Prompts, tokens_per_batch: int | None = None) 
 
 
 @torch.no_grad()
-def document_losses(model, ids: Tensor, tokens_per_batch: int | None = None) -> Tensor:
+def document_losses(model, ids: Tensor) -> Tensor:
     """Loss of every next token of documents int64 [n, N], each in one prefill: fp32 [n, N - 1] on the CPU [nats]."""
-    batches = (batch for (batch,) in _batches(model, tokens_per_batch, ids))
+    batches = (batch for (batch,) in _batches(model, ids))
     return torch.cat([token_losses(model, x, x[:, 1:], LOGITS_AT_ONCE[x.device.type]).cpu() for x in batches])
 
 
 @torch.no_grad()
-def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int | None = None) -> Tensor:
+def generated_scores(model, tokenizer, prompts: Prompts) -> Tensor:
     """Share of the right answers in greedy text after a sparse prefill and dense decoding: fp32 [samples], 0..1.
 
     Raises:
@@ -75,7 +75,7 @@ def generated_scores(model, tokenizer, prompts: Prompts, tokens_per_batch: int |
     if (prompts.answer_tokens != count).any():
         raise ValueError(f"answers of {prompts.task} must have one length, got {prompts.answer_tokens.tolist()} tokens")
     texts, options = [], dict(do_sample=False, max_new_tokens=count + 4, pad_token_id=tokenizer.eos_token_id)
-    for (ids,) in _batches(model, tokens_per_batch, prompts.ids[:, :-count]):
+    for (ids,) in _batches(model, prompts.ids[:, :-count]):
         with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
             out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         texts += tokenizer.batch_decode(out[:, ids.shape[1] :])
@@ -149,11 +149,11 @@ def fused(model) -> Iterator[None]:
             layer._compiled_call_impl = None  # undoes Module.compile
 
 
-def _batches(model, tokens_per_batch: int | None, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _batches(model, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching rows of the tensors in batches of about one size, on the model's device; the first is [n, tokens]."""
     device = next(model.parameters()).device
-    hidden = model.config.get_text_config().hidden_size
-    most = max(1, (tokens_per_batch or NUMBERS_PER_BATCH[device.type] // hidden) // tensors[0].shape[1])
+    tokens = NUMBERS_PER_BATCH[device.type] // model.config.get_text_config().hidden_size
+    most = max(1, tokens // tensors[0].shape[1])
     size = math.ceil(len(tensors[0]) / math.ceil(len(tensors[0]) / most))
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         yield tuple(part.to(device) for part in parts)

@@ -112,7 +112,7 @@ class Mixture:
         ids, marks = [], []
         for question, answer in asked:
             for text, mark in ((f"\n{question}", False), (f" {answer}", True)):
-                tokens = self._ids(text)
+                tokens = self.tokenizer(text).input_ids
                 ids += tokens
                 marks += [mark] * len(tokens)
         return ids, marks
@@ -130,11 +130,8 @@ class Mixture:
 
     def _noise(self, tokens: int) -> list[int]:
         """RULER's noise sentences, repeated."""
-        sentence = self._ids(NOISE)
+        sentence = self.tokenizer(NOISE).input_ids
         return (sentence * (tokens // len(sentence) + 1))[:tokens]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text).input_ids
 
 
 def training_text(most_chars: int = 20_000_000) -> str:

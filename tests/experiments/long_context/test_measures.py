@@ -11,9 +11,10 @@ from stem.experiments.long_context import measures, samples
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
 
-def test_answers_are_scored_as_all_logits_say_whatever_the_batch(ruler_rows, tokenizer, model):
+def test_answers_are_scored_as_all_logits_say_whatever_the_batch(ruler_rows, tokenizer, model, monkeypatch):
+    monkeypatch.setitem(measures.NUMBERS_PER_BATCH, "cpu", 2 * 256 * model.config.hidden_size)
     prompts = samples.exact_prompts("niah_multikey_1", tokenizer, 256, 3)
-    logp, right = measures.answer_scores(model, prompts, tokens_per_batch=512)
+    logp, right = measures.answer_scores(model, prompts)
     with torch.no_grad():
         logits = model(prompts.ids).logits
     for i, count in enumerate(prompts.answer_tokens):
