@@ -60,7 +60,6 @@ def fine_tune(model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed:
     Args:
         model: Hugging Face causal language model in fp32, changed in place. On CUDA it runs in bfloat16 autocast.
         tokens: int64 [M], M > config.length.
-        config: Steps, length, learning rate and Stem's config.
         sparse: Train with Stem on.
         seed: Seed of the windows, which are the same for both kinds of attention.
     Returns:
@@ -99,33 +98,28 @@ def held_out_rows(model, tokenizer, config: AdaptConfig) -> list[dict]:
             prefill = hf.stem_prefill(model, config.stem_config) if inferred == "stem" else contextlib.nullcontext()
             with prefill as report, _autocast(model.device):
                 losses = token_losses(model, ids[:, :-1], ids[:, 1:], LOGITS_AT_ONCE)[0].cpu()
+            about = dict(inferred=inferred, task=f"held_out_{name}", density=report.density() if report else 1.0)
             for start in range(0, config.read, config.bucket):
                 place = dict(place="position", start=start, stop=start + config.bucket, count=config.bucket)
-                found = dict(measure="loss", value=losses[start : start + config.bucket].mean().item())
-                density = report.density() if report else 1.0
-                rows.append(dict(inferred=inferred, task=f"held_out_{name}", density=density) | place | found)
+                value = losses[start : start + config.bucket].mean().item()
+                rows.append(about | place | dict(measure="loss", value=value))
     return rows
 
 
 def run_arm(config: AdaptConfig, arm: str, seed: int) -> list[dict]:
-    """Fine-tune the model with one attention and read the held-out text after it.
+    """Fine-tune the model with the attention of an arm (one of ARMS) and read the held-out text after it.
 
     For arm "dense" and seed 0, the held-out text is also read before the fine-tuning.
 
-    Args:
-        config: Settings.
-        arm: One of ARMS, the attention during the fine-tuning.
-        seed: Seed of the windows.
     Returns:
         Rows like those of stem.experiments.training.probe. Column trained is "pretrained", "adapt_dense" or
         "adapt_stem", inferred is "dense" or "stem". Task "adaptation" holds loss and grad_norm of the training by step,
         task "held_out_<module>" the loss by position.
     """
     model, tokenizer = pretrained.load(config.model)
-    rows = []
+    rows, name = [], f"adapt_{arm}"
     if (arm, seed) == ("dense", 0):
         rows += [dict(trained="pretrained") | row for row in held_out_rows(model, tokenizer, config)]
-    name = f"adapt_{arm}"
     for row in fine_tune(model, training_tokens(tokenizer), config, sparse=arm == "stem", seed=seed):
         span = dict(inferred=arm, task="adaptation", place="step", start=row["step"], stop=row["step"] + 1, count=1)
         rows += [dict(trained=name, measure=key, value=row[key]) | span for key in ("loss", "grad_norm")]

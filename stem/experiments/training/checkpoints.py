@@ -70,12 +70,8 @@ def read_header(path: Path) -> tuple[int, dict]:
 
 
 def check_resumable(folder: Path, settings: Mapping, columns: Sequence[str]) -> None:
-    """Raise ValueError if the checkpoint in `folder` cannot be resumed; without a checkpoint there is nothing to check.
+    """Check that a run with these settings and columns of log.csv can go on from its checkpoint, if there is one.
 
-    Args:
-        folder: Folder of the run.
-        settings: TrainConfig.settings() of the run that wants to go on.
-        columns: Names of the columns of log.csv.
     Raises:
         ValueError: If the checkpoint is damaged or has other settings, or if log.csv lacks one of its steps.
     """

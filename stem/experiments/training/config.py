@@ -85,8 +85,8 @@ class TrainConfig:
         check_choice("parallel", self.parallel, PARALLEL)
         if self.impl and self.attention == "dense":
             raise ValueError(f"impl={self.impl!r} has no effect on attention='dense'; accepted: None")
-        if unknown := [name for name in self.tasks.split(",") if name not in TASKS]:
-            raise ValueError(f"tasks={self.tasks!r}: unknown {unknown}; accepted: names out of {', '.join(TASKS)}")
+        for name in self.tasks.split(","):
+            check_choice("each of tasks", name, tuple(TASKS))
         if self.start_len and (self.start_len < 32 or self.start_len << self.doublings != self.seq_len):
             raise ValueError(
                 f"start_len={self.start_len}; accepted: 0, or seq_len={self.seq_len} halved some times, from 32"

@@ -74,14 +74,9 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def share(model: nn.Module, parallel: str, processes: Processes) -> nn.Module:
-    """Prepare a model for the processes: unchanged if alone, else in a DistributedDataParallel or sharded in place.
+    """Return the module to call: the model itself if alone, else in a DistributedDataParallel or sharded in place.
 
-    Args:
-        model: Holds its blocks in `model.blocks`; FSDP2 gathers one of them at a time.
-        parallel: "ddp" or "fsdp".
-        processes: Processes that share the model.
-    Returns:
-        The module to call. The optimizer must be made afterwards, from the parameters of `model`.
+    The optimizer must be made afterwards, from the parameters of `model`. FSDP2 gathers a block at a time.
     """
     if processes.world == 1:
         return model

@@ -128,17 +128,16 @@ def speed_rows(study: Study) -> list[dict]:
     rows = []
     for arm in study.arms:
         config = dataclasses.replace(arm_config(study, arm), start_len=0, grow_steps=0)
-        names = config.tasks.split(",")
         with join_processes(config.device) as processes:
             torch.manual_seed(0)
             model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
             optimizer = make_optimizer(model, config)
             for step in range(3):
-                take_step(step, config, names, model, optimizer, processes)
+                take_step(step, config, model, optimizer, processes)
             if cuda := processes.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             steps = range(3, 3 + study.speed_steps)
-            log = pd.DataFrame([take_step(step, config, names, model, optimizer, processes) for step in steps])
+            log = pd.DataFrame([take_step(step, config, model, optimizer, processes) for step in steps])
         about = dict(trained=arm, inferred=arm, seed=0, seq_len=config.seq_len, task=config.tasks, place="step")
         about |= dict(start=3, stop=3 + study.speed_steps, count=study.speed_steps)
         found = {"tokens_per_second": log.tokens_per_second.median()}

@@ -150,9 +150,7 @@ class LanguageModel(nn.Module):
 
     Args:
         size: Numbers of layers and heads, widths.
-        attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
-        stem_config: Selection settings of every layer; None takes the default.
-        impl: Implementation of block-sparse attention, see stem.block_sparse_attention.
+        attention, stem_config, impl: Attention of every layer, see `attend`.
     Raises:
         ValueError: If `attention` is unknown.
     """

@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -45,9 +45,7 @@ from stem.experiments.training.tasks import IGNORED, Batch, make_batch
 def learning_rate(step: int, config) -> float:
     """Learning rate of a step: linear warm-up to `lr`, then half a cosine that reaches a tenth of `lr` at `steps`.
 
-    Args:
-        step: 0 .. config.steps.
-        config: TrainConfig, or any object with lr, warmup and steps.
+    `config` may be any object with lr, warmup and steps.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -93,10 +91,9 @@ def token_losses(model: torch.nn.Module, batch: Batch, bf16: bool = False) -> Te
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
     """Make AdamW (betas 0.9, 0.95) with weight decay on matrices only."""
     weights = list(model.parameters())
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    gains = [weight for weight in weights if weight.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=weights[0].is_cuda)
 
 
@@ -136,8 +133,8 @@ def run_steps(
     The DistributedDataParallel lives in this call only, because it must not outlive the group. As the last owner of a
     gloo group it would hold the GIL and wait for a gloo thread that needs the GIL to end.
     """
-    names, folder = config.tasks.split(","), Path(config.out)
-    checkpoint, log, columns = folder / CHECKPOINT, folder / LOG, log_columns(names)
+    folder, columns = Path(config.out), log_columns(config)
+    checkpoint, log = folder / CHECKPOINT, folder / LOG
     torch.manual_seed(config.seed)
     model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
     shared = share(model, config.parallel, processes)
@@ -149,7 +146,7 @@ def run_steps(
     steps = range(done, config.steps)
     steps = tqdm(steps, initial=done, total=config.steps, disable=not (progress and processes.is_main))
     for step in steps:
-        row = take_step(step, config, names, shared, optimizer, processes)
+        row = take_step(step, config, shared, optimizer, processes)
         if processes.is_main:
             append_row(log, row)
             steps.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
@@ -187,7 +184,7 @@ def check_run(config: TrainConfig) -> None:
     if config.impl:
         check_impl(config, device)
     check_folder(Path(config.out))
-    check_resumable(Path(config.out), config.settings(), log_columns(config.tasks.split(",")))
+    check_resumable(Path(config.out), config.settings(), log_columns(config))
 
 
 def check_impl(config: TrainConfig, device: torch.device) -> None:
@@ -200,9 +197,9 @@ def check_impl(config: TrainConfig, device: torch.device) -> None:
         raise ValueError(str(error)) from error
 
 
-def log_columns(names: Sequence[str]) -> list[str]:
+def log_columns(config: TrainConfig) -> list[str]:
     """Columns of log.csv: losses [nats], gradient norm before clipping, speed of all processes, memory of this one."""
-    losses = [f"loss_{name}" for name in names]
+    losses = [f"loss_{name}" for name in config.tasks.split(",")]
     return ["step", "loss", *losses, "grad_norm", "lr", "tokens_per_second", "peak_memory_mib"]
 
 
@@ -215,25 +212,19 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def take_step(
-    step: int, config: TrainConfig, names: Sequence[str], model: torch.nn.Module, optimizer, processes: Processes
+    step: int, config: TrainConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> dict[str, float]:
     """Take one optimizer step over the batch of all processes and return its row of the log.
 
     DDP and FSDP2 average gradients, so each process multiplies its share of the loss by the number of processes.
+    `model` is the plain model, or the model that `share` returned.
 
-    Args:
-        step: Number of the step, from 0.
-        config: The run.
-        names: Its tasks.
-        model: The plain model, or the model that `share` returned.
-        optimizer: See make_optimizer.
-        processes: Processes that share the batch.
     Raises:
         FloatingPointError: If the loss or the gradient norm is not finite; names both, the step and the learning rate.
             The weights are still those of the step before.
     """
     start = time.perf_counter()
-    seq_len = row_length(step, config)
+    names, seq_len = config.tasks.split(","), row_length(step, config)
     batches = [
         make_batch(names, rows, seq_len, seed=config.seed).to(processes.device)
         for rows in row_parts(step, config, processes)
@@ -259,16 +250,10 @@ def take_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    speed = config.batch_size * config.seq_len / (time.perf_counter() - start)
     by_task = (sums[:, 0] / sums[:, 1]).tolist()
-    return {
-        "step": step + 1,
-        "loss": loss,
-        **{f"loss_{name}": value for name, value in zip(names, by_task, strict=True)},
-        "grad_norm": grad_norm,
-        "lr": rate,
-        "tokens_per_second": config.batch_size * config.seq_len / (time.perf_counter() - start),
-        "peak_memory_mib": peak_memory_mib(processes.device),
-    }
+    values = [step + 1, loss, *by_task, grad_norm, rate, speed, peak_memory_mib(processes.device)]
+    return dict(zip(log_columns(config), values, strict=True))
 
 
 def diverged(step: int, config: TrainConfig, loss: float, reason: str) -> FloatingPointError:

@@ -226,8 +226,8 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(tmp_path, monkeypa
     config = parse_config([*RUN, "--out", str(tmp_path), "--checkpoint-every", "1"])
     before = []
 
-    def spoil(step, config, names, model, *rest, take=take_step):
-        row = take(step, config, names, model, *rest)
+    def spoil(step, config, model, *rest, take=take_step):
+        row = take(step, config, model, *rest)
         if step == 2:
             before.append((tmp_path / "checkpoint.safetensors").read_bytes())
             break_weights("norm.weight")(2, model)

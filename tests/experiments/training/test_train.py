@@ -319,7 +319,7 @@ def test_command_line_reaches_every_part_of_the_config(tmp_path):
         ({"impl": "cuda"}, "impl must be one of None, 'reference', .*, got 'cuda'"),
         ({"impl": "torch"}, "impl='torch' has no effect on attention='dense'; accepted: None"),
         ({"parallel": "tensor"}, "parallel must be one of 'ddp', 'fsdp', got 'tensor'"),
-        ({"tasks": "text,typo"}, r"unknown \['typo'\]; accepted: names out of text, recall"),
+        ({"tasks": "text,typo"}, "each of tasks must be one of 'text', 'recall', got 'typo'"),
         ({"device": "tpu"}, "device must be one of '', 'cpu', 'cuda', got 'tpu'"),
         ({"start_len": 48, "grow_steps": 2}, "start_len=48; accepted: 0, or seq_len=64 halved"),
         ({"start_len": 128, "grow_steps": 2}, "start_len=128"),
