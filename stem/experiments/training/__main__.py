@@ -1,10 +1,4 @@
-"""Command line of the experiment in notebook 05.
-
-    python -m stem.experiments.training --profile full
-    python -m stem.experiments.training.train --help
-
-The first command runs the experiment, the second trains one model.
-"""
+"""Command line of the experiment in notebook 05; `python -m stem.experiments.training.train` trains one model."""
 
 import argparse
 
@@ -18,11 +12,9 @@ def main() -> None:
     )
     parser.add_argument("--profile", choices=experiment.STUDIES, default="smoke")
     parser.add_argument("--folder", default="runs/training", help="where finished parts are kept (runs/training)")
-    parser.add_argument("--only", nargs="*", default=[], help="arms to run, or adapt_dense, adapt_stem (all)")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[], help="seeds to run (those of the profile)")
     options = parser.parse_args()
     try:
-        experiment.run(options.profile, options.folder, options.only, options.seeds)
+        experiment.run(options.profile, options.folder)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"stem.experiments.training: {error}") from error
 

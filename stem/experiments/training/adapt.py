@@ -38,8 +38,6 @@ class AdaptConfig:
     """Positions averaged in a row [tokens]."""
     lr: float = 5e-5
     """Highest learning rate; see stem.experiments.training.train.learning_rate."""
-    model: str = "smollm2"
-    """Name for stem.pretrained.load."""
 
     @property
     def warmup(self) -> int:
@@ -116,7 +114,7 @@ def run_arm(config: AdaptConfig, arm: str, seed: int) -> list[dict]:
         "adapt_stem", inferred is "dense" or "stem". Task "adaptation" holds loss and grad_norm of the training by step,
         task "held_out_<module>" the loss by position.
     """
-    model, tokenizer = pretrained.load(config.model)
+    model, tokenizer = pretrained.load("smollm2")
     rows, name = [], f"adapt_{arm}"
     if (arm, seed) == ("dense", 0):
         rows += [dict(trained="pretrained") | row for row in held_out_rows(model, tokenizer, config)]

@@ -1,9 +1,8 @@
 """The experiment of notebook 05: one small model trained with several kinds of attention, as rows and figures.
 
-`python -m stem.experiments.training` runs it. Speed and memory are measured first, alone on the machine. Then every arm
-is trained with every seed, each in a process of its own. Every model reads rows at and beyond its training length, with
-its own and with other attention. The full profile also fine-tunes SmolLM2 (see adapt.py). Every finished part is kept
-in a folder, and the next run goes on from there. Rows go to results/training/.
+Speed and memory are measured first, alone on the machine. Then every arm is trained with every seed, each in a process
+of its own. Every model reads rows at and beyond its training length, with its own and with other attention. The full
+profile also fine-tunes SmolLM2 (see adapt.py). Finished parts are kept, and the next run goes on from there.
 """
 
 import dataclasses
@@ -26,7 +25,6 @@ from stem.experiments.training.config import TrainConfig
 from stem.experiments.training.distributed import join_processes
 from stem.experiments.training.model import LanguageModel, ModelSize
 from stem.experiments.training.train import make_optimizer, take_step, train
-from stem.validation import check_integer
 
 # Arm -> (pattern, fields of the study's StemConfig that it changes); all but "dense" have the same density.
 ARMS = {
@@ -150,12 +148,10 @@ def speed_rows(study: Study) -> list[dict]:
     return rows
 
 
-def part_names(study: Study, only: Sequence[str] = ()) -> list[str]:
+def part_names(study: Study) -> list[str]:
     """Names of the parts that run in a process each: "speed", then "<arm>-<seed>" and "adapt_<arm>-<seed>" by seed."""
     arms = [*study.arms, *(f"adapt_{arm}" for arm in adapt.ARMS if study.adaptation)]
-    if unknown := sorted(set(only) - set(arms)):
-        raise ValueError(f"only={list(only)}: unknown {unknown}; accepted: {', '.join(arms)}")
-    return ["speed", *(f"{arm}-{seed}" for seed in study.seeds for arm in arms if not only or arm in only)]
+    return ["speed", *(f"{arm}-{seed}" for seed in study.seeds for arm in arms)]
 
 
 def run_part(study: Study, part: str, folder: Path) -> None:
@@ -176,24 +172,20 @@ def run_part(study: Study, part: str, folder: Path) -> None:
     (folder / part / CHECKPOINT).unlink(missing_ok=True)  # from here on only the rows are read
 
 
-def run(profile: str, folder: str | Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> Path:
+def run(profile: str, folder: str | Path) -> Path:
     """Run the whole experiment, each part in a process of its own, and write its rows to results/training/.
 
     Args:
         profile: A key of STUDIES.
         folder: Where finished parts are kept, in a subfolder named after the study. They are not run again.
-        only, seeds: Arms and seeds to run and to write; empty takes all arms and the study's seeds.
     Returns:
         Path of the CSV.
     Raises:
-        ValueError, TypeError: For an arm that the study does not have, or a negative seed.
         OSError: If `folder` or results/training/ cannot be made.
         RuntimeError: If a part failed. All others have ended by then, and their rows have been written.
     """
     study = STUDIES[profile]
-    for seed in seeds:
-        check_integer("seeds", seed, 0)
-    names = part_names(dataclasses.replace(study, seeds=tuple(seeds) or study.seeds), only)
+    names = part_names(study)
     records.results_dir("training")  # made before the training, to fail early
     folder = part_folder(study, folder)
     for together, workers in ((names[:1], 1), (names[1:], study.workers)):  # speed is measured alone

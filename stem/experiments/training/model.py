@@ -71,7 +71,6 @@ def attend(
     """
     if attention == "dense":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    config = config or StemConfig()
     try:
         if attention == "stem":
             return stem_attention(q, k, v, config, impl=impl)

@@ -38,11 +38,11 @@ def read(
     device = next(model.parameters()).device
     lines = []
     for index in range(num_rows):
-        batch = make_batch([task], [index], seq_len, seed=seed, split="validation")
+        batch = make_batch([task], [index], seq_len, seed=seed, split="validation").to(device)
         asked = batch.targets[0] != IGNORED
-        targets = batch.targets[0, asked].to(device)
+        targets = batch.targets[0, asked]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(batch.inputs.to(device))[0, asked.to(device)].float()  # [M, vocab]
+            logits = model(batch.inputs)[0, asked].float()  # [M, vocab]
         values = {"position": asked.nonzero()[:, 0], "distance": batch.distance[0, asked]}
         values |= {"loss": F.cross_entropy(logits, targets, reduction="none"), "correct": logits.argmax(-1) == targets}
         lines.append(pd.DataFrame({name: value.cpu().numpy() for name, value in values.items()}))

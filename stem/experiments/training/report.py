@@ -59,9 +59,8 @@ def verdict(values: pd.Series, than: pd.Series, tolerance: float = 0.0) -> str:
 
 def span(values: pd.Series, digits: int = 3) -> str:
     """Format mean and range over seeds, such as "0.812 (0.790 to 0.830)"; a single seed has no range."""
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
+    mean, low, high = (f"{value:.{digits}f}" for value in (values.mean(), values.min(), values.max()))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
 def end_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -97,13 +96,9 @@ def adaptation_table(rows: pd.DataFrame, shortest: int = LATE) -> pd.DataFrame:
         dense. "gap_left" is the loss of the Stem-tuned model read with Stem minus the dense-tuned model read dense.
         "removed" is the share 1 - gap_left / gap.
     """
-    length = int(rows[rows.trained == "pretrained"].seq_len.iloc[0])
-    columns = {}
-    for trained in ("pretrained", "adapt_dense", "adapt_stem"):
-        for inferred in ("dense", "stem"):
-            values = seeds_of(rows, "loss", trained, inferred, seq_len=length, task="held_out", shortest=shortest)
-            columns[f"{trained} {inferred}"] = values
-    table = pd.DataFrame(columns)
+    held_out = rows[rows.task.str.startswith("held_out") & (rows.start >= shortest)]
+    table = held_out.groupby(["seed", "trained", "inferred"], sort=False).value.mean().unstack([1, 2], sort=False)
+    table.columns = table.columns.map(" ".join)
     before = [name for name in table if name.startswith("pretrained")]
     table[before] = table[before].ffill().bfill()  # read once, the same for every seed
     table["gap"] = table["adapt_dense stem"] - table["adapt_dense dense"]
@@ -144,13 +139,13 @@ def draw_positions(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]], times: int = 2) -> Figure:
-    """Draw right answers by distance to the record, in rows of `times` the training length: a line for each reading."""
+def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]]) -> Figure:
+    """Draw right answers by distance to the record, in rows of twice the training length: a line for each reading."""
     asked = rows[(rows.measure == "correct") & (rows.task == "recall")]
     trained_on = asked.seq_len.min()
     asked = asked.assign(reading=asked.trained + " → " + asked.inferred)
     wanted = [f"{trained} → {inferred}" for trained, inferred in readings]
-    asked = asked[(asked.seq_len == times * trained_on) & asked.reading.isin(wanted)]
+    asked = asked[(asked.seq_len == 2 * trained_on) & asked.reading.isin(wanted)]
     fixed = {"dense → dense": "0.4", "dense → sliding_window": "black"}
     colours = fixed | dict(zip([name for name in wanted if name not in fixed], figures.PALETTE, strict=False))
     figure, axis = figures.new(width=7.5)
@@ -187,7 +182,7 @@ def save_figures(rows: pd.DataFrame) -> list[str]:
     """Draw the figures whose rows there are into results/training/ and return their names."""
     drawn = {"curves": draw_curves(rows), "position": draw_positions(rows)}
     drawn["distance"] = draw_distances(rows, own_readings(rows))
-    if (rows.trained == "adapt_stem").any() and (rows.trained == "adapt_dense").any():
+    if {"adapt_stem", "adapt_dense"} <= set(rows.trained):
         drawn["adaptation"] = draw_adaptation(rows)
     return [figures.save(figure, "training", name).name for name, figure in drawn.items()]
 
