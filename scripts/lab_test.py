@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -31,6 +31,7 @@ SETTINGS = {
 }
 CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 CHROMIUM_OPTIONS += ["--disable-background-networking", "--disable-component-update"]
+IDLE = "#jp-main-statusbar >> text=/\\| Idle/"
 ALL_NUMBERED_OR_FAILED = """() => {
     const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim());
     return (prompts.length && prompts.every(text => /^\\[\\d+\\]:$/.test(text)))
@@ -41,18 +42,10 @@ LOADED_PICTURES = """images => images.filter(image => image.complete && image.na
 
 def find_chromium() -> str:
     """Return the path of the browser: CHROMIUM, or the first of its usual names on PATH."""
-    names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
-    found = [path for name in names if name and (path := shutil.which(name))]
-    if not found:
-        sys.exit("no Chromium found: `apt-get install chromium`, or set CHROMIUM to its path")
-    return found[0]
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for name in (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"):
+        if name and (path := shutil.which(name)):
+            return path
+    sys.exit("no Chromium found: `apt-get install chromium`, or set CHROMIUM to its path")
 
 
 @contextmanager
@@ -62,7 +55,9 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings))
-    port, token = free_port(), secrets.token_hex(16)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # a port that nothing listens on
+        port, token = probe.getsockname()[1], secrets.token_hex(16)
     environment = {
         **os.environ,
         "OMP_WAIT_POLICY": "passive",
@@ -78,23 +73,22 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
     with (home / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_for(f"http://127.0.0.1:{port}/api?token={token}", server, home / "lab.log")
+        if not answers(f"http://127.0.0.1:{port}/api?token={token}", server):
+            sys.exit(f"JupyterLab did not start:\n{(home / 'lab.log').read_text()[-2000:]}")
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset"
     finally:
         server.terminate()
         server.wait(30)
 
 
-def wait_for(url: str, server: subprocess.Popen, log: Path, limit_s: float = START_LIMIT_MS / 1000) -> None:
-    """Wait until the server answers; exit with the end of its log if it ends or the limit passes."""
-    deadline = time.monotonic() + limit_s
+def answers(url: str, server: subprocess.Popen) -> bool:
+    """Wait until the server answers; return False if it ends or the limit passes before."""
+    deadline = time.monotonic() + START_LIMIT_MS / 1000
     while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-            return
-        except (urllib.error.URLError, TimeoutError):
-            time.sleep(0.25)
-    sys.exit(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+        with suppress(urllib.error.URLError, TimeoutError), urllib.request.urlopen(url, timeout=1):
+            return True
+        time.sleep(0.25)
+    return False
 
 
 def look_at(page: Page, url: str, picture: Path) -> list[str]:
@@ -103,13 +97,11 @@ def look_at(page: Page, url: str, picture: Path) -> list[str]:
     page.on("requestfailed", lambda request: failed_requests.append(request.url))
     page.goto(url, wait_until="domcontentloaded")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=START_LIMIT_MS)
-    page.wait_for_selector(
-        "#jp-main-statusbar >> text=/\\| Idle/", timeout=START_LIMIT_MS
-    )  # before that, running does nothing
+    page.wait_for_selector(IDLE, timeout=START_LIMIT_MS)  # before that, running does nothing
     page.click("li.lm-MenuBar-item:has-text('Kernel')")
     page.click("li.lm-Menu-item[data-command='kernelmenu:restart-and-clear']")
     page.click(".jp-Dialog button.jp-mod-accept")
-    page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=START_LIMIT_MS)
+    page.wait_for_selector(IDLE, timeout=START_LIMIT_MS)
     page.click("li.lm-MenuBar-item:has-text('Run')")
     page.click("li.lm-Menu-item[data-command='runmenu:run-all']")
     page.wait_for_function(ALL_NUMBERED_OR_FAILED, timeout=LIMIT_MS)

@@ -1,5 +1,7 @@
 """Draw README's picture: the blocks that Stem keeps on one small causal attention map."""
 
+from functools import partial
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -12,14 +14,10 @@ from stem.experiments import records
 TOKENS, HEAD_DIM, BLOCK_SIZE = 4096, 64, 64
 
 
-def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v [1, 1, TOKENS, HEAD_DIM] fp32 with recency, a sink, and some key blocks that all queries attend to."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = TOKENS // BLOCK_SIZE
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    generator, blocks = torch.Generator().manual_seed(0), TOKENS // BLOCK_SIZE
+    normal = partial(torch.randn, generator=generator)
     common, drift = normal(HEAD_DIM), torch.zeros(blocks, HEAD_DIM)
     for block in range(1, blocks):  # neighbouring blocks are about similar things
         drift[block] = 0.85 * drift[block - 1] + 0.5 * normal(HEAD_DIM)
@@ -43,9 +41,8 @@ def main() -> None:
     budget = stem.block_budget(blocks, config)
     kept = selection.to_mask()[0, 0]
 
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, 3.7), width_ratios=(1, 0.8, 1), layout="constrained"
-    )
+    sizes = dict(figsize=(11, 3.7), width_ratios=(1, 0.8, 1), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, **sizes)
     left.imshow(mass.masked_fill(future, torch.nan).sqrt(), cmap="Greys")
     left.set(title="what dense attention computes", xlabel="key block", ylabel="query block")
     rows = torch.arange(blocks)

@@ -6,8 +6,7 @@ model and configuration a cache of its own under `--use_cache`.
 
 import lm_eval.api.model
 
-from stem.evaluate.cache import AnswerCache
-from stem.evaluate.harness import StemLM
+from stem.evaluate.harness import AnswerCache, StemLM
 from stem.evaluate.local_data import local_data
 
 __all__ = ["AnswerCache", "StemLM", "local_data"]

@@ -1,4 +1,4 @@
-"""lm-eval's Hugging Face model class with Stem attention, registered under the name `stem`."""
+"""lm-eval's Hugging Face model class with Stem attention, named `stem`, and its cache for `--use_cache`."""
 
 import difflib
 import hashlib
@@ -8,9 +8,11 @@ from dataclasses import asdict, fields
 from functools import partial
 from math import isnan
 from numbers import Integral
+from pathlib import Path
 from statistics import fmean
 
 import torch
+from lm_eval.api.model import CachingLM, hash_args
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -26,6 +28,7 @@ NATIVE = sorted({keyword for name in patterns.names() for keyword in patterns.ke
 METHOD_OPTIONS = (*CONFIG_FIELDS, "preset", "pattern", *NATIVE)
 MODEL_OPTIONS = (*METHOD_OPTIONS, "dense_layers", "layers", "impl")
 NO_PART_IN_ANSWERS = ("batch_size", "max_batch_size", "device")
+REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 @register_model("stem")
@@ -55,6 +58,7 @@ class StemLM(HFLM):
         if hasattr(self, "accelerator") and self.world_size == 1:  # accelerate launch without GPUs: share the requests
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._given, self._options = given, options
+        self._described = {**given, "config": asdict(_config(given))}
         self._gathered, self.from_cache = (), 0
         layers = self.model.config.get_text_config().num_hidden_layers
         self._methods = per_layer(given, layers, given.get("dense_layers", 0), given.get("layers"))
@@ -68,7 +72,7 @@ class StemLM(HFLM):
         densities, from_cache = zip(*(self._gathered or [self._counts()]), strict=True)
         computed = [density for density in densities if not isnan(density)]
         stem = {
-            **self._described(),
+            **self._described,
             "density": fmean(computed) if computed else None,
             "density_by_layer": [row["density"] for row in hf.density(self.model)],
             "from_cache": sum(from_cache),
@@ -82,14 +86,11 @@ class StemLM(HFLM):
         """
         options = {name: value for name, value in self._options.items() if name not in NO_PART_IN_ANSWERS}
         weights = [each.flatten()[:4].tolist() for each in self.model.parameters() if not each.is_meta]
-        about = [self._described(), options, self.tokenizer.name_or_path, weights]
+        about = [self._described, options, self.tokenizer.name_or_path, weights]
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def _counts(self) -> tuple[float, int]:
         return hf.density(self.model).density(), self.from_cache
-
-    def _described(self) -> dict:
-        return {**self._given, "config": asdict(_config(self._given))}
 
     def gather_object(self, obj, dst: int = 0):
         """Gather the objects of all processes as lm-eval does, and with them densities and counts for the results."""
@@ -115,6 +116,36 @@ class StemLM(HFLM):
             return super()._detect_batch_size(requests, pos)
 
 
+class AnswerCache(CachingLM):
+    """lm-eval's cache of answers, whose file name ends in the fingerprint of a StemLM.
+
+    lm-eval looks answers up by the request alone: one file for two densities would answer for both from the first.
+    Other models are cached as lm-eval does it.
+    """
+
+    def __init__(self, lm, cache_db: str) -> None:
+        if isinstance(lm, StemLM):
+            file = Path(cache_db)
+            cache_db = str(file.with_name(f"{file.stem}_{lm.fingerprint()}{file.suffix}"))
+            lm.from_cache = 0
+        super().__init__(lm, cache_db)
+
+    def __getattr__(self, name: str):
+        found = super().__getattr__(name)
+        if name not in REQUESTS or not isinstance(self.lm, StemLM):
+            return found
+
+        def answer(requests):
+            self.lm.from_cache += sum(self._holds(name, request.args) for request in requests)
+            return found(requests)
+
+        return answer
+
+    def _holds(self, name: str, arguments: tuple) -> bool:
+        sampled = name == "generate_until" and arguments[1].get("do_sample", False)  # lm-eval computes these again
+        return not sampled and hash_args(name, arguments) in self.dbdict
+
+
 def method_from_options(
     given: Mapping[str, object], inherited: Mapping[str, object] | None = None
 ) -> StemConfig | hf.Selector | None:
@@ -122,14 +153,15 @@ def method_from_options(
 
     Args:
         given: `METHOD_OPTIONS` by name, see StemLM. Other names are ignored.
-        inherited: Options of all layers, for the options of one layer: `given` wins.
+        inherited: Options of all layers, for the options of one layer. A budget in `given` replaces their budget, and a
+            pattern in `given` their pattern and its own parameters.
     Returns:
         A StemConfig for the pattern "stem", None (the model's own attention) for "dense", else a selector.
     Raises:
-        ValueError, TypeError: If a pattern, preset, field or parameter is unknown or has a wrong value, or if one of
-            `given` has no effect.
+        ValueError, TypeError: If an option of `given` is unknown, has a wrong value, or has no effect.
     """
-    options = {**(inherited or {}), **given}
+    replaced = {*(BUDGET_FIELDS if BUDGET_FIELDS & set(given) else ()), *(NATIVE if "pattern" in given else ())}
+    options = {name: value for name, value in (inherited or {}).items() if name not in replaced} | dict(given)
     pattern = options.get("pattern", "stem")
     check_choice("pattern", pattern, patterns.names())
     accepted = patterns.keywords(pattern)
@@ -178,12 +210,13 @@ def per_layer(
     seen = set()
     for key, changes in (layers or {}).items():
         layer = int(key) if isinstance(key, str) and key.removeprefix("-").isdecimal() else key
-        if not _is_layer(layer, count) or not (changes is None or _is_options(changes)):
+        known = changes is None or (isinstance(changes, Mapping) and set(changes) <= set(METHOD_OPTIONS))
+        if not known or not _is_layer(layer, count):
             raise ValueError(f"layers must {accepted}, got {key!r}: {changes!r}")
         if layer % count in seen:
             raise ValueError(f"layers must name each layer once, got {key!r} for layer {layer % count} again")
         seen.add(layer % count)
-        methods[layer] = None if changes is None else method_from_options(changes, _inherited(options, changes))
+        methods[layer] = None if changes is None else method_from_options(changes, options)
     return methods
 
 
@@ -199,23 +232,12 @@ def _dense_layers(dense_layers: int | Collection[int], count: int) -> set[int]:
             return {layer % count for layer in dense_layers}
     elif _is_layer(dense_layers, count + 1) and dense_layers >= 0:
         return set(range(dense_layers))
-    raise ValueError(
-        f"dense_layers must be a count 0..{count} or layers in -{count}..{count - 1}, got {dense_layers!r}"
-    )
+    accepted = f"a count 0..{count} or layers in -{count}..{count - 1}"
+    raise ValueError(f"dense_layers must be {accepted}, got {dense_layers!r}")
 
 
 def _is_layer(layer: object, count: int) -> bool:
     return isinstance(layer, Integral) and not isinstance(layer, bool) and -count <= layer < count
-
-
-def _is_options(changes: object) -> bool:
-    return isinstance(changes, Mapping) and set(changes) <= set(METHOD_OPTIONS)
-
-
-def _inherited(options: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
-    """Options that stay for a layer: a new budget replaces the old one, a new pattern the old one's own parameters."""
-    replaced = {*(BUDGET_FIELDS if BUDGET_FIELDS & set(changes) else ()), *(NATIVE if "pattern" in changes else ())}
-    return {name: value for name, value in options.items() if name not in replaced}
 
 
 def _follows_budget(select: partial, config: StemConfig) -> bool:

@@ -63,18 +63,16 @@ def local_data(folder: str | Path | None) -> Iterator[None]:
     download, get = datasets.load_dataset, resolve_name("requests.get")  # lm-eval brings requests
 
     def load_dataset(path, name=None, *args, split=None, **options):
-        file = _file(folder, _place(path, name))
-        if file is None:
-            with _named(_place(path, name), path):
+        places = {ESSAYS: "essays.txt", LONGBENCH: f"longbench/{name}.jsonl", LONGBENCH2: "longbench_v2.json"}
+        with _file(folder, places.get(path), path) as file:
+            if file is None:
                 return download(path, name, *args, split=split, **options)
         data = datasets.Dataset.from_list(_rows(file, path, name))
         return data if split else datasets.DatasetDict(test=data, train=data)
 
     def fetch(url, *args, **options):
-        place = next((name for name in QUESTIONS if str(url).endswith(name)), None)
-        file = _file(folder, place)
-        if file is None:
-            with _named(place, url):
+        with _file(folder, next((name for name in QUESTIONS if str(url).endswith(name)), None), url) as file:
+            if file is None:
                 return get(url, *args, **options)
         content = json.loads(file.read_text(encoding="utf-8"))
         return mock.Mock(json=lambda: content, raise_for_status=lambda: None)
@@ -83,15 +81,18 @@ def local_data(folder: str | Path | None) -> Iterator[None]:
         yield
 
 
-def _place(path: str, name: str | None) -> str | None:
-    """Path of a data set within the folder; None for a data set that this module does not know."""
-    places = {ESSAYS: "essays.txt", LONGBENCH: f"longbench/{name}.jsonl", LONGBENCH2: "longbench_v2.json"}
-    return places.get(path)
-
-
-def _file(folder: str | Path | None, place: str | None) -> Path | None:
+@contextmanager
+def _file(folder: str | Path | None, place: str | None, source: str) -> Iterator[Path | None]:
+    """Yield the user's file, or None: a download that then fails in the context names the file to provide instead."""
     file = Path(folder) / place if folder is not None and place is not None else None
-    return file if file is not None and file.is_file() else None
+    try:
+        yield file if file is not None and file.is_file() else None
+    except OSError as error:  # every failure of the network is one
+        if place is None:
+            raise
+        raise FileNotFoundError(
+            f"{source} could not be downloaded; put it as {place} into a folder and name the folder by --data_dir"
+        ) from error
 
 
 def _rows(file: Path, path: str, name: str | None) -> list[dict]:
@@ -106,16 +107,3 @@ def _rows(file: Path, path: str, name: str | None) -> list[dict]:
     if not rows:
         raise ValueError(f"{file} has no row with domain and sub_domain {SUBSETS[name]}")
     return [{**row, "choices": [row[f"choice_{letter}"] for letter in "ABCD"]} for row in rows]
-
-
-@contextmanager
-def _named(place: str | None, source: str) -> Iterator[None]:
-    """Context in which the error of a failed download names the file to put into `--data_dir` instead."""
-    try:
-        yield
-    except OSError as error:  # every failure of the network is one
-        if place is None:
-            raise
-        raise FileNotFoundError(
-            f"{source} could not be downloaded; put it as {place} into a folder and name the folder by --data_dir"
-        ) from error

@@ -24,9 +24,8 @@ def provide_sentence_splitter() -> None:
 
 def _complete(folder: Path) -> bool:
     """Write the splitter's missing files; return whether the folder then has them all."""
-    files = [
-        folder / name for name in ("abbrev_types.txt", "sent_starters.txt", "collocations.tab", "ortho_context.tab")
-    ]
+    names = ("abbrev_types.txt", "sent_starters.txt", "collocations.tab", "ortho_context.tab")
+    files = [folder / name for name in names]
     if all(file.is_file() for file in files):
         return True
     try:
