@@ -113,8 +113,8 @@ class TrainConfig:
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """Read a TrainConfig from a command line with one option for each field of TrainConfig, ModelSize and StemConfig.
 
-    Args:
-        arguments: Options and their values; None takes the command line of this process.
+    Without `arguments`, the command line is that of this process.
+
     Raises:
         SystemExit: For a bad option, with status 2, after the usage and one line that names it.
     """

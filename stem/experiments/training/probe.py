@@ -27,10 +27,8 @@ def read(
 
     Args:
         model: In eval mode.
-        task: Name from stem.experiments.training.tasks.TASKS.
-        seq_len: Tokens in a row; may exceed the training length.
+        task, seq_len, seed: See make_batch; `seq_len` may exceed the training length.
         num_rows: Rows, read one at a time.
-        seed: Seed of the rows.
         bf16: Matrix products in bfloat16 (autocast), as in training.
     Returns:
         DataFrame with a line for each target: position and distance [tokens], loss [nats], correct (bool).
@@ -50,12 +48,9 @@ def read(
 
 
 def binned(frame: pd.DataFrame, value: str, place: str, edges: Sequence[int]) -> list[dict]:
-    """Mean of one column over half-open bins of another.
+    """Mean of column `value` over half-open bins of the integers in column `place`.
 
     Args:
-        frame: Measurements.
-        value: Column to average.
-        place: Column of integers to bin by.
         edges: Ascending bin edges, at least two; a bin without measurements is left out.
     Returns:
         Dicts with measure (= value), place, start, stop, value, count.

@@ -23,19 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from stem.experiments.training.checkpoints import (
-    CHECKPOINT,
-    LOG,
-    append_row,
-    check_folder,
-    check_resumable,
-    cut_log,
-    force_to_disk,
-    load_checkpoint,
-    only_writer,
-    save_checkpoint,
-    training_state,
-)
+from stem.experiments.training import checkpoints
 from stem.experiments.training.config import TrainConfig, parse_config
 from stem.experiments.training.distributed import Processes, choose_device, gradient_sync, join_processes, share, whole
 from stem.experiments.training.model import LanguageModel, attend
@@ -68,10 +56,7 @@ def row_parts(step: int, config: TrainConfig, processes: Processes) -> list[rang
     """
     parts = config.accumulate * processes.world
     if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of accumulate * processes = "
-            f"{config.accumulate} * {processes.world}"
-        )
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of accumulate * processes = {parts}")
     total = config.batch_size * config.seq_len // row_length(step, config)
     rows = total // parts
     first = step * total + processes.rank * config.accumulate * rows
@@ -82,9 +67,7 @@ def token_losses(model: torch.nn.Module, batch: Batch, bf16: bool = False) -> Te
     """Cross-entropy of every position [nats], fp32 [B, N]; 0 at positions without a target."""
     with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=bf16):
         logits = model(batch.inputs)  # [B, N, vocab]
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none")
     return losses.view_as(batch.targets)
 
 
@@ -117,7 +100,7 @@ def train(
     with (
         deterministic(config.deterministic),
         join_processes(config.device) as processes,
-        only_writer(Path(config.out)) if processes.is_main else contextlib.nullcontext(),
+        checkpoints.only_writer(Path(config.out)) if processes.is_main else contextlib.nullcontext(),
     ):
         processes.wait()  # from here on nobody else writes the checkpoint
         model = run_steps(config, processes, progress, on_step)
@@ -133,30 +116,30 @@ def run_steps(
     The DistributedDataParallel lives in this call only, because it must not outlive the group. As the last owner of a
     gloo group it would hold the GIL and wait for a gloo thread that needs the GIL to end.
     """
-    folder, columns = Path(config.out), log_columns(config)
-    checkpoint, log = folder / CHECKPOINT, folder / LOG
+    folder, settings, columns = Path(config.out), config.settings(), log_columns(config)
+    checkpoint, log = folder / checkpoints.CHECKPOINT, folder / checkpoints.LOG
     torch.manual_seed(config.seed)
     model = LanguageModel(config.size, config.attention, config.stem_config, config.impl).to(processes.device)
     shared = share(model, config.parallel, processes)
     optimizer = make_optimizer(model, config)
-    check_resumable(folder, config.settings(), columns)  # once more: another run may have ended here since check_run
-    done = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
+    checkpoints.check_resumable(folder, settings, columns)  # once more: another run may have ended here since check_run
+    done = checkpoints.load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
     if processes.is_main:
-        cut_log(log, done, columns)
+        checkpoints.cut_log(log, done, columns)
     steps = range(done, config.steps)
     steps = tqdm(steps, initial=done, total=config.steps, disable=not (progress and processes.is_main))
     for step in steps:
         row = take_step(step, config, shared, optimizer, processes)
         if processes.is_main:
-            append_row(log, row)
+            checkpoints.append_row(log, row)
             steps.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            state = training_state(model, optimizer)
+            state = checkpoints.training_state(model, optimizer)
             if not all(value.isfinite().all() for value in state.values()):
                 raise diverged(step, config, row["loss"], "the new weights are not finite")
             if processes.is_main:
-                force_to_disk(log)  # a checkpoint must not outlive the rows before it
-                save_checkpoint(checkpoint, step + 1, config.settings(), state)
+                checkpoints.force_to_disk(log)  # a checkpoint must not outlive the rows before it
+                checkpoints.save_checkpoint(checkpoint, step + 1, settings, state)
         if on_step:
             on_step(step + 1, model)
     return model
@@ -183,8 +166,8 @@ def check_run(config: TrainConfig) -> None:
     row_parts(0, config, Processes(0, int(os.environ.get("WORLD_SIZE", 1)), device))
     if config.impl:
         check_impl(config, device)
-    check_folder(Path(config.out))
-    check_resumable(Path(config.out), config.settings(), log_columns(config))
+    checkpoints.check_folder(Path(config.out))
+    checkpoints.check_resumable(Path(config.out), config.settings(), log_columns(config))
 
 
 def check_impl(config: TrainConfig, device: torch.device) -> None:
@@ -224,11 +207,8 @@ def take_step(
             The weights are still those of the step before.
     """
     start = time.perf_counter()
-    names, seq_len = config.tasks.split(","), row_length(step, config)
-    batches = [
-        make_batch(names, rows, seq_len, seed=config.seed).to(processes.device)
-        for rows in row_parts(step, config, processes)
-    ]
+    names, seq_len, parts = config.tasks.split(","), row_length(step, config), row_parts(step, config, processes)
+    batches = [make_batch(names, rows, seq_len, seed=config.seed).to(processes.device) for rows in parts]
     num_targets = processes.sum(sum((batch.targets != IGNORED).sum() for batch in batches))
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=processes.device)  # loss, targets
     for part, batch in enumerate(batches):

@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_is_kept(command, 
             path.with_suffix(".partial").mkdir()
         save(path, step, *rest)
 
-    monkeypatch.setattr("stem.experiments.training.train.save_checkpoint", fill_up)
+    monkeypatch.setattr("stem.experiments.training.checkpoints.save_checkpoint", fill_up)
     path = tmp_path / "run" / "checkpoint.partial"
     assert re.search(f"{BEGINNING}{path}: .*[Ii]s a directory", command())
     assert checkpoints.read_header(path.with_suffix(".safetensors"))[0] == 2
