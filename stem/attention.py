@@ -15,6 +15,7 @@ from stem.impl.attend import attend
 from stem.impl.coverage import resolve_impl
 from stem.planning import plan_for
 from stem.selection import BlockSelection, fit_selection
+from stem.transforms import is_transformed, refuse_transforms
 from stem.validation import check_qkv, check_scale, compute_dtype
 
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
@@ -61,8 +62,12 @@ def stem_attention(
 
         out, lse, selection = traced_attention(q, k, v, *options)
     else:
-        plan = plan_for(q, k, v, *options, return_selection, return_lse)
-        out, lse, selection = plan.run(q, k, v)
+        try:
+            plan = plan_for(q, k, v, *options, return_selection, return_lse)
+            out, lse, selection = plan.run(q, k, v)
+        except RuntimeError as error:
+            refuse_transforms(error, q, k, v)
+            raise
     if not (return_selection or return_lse):
         return out
     return out, *((selection,) if return_selection else ()), *((lse,) if return_lse else ())
@@ -105,6 +110,12 @@ def block_sparse_attention(
         out, lse = q.clone(), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
     else:
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if is_transformed(q, k, v):
+            impl, needs_grad = impl or "torch", True
         impl = resolve_impl(impl, q.device, q.dtype, q.shape[3], selection.block_size)
-        out, lse = attend(q, k, v, selection, scale, impl, needs_grad)
+        try:
+            out, lse = attend(q, k, v, selection, scale, impl, needs_grad)
+        except RuntimeError as error:
+            refuse_transforms(error, q, k, v)
+            raise
     return (out, lse) if return_lse else out

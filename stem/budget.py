@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stem.cells import blocks_at_least_half_full
 from stem.config import StemConfig, check_config
+from stem.transforms import lasting_tensors
+from stem.validation import check_integer
 
 DEFAULT_DENSITY = 0.25
 
@@ -26,12 +28,9 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
         int32 [num_kv_blocks] on the CPU, entry i in 1..i + 1. Sink, local and diagonal blocks are inside it, except
         with `forced="on_top"`, where `select_blocks` adds them. With `allocation="adaptive"` it is the bound i + 1.
     Raises:
-        ValueError: If num_kv_blocks < 1.
+        ValueError, TypeError: If num_kv_blocks is no int >= 1, or config no StemConfig.
     """
-    if not isinstance(num_kv_blocks, int) or isinstance(num_kv_blocks, bool):
-        raise TypeError(f"num_kv_blocks must be an int >= 1, got {num_kv_blocks!r}")
-    if num_kv_blocks < 1:
-        raise ValueError(f"num_kv_blocks must be >= 1, got {num_kv_blocks}")
+    check_integer("num_kv_blocks", num_kv_blocks, 1)
     check_config(config)
     return torch.tensor(_budget(num_kv_blocks, config), dtype=torch.int32, device="cpu")
 
@@ -41,16 +40,13 @@ class BlockRows(NamedTuple):
 
     first: int
     stop: int
-    prompt: int
-    """Blocks of the whole prompt, >= stop; what comes after `stop` has not been given yet."""
-
-    half_full: int
-    """Blocks of the whole prompt but for a last one that is less than half full."""
+    prompt: int  # blocks of the whole prompt, >= stop
+    half_full: int  # blocks of the whole prompt without a last one that is less than half full
 
     @classmethod
     @lru_cache(maxsize=4096)
     def of(cls, q_len: int, kv_len: int, block_size: int, prompt_length: int | None = None) -> BlockRows:
-        """Those of the last q_len of kv_len positions of a prompt of prompt_length tokens (default kv_len)."""
+        """Rows of the last q_len of kv_len positions of a prompt of prompt_length tokens (default kv_len)."""
         prompt = kv_len if prompt_length is None else prompt_length
         blocks = -(-prompt // block_size), blocks_at_least_half_full(prompt, block_size)
         return cls((kv_len - q_len) // block_size, -(-kv_len // block_size), *blocks)
@@ -59,10 +55,14 @@ class BlockRows(NamedTuple):
         """Budget of the whole prompt for the rows up to `stop`: int32 [stop], as `select_blocks` takes it."""
         return block_budget(self.prompt, config)[: self.stop]
 
-    def at_the_end(self, config: StemConfig) -> StemConfig:
-        """The config that gives a prompt that ends here what the whole prompt's gives to these rows.
+    def of_these(self, config: StemConfig) -> tuple[int, ...]:
+        """Budget of these rows only."""
+        return _budget(self.prompt, config)[self.first : self.stop]
 
-        For a chunk before the end it has fewer or no last blocks, and is dense if the whole prompt is.
+    def at_the_end(self, config: StemConfig) -> StemConfig:
+        """Config for a prompt that ends with these rows; it gives them the blocks that the whole prompt's gives them.
+
+        A chunk before the end has fewer or no last blocks, and is dense if the whole prompt is.
         """
         if self.prompt == self.stop:
             return config
@@ -72,10 +72,10 @@ class BlockRows(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def full_rows(rows: BlockRows, config: StemConfig) -> int:
-    """How many of these query blocks, from the first on, keep all their causal blocks whatever the scores are."""
+    """Count of these query blocks, from the first on, that keep all their causal blocks whatever the scores are."""
     if config.allocation == "adaptive":
         return max(0, min(rows.stop, config.dense_blocks_of(rows.prompt)) - rows.first)
-    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
+    budget = rows.of_these(config)
     return next((row - rows.first for row, kept in enumerate(budget, rows.first) if kept <= row), len(budget))
 
 
@@ -86,13 +86,12 @@ def keeps_every_block(rows: BlockRows, config: StemConfig) -> bool:
 
 @lru_cache(maxsize=4096)
 def scores_matter(rows: BlockRows, config: StemConfig) -> bool:
-    """Whether a score can decide about a block: not if the forced blocks use up what a row may keep, in every row."""
+    """Whether scores decide about a block. They do not if forced blocks use up the budget of every row."""
     if config.allocation == "adaptive":
         return not keeps_every_block(rows, config)
-    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
     forced = config.always_kept.count
-    free = 0 if config.forced == "on_top" else forced  # budget that goes to forced blocks
-    return any(forced <= row and free < kept <= row for row, kept in enumerate(budget, rows.first))
+    inside = forced - config.always_kept.added  # budget that goes to forced blocks
+    return any(forced <= row and inside < kept <= row for row, kept in enumerate(rows.of_these(config), rows.first))
 
 
 @lru_cache(maxsize=4096)
@@ -103,9 +102,8 @@ def kept_blocks(rows: BlockRows, config: StemConfig) -> int | None:
         return sum(counts)
     if config.allocation == "adaptive" or (config.forced == "on_top" and scores_matter(rows, config)):
         return None
-    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
-    forced = config.always_kept.count if config.forced == "on_top" else 0
-    return sum(min(count, max(kept, forced)) for count, kept in zip(counts, budget, strict=True))
+    least = config.always_kept.added
+    return sum(min(count, max(kept, least)) for count, kept in zip(counts, rows.of_these(config), strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -115,15 +113,14 @@ def device_budget(rows: BlockRows, config: StemConfig, device: torch.device) -> 
     Cached: only the first call for a length waits for the copy to the device. A plan that a CUDA graph has recorded
     keeps its budget alive.
     """
-    budget = _budget(rows.prompt, config)[rows.first : rows.stop]
-    forced = config.always_kept.count if config.forced == "on_top" else 0
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward pass later
+    budget = rows.of_these(config)
+    with lasting_tensors():
         on_device = torch.tensor(budget, dtype=torch.int32, device=device)
-    return on_device, min(rows.stop, max(budget) + forced)
+    return on_device, min(rows.stop, max(budget) + config.always_kept.added)
 
 
 def causal_pairs(num_kv_blocks: int) -> int:
-    """Block pairs (i, j), j <= i, of a whole prompt of n key blocks: what density 1 computes."""
+    """Block pairs (i, j), j <= i, of a whole prompt of n key blocks, which density 1 computes."""
     return num_kv_blocks * (num_kv_blocks + 1) // 2
 
 
@@ -170,15 +167,12 @@ def _rows(n: int, k_start: float, config: StemConfig) -> np.ndarray:
         first = min(n, int(k_start))
         budget = np.full(n, float(first))
         budget[first:] = np.floor(np.linspace(k_start, decay * k_start, n - first))
-    budget = np.clip(budget, 1, row).astype(np.int64)
-    budget[: config.dense_first_blocks] = row[: config.dense_first_blocks]
-    if config.dense_last_blocks:
-        budget[-config.dense_last_blocks :] = row[-config.dense_last_blocks :]
-    return budget
+    is_dense = (row <= config.dense_first_blocks) | (row > n - config.dense_last_blocks)
+    return np.where(is_dense, row, np.clip(budget, 1, row).astype(np.int64))
 
 
 def _solve_density(n: int, config: StemConfig) -> np.ndarray:
-    """The largest schedule of at most `density` of the causal pairs; what is left goes to the earliest open rows."""
+    """Largest schedule of at most `density` of the causal pairs; the earliest open rows get the remaining blocks."""
     density = DEFAULT_DENSITY if config.density is None else config.density
     row = np.arange(1, n + 1)
     target = round(density * causal_pairs(n))

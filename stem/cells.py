@@ -16,14 +16,15 @@ CHUNK_LOGITS = 1 << 24  # logits of one chunk of query blocks, so that memory st
 def cell_scores(
     q: Tensor, k: Tensor, bonus: Tensor | None, config: StemConfig, scale: float, *, impl: str = "torch"
 ) -> Tensor:
-    """Log of the share, from logits of cell pairs (our choice; softmax before the sum: XAttention, arXiv 2503.16428).
+    """Log of each block's share of its row's attention, estimated from logits of cell pairs.
 
-    A pair's logit is the mean over its antidiagonal samples, which hides a peak among them; or, with a peak, the
-    product of corners: each cell is read `score_peak` of the way from its mean to the largest and to the smallest value
-    of each dimension, and a positive coordinate of the query meets the key's upper corner, a negative one the lower
-    (all the way, with one query a cell: the bound of Quest, arXiv 2406.10774). Softmax over all key cells that a query
-    cell sees; sum over a key block's cells; mean or root mean square over a query block's cells, made to sum to 1. The
-    last blocks of queries may be read in cells of one token, which gives the shares of attention itself.
+    Our choice; softmax before the sum: XAttention, arXiv 2503.16428. Without a peak, a pair's logit is the mean over
+    its antidiagonal samples, which hides a peak among them. With `score_peak`, a cell has two corners: its mean,
+    shifted that far towards the largest and towards the smallest value of each dimension. Positive coordinates of the
+    query multiply the key's upper corner, negative ones the lower. (Shifted all the way, with one query a cell, the
+    logit is the bound of Quest, arXiv 2406.10774.) The softmax runs over all key cells that a query cell sees. A
+    block's share is the sum over its key cells, and the mean or root mean square over its query cells, made to sum to 1
+    over the row. The last `exact_last_blocks` query blocks take cells of one token, which gives exact shares.
 
     Args:
         q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), the last Nq positions.
@@ -54,9 +55,8 @@ def cell_scores(
     begins = torch.arange(first * query_cells, nk * query_cells, device=q.device) * q_cell
     ends = (begins + q_cell).clamp_max(kv_len)  # of the query cells
     counts = (ends > q_start) & (ends > begins)  # cells that hold a query
-    of_cells = (
-        None if bonus is None else bonus.repeat_interleave(key_cells, -1)[:, :, None, None]
-    )  # [B, Hkv, 1, 1, cells]
+    if bonus is not None:
+        bonus_of_cells = bonus.repeat_interleave(key_cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, cells]
 
     scores = q_rows.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
     step = max(1, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * query_cells * key_cells * nk))
@@ -64,7 +64,7 @@ def cell_scores(
         rows, last = slice(row * query_cells, (row + step) * query_cells), min(row + step, nk - first) + first
         seen = slice(0, last * key_cells)
         logits = q_rows[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_rows[:, :, None, seen].mT
-        logits = logits if of_cells is None else logits + of_cells[..., seen]
+        logits = logits if bonus is None else logits + bonus_of_cells[..., seen]
         logits = logits.flatten(1, 2).masked_fill_(starts[seen] >= ends[rows, None], -torch.inf)
         shares = logits.softmax(-1).unflatten(-1, (-1, key_cells)).sum(-1)  # [B, Hq, query cells, blocks]
         counted = counts[rows].unflatten(0, (-1, query_cells)).to(shares.dtype)
@@ -75,8 +75,7 @@ def cell_scores(
         else:
             shares = shares.sum(3) / counted.sum(1)[:, None]
         scores[:, :, row : row + step, :last] = shares.log()
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
-    scores.masked_fill_(future, -torch.inf)
+    mask_future(scores)
     if config.exact_last_blocks:
         block = max(first, blocks_at_least_half_full(kv_len, size) - config.exact_last_blocks)  # where they begin
         one_token = config.replace(
@@ -88,13 +87,13 @@ def cell_scores(
 
 
 def blocks_at_least_half_full(tokens: int, size: int) -> int:
-    """Blocks of a prompt but for a last one that is less than half full, from which exact_last_blocks are counted."""
+    """Blocks of a prompt without a last one that is less than half full; exact_last_blocks counts back from here."""
     return (tokens + size // 2) // size
 
 
 @lru_cache(maxsize=256)
 def kernel_cells(q_len: int, kv_len: int, config: StemConfig):
-    """The cells of a config and of these lengths as the kernels take them, stem.kernels.cell_scores.Cells."""
+    """Cells of a config for these lengths, as the kernels take them: stem.kernels.cell_scores.Cells."""
     from stem.kernels.cell_scores import Cells
 
     return Cells(
@@ -114,42 +113,59 @@ def cell_features(
 ) -> Tensor:
     """One factor of the logits: cell means, or with a peak the upper and the lower corner of each cell side by side.
 
-    Args:
-        x, cell, stride, front, num_cells: As in `cell_means`; with a peak, stride is 1.
-        peak: How far a corner lies from the mean (0) to the largest or smallest value of a dimension (1).
-        queries: Whether x holds queries: groups in reverse order, positive part of the upper corner, negative of the
-            lower.
-    Returns:
-        [B, H, num_cells, stride * D], twice as wide if peak > 0.
-    """
-    means = cell_means(x, cell, stride, front, num_cells, reverse=queries)
-    if not peak:
-        return means
-    around = (0, 0, front, num_cells * cell - front - x.shape[2])
-    corners = []
-    for reduce, nothing in ((torch.amax, -torch.inf), (torch.amin, torch.inf)):
-        rows = torch.nn.functional.pad(x, around, value=nothing).unflatten(2, (num_cells, cell))
-        extreme = reduce(rows, 3).to(means.dtype)
-        corners.append(means.lerp(torch.where(extreme == nothing, 0, extreme), peak))  # an empty cell is 0
-    upper, lower = corners
-    return torch.cat([upper.clamp_min(0), lower.clamp_max(0)] if queries else corners, -1)
-
-
-def cell_means(x: Tensor, cell: int, stride: int, front: int, num_cells: int, *, reverse: bool = False) -> Tensor:
-    """Sums of the stride groups of each cell over the number of its rows: means if `stride` is 1.
-
     The product of a query cell's and a key cell's row, times `stride`, is the mean of q.k over their samples.
 
     Args:
         x: [B, H, N, D]; row 0 stands `front` rows into cell 0, which has `cell` rows like all of the `num_cells`.
-        stride: Groups of a cell; group g holds its rows g, g + stride, ...
+        stride: Groups of a cell; group g holds its rows g, g + stride, ... With a peak, stride is 1.
+        peak: How far a corner lies from the mean (0) to the largest or smallest value of a dimension (1).
+        queries: Whether x holds queries: groups in reverse order, positive part of the upper corner, negative of the
+            lower.
+    Returns:
+        fp32 (fp64 for fp64 inputs) [B, H, num_cells, stride * D], twice as wide if peak > 0; 0 for a cell without rows.
+    """
+    around = (0, 0, front, num_cells * cell - front - x.shape[2])
+    sums = group_sums(torch.nn.functional.pad(x, around), cell, stride, reverse=queries)
+    edges = (torch.arange(num_cells + 1, device=x.device) * cell - front).clamp(0, x.shape[2])
+    means = sums / edges.diff().clamp_min(1).to(sums.dtype)[:, None]
+    if not peak:
+        return means
+    corners = []
+    for reduce, nothing in ((torch.amax, -torch.inf), (torch.amin, torch.inf)):
+        rows = torch.nn.functional.pad(x, around, value=nothing).unflatten(2, (num_cells, cell))
+        extreme = reduce(rows, 3).to(means.dtype)
+        corners.append(means.lerp(torch.where(extreme == nothing, 0, extreme), peak))
+    upper, lower = corners
+    return torch.cat([upper.clamp_min(0), lower.clamp_max(0)] if queries else corners, -1)
+
+
+def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offset: int = 0) -> Tensor:
+    """Sums of every `stride`-th row of each block, the factors of the antidiagonal score (exact by linearity).
+
+    Args:
+        x: [B, H, N, D]; row 0 stands at position `offset` of the key grid.
+        size: Rows per block (or per cell); `stride` divides it.
         reverse: Store group g at slot stride - 1 - g, as queries need it so that equal slots form antidiagonals.
     Returns:
-        fp32 (fp64 for fp64 inputs) [B, H, num_cells, stride * D]; 0 for a cell without rows.
+        fp32 (fp64 for fp64 inputs) [B, H, blocks, stride * D]; rows that do not exist count as zeros.
     """
-    accumulator = compute_dtype(x.dtype)
-    padded = torch.nn.functional.pad(x, (0, 0, front, num_cells * cell - front - x.shape[2])).to(accumulator)
-    sums = padded.unflatten(2, (num_cells, cell // stride, stride)).sum(3)  # [B, H, cells, stride, D]
-    edges = (torch.arange(num_cells + 1, device=x.device) * cell - front).clamp(0, x.shape[2])
-    rows = edges.diff().clamp_min(1).to(accumulator)
-    return (sums.flip(3) if reverse else sums).flatten(3) / rows[:, None]
+    x = pad_to_grid(x, size, offset).to(compute_dtype(x.dtype))
+    sums = x.unflatten(2, (-1, size // stride, stride)).sum(3)  # [B, H, blocks, stride, D]
+    return (sums.flip(3) if reverse else sums).flatten(3)
+
+
+def pad_to_grid(x: Tensor, size: int, offset: int = 0) -> Tensor:
+    """Zero rows in front and behind so that x [B, H, N, D], starting at `offset`, covers whole blocks of `size`.
+
+    x itself where none is missing.
+    """
+    front = offset % size
+    behind = -(front + x.shape[2]) % size
+    return torch.nn.functional.pad(x, (0, 0, front, behind)) if front or behind else x
+
+
+def mask_future(scores: Tensor) -> Tensor:
+    """Put -inf where the key block comes after the query block; scores [..., nq, nk], queries are the last rows."""
+    nq, nk = scores.shape[-2:]
+    future = torch.ones(nq, nk, dtype=torch.bool, device=scores.device).triu(nk - nq + 1)
+    return scores.masked_fill_(future, -torch.inf)

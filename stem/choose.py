@@ -12,6 +12,7 @@ from stem.cells import kernel_cells
 from stem.config import StemConfig
 from stem.scores import cell_bonus, routing_scale, score
 from stem.selection import BlockSelection, select_blocks
+from stem.transforms import lasting_tensors
 
 CHUNK_SCORES = 1 << 26  # block scores held at a time by choose_topk: 256 MiB
 
@@ -21,7 +22,7 @@ def forced_lists(
     batch: int, heads: int, config: StemConfig, rows: BlockRows, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Lists for budgets that forced blocks use up, whatever the scores are; shared between calls, read only."""
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward pass later
+    with lasting_tensors():
         scores = torch.zeros(batch, heads, rows.stop - rows.first, rows.stop)
         selection = select_blocks(scores, rows.budget(config), rows.at_the_end(config), impl="torch")
         return selection.kv_indices.to(device), selection.kv_num_blocks.to(device)

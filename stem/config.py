@@ -7,23 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from math import inf
 from numbers import Integral
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from stem.validation import check_choice, check_integer, check_number
 
 BlockSize = Literal[16, 32, 64, 128]
-ValueNorm = Literal["log", "zscore", "zscore_padded"]
-RoutingScale = Literal["mean", "raw"]
-DecayFrom = Literal["first_row", "k_start"]
-Forced = Literal["inside", "on_top"]
-Allocation = Literal["position_decay", "uniform", "adaptive"]
-Reduction = Literal["mean", "softmax"]
-Pooling = Literal["mean", "rms"]
-
-# (from this many key blocks on, share of the key blocks, blocks added)
-Regimes = tuple[tuple[int, float, int], ...]
-
-DEFAULT_DECAY = 0.7
 
 SECTIONS = {
     "grid": ("block_size",),
@@ -74,17 +62,21 @@ PRESETS = {
 
 
 class AlwaysKept(NamedTuple):
-    """Blocks that a row keeps whatever the scores are."""
+    """Blocks that a row keeps whatever the scores are; `on_top` adds them to the budget."""
 
     sink_blocks: int
     local_blocks: int
     on_top: bool
-    """Whether they are added to the budget."""
 
     @property
     def count(self) -> int:
         """Forced blocks of a row that is long enough [blocks]."""
         return self.sink_blocks + max(self.local_blocks, 1)
+
+    @property
+    def added(self) -> int:
+        """Forced blocks that a row may keep beside its budget [blocks]."""
+        return self.count if self.on_top else 0
 
 
 class ShareRules(NamedTuple):
@@ -100,161 +92,121 @@ class ShareRules(NamedTuple):
 class ValueTerm(NamedTuple):
     """Value term of the scores."""
 
-    norm: ValueNorm
+    norm: str
     weight: float
 
 
 @dataclass(frozen=True)
 class StemConfig:
-    """Settings of the method: the grid, the budget, its decay, the blocks that are always kept, scores and cells.
+    """Settings of the method in five sections, which SECTIONS lists too.
 
-    SECTIONS lists the fields of each of these five sections. At most one of `density`, `k_start` and `k_start_regimes`
-    sets the budget; with none of them, density is 0.25. `allocation="uniform"` is another name for `decay=1`.
+    Grid
+        block_size: Tokens per query and key block, B in the paper: 16, 32, 64 or 128 [tokens].
+
+    Budget, from at most one of density, k_start and k_start_regimes; with none of them, density is 0.25
+        density: Share of the causal block pairs to compute, in (0, 1]; k_start is solved for. Our choice.
+        k_start: Budget of the first row: blocks if int (>= 1), share of the key blocks if float in (0, 1]. Eq. 3.
+        k_start_regimes: k_start by length: triples (from this many key blocks, share of the key blocks, blocks added).
+        min_blocks: Lower bound of k_start, 54 in the paper. A binding bound exceeds `density` [blocks].
+        allocation: "position_decay" is Eq. 3. "uniform" is another name for it with decay=1. "adaptive" has no budget:
+            a threshold decides about each block.
+        threshold: With "adaptive", a block is kept if its share of its row's mass exceeds this, in (0, 1].
+
+    Decay
+        decay: k_end / k_start, mu in Eq. 3, in (0, 1]; 1 keeps the budget constant.
+        decay_from: Row in which the decay starts: "first_row" (Eq. 3) or row "k_start" (AngelSlim, hpc-ops).
+
+    Always kept
+        sink_blocks: First key blocks [blocks].
+        local_blocks: Most recent key blocks; they include the diagonal block, which is kept even at 0 [blocks].
+        forced: Sink and local blocks are "inside" the budget (paper) or "on_top" of it (AngelSlim, hpc-ops).
+        dense_first_blocks, dense_last_blocks: Query blocks at the start and at the end of the prompt that keep every
+            block [blocks]. Our choice.
+        dense_up_to: Prompts of at most this many tokens keep every block, because choosing blocks would take longer
+            than attending to all of them [tokens]. Our choice.
+
+    Scores and cells; the fields from score_cells on need reduction="softmax"
+        score_stride: Tokens between antidiagonal samples, S in AngelSlim: a divisor of block_size [tokens].
+        value_weight: Weight of the value term, beta in Eq. 7, >= 0; 0 leaves the routing term alone.
+        value_norm: Value term: "log" of the block's largest norm (Eq. 7), or z-scored over the prompt as the public
+            code does, "zscore" (AngelSlim) or "zscore_padded" (hpc-ops).
+        routing_scale: "mean" averages q.k * scale over the samples (paper); "raw" drops the scale and 1/S (hpc-ops).
+        reduction: Samples to block score: "mean" (paper), or "softmax" over the row's cells before the block sum.
+        score_cells: Cells per key block; block_size / score_cells is a multiple of score_stride.
+        score_query_cells: Cells per query block, as many as score_cells if None. Our choice.
+        score_peak: How far a cell is shifted from its mean (0) towards its largest and smallest value of each dimension
+            (1), in [0, 1]; above 0, score_stride is 1. Our choice.
+        score_pooling: A query block's share from its cells' shares: their "mean", or their root mean square ("rms"), in
+            which a block that one cell looks for counts for more. Our choice.
+        exact_last_blocks: Query blocks at the end of the prompt whose shares are exact, from cells of one token
+            [blocks]. A last block that is less than half full is exact too and does not count. The question is
+            expected there: a question that is longer than a block or stands elsewhere needs a larger value. A chunk
+            without prompt_length, a second turn and assisted decoding treat their own last block as the prompt's end.
+            Our choice.
     """
 
-    block_size: int = 128
-    """Tokens per query and key block, B in the paper: 16, 32, 64 or 128 [tokens]."""
-
+    block_size: BlockSize = 128
     score_stride: int = 16
-    """Tokens between antidiagonal samples, S in AngelSlim: a divisor of `block_size` [tokens]."""
-
     density: float | None = None
-    """Share of the causal block pairs to compute, in (0, 1]; k_start is solved for. Our choice."""
-
     k_start: int | float | None = None
-    """Budget of the first row: blocks if int (>= 1), share of the key blocks if float in (0, 1]. k_start in Eq. 3."""
-
-    k_start_regimes: Regimes | None = None
-    """k_start by length: (from this many key blocks, share of the key blocks, blocks added), as the presets use."""
-
+    k_start_regimes: tuple[tuple[int, float, int], ...] | None = None
     min_blocks: int = 0
-    """Lower bound of k_start, 54 in the paper; where it binds, a `density` is exceeded [blocks]."""
-
-    decay: float = DEFAULT_DECAY
-    """k_end / k_start, mu in Eq. 3, in (0, 1]; 1 keeps the budget constant."""
-
-    decay_from: DecayFrom = "first_row"
-    """Row in which the decay starts: the first (Eq. 3) or row k_start (AngelSlim, hpc-ops)."""
-
+    decay: float = 0.7
+    decay_from: Literal["first_row", "k_start"] = "first_row"
     dense_first_blocks: int = 0
-    """Query blocks at the start of the prompt that keep everything, the extreme of Token Position-Decay [blocks]. Our
-    choice."""
-
     dense_last_blocks: int = 0
-    """Query blocks at the end of the prompt that keep everything [blocks]. Our choice."""
-
     dense_up_to: int = 0
-    """Prompts of at most this many tokens keep everything, because to choose would take longer than to attend to all of
-    it [tokens]. Our choice."""
-
     sink_blocks: int = 4
-    """First key blocks, always kept [blocks]."""
-
     local_blocks: int = 4
-    """Most recent key blocks, always kept; they include the diagonal block, which is kept even at 0 [blocks]."""
-
-    forced: Forced = "inside"
-    """Whether sink and local blocks are inside the budget (paper, default) or added to it (AngelSlim, hpc-ops)."""
-
+    forced: Literal["inside", "on_top"] = "inside"
     value_weight: float = 0.2
-    """Weight of the value term, beta in Eq. 7, >= 0; 0 leaves the routing term alone (score-aware metric)."""
-
-    value_norm: ValueNorm = "log"
-    """Value term: "log" of the block's largest norm (Eq. 7), or z-scored over the prompt as the public code does."""
-
-    routing_scale: RoutingScale = "mean"
-    """"mean" averages q.k * scale over the samples (paper, AngelSlim); "raw" drops the scale and 1/S (hpc-ops)."""
-
-    reduction: Reduction = "mean"
-    """Samples to block score: plain mean (the paper), or softmax over the row's cells before the block sum."""
-
+    value_norm: Literal["log", "zscore", "zscore_padded"] = "log"
+    routing_scale: Literal["mean", "raw"] = "mean"
+    reduction: Literal["mean", "softmax"] = "mean"
     score_cells: int = 4
-    """With reduction="softmax": cells per key block; block_size / score_cells is a multiple of score_stride."""
-
     score_query_cells: int | None = None
-    """With reduction="softmax": cells per query block, as many as `score_cells` if None. Our choice."""
-
     score_peak: float = 0.0
-    """With reduction="softmax": how far a cell is read from its mean (0) towards the largest and smallest value of each
-    dimension (1), in [0, 1]; above 0, score_stride is 1. Our choice."""
-
-    score_pooling: Pooling = "mean"
-    """With reduction="softmax": a query block's share from its cells' shares, their mean or their root mean square
-    ("rms"), in which a block that one cell looks for counts for more. Our choice."""
-
+    score_pooling: Literal["mean", "rms"] = "mean"
     exact_last_blocks: int = 0
-    """With reduction="softmax": query blocks at the end of the prompt, where a question stands, whose shares are those
-    of attention itself, from cells of one token; a last one that is less than half full does not count as one, but is
-    [blocks]. Our choice."""
-
-    allocation: Allocation = "position_decay"
-    """Shape of the budget over rows: Eq. 3, or a threshold on each block's share ("adaptive"). "uniform" becomes
-    "position_decay" with decay 1."""
-
+    allocation: Literal["position_decay", "uniform", "adaptive"] = "position_decay"
     threshold: float | None = None
-    """With allocation="adaptive": keep a block whose share of its row's mass exceeds this, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        check_choice("block_size", self.block_size, get_args(BlockSize))
-        check_integer("block_size", self.block_size, 16)
-        check_integer("score_stride", self.score_stride, 1)
-        if self.block_size % self.score_stride:
-            raise ValueError(
-                f"score_stride must divide block_size={self.block_size}, got score_stride={self.score_stride}"
-            )
-        counts = ("min_blocks", "dense_first_blocks", "dense_last_blocks", "sink_blocks", "local_blocks")
-        for name in (*counts, "exact_last_blocks", "dense_up_to"):
-            check_integer(name, getattr(self, name), 0)
+        for name, accepted in CHOICES.items():
+            check_choice(name, getattr(self, name), accepted)
+        for name, low in INTEGERS.items():
+            if self._is_given(name):
+                check_integer(name, getattr(self, name), low)
+        for name, (low, high, open_below) in NUMBERS.items():
+            if self._is_given(name):
+                check_number(name, getattr(self, name), low, high, open_below=open_below)
+                self._set(name, float(getattr(self, name)))  # 1 and 1.0 are one config here
         self._check_budget()
-        check_number("decay", self.decay, 0.0, 1.0, open_below=True)
-        check_number("value_weight", self.value_weight, 0.0, inf)
-        check_choice("decay_from", self.decay_from, get_args(DecayFrom))
-        check_choice("forced", self.forced, get_args(Forced))
-        check_choice("value_norm", self.value_norm, get_args(ValueNorm))
-        check_choice("routing_scale", self.routing_scale, get_args(RoutingScale))
-        check_choice("reduction", self.reduction, get_args(Reduction))
-        check_choice("allocation", self.allocation, get_args(Allocation))
-        self._merge_uniform()
-        self._check_adaptive()
-        if self.reduction == "softmax":
-            self._check_cells("score_cells")
-            if self.score_query_cells is not None:
-                self._check_cells("score_query_cells")
-        check_choice("score_pooling", self.score_pooling, get_args(Pooling))
-        check_number("score_peak", self.score_peak, 0.0, 1.0)
-        if self.score_peak and (self.reduction != "softmax" or self.score_stride != 1):
-            raise ValueError(
-                "score_peak > 0 needs reduction='softmax' and score_stride=1, got "
-                f"score_peak={self.score_peak!r}, reduction={self.reduction!r}, score_stride={self.score_stride}"
-            )
-
-        if self.exact_last_blocks and self.reduction != "softmax":
-            raise ValueError(
-                "exact_last_blocks > 0 needs reduction='softmax', got "
-                f"exact_last_blocks={self.exact_last_blocks}, reduction={self.reduction!r}"
-            )
-
-        for name in ("density", "decay", "value_weight", "score_peak", "threshold"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one config here
+        self._check_cells()
+        if self.allocation == "uniform":
+            message = "allocation='uniform' is decay=1; give one of the two"
+            self._require(self.decay in (1.0, StemConfig.decay), message, "decay")
+            self._set("allocation", "position_decay")
+            self._set("decay", 1.0)
         # operators take the config as text; torch.compile can read an attribute but cannot serialise a config
-        object.__setattr__(self, "as_json", json.dumps(asdict(self), default=lambda number: number.item()))
+        self._set("as_json", json.dumps(asdict(self), default=lambda number: number.item()))
 
     def __eq__(self, other) -> bool:
         """Whether all settings are equal; k_start=1, a block, is not k_start=1.0, every block."""
         return self.as_json == other.as_json if isinstance(other, StemConfig) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.as_json)  # a text remembers its own; that of all fields takes some us a call
+        return hash(self.as_json)  # a text remembers its hash; hashing all fields takes some us a call
 
     @classmethod
     def preset(cls, name: str, **overrides) -> StemConfig:
         """The settings of a source, "paper" (v1), "angelslim" or "hpc_ops", or this repository's extension, "adaptive".
 
-        Keyword arguments replace fields. Giving `density` or `k_start` replaces the preset's schedule and its floor;
-        that of "adaptive", one threshold for all rows, heads and layers, becomes a constant budget at every length
-        (`stem.calibrate` finds the threshold for a density instead). In blocks of 64, "adaptive" reads cells of 4
-        tokens, which finds more; in blocks of 128 cells of 16, which is cheap at 128K tokens.
+        Keyword arguments replace fields. Giving `density` or `k_start` replaces the preset's schedule and its floor.
+        "adaptive" has one threshold for all rows, heads and layers; `density` or `k_start` makes it a constant budget
+        at every length (`stem.calibrate` finds the threshold for a density instead). Up to 32K tokens use
+        block_size=64; blocks of 128 are for longer prompts. Cells of "adaptive" hold 4 tokens in blocks of 64, which
+        finds more, and 16 in blocks of 128, which is cheap at 128K tokens.
 
         Raises:
             ValueError: If the name is unknown.
@@ -297,65 +249,76 @@ class StemConfig:
         """Query blocks at the start of a prompt of n key blocks that keep everything: all n up to `dense_up_to`."""
         return num_kv_blocks if num_kv_blocks * self.block_size <= self.dense_up_to else self.dense_first_blocks
 
-    def _check_cells(self, name: str) -> None:
-        cells = getattr(self, name)
-        check_integer(name, cells, 1)
-        if self.block_size % (cells * self.score_stride):
-            raise ValueError(
-                f"{name} * score_stride must divide block_size={self.block_size}, "
-                f"got {name}={cells}, score_stride={self.score_stride}"
-            )
-
     def _check_budget(self) -> None:
-        given = [name for name in ("density", "k_start", "k_start_regimes") if getattr(self, name) is not None]
-        if len(given) > 1:
-            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
-            raise ValueError(f"give at most one of density, k_start and k_start_regimes, got {values}")
-        if self.density is not None:
-            check_number("density", self.density, 0.0, 1.0, open_below=True)
+        given = [name for name in ("density", "k_start", "k_start_regimes") if self._is_given(name)]
+        self._require(len(given) < 2, "give at most one of density, k_start and k_start_regimes", *given)
         if isinstance(self.k_start, Integral) and not isinstance(self.k_start, bool):
             check_integer("k_start", self.k_start, 1)
         elif self.k_start is not None:
             check_number("k_start", self.k_start, 0.0, 1.0, open_below=True)
         if self.k_start_regimes is not None:
             self._check_regimes()
+        is_adaptive = self.allocation == "adaptive"
+        message = "allocation='adaptive' and threshold go together (stem.calibrate solves the threshold)"
+        self._require(is_adaptive == (self.threshold is not None), message, "allocation", "threshold")
+        self._require(not (is_adaptive and given), "allocation='adaptive' takes its budget from threshold only", *given)
 
     def _check_regimes(self) -> None:
         try:
             regimes = tuple((start, share, extra) for start, share, extra in self.k_start_regimes)
         except (TypeError, ValueError):
-            raise ValueError(
-                "k_start_regimes must hold triples (from key blocks, share of the key blocks, blocks added), "
-                f"got {self.k_start_regimes!r}"
-            ) from None
+            message = "k_start_regimes must hold triples (from key blocks, share of the key blocks, blocks added)"
+            raise ValueError(f"{message}, got {self.k_start_regimes!r}") from None
         for start, share, extra in regimes:
             check_integer("k_start_regimes: from key blocks", start, 0)
             check_number("k_start_regimes: share of the key blocks", share, 0.0, 1.0)
             check_integer("k_start_regimes: blocks added", extra, 0)
         if not regimes or min(regimes)[0] != 0:
             raise ValueError(f"k_start_regimes must start at 0 key blocks, got {self.k_start_regimes!r}")
-        object.__setattr__(self, "k_start_regimes", regimes)  # lists, as JSON gives them, become hashable
+        self._set("k_start_regimes", regimes)  # lists, as JSON gives them, become hashable
 
-    def _merge_uniform(self) -> None:
-        if self.allocation != "uniform":
-            return
-        if self.decay not in (1.0, DEFAULT_DECAY):
-            raise ValueError(f"allocation='uniform' is decay=1, got decay={self.decay!r}; give one of the two")
-        object.__setattr__(self, "allocation", "position_decay")
-        object.__setattr__(self, "decay", 1.0)
+    def _check_cells(self) -> None:
+        is_softmax = self.reduction == "softmax"
+        divides = self.block_size % self.score_stride == 0
+        self._require(divides, "score_stride must divide block_size", "block_size", "score_stride")
+        for name in ("score_cells", "score_query_cells"):
+            if is_softmax and self._is_given(name):
+                divides = self.block_size % (getattr(self, name) * self.score_stride) == 0
+                message = f"{name} * score_stride must divide block_size"
+                self._require(divides, message, "block_size", name, "score_stride")
+        if self.score_peak:
+            message = "score_peak > 0 needs reduction='softmax' and score_stride=1"
+            names = "score_peak", "reduction", "score_stride"
+            self._require(is_softmax and self.score_stride == 1, message, *names)
+        if self.exact_last_blocks:
+            message = "exact_last_blocks > 0 needs reduction='softmax'"
+            self._require(is_softmax, message, "exact_last_blocks", "reduction")
 
-    def _check_adaptive(self) -> None:
-        if (self.allocation == "adaptive") != (self.threshold is not None):
-            raise ValueError(
-                "allocation='adaptive' and threshold go together, "
-                f"got allocation={self.allocation!r}, threshold={self.threshold!r}; stem.calibrate solves the threshold"
-            )
-        if self.threshold is None:
-            return
-        check_number("threshold", self.threshold, 0.0, 1.0, open_below=True)
-        given = [n for n in ("density", "k_start", "k_start_regimes") if getattr(self, n) is not None]
-        if given:
-            raise ValueError(f"allocation='adaptive' takes its budget from threshold, got {given[0]} as well")
+    def _is_given(self, name: str) -> bool:
+        """Whether a field has a value; None is no value where it is the default."""
+        return getattr(self, name) is not None or getattr(StemConfig, name) is not None
+
+    def _require(self, is_met: bool, accepted: str, *names: str) -> None:
+        if not is_met:
+            raise ValueError(f"{accepted}, got {', '.join(f'{name}={getattr(self, name)!r}' for name in names)}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
+
+
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(StemConfig).items() if get_origin(hint) is Literal}
+INTEGERS = {  # lower bounds
+    "block_size": 16, "score_stride": 1, "min_blocks": 0, "dense_first_blocks": 0, "dense_last_blocks": 0,
+    "dense_up_to": 0, "sink_blocks": 0, "local_blocks": 0, "score_cells": 1, "score_query_cells": 1,
+    "exact_last_blocks": 0,
+}  # fmt: skip
+NUMBERS = {  # lower bound, upper bound, whether the lower bound is excluded
+    "density": (0.0, 1.0, True),
+    "threshold": (0.0, 1.0, True),
+    "decay": (0.0, 1.0, True),
+    "value_weight": (0.0, inf, False),
+    "score_peak": (0.0, 1.0, False),
+}
 
 
 def check_config(config: StemConfig) -> None:

@@ -1,7 +1,7 @@
 """From a Problem to a Plan: everything about a call that does not depend on the numbers in q, k and v.
 
-`plan_for` looks a plan up by shapes, strides, dtypes, devices, config, options and gradient mode; on a miss it checks
-the arguments and decides. `Plan.run` is what is left for every call: choose the blocks where there is a choice, attend.
+`plan_for` looks a plan up by shapes, strides, dtypes, devices, config, options and gradient mode. On a miss it checks
+the arguments and decides. `Plan.run` does the work of every call: it chooses the blocks and attends to them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
-from types import NoneType
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from stem import choose
 from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, kept_blocks, scores_matter
@@ -21,6 +22,7 @@ from stem.impl.attend import attend
 from stem.impl.coverage import resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
 from stem.selection import BlockSelection
+from stem.transforms import is_transformed
 from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale, compute_dtype
 
 SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are cached: launches dominate there
@@ -29,6 +31,14 @@ LISTS_TOKENS, LISTS_ROWS = 640, 20 * 1024  # tokens of the prompt; queries of al
 MOST_PLANS = 1024
 # How scores and selection run for an implementation of the attention; None is Triton on CUDA and torch elsewhere.
 CHOOSE_IMPL = {"reference": "torch", "torch": "torch", "triton": "triton", "hopper": "triton", "flex": None}
+
+WHY = {  # choice -> reason, for Plan.explain
+    "all": "every row keeps every block, so the lists hold all of them",
+    "forced": "forced blocks use up every row's budget, so cached lists serve every call",
+    "topk": "Triton scores the blocks and keeps the best of each row's budget",
+    "share": "Triton keeps the blocks whose share of their row exceeds the threshold, without storing scores",
+    "scores": "{} scores every block pair in memory and selects",
+}
 
 PLANS: dict[tuple, Plan] = {}  # the oldest goes first
 CAPTURED: list[Plan] = []  # a CUDA graph may read their tables
@@ -42,77 +52,41 @@ class Problem:
     batch: int
     q_heads: int
     kv_heads: int
-    q_len: int
-    """Queries, the last of the keys' positions [tokens]."""
-
-    kv_len: int
-    """Keys [tokens]."""
-
+    q_len: int  # queries, the last of the keys' positions [tokens]
+    kv_len: int  # [tokens]
     head_dim: int
     dtype: torch.dtype
     device: torch.device
     config: StemConfig
-    scale: float
-    """Softmax scale."""
-
-    impl: str | None = None
-    """See stem.block_sparse_attention."""
-
-    prompt_length: int | None = None
-    """See stem.stem_attention [tokens]."""
-
+    scale: float  # of the softmax
+    impl: str | None = None  # as in stem.block_sparse_attention
+    prompt_length: int | None = None  # as in stem.stem_attention [tokens]
     return_selection: bool = False
     return_lse: bool = False
-    needs_grad: bool = False
-    """Whether a gradient may be wanted: gradient mode is on and an input requires one."""
-
-    is_plain: bool = True
-    """Whether q, k and v are plain tensors, whose launches may be recorded and replayed."""
-
-    dense_kernel: str | None = None
-    """torch's fused kernel for the problem, see stem.impl.dense.dense_kernel."""
+    needs_grad: bool = False  # gradient mode is on and an input requires a gradient, or has a tangent
+    is_plain: bool = True  # plain tensors, whose launches may be recorded and replayed
+    dense_kernel: str | None = None  # torch's fused kernel for the problem, see stem.impl.dense.dense_kernel
 
     @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        config: StemConfig,
-        scale: float | None = None,
-        impl: str | None = None,
-        prompt_length: int | None = None,
-        return_selection: bool = False,
-        return_lse: bool = False,
-    ) -> Problem:
-        """The problem of these arguments of stem.stem_attention.
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *options) -> Problem:
+        """The problem of the arguments of `plan_for`, all of them by position.
 
         Raises:
             ValueError, TypeError: For arguments that no plan covers, whatever the values of q, k and v.
         """
+        scale, impl, prompt_length, *returns = options
+        returns = [bool(x) for x in returns]
         check_qkv(q, k, v)
         check_config(config)
         check_prompt_length(prompt_length, k.shape[2])
+        is_plain = type(q) is type(k) is type(v) is Tensor
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        return cls(
-            q.shape[0],
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            k.shape[2],
-            q.shape[3],
-            q.dtype,
-            q.device,
-            config,
-            check_scale(scale, q.shape[3]),
-            impl,
-            prompt_length,
-            bool(return_selection),
-            bool(return_lse),
-            needs_grad,
-            type(q) is type(k) is type(v) is Tensor,
-            dense_kernel(q, k, v, needs_grad, bool(return_lse)) if impl is None and q.shape[0] else None,
-        )
+        if is_transformed(q, k, v):
+            impl, is_plain, needs_grad = impl or "torch", False, True
+        dense = dense_kernel(q, k, v, needs_grad, returns[1]) if impl is None and q.shape[0] else None
+        sizes = q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
+        scale = check_scale(scale, q.shape[3])
+        return cls(*sizes, q.dtype, q.device, config, scale, impl, prompt_length, *returns, needs_grad, is_plain, dense)
 
 
 @dataclass(eq=False)
@@ -163,24 +137,18 @@ class Plan:
         """One sentence: how the problem runs, and why."""
         p = self.problem
         tokens = f"{p.q_len} queries on {p.kv_len} keys" if p.q_len < p.kv_len else f"{p.kv_len} tokens"
-        what = f"{tokens} in blocks of {p.config.block_size}"
+        call = f"{tokens} in blocks of {p.config.block_size}"
         if self.path == "empty":
-            return f"{what}: the batch is empty, so nothing runs."
+            return f"{call}: the batch is empty, so nothing runs."
         if self.path == "dense":
-            return f"{what}: torch's dense kernel ({p.dense_kernel}) attends, because every row keeps every block."
-        how = {
-            "all": "every row keeps every block, so the lists hold all of them",
-            "forced": "forced blocks use up every row's budget, so cached lists serve every call",
-            "topk": "Triton scores the blocks and keeps the best of each row's budget",
-            "share": "Triton keeps the blocks whose share of their row exceeds the threshold, without storing scores",
-            "scores": f"{self.choose_impl} scores every block pair in memory and selects",
-        }[self.choice]
-        then = f'impl="{self.impl}" attends'
+            return f"{call}: torch's dense kernel ({p.dense_kernel}) attends, because every row keeps every block."
+        how = f'{WHY[self.choice].format(self.choose_impl)}; impl="{self.impl}" attends'
         if self.path == "overlap":
-            then += f", beginning with the first {full_rows(self.rows, p.config)} rows, which keep every block, while "
-            then += "the other rows' blocks are chosen"
-        then += " through an operator that holds the backward pass" if self._needs_operator else ""
-        return f"{what}: {how}; {then}{'; repeated calls replay the launches' if self.is_repeatable else ''}."
+            first = f"the first {full_rows(self.rows, p.config)} rows, which keep every block"
+            how += f", beginning with {first}, while the other rows' blocks are chosen"
+        if p.needs_grad and self.impl in ("triton", "hopper"):
+            how += " through an operator that holds the backward pass"
+        return f"{call}: {how}{'; repeated calls replay the launches' if self.is_repeatable else ''}."
 
     @property
     def kept_blocks(self) -> int | None:
@@ -227,10 +195,6 @@ class Plan:
         from stem.kernels.score_select import MAX_KV_BLOCKS
 
         return self.rows.stop <= MAX_KV_BLOCKS
-
-    @property
-    def _needs_operator(self) -> bool:
-        return self.problem.needs_grad and self.impl in ("triton", "hopper")
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, BlockSelection | None]:
         p = self.problem
@@ -279,18 +243,21 @@ def plan_for(
     """Plan for these arguments of stem.stem_attention, cached by everything that it depends on.
 
     Autocast and torch.compile never reach the cache: the entry casts once and switches autocast off, and a compiled
-    graph holds operators. Alignment of addresses is looked at by every replay.
+    graph holds operators. Every replay checks the alignment of addresses. Plans of torch.func and of forward-mode AD,
+    whose tensors look like plain ones, are not cached.
 
     Raises:
         ValueError, TypeError: As Problem.of and resolve_impl, on a miss.
     """
-    args = config, scale, impl, prompt_length, bool(return_selection), bool(return_lse)
+    args = config, scale, impl, prompt_length, return_selection, return_lse
     if not (
         type(q) is type(k) is type(v) is Tensor
         and type(config) is StemConfig
-        and type(scale) in (NoneType, float)  # 1, 1.0 and True are one key
-        and type(prompt_length) in (NoneType, int)
-        and type(impl) in (NoneType, str)
+        and (scale is None or type(scale) is float)  # 1, 1.0 and True are one key
+        and (prompt_length is None or type(prompt_length) is int)
+        and (impl is None or type(impl) is str)
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     ):
         return Plan(Problem.of(q, k, v, *args))
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -307,22 +274,12 @@ def plan_for(
     return plan
 
 
-def select(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    scale: float,
-    impl: str | None,
-    prompt_length: int | None = None,
-) -> BlockSelection:
-    """Scores, budget and selection of stem.stem_attention without the attention.
+def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *options) -> BlockSelection:
+    """Kept blocks of stem.stem_attention without the attention, read only: calls of one length may share the lists.
 
     Args:
-        q, k, v, config, scale, prompt_length: As there.
-        impl: "torch", "triton" or None (Triton on CUDA).
-    Returns:
-        The selection, read only: calls of one length may share the lists.
+        q, k, v, config: As there.
+        options: scale, impl ("torch", "triton" or None, which is Triton on CUDA) and prompt_length, as there.
     """
     check_finite(q=q, k=k, v=v)
-    return plan_for(q, k, v, config, scale, impl, prompt_length).choose(q, k, v)
+    return plan_for(q, k, v, config, *options).choose(q, k, v)

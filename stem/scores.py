@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stem.autocast import autocast_once
-from stem.cells import cell_scores
+from stem.cells import cell_scores, group_sums, mask_future, pad_to_grid
 from stem.config import StemConfig, check_config
 from stem.validation import check_finite, check_impl, check_qkv, check_scale, compute_dtype
 
@@ -53,16 +52,14 @@ def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, imp
         inputs = score_inputs(q, k, v, config.block_size, config.score_stride, *config.value_term)
         return score_blocks(*inputs, scale)
     bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
-    offset = k.shape[2] - q.shape[2]
-    q_sums = group_sums(q, config.block_size, config.score_stride, reverse=True, offset=offset)
-    k_sums = group_sums(k, config.block_size, config.score_stride)
-    routing = _grouped_matmul(q_sums, k_sums) * scale  # [B, Hkv, G, nq, nk]
-    scores = (routing + bonus[:, :, None, None]).flatten(1, 2)
-    return mask_future(scores)
+    grid = config.block_size, config.score_stride
+    q_sums = group_sums(q, *grid, reverse=True, offset=k.shape[2] - q.shape[2]).unflatten(1, (k.shape[1], -1))
+    routing = q_sums @ group_sums(k, *grid)[:, :, None].mT * scale  # [B, Hkv, G, nq, nk]
+    return mask_future((routing + bonus[:, :, None, None]).flatten(1, 2))
 
 
 def cell_bonus(v: Tensor, config: StemConfig, impl: str) -> Tensor | None:
-    """What `reduction="softmax"` adds to the logits of each key block's cells, [B, Hkv, nk]; None is zero."""
+    """Value term times its weight, which `reduction="softmax"` adds to logits: [B, Hkv, nk]; None is zero."""
     return config.value_weight * value_term(v, config, impl=impl) if config.value_weight else None
 
 
@@ -75,31 +72,6 @@ def routing_scale(head_dim: int, config: StemConfig, scale: float | None = None)
     if config.routing_scale == "raw":
         return 1.0 / cells
     return (head_dim**-0.5 if scale is None else scale) / (cells * config.score_stride)
-
-
-def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offset: int = 0) -> Tensor:
-    """Sums of every `stride`-th row of each block, the factors of the antidiagonal score (exact by linearity).
-
-    Args:
-        x: [B, H, N, D]; row 0 stands at position `offset` of the key grid.
-        size: Rows per block (or per cell); `stride` divides it.
-        reverse: Store group g at slot stride - 1 - g, as queries need it so that equal slots form antidiagonals.
-    Returns:
-        fp32 (fp64 for fp64 inputs) [B, H, blocks, stride * D]; rows that do not exist count as zeros.
-    """
-    x = pad_to_grid(x, size, offset).to(compute_dtype(x.dtype))
-    sums = x.unflatten(2, (-1, size // stride, stride)).sum(3)  # [B, H, blocks, stride, D]
-    return (sums.flip(3) if reverse else sums).flatten(3)
-
-
-def pad_to_grid(x: Tensor, size: int, offset: int = 0) -> Tensor:
-    """Zero rows in front and behind so that x [B, H, N, D], starting at `offset`, covers whole blocks of `size`.
-
-    x itself where none is missing.
-    """
-    front = offset % size
-    behind = -(front + x.shape[2]) % size
-    return torch.nn.functional.pad(x, (0, 0, front, behind)) if front or behind else x
 
 
 def value_term(v: Tensor, config: StemConfig, *, impl: str = "torch") -> Tensor:
@@ -129,15 +101,3 @@ def group_value_norms(v: Tensor, block_size: int, group_size: int) -> Tensor:
     """Largest L2 norm of each group of consecutive rows: [B, Hkv, nk, block_size / group_size], 0 where no row."""
     norms = pad_to_grid(v, block_size).to(compute_dtype(v.dtype)).norm(dim=-1)
     return norms.unflatten(2, (-1, block_size // group_size, group_size)).amax(-1)
-
-
-def mask_future(scores: Tensor) -> Tensor:
-    """Put -inf where the key block comes after the query block; scores [..., nq, nk], queries are the last rows."""
-    nq, nk = scores.shape[-2:]
-    future = torch.ones(nq, nk, dtype=torch.bool, device=scores.device).triu(nk - nq + 1)
-    return scores.masked_fill_(future, -torch.inf)
-
-
-def _grouped_matmul(q: Tensor, k: Tensor) -> Tensor:
-    """Products of each query head with its KV head: [B, Hq, m, d], [B, Hkv, n, d] -> [B, Hkv, G, m, n]."""
-    return q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT

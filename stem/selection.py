@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stem.cells import mask_future
 from stem.config import StemConfig, check_config
 from stem.validation import check_impl
 
@@ -17,25 +18,21 @@ class BlockSelection:
 
     Query blocks are aligned to the key grid: row r stands at key block num_kv_blocks - nq + r, and the first row is
     partial at its front where kv_len - q_len is no multiple of block_size. Read only, since calls may share the lists.
+
+    Attributes:
+        kv_indices: int32 [B, Hq, nq, max], ascending key blocks; entries past the count are 0.
+        kv_num_blocks: int32 [B, Hq, nq], how many entries of kv_indices count.
+        block_size: Tokens per block.
+        num_kv_blocks: Key blocks nk.
+        q_len, kv_len: Query and key tokens; queries are the last q_len positions.
     """
 
     kv_indices: Tensor
-    """int32 [B, Hq, nq, max], ascending key blocks; entries past the count are 0."""
-
     kv_num_blocks: Tensor
-    """int32 [B, Hq, nq], how many entries of kv_indices count."""
-
     block_size: int
-    """Tokens per block."""
-
     num_kv_blocks: int
-    """Key blocks nk."""
-
     q_len: int
-    """Query tokens."""
-
     kv_len: int
-    """Key tokens; queries are the last q_len positions."""
 
     @classmethod
     def from_mask(cls, block_mask: Tensor, block_size: int, *, q_len: int | None = None, kv_len: int | None = None):
@@ -160,31 +157,28 @@ def select_blocks(
     nq, nk = scores.shape[-2:]
     q_len, kv_len = _lengths(q_len, kv_len, nq, nk, config.block_size)
     on_top = config.forced == "on_top"
-    if impl == "triton" and config.allocation != "adaptive":
-        from stem.kernels.block_select import select_topk
-
-        width = min(nk, int(budget[nk - nq :].max()) + (config.always_kept.count if on_top else 0))
-        rows = budget[nk - nq :].to(scores.device)
-        lists = select_topk(scores, rows, *config.always_kept, width)
-        return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
+    rows = budget[nk - nq :]
     if impl == "triton":
-        from stem.kernels.share_select import select_above
+        from stem.kernels import block_select, share_select
 
-        lists = select_above(scores, *config.share_rules(nk))
+        if config.allocation == "adaptive":
+            lists = share_select.select_above(scores, *config.share_rules(nk))
+        else:
+            width = min(nk, int(rows.max()) + config.always_kept.added)
+            lists = block_select.select_topk(scores, rows.to(scores.device), *config.always_kept, width)
         return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
     priority = _forced_priority(nq, nk, config, scores.device)
     forced = priority < 0
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if config.allocation == "adaptive":
-        future = torch.ones_like(forced).triu(nk - nq + 1)
-        kept = (scores.masked_fill(future, -torch.inf).softmax(-1) > config.threshold) | forced
+        kept = (mask_future(scores).softmax(-1) > config.threshold) | forced
         kept[..., : max(0, config.dense_blocks_of(nk) - (nk - nq)), :] = True
         kept[..., max(0, nq - config.dense_last_blocks) :, :] = True
     else:
         rank = _rank(-scores)
         if not on_top:
             rank = _rank(torch.where(forced, priority, rank))
-        kept = rank < budget[nk - nq :, None].to(scores.device)
+        kept = rank < rows[:, None].to(scores.device)
         if on_top:
             kept = kept | forced
     return BlockSelection.from_mask(kept.tril(nk - nq), config.block_size, q_len=q_len, kv_len=kv_len)

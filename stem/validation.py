@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stem._env import check_triton_on_cpu
 
-HEAD_DIMS = "1..256"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,23 +49,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     # torch.compile reads through the cache, and would warn
     check = _check_layouts.__wrapped__ if torch.compiler.is_compiling() else _check_layouts
-    check(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    check((q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device))
 
 
 @lru_cache(maxsize=4096)
-def _check_layouts(
-    q_shape: torch.Size,
-    k_shape: torch.Size,
-    v_shape: torch.Size,
-    q_dtype: torch.dtype,
-    k_dtype: torch.dtype,
-    v_dtype: torch.dtype,
-    q_device: torch.device,
-    k_device: torch.device,
-    v_device: torch.device,
-) -> None:
-    """check_qkv of shapes, dtypes and devices; cached."""
-    for name, shape, dtype in (("q", q_shape, q_dtype), ("k", k_shape, k_dtype), ("v", v_shape, v_dtype)):
+def _check_layouts(*layouts: tuple[torch.Size, torch.dtype, torch.device]) -> None:
+    """check_qkv of the shapes, dtypes and devices of q, k and v; cached."""
+    (q_shape, q_dtype, q_device), (k_shape, _, _), (v_shape, _, _) = layouts
+    for name, (shape, dtype, _) in zip("qkv", layouts, strict=True):
         if len(shape) != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(shape)}")
         if dtype not in DTYPES:
@@ -74,7 +64,7 @@ def _check_layouts(
         if 0 in shape[1:]:
             raise ValueError(f"{name} must have no empty dimension but the batch, got shape {tuple(shape)}")
     (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = q_shape, k_shape
-    for name, shape, dtype, device in (("k", k_shape, k_dtype, k_device), ("v", v_shape, v_dtype, v_device)):
+    for name, (shape, dtype, device) in zip("kv", layouts[1:], strict=True):
         if dtype != q_dtype:
             raise TypeError(f"{name} must have q's dtype {q_dtype}, got {dtype}")
         if device != q_device:
@@ -90,7 +80,7 @@ def _check_layouts(
     if q_len > kv_len:
         raise ValueError(f"q must have at most k's {kv_len} tokens, got {q_len}")
     if head_dim > 256:
-        raise ValueError(f"head_dim must be in {HEAD_DIMS}, got {head_dim}")
+        raise ValueError(f"head_dim must be in 1..256, got {head_dim}")
 
 
 def check_finite(**tensors: Tensor) -> None:
@@ -112,7 +102,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if not isinstance(scale, Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not 0 < scale < float("inf"):
+    if not 0 < scale < inf:
         raise ValueError(f"scale must be positive and finite, got {scale!r}")
     return float(scale)
 

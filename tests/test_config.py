@@ -70,7 +70,7 @@ def test_the_adaptive_preset_has_a_threshold_or_the_budget_that_is_asked_for():
     cells = [StemConfig.preset("adaptive", block_size=size).score_cells for size in (128, 64, 32)]
     assert cells == [8, 16, 8] and StemConfig.preset("adaptive", block_size=64, score_cells=4).score_cells == 4
     config = StemConfig.preset("adaptive", density=0.5)
-    assert (config.allocation, config.threshold, config.score_peak) == ("uniform", None, 0.3)
+    assert (config.allocation, config.decay, config.threshold, config.score_peak) == ("position_decay", 1.0, None, 0.3)
     assert config.dense_up_to == 0 < StemConfig.preset("adaptive").dense_up_to
     assert stem.block_budget(64, config).sum() / (32 * 65) == pytest.approx(0.5, abs=0.01)
 

@@ -1,7 +1,10 @@
 """stem.planning: how each problem runs, without a GPU; and a cache that changes no result."""
 
+import functools
 import gc
+import sys
 from dataclasses import replace
+from types import CellType, FunctionType
 
 import pytest
 import torch
@@ -195,15 +198,34 @@ def test_few_plans_are_kept(fresh_plans, monkeypatch):
         assert len(stem.planning.PLANS) <= 3
 
 
-def cached_tensors():
-    """Every tensor that a cache of the library or of its kernels holds."""
-    import stem.choose
+WALKED = (dict, list, tuple, set, FunctionType, CellType, classmethod, staticmethod, functools._lru_cache_wrapper)
 
-    owned = [plan for plan in gc.get_objects() if type(plan) is Plan]
-    held = [x for plan in owned for x in vars(plan).values()]
-    for function in (stem.budget.device_budget, stem.choose.forced_lists):
-        held += [x for x in gc.get_referents(function) if type(x) is dict]
-    return [x for group in held for x in (group if isinstance(group, tuple) else ()) if isinstance(x, torch.Tensor)]
+
+def cached_tensors():
+    """Every tensor that can be reached from a module of stem, those of its kernels included."""
+    modules = [vars(module) for name, module in list(sys.modules.items()) if name.partition(".")[0] == "stem"]
+    todo = [x for members in modules for name, x in members.items() if not name.startswith("__")]
+    seen, found = {id(vars(module)): None for module in list(sys.modules.values())}, []  # other modules' globals
+    while todo:
+        x = todo.pop()
+        if id(x) in seen:
+            continue
+        seen[id(x)] = x
+        kind = type(x)
+        if issubclass(kind, torch.Tensor):
+            found.append(x)
+        elif issubclass(kind, WALKED) or (x if kind is type else kind).__module__.partition(".")[0] == "stem":
+            todo += gc.get_referents(x)
+    return found
+
+
+def test_the_walk_of_caches_finds_their_tensors(fresh_plans):
+    q, k, v = draw()
+    plan = plan_for(q, k, v, CONFIGS["density"], impl="triton")
+    plan.recordings["stream"] = [q]
+    held = plan.budget[0], *stem.choose.forced_lists(3, 4, CONFIGS["forced only"], plan.rows, CPU), q
+    found = {id(x) for x in cached_tensors()}
+    assert all(id(x) in found for x in held) and id(k) not in found
 
 
 @pytest.mark.parametrize("impl", [None, "torch", "triton"])

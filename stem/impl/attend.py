@@ -9,6 +9,7 @@ from stem.impl.flex import flex_attention
 from stem.impl.gather import gather_attention
 from stem.reference import masked_attention
 from stem.selection import BlockSelection
+from stem.transforms import refuse_transforms
 
 
 def attend(
@@ -24,5 +25,6 @@ def attend(
     if needs_grad:  # the operators hold the backward pass and cost the host some tens of us
         from stem.impl import operators
 
+        refuse_transforms(None, q, k, v)  # operators would drop the tangent of forward-mode AD
         return operators.attend(q, k, v, selection, scale, impl)
     return sparse_kernel(impl)(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)

@@ -19,7 +19,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, s
 
 
 class _OnCPU(torch.autograd.Function):
-    """FlexAttention has no backward pass on the CPU, so the gradient is that of impl="torch"."""
+    """FlexAttention has no backward pass on the CPU, so the gradient, of any order, is that of impl="torch"."""
 
     @staticmethod
     def forward(ctx, q, k, v, selection, scale):
@@ -28,12 +28,14 @@ class _OnCPU(torch.autograd.Function):
         return _run(q.detach(), k.detach(), v.detach(), selection, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+    def backward(ctx, *gradients):
+        again = torch.is_grad_enabled()  # for a second derivative
         with torch.enable_grad():
+            inputs = [
+                x.view_as(x) if again and x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors
+            ]
             outputs = gather_attention(*inputs, ctx.selection, ctx.scale)
-        return *torch.autograd.grad(outputs, inputs, (grad_out, grad_lse)), None, None
+        return *torch.autograd.grad(outputs, inputs, gradients, create_graph=again), None, None
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:

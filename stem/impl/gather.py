@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
+from stem.transforms import is_transformed
 from stem.validation import compute_dtype
 
 PIECE_KEYS = 512  # keys of a row in one product
@@ -23,18 +24,21 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
     """Attention over the kept blocks, a few query blocks at a time; see stem.block_sparse_attention.
 
     Without gradients on the CPU, most query blocks need no softmax; see _plain_attention. The others, and all of them
-    elsewhere, take one. With gradients each chunk is recomputed in the backward pass.
+    elsewhere, take one. With gradients each chunk is recomputed in the backward pass, except under torch.func, which
+    does not allow it.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    size, offset = selection.block_size, k.shape[2] - q.shape[2]
+    transformed = is_transformed(q, k, v)
+    size, offset, kv_heads = selection.block_size, k.shape[2] - q.shape[2], k.shape[1]
     blocks = _blocks(q, size, offset), _blocks(k, size), _blocks(v, size)
-    if q.device.type == "cpu" and not needs_grad:
-        out, lse, rest = _plain_attention(*blocks, selection, k.shape[1], scale)
+    if q.device.type == "cpu" and not needs_grad and not transformed:
+        out, lse, rest = _plain_attention(blocks, selection, kv_heads, scale)
         if len(rest):
-            out[rest], lse[rest] = _softmax_attention(*blocks, selection, k.shape[1], scale, rest)
+            out[rest], lse[rest] = _softmax_attention(blocks, selection, kv_heads, scale, False, rest)
     else:
         everything = torch.arange(len(blocks[0]), device=q.device)
-        out, lse = _softmax_attention(*blocks, selection, k.shape[1], scale, everything, needs_grad)
+        recompute = needs_grad and not transformed
+        out, lse = _softmax_attention(blocks, selection, kv_heads, scale, recompute, everything)
     heads_and_blocks = (*q.shape[:2], selection.num_q_blocks)
     queries = slice(offset % size, offset % size + q.shape[2])
     out, lse = (x.unflatten(0, heads_and_blocks).flatten(2, 3)[:, :, queries] for x in (out, lse))
@@ -69,15 +73,16 @@ def gather_gradients(
 
 
 def _plain_attention(
-    q_blocks: Tensor, k_blocks: Tensor, v_blocks: Tensor, selection: BlockSelection, kv_heads: int, scale: float
+    all_blocks: tuple[Tensor, Tensor, Tensor], selection: BlockSelection, kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights exp(logit), relative to nothing: out and lse [M, size], and the query blocks where that does not do.
+    """Softmax without subtracting the row maximum: out and lse [M, size], and the query blocks where it overflows.
 
-    No maximum is looked for or subtracted, so lists can be taken piece by piece. A sum out of range tells that a weight
-    may have been; only its query block is left to a softmax. Rows with equally long lists go together without padding,
-    and what they read is gathered into the same memory again and again: fresh pages would cost several times the copy.
-    exp2, because PyTorch's exp can take three times as long on a CPU.
+    Without a maximum, a list can be read piece by piece. A sum of weights out of range marks its query block for
+    _softmax_attention. Rows with equally long lists go together without padding. Keys and values are gathered into one
+    buffer again and again, because fresh pages would cost several times the copy. exp2, because PyTorch's exp can take
+    three times as long on a CPU.
     """
+    q_blocks, k_blocks, v_blocks = all_blocks
     size, dim = q_blocks.shape[1:]
     counts = selection.kv_num_blocks.flatten().long()
     diagonal, kv_start = _rows(selection, kv_heads)
@@ -116,23 +121,22 @@ def _plain_attention(
 
 
 def _softmax_attention(
-    q_blocks: Tensor,
-    k_blocks: Tensor,
-    v_blocks: Tensor,
+    all_blocks: tuple[Tensor, Tensor, Tensor],
     selection: BlockSelection,
     kv_heads: int,
     scale: float,
+    recompute: bool,
     rows: Tensor,
-    needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Out and lse [R, size] of the query blocks `rows`, in chunks sorted by the lengths of their lists."""
+    """Out and lse [R, size] of the query blocks `rows`, ascending, in chunks sorted by the lengths of their lists."""
+    q_blocks, k_blocks, v_blocks = all_blocks
     order, widths = _sorted_rows(selection, rows)
     first = widths.count(0)  # rows without blocks come first and give zeros
     chunks = [(q_blocks[order[:first]] * 0, q_blocks.new_full((first, q_blocks.shape[1]), -torch.inf))]
     for chunk, *kept in _chunked_lists(selection, kv_heads, order, widths):
         args = (q_blocks[chunk] * scale, k_blocks, v_blocks, *kept)
-        chunks.append(checkpoint(_attend, *args, use_reentrant=False) if needs_grad else _attend(*args))
-    inverse = order.argsort()  # `rows` is ascending
+        chunks.append(checkpoint(_attend, *args, use_reentrant=False) if recompute else _attend(*args))
+    inverse = order.argsort()
     out, lse = (torch.cat(x)[inverse] for x in zip(*chunks, strict=True))
     return out, lse
 

@@ -1,0 +1,131 @@
+"""torch.func transforms, forward-mode AD and second derivatives: right, or an error that names what to use instead."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import stem
+from stem import StemConfig
+
+SMALL = dict(block_size=16, score_stride=8, sink_blocks=1, local_blocks=1)
+CONFIGS = {"sparse": StemConfig(**SMALL, density=0.4), "everything": StemConfig(**SMALL, density=1.0)}
+RIGHT, REFUSED = (None, "torch", "reference"), ("triton", "flex")
+REFUSAL = pytest.raises(NotImplementedError, match="impl='torch' or 'reference'; vmap .* into the batch")
+
+
+def draw():
+    return [torch.randn(1, heads, 50, 16, dtype=torch.float64).float() for heads in (4, 2, 2)]
+
+
+@pytest.fixture(params=["sparse", "everything", "selection"])
+def attention(request, fresh_plans):
+    """(q, k, v, impl) -> output of one of the two public functions."""
+    if request.param != "selection":
+        return lambda q, k, v, impl: stem.stem_attention(q, k, v, CONFIGS[request.param], impl=impl)
+    chosen = stem.stem_attention(*draw(), CONFIGS["sparse"], return_selection=True)[1]
+    return lambda q, k, v, impl: stem.block_sparse_attention(q, k, v, chosen, impl=impl)
+
+
+def expected_gradients(attention, inputs, impl):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(attention(*leaves, impl).square().sum(), leaves)
+
+
+def loss(attention, impl):
+    return lambda q, k, v: attention(q, k, v, impl).square().sum()
+
+
+@pytest.mark.parametrize("impl", RIGHT)
+def test_func_grad_gives_autograds_gradients_whatever_was_planned_before(attention, impl):
+    inputs = draw()
+    expected = expected_gradients(attention, inputs, impl)
+    found = torch.func.grad(loss(attention, impl), argnums=(0, 1, 2))(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expected_gradients(attention, inputs, impl), expected)
+
+
+@pytest.mark.parametrize("impl", RIGHT)
+def test_jvp_and_dual_numbers_give_the_directional_derivative(attention, impl):
+    inputs, tangents = draw(), draw()
+    gradients = expected_gradients(attention, inputs, impl)
+    slope = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+    _, tangent = torch.func.jvp(loss(attention, impl), tuple(inputs), tuple(tangents))
+    torch.testing.assert_close(tangent, slope, rtol=1e-4, atol=1e-4)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        tangent = forward_ad.unpack_dual(loss(attention, impl)(*duals)).tangent
+    torch.testing.assert_close(tangent, slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_caches_filled_under_a_transform_serve_plain_calls(impl, fresh_plans):
+    inputs = draw()
+    for config in (*CONFIGS.values(), StemConfig(**SMALL, k_start=2, decay=1.0)):  # the last one has forced lists
+        stem.budget.device_budget.cache_clear()
+        stem.choose.forced_lists.cache_clear()
+        torch.func.grad(lambda q, *others, of: stem.stem_attention(q, *others, of).sum())(*inputs, of=config)
+        expected = stem.stem_attention(*inputs, config, impl="reference")
+        torch.testing.assert_close(stem.stem_attention(*inputs, config, impl=impl), expected, rtol=1e-4, atol=1e-5)
+
+
+def second_derivative(attention, impl, x, *others):
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(attention, impl)(x, *others), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("impl", ["torch", "flex"])
+def test_second_derivatives_are_those_of_the_reference(attention, impl):
+    inputs = draw()
+    expected = second_derivative(attention, "reference", *inputs)
+    torch.testing.assert_close(second_derivative(attention, impl, *inputs), expected, rtol=1e-3, atol=1e-3)
+    assert expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_func_grad_twice_is_the_second_derivative(attention, impl):
+    inputs = draw()
+    first = torch.func.grad(loss(attention, impl))
+    found = torch.func.grad(lambda q: first(q, *inputs[1:]).square().sum())(inputs[0])
+    torch.testing.assert_close(found, second_derivative(attention, "reference", *inputs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", REFUSED)
+def test_other_implementations_refuse_by_name(attention, impl):
+    q, k, v = draw()
+    attention(q, k, v, impl)  # its plan must not serve a transformed call
+    with REFUSAL:
+        torch.func.grad(loss(attention, impl))(q, k, v)
+    with REFUSAL:
+        torch.func.jvp(lambda v: attention(q, k, v, impl), (v,), (v,))
+    with forward_ad.dual_level(), REFUSAL:
+        attention(q, k, forward_ad.make_dual(v, torch.ones_like(v)), impl)
+    with REFUSAL:
+        torch.func.vmap(lambda v: attention(q, k, v, impl))(torch.stack([v, v]))
+
+
+@pytest.mark.parametrize("impl", RIGHT)
+def test_vmap_is_refused_or_right(attention, impl):
+    q, k, v = draw()
+    both = torch.stack([v, 2 * v])
+    try:
+        found = torch.func.vmap(lambda v: attention(q, k, v, impl))(both)
+    except NotImplementedError as error:
+        assert "put the mapped dimension into the batch" in str(error)
+    else:
+        torch.testing.assert_close(found, torch.stack([attention(q, k, x, impl) for x in both]), rtol=1e-5, atol=1e-5)
+
+
+def test_triton_has_no_second_derivative():
+    with pytest.raises(NotImplementedError, match="no second derivative: use impl='torch' or 'reference'"):
+        second_derivative(
+            lambda q, k, v, impl: stem.stem_attention(q, k, v, CONFIGS["sparse"], impl=impl), "triton", *draw()
+        )
+
+
+def test_other_errors_stay_as_they_are():
+    q, k, v = draw()
+    with pytest.raises(ValueError, match="v must be finite"):
+        torch.func.grad(lambda q: stem.stem_attention(q, k, v / 0, CONFIGS["sparse"]).sum())(q)
+    with forward_ad.dual_level():  # of other tensors
+        assert torch.equal(stem.stem_attention(q, k, v, impl="triton"), stem.stem_attention(q, k, v, impl="triton"))
