@@ -36,13 +36,18 @@ def block_scores(
     check_qkv(q, k, v)
     check_finite(q=q, k=k, v=v)
     check_config(config)
-    impl = check_impl(impl, ("torch", "triton"), q.device, q.dtype) if q.shape[0] else "torch"
-    return score(q, k, v, config, check_scale(scale, q.shape[-1]), impl)
+    impl = check_impl(impl, ("torch", "triton"), q.device, q.dtype)
+    scale = check_scale(scale, q.shape[-1])
+    return score(q, k, v, config, scale, impl)
 
 
 def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str) -> Tensor:
     """block_scores of checked arguments."""
     q, k, v = q.detach(), k.detach(), v.detach()
+    if not q.shape[0]:
+        nk = -(-k.shape[2] // config.block_size)
+        num_q_blocks = nk - (k.shape[2] - q.shape[2]) // config.block_size
+        return q.new_empty(0, q.shape[1], num_q_blocks, nk, dtype=compute_dtype(q.dtype))
     if config.reduction == "softmax":
         return cell_scores(q, k, cell_bonus(v, config, impl), config, scale, impl=impl)
     scale = routing_scale(q.shape[-1], config, scale)

@@ -244,7 +244,8 @@ def _follows_budget(select: partial, config: StemConfig) -> bool:
     """Whether a pattern keeps more blocks at density 1; its own checks of its parameters raise on the way."""
     q = torch.randn(1, 1, max(16 * config.block_size, 1024), 8, generator=torch.Generator().manual_seed(0))
     kept = select(q, q, q).density()
-    everything = config.replace(density=1.0, k_start=None, k_start_regimes=None, allocation="uniform", threshold=None)
+    budget = dict(k_start=None, k_start_regimes=None, allocation="position_decay", threshold=None)
+    everything = config.replace(density=1.0, **budget)
     return kept == 1 or kept < select(q, q, q, config=everything).density()
 
 

@@ -200,6 +200,7 @@ def test_parameters_of_every_pattern_are_checked(pattern):
                 harness.method_from_options({"pattern": pattern, name: wrong})
     for preset in ("paper", "angelslim", "hpc_ops"):
         harness.method_from_options({"pattern": pattern, "preset": preset, "block_size": 64})
+    harness.method_from_options({"pattern": pattern, "decay": 0.5})
 
 
 @pytest.mark.parametrize("wrong", [0.5, [0.5], [True], True, None, "0", ["0"], -1, 5, {0: None}, [4], [None]], ids=repr)
