@@ -95,9 +95,11 @@ def block_sparse_attention(
             or 128, block_size 128. "flex": torch's FlexAttention with the same lists, unfused on the CPU.
         return_lse: Also return the natural log-sum-exp, fp32 (fp64 for fp64 inputs) [B, Hq, Nq].
     Returns:
-        [B, Hq, Nq, D] like q; differentiable, twice with "torch" and "reference". A row without blocks gives 0.
+        [B, Hq, Nq, D] like q. A row without blocks gives 0. Differentiable; twice with "torch", "reference" and, on the
+        CPU, "flex". torch.func.grad, torch.func.jvp and forward-mode AD need "torch" (then the default) or "reference".
     Raises:
         ValueError, TypeError: For bad shapes, dtypes, devices or names, or a selection that does not fit.
+        NotImplementedError: For a transform of torch.func or a derivative that the implementation does not support.
     """
     check_qkv(q, k, v)
     selection = fit_selection(selection, q, k)

@@ -45,15 +45,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: floa
     q = pad(q, (0, 0, front, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        out, aux = _function(q.is_cuda)(
-            q,
-            k,
-            v,
-            block_mask=selection.to_block_mask(),
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
+        options = dict(block_mask=selection.to_block_mask(), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out, aux = _function(q.is_cuda)(q, k, v, **options, return_aux=AuxRequest(lse=True))
     return out[:, :, front:], aux.lse[:, :, front:]
 
 

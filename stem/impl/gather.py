@@ -152,7 +152,7 @@ def _attend(
 
 
 def _gathered(x_blocks: Tensor, blocks: Tensor, rows: int) -> Tensor:
-    """The listed blocks of x_blocks [M, size, D], as many for each of the rows: [rows, W * size, D]."""
+    """Listed blocks of x_blocks [M, size, D], equally many for each row: [rows, W * size, D]."""
     return x_blocks.flatten(1)[blocks].view(rows, -1, x_blocks.shape[2])
 
 
@@ -163,13 +163,13 @@ def _masked_logits(q: Tensor, k: Tensor, future: Tensor, unused: Tensor | None) 
 
 
 def _blocks(x: Tensor, size: int, offset: int = 0) -> Tensor:
-    """x [B, H, N, D] cut at the key grid: fp32 (fp64 for fp64 inputs) [B * H * blocks, size, D], zeros where no row."""
+    """Blocks of x [B, H, N, D] on the key grid, zero-padded: fp32 (fp64 for fp64 inputs) [B * H * blocks, size, D]."""
     compute = compute_dtype(x.dtype)
     return pad_to_grid(x, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2)
 
 
 def _sorted_rows(selection: BlockSelection, rows: Tensor) -> tuple[Tensor, list[int]]:
-    """Some of the B * Hq * nq query blocks, int64 [R], in the order of their lists' lengths, and these lengths."""
+    """Query blocks `rows`, int64 [R] of B * Hq * nq, sorted by the lengths of their lists, and these lengths."""
     counts = selection.kv_num_blocks.flatten()[rows]
     order = counts.argsort(stable=True)
     return rows[order], counts[order].tolist()
@@ -178,25 +178,26 @@ def _sorted_rows(selection: BlockSelection, rows: Tensor) -> tuple[Tensor, list[
 def _chunked_lists(
     selection: BlockSelection, kv_heads: int, order: Tensor, widths: list[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """A few query blocks at a time, of those that have a list: rows [R], their key blocks [R * W] and two masks.
+    """Chunks of the query blocks that have a list: rows [R], their key blocks [R * W] and two masks, True = masked.
 
-    future [R, size, size] holds for the last block of a row, unused [R, 1, W * size] (None if all are used) for all.
+    future [R, size, size] masks the last block of a row, unused [R, 1, W * size] (None if all are used) all blocks.
     """
     size, device = selection.block_size, selection.kv_indices.device
     lists, counts = selection.kv_indices.flatten(0, 2).long(), selection.kv_num_blocks.flatten().long()
     diagonal, kv_start = _rows(selection, kv_heads)
+    above = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
     for chunk in _chunks(widths, widths.count(0), size):
         rows, width = order[chunk], widths[chunk.stop - 1]
         slots = torch.arange(width, device=device) - (width - counts[rows])[:, None]  # right-aligned, < 0 = unused
         columns = lists[rows].gather(1, slots.clamp_min(0))  # [R, W], the diagonal block last if it is kept
         blocks = (columns + kv_start[rows, None]).flatten()
-        future = (columns[:, -1] == diagonal[rows])[:, None, None] & _above_diagonal(size, device)
+        future = (columns[:, -1] == diagonal[rows])[:, None, None] & above
         unused = (slots < 0).repeat_interleave(size, 1)[:, None] if widths[chunk.start] < width else None
         yield rows, blocks, future, unused
 
 
 def _rows(selection: BlockSelection, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """For each of the B * Hq * nq rows: its diagonal key block, and where its KV head's blocks start; int64."""
+    """Diagonal key block of each of the B * Hq * nq rows, and the index of its KV head's first block; int64."""
     (batch, q_heads, nq), nk = selection.kv_num_blocks.shape, selection.num_kv_blocks
     device = selection.kv_indices.device
     head = torch.arange(batch * q_heads, device=device).repeat_interleave(nq)
@@ -205,14 +206,10 @@ def _rows(selection: BlockSelection, kv_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(widths: list[int], start: int, size: int) -> list[slice]:
-    """Consecutive sorted rows, at most CHUNK_LOGITS logits where one row fits."""
+    """Slices of sorted rows, each of at most CHUNK_LOGITS logits or of one row."""
     chunks = []
     for stop in range(start + 1, len(widths) + 1):
         if stop == len(widths) or (stop + 1 - start) * widths[stop] * size**2 > CHUNK_LOGITS:
             chunks.append(slice(start, stop))
             start = stop
     return chunks
-
-
-def _above_diagonal(size: int, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
