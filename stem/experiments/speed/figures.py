@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stem.experiments import records
 from stem.experiments.figures import PALETTE, lines, log_y, new, styled, tokens_axis, tokens_label
-from stem.experiments.speed.report import always_from
+from stem.experiments.speed.report import always_from, over_dense
 
-DENSE_GREYS = ("0.25", "0.6", "0.4")
+ACCEPTED_LOSS = 0.03  # of speed against the fastest dense back end
 LABELS = {
     "sdpa_cudnn": "dense, SDPA cuDNN",
     "sdpa_flash": "dense, SDPA FlashAttention-2",
@@ -25,8 +26,7 @@ LABELS = {
 }
 PARTS = ("scores", "selection", "attention", "operator")  # operations of one forward pass
 COLOURS = dict(zip(("stem_triton", "flex", "stem_torch", "stem_hopper"), PALETTE, strict=False))
-COLOURS["stem"] = COLOURS["stem_hopper"]
-COLOURS |= dict(zip(("sdpa_cudnn", "sdpa_flash", "sdpa_cpu"), DENSE_GREYS, strict=False))
+COLOURS |= dict(stem=COLOURS["stem_hopper"], sdpa_cudnn="0.25", sdpa_flash="0.6", sdpa_cpu="0.4")
 
 
 @styled()
@@ -44,16 +44,12 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     log_y(left)
     tokens_axis(left, shown.tokens)
     operator = shown[shown.operation == "operator"].sort_values("latency_ms").drop_duplicates("tokens")  # the fastest
-    for name in baselines(shown):
-        column = f"speedup_vs_{name}"
-        measured = operator.dropna(subset=column).sort_values("tokens")
-        label = f"over {LABELS[name].removeprefix('dense, ')}"
-        right.plot(measured.tokens, measured[column], "o-", color=COLOURS[name], markersize=4, label=label)
-    right.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    names = list(shown[shown.config == "dense"].provider.unique())
+    table = operator.set_index("tokens").sort_index()[[f"speedup_vs_{name}" for name in names]]
+    table.columns = [f"over {LABELS[name].removeprefix('dense, ')}" for name in names]
+    _speedups(table, right, [COLOURS[name] for name in names], "of the whole operator", shown.tokens)
     right.legend()
-    right.set(ylabel="speed-up of the whole operator [times]", ylim=(0, None))
-    right.set_title(f"{ratio:.1f}× over {fastest} at {tokens_label(last.tokens)} ({config} budget)")
-    tokens_axis(right, shown.tokens)
+    right.set(ylim=(0, None), title=f"{ratio:.1f}× over {fastest} at {tokens_label(last.tokens)} ({config} budget)")
     return figure
 
 
@@ -118,60 +114,47 @@ def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
 
 @styled()
 def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figure:
-    """Speed-up of the whole operator over the fastest dense back end of each length, one line per config.
-
-    Args:
-        rows: Of one machine.
-        configs: Configs to show, default all.
-    """
-    names = [name for name in pd.DataFrame(rows)["config"].dropna().unique() if name != "dense"]
-    names = [name for name in names if configs is None or name in configs]
+    """Speed-up of the whole operator over the fastest dense back end of each length, one line per config."""
+    ratios = over_dense(rows, configs, fastest=True)
+    wins = {name: always_from(ratio.dropna() > 1) for name, ratio in ratios.items()}
+    lengths = {name: "no length" if first is None else tokens_label(first) for name, first in wins.items()}
     figure, ax = new()
-    wins = {}
-    for name, colour in zip(names, PALETTE, strict=False):
-        shown, _ = timed(rows, name)
-        dense = shown[shown.config == "dense"].groupby("tokens").latency_ms.min()
-        operator = shown[shown.operation == "operator"].groupby("tokens").latency_ms.min()
-        ratio = (dense / operator).dropna()
-        if ratio.empty:
-            continue
-        ax.plot(ratio.index, ratio, "o-", color=colour, markersize=4, label=f"{name} budget")
-        first = always_from(ratio > 1)
-        wins[name] = "no length" if first is None else tokens_label(first)
-    ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
-    ax.set_title("Stem beats every dense back end from " + ", ".join(f"{n} ({name})" for name, n in wins.items()))
-    ax.set(ylabel="speed-up over the fastest dense [times]", ylim=(0, None))
+    _speedups(ratios.add_suffix(" budget"), ax, PALETTE, "over the fastest dense", ratios.index)
+    ax.set_title("Stem beats every dense back end from " + ", ".join(f"{n} ({name})" for name, n in lengths.items()))
+    ax.set(ylim=(0, None))
     ax.legend()
-    tokens_axis(ax, sorted({int(n) for line in ax.get_lines()[:-1] for n in line.get_xdata()}))
     return figure
 
 
 @styled()
-def never_slower(ratios: Mapping[str, pd.DataFrame], margin: float = 0.03) -> Figure:
+def never_slower(ratios: Mapping[str, pd.DataFrame]) -> Figure:
     """Speed-ups over the fastest dense back end over tokens, one line per config, with the accepted loss shaded.
 
-    Args:
-        ratios: Panel title -> speed-ups of `report.over_dense`.
-        margin: Accepted loss of speed against the fastest dense back end, a share.
+    `ratios` maps the title of a panel to speed-ups of `report.over_dense`.
     """
     figure, axes = new(len(ratios), width=5.2)
     for (how, table), ax in zip(ratios.items(), np.atleast_1d(axes), strict=True):
-        for name, colour in zip(table, PALETTE, strict=False):
-            measured = table[name].dropna()
-            ax.plot(measured.index, measured, "o-", color=colour, markersize=4, label=name)
-        ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
-        ax.axhspan(1 - margin, 1.0, color="0.9", label=f"at most {margin:.0%} slower")
+        _speedups(table, ax, PALETTE, "over the fastest dense", table.index)
+        ax.axhspan(1 - ACCEPTED_LOSS, 1.0, color="0.9", label=f"at most {ACCEPTED_LOSS:.0%} slower")
         tokens, name = table.stack().idxmin()
-        ax.set_title(f"{how}: worst case {table[name][tokens]:.2f}×, {name} at {tokens_label(int(tokens))} tokens")
-        ax.set(ylabel="speed-up over the fastest dense [times]")
+        ax.set_title(f"{how}: worst case {table[name][tokens]:.2f}×, {name} at {tokens_label(tokens)} tokens")
         log_y(ax)
-        tokens_axis(ax, table.index)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the last panel, because lines fill all panels
     return figure
 
 
+def _speedups(table: pd.DataFrame, ax: Axes, colours: Sequence, of: str, tokens: Iterable[int]) -> None:
+    """Draw one line per column of speed-ups over tokens, and a dashed line at 1."""
+    for (name, ratios), colour in zip(table.items(), colours, strict=False):
+        measured = ratios.dropna()
+        ax.plot(measured.index, measured, "o-", color=colour, markersize=4, label=name)
+    ax.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+    ax.set(ylabel=f"speed-up {of} [times]")
+    tokens_axis(ax, tokens)
+
+
 @styled()
-def bars(rows: pd.DataFrame, operation: str, config: str, ylabel: str = "time [ms]") -> Figure:
+def bars(rows: pd.DataFrame, operation: str, config: str) -> Figure:
     """Times of one operation by length, side by side: dense back ends, FlexAttention and Stem.
 
     Raises:
@@ -182,16 +165,14 @@ def bars(rows: pd.DataFrame, operation: str, config: str, ylabel: str = "time [m
     if not shown.provider.str.startswith("stem").any():
         raise ValueError(f"rows must hold times of operation={operation!r} and config={config!r}, got none of Stem")
     times = shown.pivot_table(index="tokens", columns="provider", values="latency_ms", sort=False).sort_index()
-    dense = [name for name in times if name.startswith("sdpa")]
-    sparse = times[[name for name in times if name.startswith("stem")]].min(axis=1)
-    ratio = (times[dense].min(axis=1) / sparse).dropna()
+    dense, sparse = (times.filter(regex=f"^{kind}").min(axis=1) for kind in ("sdpa", "stem"))
+    ratio = (dense / sparse).dropna()
     figure, ax = new()
     colours = [COLOURS[name] for name in times]
     times.rename(columns=LABELS).plot.bar(ax=ax, color=colours, width=0.75, rot=0)
-    ax.set_xticklabels([tokens_label(int(n)) for n in times.index])
-    last = ratio.index[-1]
-    ax.set_title(f"{operation}: {ratio.loc[last]:.1f}× over the fastest dense at {tokens_label(int(last))} tokens")
-    ax.set(xlabel="tokens", ylabel=ylabel)
+    ax.set_xticklabels([tokens_label(n) for n in times.index])
+    last = f"{ratio.iloc[-1]:.1f}× over the fastest dense at {tokens_label(ratio.index[-1])} tokens"
+    ax.set(xlabel="tokens", ylabel="time [ms]", title=f"{operation}: {last}")
     log_y(ax)
     ax.legend()
     return figure
@@ -213,11 +194,6 @@ def timed(rows: pd.DataFrame, config: str | None = None) -> tuple[pd.DataFrame, 
         raise ValueError(f"rows must hold times of config={config or 'any'!r}, got {names}")
     config = names[0] if config is None else config
     return rows[rows["config"].isin(["dense", config])].astype({"tokens": int}), config
-
-
-def baselines(rows: pd.DataFrame) -> list[str]:
-    """Dense providers in the rows, in order of appearance."""
-    return list(rows[rows.config == "dense"].provider.unique())
 
 
 def headline(rows: pd.DataFrame) -> tuple[pd.Series, str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -38,21 +38,26 @@ def always_from(wins: pd.Series) -> int | None:
 
 
 def over_dense(
-    rows: Iterable[dict[str, Any]] | pd.DataFrame, configs: Sequence[str] = PRESETS, *, graph: bool = False
+    rows: Iterable[dict[str, Any]] | pd.DataFrame,
+    configs: Sequence[str] | None = PRESETS,
+    *,
+    graph: bool = False,
+    fastest: bool = False,
 ) -> pd.DataFrame:
-    """Speed-up of the operator with impl=None over the fastest dense back end: tokens down, configs across.
+    """Speed-up of the operator over the fastest dense back end: tokens down, configs across.
 
     Args:
         rows: Of one machine.
-        configs: Columns; configs without rows are left out.
+        configs: Columns, as far as the rows hold them; None takes all.
         graph: Take the times of CUDA graphs, of both, instead of those of calls from Python.
+        fastest: Take the fastest implementation of each length in place of impl=None.
     """
     frame, prefix = pd.DataFrame(rows).dropna(subset="latency_ms"), GRAPH if graph else ""
     dense = frame[(frame["operation"] == prefix + "attention") & (frame["config"] == "dense")]
-    dense = dense.groupby("tokens").latency_ms.min()
-    operator = frame[(frame["operation"] == prefix + "operator") & (frame["provider"] == "stem")]
-    times = operator.pivot_table(index="tokens", columns="config", values="latency_ms")
-    return times.rdiv(dense, axis=0).reindex(columns=[name for name in configs if name in times]).dropna(how="all")
+    operator = frame[(frame["operation"] == prefix + "operator") & (fastest | (frame["provider"] == "stem"))]
+    times = operator.pivot_table(index="tokens", columns="config", values="latency_ms", aggfunc="min")
+    names = [name for name in (configs or operator["config"].unique()) if name in times]
+    return times[names].rdiv(dense.groupby("tokens").latency_ms.min(), axis=0).dropna(how="all")
 
 
 def table(rows: Iterable[dict[str, Any]] | pd.DataFrame) -> str:
@@ -75,59 +80,61 @@ def speed() -> str:
 
 
 def _speed_of(device: str, rows: pd.DataFrame) -> str:
-    presets, rows = _presets(rows), rows[rows.operation.isin(["attention", "operator"])]
-    dense = rows[rows.config == "dense"].pivot_table(index="tokens", columns="provider", values="latency_ms")
     stem = rows[(rows.operation == "operator") & rows.config.isin(CONFIG_LABELS) & rows.latency_ms.notna()]
     stem = stem.sort_values(["tokens", "config", "latency_ms"])
     stem = stem.drop_duplicates(["tokens", "config"])  # the fastest implementation
-    names = [name for name in DENSE_LABELS if name in dense]
-    header = ["tokens", "config", "density", *(f"dense, {DENSE_LABELS[name]} [ms]" for name in names), "Stem [ms]"]
-    header += [f"speed-up over {DENSE_LABELS[name]}" for name in names]
-    lines = []
-    for row in stem.to_dict("records"):
-        of = {name: dense[name].get(row["tokens"], float("nan")) for name in names}
-        times = [number(of[name]) for name in names] + [number(row["latency_ms"])]
-        ratios = [number(of[name] / row["latency_ms"], "×") for name in names]
-        config = CONFIG_LABELS.get(row["config"], row["config"])
-        lines.append([tokens_label(row["tokens"]), config, f"{row['density']:.1%}", *times, *ratios])
-    shape = stem.iloc[0].to_dict()
-    heads = f"{shape['q_heads']:.0f} query and {shape['kv_heads']:.0f} key-value heads of {shape['head_dim']:.0f}"
-    told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape['batch']:.0f}, random normal inputs. Times "
-    told += "are medians, and Stem's include scoring and selection."
-    return f"{told}{_speed_sentence(stem, dense, names)}\n\n{markdown_table(header, lines)}{presets}"
+    names = _dense_names(rows[rows.operation == "attention"])
+    lines = [
+        [tokens_label(row["tokens"]), CONFIG_LABELS[row["config"]], *_against_dense(row, names)]
+        for row in stem.to_dict("records")
+    ]
+    shape = stem.iloc[0]
+    heads = f"{shape.q_heads:.0f} query and {shape.kv_heads:.0f} key-value heads of {shape.head_dim:.0f}"
+    told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape.batch:.0f}, random normal inputs. Times "
+    told += f"are medians, and Stem's include scoring and selection.{_speed_sentence(stem, names)}"
+    preset = "Speed-up of the operator with each preset over the fastest dense back end"
+    called = _presets(over_dense(rows), f"{preset}, both called from Python")
+    replayed = _presets(over_dense(rows, graph=True), f"{preset}, both replayed from CUDA graphs")
+    table = markdown_table(["tokens", "config", *_dense_header(names, "Stem")], lines)
+    return "\n\n".join(part for part in (told, table, called, replayed) if part)
 
 
-def _presets(rows: pd.DataFrame) -> str:
-    """Speed-ups of the operator with each preset over the fastest dense back end, called and in CUDA graphs."""
-    told = "Speed-up of the operator with each preset over the fastest dense back end"
-    called = _ratios(over_dense(rows), f"{told}, both called from Python")
-    return called + _ratios(over_dense(rows, graph=True), f"{told}, both replayed from CUDA graphs")
-
-
-def _ratios(ratios: pd.DataFrame, told: str) -> str:
+def _presets(ratios: pd.DataFrame, told: str) -> str:
+    """Speed-ups of the operator with each preset, and the worst of each; nothing unless all presets were measured."""
     if set(ratios) != set(PRESET_LABELS):
         return ""
-    ratios = ratios.dropna(thresh=2)
-    ratios = ratios[ratios.index <= max(SHORT)]
-    worst = ", ".join(f"{PRESET_LABELS[name]} {number(x, '×')}" for name, x in ratios.min().items())
-    lines = [
-        [tokens_label(tokens), *(number(x, "×") for x in line)]
-        for tokens, line in zip(ratios.index, ratios.values, strict=True)
-    ]
-    header = ["tokens", *(PRESET_LABELS[name] for name in ratios)]
-    return f"\n\n{told}; worst case: {worst}:\n\n{markdown_table(header, lines)}"
+    ratios = ratios.loc[: max(SHORT)].dropna(thresh=2).rename(columns=PRESET_LABELS)
+    worst = ", ".join(f"{name} {number(x, '×')}" for name, x in ratios.min().items())
+    lines = [[tokens_label(line.Index), *(number(x, "×") for x in line[1:])] for line in ratios.itertuples()]
+    return f"{told}; worst case: {worst}:\n\n{markdown_table(['tokens', *ratios], lines)}"
 
 
-def _speed_sentence(stem: pd.DataFrame, dense: pd.DataFrame, names: Sequence[str]) -> str:
-    measured = stem[stem.tokens.isin(dense.dropna(how="all").index)]
+def _speed_sentence(stem: pd.DataFrame, names: Sequence[str]) -> str:
+    measured = stem.dropna(subset=[f"speedup_vs_{name}" for name in names], how="all")
     if measured.empty:
         return ""
     best = measured[measured.tokens == measured.tokens.max()].sort_values("latency_ms").iloc[0]
-    ratios = {name: dense[name].get(best.tokens, float("nan")) / best.latency_ms for name in names}
-    told = " and ".join(
-        f"{ratio:.2g} times as fast as {DENSE_LABELS[n]}" for n, ratio in ratios.items() if ratio == ratio
-    )
+    ratios = {DENSE_LABELS[name]: best[f"speedup_vs_{name}"] for name in names}
+    told = " and ".join(f"{ratio:.2g} times as fast as {name}" for name, ratio in ratios.items() if ratio == ratio)
     return f" At {tokens_label(best.tokens)} tokens and density {best.density:.1%} the whole operator is {told}."
+
+
+def _dense_names(rows: pd.DataFrame) -> list[str]:
+    """Dense back ends of the rows."""
+    return [name for name in DENSE_LABELS if name in set(rows.provider)]
+
+
+def _dense_header(names: Sequence[str], own: str) -> list[str]:
+    """Header of the cells of `_against_dense`."""
+    times = [f"dense, {DENSE_LABELS[name]} [ms]" for name in names]
+    return ["density", *times, f"{own} [ms]", *(f"speed-up over {DENSE_LABELS[name]}" for name in names)]
+
+
+def _against_dense(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Density, time of each dense back end, own time, and speed-up over each."""
+    ratios = [row[f"speedup_vs_{name}"] for name in names]
+    times = [number(time) for time in (*(ratio * row["latency_ms"] for ratio in ratios), row["latency_ms"])]
+    return [f"{row['density']:.1%}", *times, *(number(ratio, "×") for ratio in ratios)]
 
 
 BEYOND = {
@@ -146,19 +153,11 @@ def beyond() -> str:
         return no_rows("04_speed")
     parts = []
     for device, part in by_device(rows):
-        names = [name for name in DENSE_LABELS if f"speedup_vs_{name}" in part and name in set(part.provider)]
+        names = _dense_names(part)
         lines = []
-        for (operation, tokens), of in part.groupby(["operation", "tokens"]):
-            own = of[of.config != "dense"].sort_values("latency_ms")
-            for row in own.to_dict("records"):
-                speedups = [row[f"speedup_vs_{name}"] for name in names]
-                ratios = [number(speedup, "×") for speedup in speedups]
-                dense = [number(speedup * row["latency_ms"]) for speedup in speedups]
-                about = [BEYOND[operation], tokens_label(tokens), row["provider"].replace("_", ", ")]
-                memory = number(row["peak_memory_mib"] / 1024)
-                time = number(row["latency_ms"])
-                lines.append([*about, f"{row['density']:.1%}", *dense, time, *ratios, memory])
-        header = ["what", "tokens", "sparse", "density", *(f"dense, {DENSE_LABELS[name]} [ms]" for name in names)]
-        header += ["sparse [ms]", *(f"speed-up over {DENSE_LABELS[name]}" for name in names), "peak memory [GiB]"]
+        for row in part[part.config != "dense"].sort_values(["operation", "tokens", "latency_ms"]).to_dict("records"):
+            about = [BEYOND[row["operation"]], tokens_label(row["tokens"]), row["provider"].replace("_", ", ")]
+            lines.append([*about, *_against_dense(row, names), number(row["peak_memory_mib"] / 1024)])
+        header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "peak memory [GiB]"]
         parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
