@@ -48,11 +48,9 @@ def _everything(options: argparse.Namespace, device: str) -> Iterator[tuple[str,
         yield f"{tokens:>8,} tokens", found
     if not options.lengths:
         yield from beyond.beyond_the_operator(device, options.profile, **common)
+    alone = dict(common, impls=options.impls or bench.default_impls(device), configs=[*bench.CONFIGS][:1], dense=())
     for tokens in sorted(set(lengths) - set(ordinary)):
-        shape = replace(bench.SHAPES[device], tokens=tokens)
-        impls = options.impls or bench.default_impls(device)
-        configs = tuple(bench.CONFIGS)[:1]
-        rows = bench.case(shape, device, configs=configs, impls=impls, dense=(), seed=options.seed)
+        rows = bench.case(replace(bench.SHAPES[device], tokens=tokens), device, **alone)
         yield f"{tokens:>8,} tokens", rows
 
 

@@ -136,8 +136,8 @@ def case(
     shape: Shape,
     device: str,
     *,
+    impls: Sequence[str],
     configs: Sequence[str] | None = None,
-    impls: Sequence[str] = ("torch",),
     dense: Iterable[str] | None = None,
     flex: bool = False,
     briefly: Iterable[str] = (),
@@ -147,43 +147,34 @@ def case(
     """Rows of one shape: the dense baselines, then each config in each implementation, with speed-ups.
 
     Args:
-        shape: Of the inputs.
-        device: "cuda" or "cpu".
-        configs: Names in CONFIGS, default all.
         impls: Implementations of stem_attention. The first one selects the blocks for all, FlexAttention included.
+        configs: Names in CONFIGS, default all. Implementations but the last are timed with the first config only.
         dense: Names in DENSE, default all of the device.
         flex: Measure FlexAttention with the blocks of the first config.
         briefly: Names in BRIEFLY: attention by the last of `impls` and the operator with impl=None only.
         graphs: Measure the dense baselines and the operator with impl=None in CUDA graphs too.
         seed: Of the random normal inputs.
     """
-    configs = tuple(CONFIGS) if configs is None else configs
+    briefs = {name: BRIEFLY[name][0] for name in briefly}
+    chosen = {name: CONFIGS[name] for name in (CONFIGS if configs is None else configs)}
+    names = DENSE[device] if dense is None else dense
+    baselines = [attention_candidate(name, attend_densely(DENSE[device][name])) for name in names]
+    baselines += [graph_candidate(candidate) for candidate in baselines if graphs]
+    every = [c for impl in ([*impls, None] if device == "cuda" else impls) for c in stem_candidates(impl)]
+    slower = [f"stem_{impl}" for impl in impls[:-1]]
+    fast = [c for c in every if c.operation in ("scores", "selection") or c.provider not in slower]
+    brief = [c for c in stem_candidates(impls[-1]) if c.operation == "attention"] + stem_candidates(None)
+    in_graphs = [graph_candidate(candidate) for candidate in stem_candidates(None) if graphs]
+    rows = []
     with torch.no_grad():
-        problem = Problem(shape, CONFIGS[configs[0]], device, impls[0], seed)
-        names = DENSE[device] if dense is None else dense
-        baselines = [attention_candidate(name, attend_densely(DENSE[device][name])) for name in names]
-        baselines += [graph_candidate(candidate) for candidate in baselines if graphs]
-        in_graphs = [graph_candidate(candidate) for candidate in stem_candidates(None) if graphs]
-        rows = [run(candidate, problem, "dense") for candidate in baselines]
-        for config_name in configs:
+        for name, config in (chosen | briefs).items():
+            candidates = brief if name in briefs else fast
+            if name == next(iter(chosen)):
+                candidates = baselines + every
+                candidates += [attention_candidate("flex", attend_by_flex())] if flex else []
             problem = None  # free the last one's memory first
-            problem = Problem(shape, CONFIGS[config_name], device, impls[0], seed)
-            measured = [*impls, None] if device == "cuda" else impls
-            candidates = [candidate for impl in measured for candidate in stem_candidates(impl)]
-            if config_name != configs[0]:  # slower implementations are timed with the first config only
-                slower = [f"stem_{impl}" for impl in impls[:-1]]
-                candidates = [
-                    c for c in candidates if c.operation in ("scores", "selection") or c.provider not in slower
-                ]
-            if flex and config_name == configs[0]:
-                candidates.append(attention_candidate("flex", attend_by_flex()))
-            rows += [run(candidate, problem, config_name) for candidate in candidates + in_graphs]
-        for config_name in briefly:
-            problem = None
-            problem = Problem(shape, BRIEFLY[config_name][0], device, impls[0], seed)
-            attention = [c for c in stem_candidates(impls[-1]) if c.operation == "attention"]
-            candidates = attention + stem_candidates(None) + in_graphs
-            rows += [run(candidate, problem, config_name) for candidate in candidates]
+            problem = Problem(shape, config, device, impls[0], seed)
+            rows += [run(candidate, problem, name) for candidate in candidates + in_graphs]
     return with_speedups(rows, seed)
 
 
@@ -206,23 +197,19 @@ def sweep(
     impls: Sequence[str] | None = None,
     configs: Sequence[str] | None = None,
     seed: int = 0,
-    shape: Shape | None = None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield (tokens, rows) of the machine's ceilings (as 0 tokens), then of each length, shortest first.
 
+    A dense back end is skipped, with a row that says so, where its last call predicts one over LONGEST_CALL_MS.
+
     Args:
         lengths: Prompt lengths [tokens].
-        device: "cuda" or "cpu".
         impls: Default `default_impls` of the device.
         configs: Names in CONFIGS; default all, on CUDA with those of BRIEFLY.
         seed: Of the random normal inputs.
-        shape: Its tokens are replaced; default SHAPES of the device.
-
-    A dense back end is skipped, with a row that says so, where its last call predicts one over LONGEST_CALL_MS.
     """
     briefly = BRIEFLY if device == "cuda" and configs is None else {}
-    shape = SHAPES[device] if shape is None else shape
-    impls = default_impls(device) if impls is None else impls
+    shape, impls = SHAPES[device], impls or default_impls(device)
     configs = tuple(CONFIGS) if configs is None else configs
     yield 0, ceilings(device, shape.dtype)
     last = {}  # provider -> (tokens, ms)
@@ -232,8 +219,8 @@ def sweep(
         rows = case(
             replace(shape, tokens=tokens),
             device,
-            configs=configs[: 1 if tokens >= ONE_CONFIG_TOKENS else None],
             impls=impls,
+            configs=configs[: 1 if tokens >= ONE_CONFIG_TOKENS else None],
             dense=affordable,
             flex=device == "cuda" and tokens in FLEX_TOKENS,
             briefly=[name for name, (_, measured) in briefly.items() if tokens in measured],

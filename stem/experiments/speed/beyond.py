@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pandas.api.types import is_numeric_dtype
 from torch import Tensor
 
 from stem import pretrained
@@ -42,8 +43,7 @@ def training_case(
     """Rows of operation "forward+backward" of one shape with the config TRAINING_CONFIG; arguments of `bench.case`."""
     attends = {name: attend_densely(backend) for name, backend in DENSE[device].items()}
     attends |= {f"stem_{impl}": attend_sparsely(impl) for impl in impls}
-    if flex:
-        attends["flex"] = attend_by_flex()
+    attends |= {"flex": attend_by_flex()} if flex else {}
     with torch.no_grad():
         problem = Problem(shape, CONFIGS[TRAINING_CONFIG], device, impls[0], seed)
         rows = [run(training_candidate(name, attend), problem, TRAINING_CONFIG) for name, attend in attends.items()]
@@ -55,10 +55,10 @@ def captured_case(
 ) -> list[dict[str, Any]]:
     """Rows of attention and operator on q, k and v of a real model's layers: "captured attention", "captured operator".
 
+    A row has the median latency, mean density and worst error of the layers. The config is "default".
+
     Args:
         model: A causal language model of transformers on the device; ids: Token ids [1, N].
-        layers: Layer numbers; a row has their median latency, mean density and worst error.
-        device, impls: See `bench.case`; the config is "default".
         seed: Of the sampled rows.
     """
     found = []
@@ -73,15 +73,13 @@ def captured_case(
             for candidate in candidates:
                 candidate = replace(candidate, operation=f"captured {candidate.operation}")
                 found.append(run(candidate, problem, "default"))
-    rows = pd.DataFrame(found)
-    merged = []
-    for _, group in rows.groupby(["operation", "provider"], sort=False):
-        row = group.iloc[0].to_dict()
-        numbers = group.select_dtypes("number")
-        row |= numbers.median().to_dict() | dict(density=group.get("density", pd.Series(dtype=float)).mean())
-        row |= dict(error_vs_fp64=group["error_vs_fp64"].max(), error="; ".join(e for e in group["error"] if e))
-        merged.append({name: value for name, value in row.items() if not pd.isna(value)} | dict(error=row["error"]))
-    return with_speedups(merged, seed)
+    rows, keys = pd.DataFrame(found), ["operation", "provider"]
+    how = {name: "median" if is_numeric_dtype(of) else "first" for name, of in rows.drop(columns=keys).items()}
+    how |= {name: of for name, of in dict(density="mean", error_vs_fp64="max").items() if name in rows}
+    merged = rows.groupby(keys, sort=False, as_index=False).agg(
+        how | dict(error=lambda of: "; ".join(filter(None, of)))
+    )
+    return with_speedups([row.dropna().to_dict() for _, row in merged.iterrows()], seed)
 
 
 def beyond_the_operator(
@@ -91,35 +89,23 @@ def beyond_the_operator(
 
     The headline measurements come first, so that an interrupted run holds them.
     """
-    impls = default_impls(device) if impls is None else impls
+    common = dict(impls=impls or default_impls(device), seed=seed)
 
-    def train(lengths: Iterable[int], flex: bool = False):
-        for tokens in lengths:
-            shape = replace(SHAPES[device], tokens=tokens)
-            yield (
-                f"forward+backward, {tokens:,} tokens",
-                training_case(shape, device, impls=impls, flex=flex, seed=seed),
-            )
+    def train(tokens: int, flex: bool) -> tuple[str, list[dict[str, Any]]]:
+        rows = training_case(replace(SHAPES[device], tokens=tokens), device, flex=flex, **common)
+        return f"forward+backward, {tokens:,} tokens", rows
 
-    def read(lengths: Iterable[int]):
-        for tokens in lengths:
-            rows = first_token.case(model, tokens, device, configs=configs, seed=seed)
-            yield f"time to first token, {tokens:,} tokens", rows
-
-    dtype = getattr(torch, SHAPES[device].dtype)
-    yield from train(TRAINING_TOKENS[device][:1], flex=device == "cuda")
-    settings = first_token.LLAMA_8B if device == "cuda" else first_token.TINY
-    model = first_token.random_llama(settings, device, dtype, seed)
-    configs = ("released",) if device == "cuda" else ("default",)
-    lengths = first_token.LENGTHS[device, profile]
-    yield from read(lengths)
+    cuda, dtype = device == "cuda", getattr(torch, SHAPES[device].dtype)
+    first, *others = TRAINING_TOKENS[device]
+    yield train(first, flex=cuda)
+    model = first_token.random_llama(first_token.LLAMA_8B if cuda else first_token.TINY, device, dtype, seed)
+    configs = ("released",) if cuda else ("default",)
+    for tokens in first_token.LENGTHS[device, profile]:
+        rows = first_token.case(model, tokens, device, configs=configs, seed=seed)
+        yield f"time to first token, {tokens:,} tokens", rows
     small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
-    ids = prompt(tokenizer, CAPTURED_TOKENS[device]).to(device)
-    yield "captured from SmolLM2", captured_case(small, ids, CAPTURED_LAYERS[device], device, impls=impls, seed=seed)
-    yield from train(TRAINING_TOKENS[device][1:] if profile == "full" else ())
-
-
-def prompt(tokenizer, tokens: int) -> Tensor:
-    """Token ids [1, tokens] of the standard library's sources."""
-    text = "\n".join(stdlib_documents().values())[: 8 * tokens]  # more than enough characters
-    return torch.tensor(tokenizer(text).input_ids[:tokens])[None]
+    text = "\n".join(stdlib_documents().values())[: 8 * CAPTURED_TOKENS[device]]  # more than enough characters
+    ids = torch.tensor(tokenizer(text).input_ids[: CAPTURED_TOKENS[device]])[None].to(device)
+    yield "captured from SmolLM2", captured_case(small, ids, CAPTURED_LAYERS[device], device, **common)
+    for tokens in others if profile == "full" else ():
+        yield train(tokens, flex=False)

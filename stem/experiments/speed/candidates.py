@@ -65,8 +65,6 @@ class Problem:
     """Inputs of one case, and the intermediate results of the operator's parts, computed when first needed.
 
     Args:
-        shape, config: Of the attention.
-        device: "cuda" or "cpu".
         impl: Implementation of the attention, and of scores and selection ("triton" computes these for "hopper").
         seed: Of random normal inputs, and of the rows that the gate checks.
         qkv: Inputs in place of random ones: q [B, Hq, N, D], k and v [B, Hkv, N, D].
@@ -109,19 +107,10 @@ class Problem:
         lengths = dict(q_len=self.shape.tokens, kv_len=self.shape.tokens)
         return stem.select_blocks(self.scores, self.budget, self.config, impl=self.chooses, **lengths)
 
-    def attend(self, impl: str | None = None) -> Tensor:
-        return stem.block_sparse_attention(*self.qkv, self.selection, impl=impl or self.impl)
+    scores, selection = cached_property(score), cached_property(select)
 
-    def operate(self, impl: str | None) -> Tensor:
-        return stem.stem_attention(*self.qkv, self.config, impl=impl)
-
-    @cached_property
-    def scores(self) -> Tensor:
-        return self.score()
-
-    @cached_property
-    def selection(self) -> stem.BlockSelection:
-        return self.select()
+    def attend(self) -> Tensor:
+        return stem.block_sparse_attention(*self.qkv, self.selection, impl=self.impl)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -191,10 +180,10 @@ def training_candidate(provider: str, attend: Attend) -> Candidate:
 
 
 def stem_candidates(impl: str | None) -> list[Candidate]:
-    """Candidates of one implementation: scores, selection, attention and the whole operator.
+    """Scores, selection, attention and the whole operator of one implementation.
 
-    "hopper" shares Triton's scores and selection, so it has attention and operator only. None gives the operator with
-    `impl=None` only, as provider "stem".
+    "hopper" shares Triton's scores and selection, and has the other two only. None has the operator only, with
+    `impl=None` and as provider "stem".
     """
 
     def check_lists(selection: stem.BlockSelection, problem: Problem) -> float:
@@ -212,7 +201,8 @@ def stem_candidates(impl: str | None) -> list[Candidate]:
         return problem.select, lambda selection: check_lists(selection, problem)
 
     def operate(problem: Problem):
-        return partial(problem.operate, impl), lambda out: check_operator(out, problem)
+        call = partial(stem.stem_attention, *problem.qkv, problem.config, impl=impl)
+        return call, lambda out: check_operator(out, problem)
 
     if impl is None:
         return [Candidate("operator", "stem", operate)]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from stem.experiments import records
 from stem.experiments.figures import PALETTE, lines, log_y, new, styled, tokens_axis, tokens_label
-from stem.experiments.speed.report import always_from, over_dense
+from stem.experiments.speed.report import over_dense, wins_from
 
 ACCEPTED_LOSS = 0.03  # of speed against the fastest dense back end
 LABELS = {
@@ -57,13 +57,12 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
 def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
     """Shares of scores, selection and attention in their summed time [%], over tokens."""
     rows, _ = timed(rows, config)
-    parts = rows[(rows.config != "dense") & rows.operation.isin(["scores", "selection", "attention"])]
-    parts = parts[parts.provider != "flex"].pivot_table(
-        index="tokens", columns="operation", values="latency_ms", aggfunc="min"
-    )
-    share = 100 * parts[["attention", "selection", "scores"]].div(parts.sum(axis=1), axis=0)
+    stem = rows[rows.provider.str.startswith("stem")]
+    parts = stem.pivot_table(index="tokens", columns="operation", values="latency_ms", aggfunc="min")
+    parts = parts[["attention", "selection", "scores"]]
+    share = 100 * parts.div(parts.sum(axis=1), axis=0)
     figure, ax = new()
-    share.plot.bar(stacked=True, ax=ax, color=[PALETTE[0], PALETTE[1], PALETTE[2]], width=0.7, rot=0)
+    share.plot.bar(stacked=True, ax=ax, color=PALETTE[:3], width=0.7, rot=0)
     ax.set_xticklabels([tokens_label(n) for n in share.index])
     overhead = 100 - share.attention.iloc[-1]
     ax.set_title(f"{tokens_label(share.index[-1])} tokens: choosing the blocks is {overhead:.0f} % of the time")
@@ -116,7 +115,7 @@ def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
 def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figure:
     """Speed-up of the whole operator over the fastest dense back end of each length, one line per config."""
     ratios = over_dense(rows, configs, fastest=True)
-    wins = {name: always_from(ratio.dropna() > 1) for name, ratio in ratios.items()}
+    wins = {name: wins_from(speedups) for name, speedups in ratios.items()}
     lengths = {name: "no length" if first is None else tokens_label(first) for name, first in wins.items()}
     figure, ax = new()
     _speedups(ratios.add_suffix(" budget"), ax, PALETTE, "over the fastest dense", ratios.index)

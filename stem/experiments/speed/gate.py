@@ -58,8 +58,7 @@ def check_output(
     """Largest relative L2 error of the sampled output rows against `reference_rows`.
 
     Args:
-        out: [B, Hq, N, D], the whole output of a whole prompt.
-        q, k, v: Its inputs, as in SDPA with Nq = Nkv = N.
+        out: [B, Hq, N, D], the whole output of a whole prompt q, k, v with Nq = Nkv = N.
         rows: int64 [R], query rows to check.
         selection: The kept blocks; None means dense causal attention.
     Raises:
@@ -68,18 +67,17 @@ def check_output(
     if out.shape != q.shape or out.dtype != q.dtype:
         raise WrongResult(f"output is {out.dtype} {tuple(out.shape)}, expected {q.dtype} {tuple(q.shape)}")
     rows = rows.to(q.device)
-    return _within(out[:, :, rows], reference_rows(q, k, v, rows, selection), q.dtype, "output rows")
+    return _within(out[:, :, rows], reference_rows(q, k, v, rows, selection), TOLERANCE[q.dtype], "output rows")
 
 
 def reference_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: BlockSelection | None = None) -> Tensor:
     """Attention of some query rows over the causal keys of their selected blocks, in fp64: [B, Hq, R, D]."""
     batch, q_heads, tokens, dim = q.shape
     group = q_heads // k.shape[1]
-    causal = torch.arange(tokens, device=q.device) <= rows[:, None]  # [R, N]
     expected = torch.empty(batch, q_heads, len(rows), dim, dtype=torch.float64, device=q.device)
     for b in range(batch):
         for h in range(q_heads):
-            keep = causal if selection is None else causal & _selected_keys(selection, b, h, rows)
+            keep = _kept_keys(selection, b, h, rows, tokens)
             logits = q[b, h, rows].double() @ k[b, h // group].double().T * dim**-0.5  # [R, N]
             expected[b, h] = logits.masked_fill(~keep, -torch.inf).softmax(-1) @ v[b, h // group].double()
     return expected
@@ -96,32 +94,20 @@ def check_gradients(
 ) -> float:
     """Largest relative L2 error of sampled rows of the last KV head's gradients against `reference_gradients`.
 
-    Errors are relative to the root mean square norm of the sampled rows, because a single row may be zero.
+    Errors are relative to the root mean square norm of the sampled rows, because a single row may be zero. `gradients`
+    are dq, dk and dv of a whole prompt, and `dout` is the gradient of its output.
 
-    Args:
-        gradients: dq, dk, dv of a whole prompt, shaped like q, k, v.
-        q, k, v, rows, selection: As in check_output.
-        dout: Gradient of the output, like q.
     Raises:
         WrongResult: If a shape or dtype is not the input's, or an error is NaN or over GRADIENT_FACTOR * TOLERANCE.
     """
-    for name, gradient, x in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
+    rows, allowed, errors = rows.to(q.device), GRADIENT_FACTOR * TOLERANCE[q.dtype], []
+    expected = reference_gradients(q, k, v, dout, rows, selection)
+    for name, gradient, x, exact in zip(("dq", "dk", "dv"), gradients, (q, k, v), expected, strict=True):
         if gradient.shape != x.shape or gradient.dtype != x.dtype:
             raise WrongResult(f"{name} is {gradient.dtype} {tuple(gradient.shape)}, expected that of its input")
-    rows = rows.to(q.device)
-    group = q.shape[1] // k.shape[1]
-    found = gradients[0][:, -group:, rows], gradients[1][:, -1:, rows], gradients[2][:, -1:, rows]
-    worst = 0.0
-    for name, actual, expected in zip(
-        ("dq", "dk", "dv"), found, reference_gradients(q, k, v, dout, rows, selection), strict=True
-    ):
-        size = expected.square().sum(-1).mean().sqrt()
-        error = ((actual.double() - expected).norm(dim=-1).max() / size).item()
-        allowed = GRADIENT_FACTOR * TOLERANCE[q.dtype]
-        if not error <= allowed:  # also catches NaN
-            raise WrongResult(f"{name}: relative error {error:.3g} against fp64, at most {allowed:.3g} accepted")
-        worst = max(worst, error)
-    return worst
+        actual = gradient[:, -exact.shape[1] :, rows]
+        errors.append(_within(actual, exact, allowed, name, exact.square().sum(-1).mean().sqrt()))
+    return max(errors)
 
 
 def reference_gradients(
@@ -138,9 +124,7 @@ def reference_gradients(
         for g in range(group):
             h = q_heads - group + g
             for chunk in every.split(max(1, GRADIENT_CHUNK // tokens)):
-                keep = every <= chunk[:, None]
-                if selection is not None:
-                    keep &= _selected_keys(selection, b, h, chunk)
+                keep = _kept_keys(selection, b, h, chunk, tokens)
                 queries, arriving = q[b, h, chunk].double(), dout[b, h, chunk].double()
                 weights = (queries @ keys.T * scale).masked_fill(~keep, -torch.inf).softmax(-1)
                 dweights = arriving @ values.T
@@ -161,10 +145,11 @@ def check_scores(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, config: StemCo
     future = torch.ones(nq, nk, dtype=torch.bool, device=scores.device).triu(1)
     if not torch.equal(scores.isneginf(), future.expand_as(scores)):
         raise WrongResult("scores must be -inf exactly in the future blocks")
-    return max(
-        _within(scores[:, :, i, : i + 1], reference_score_row(q, k, v, config, i), q.dtype, f"scores of row {i}")
-        for i in {nq // 2, nq - 1}
-    )
+    errors = []
+    for i in (nq // 2, nq - 1):
+        expected = reference_score_row(q, k, v, config, i)
+        errors.append(_within(scores[:, :, i, : i + 1], expected, TOLERANCE[q.dtype], f"scores of row {i}"))
+    return max(errors)
 
 
 def reference_score_row(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, i: int) -> Tensor:
@@ -224,18 +209,23 @@ def check_selection(
     return 0.0
 
 
-def _selected_keys(selection: BlockSelection, b: int, h: int, rows: Tensor) -> Tensor:
-    """Keys in the selected blocks of some rows of a whole prompt: bool [R, N], True = attend."""
+def _kept_keys(selection: BlockSelection | None, b: int, h: int, rows: Tensor, tokens: int) -> Tensor:
+    """Causal keys in the selected blocks of some rows of a whole prompt: bool [R, N], True = attend."""
+    causal = torch.arange(tokens, device=rows.device) <= rows[:, None]
+    if selection is None:
+        return causal
     q_block = rows // selection.block_size
     indices, counts = selection.kv_indices[b, h, q_block], selection.kv_num_blocks[b, h, q_block]
     unused = torch.arange(indices.shape[-1], device=rows.device) >= counts[:, None]
     keep = torch.zeros(len(rows), selection.num_kv_blocks + 1, dtype=torch.bool, device=rows.device)
     keep.scatter_(1, indices.long().masked_fill(unused, selection.num_kv_blocks), True)
-    return keep[:, :-1].repeat_interleave(selection.block_size, 1)[:, : selection.kv_len]
+    return causal & keep[:, :-1].repeat_interleave(selection.block_size, 1)[:, :tokens]
 
 
-def _within(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> float:
-    error = ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-    if not error <= TOLERANCE[dtype]:  # also catches NaN
-        raise WrongResult(f"{what}: relative error {error:.3g} against fp64, at most {TOLERANCE[dtype]:.3g} accepted")
+def _within(actual: Tensor, expected: Tensor, allowed: float, what: str, size: Tensor | None = None) -> float:
+    """Largest L2 error of a row, relative to `size` or the row's own norm; WrongResult if it is over `allowed`."""
+    size = expected.norm(dim=-1) if size is None else size
+    error = ((actual.double() - expected).norm(dim=-1) / size).max().item()
+    if not error <= allowed:  # also catches NaN
+        raise WrongResult(f"{what}: relative error {error:.3g} against fp64, at most {allowed:.3g} accepted")
     return error

@@ -19,21 +19,12 @@ CONFIG_LABELS = {
 PRESET_LABELS = dict(zip(PRESETS, ("paper", "angelslim", "hpc_ops", "adaptive"), strict=True))
 
 
-def wins_from(rows: Iterable[dict[str, Any]] | pd.DataFrame, config: str, margin: float = 1.0) -> int | None:
-    """Shortest length [tokens] from which on the operator's speed-up over every dense back end exceeds `margin`.
+def wins_from(speedups: pd.Series) -> int | None:
+    """First length (the index [tokens], ascending) from which on all speed-ups exceed 1; None if the last one does not.
 
-    None if there is no such measured length. Lengths without a dense time do not count.
+    Lengths without a dense time (NaN) do not count.
     """
-    frame = pd.DataFrame(rows)
-    operator = frame[(frame["operation"] == "operator") & (frame["config"] == config)].set_index("tokens")
-    speedups = operator[[f"speedup_vs_{name}" for name in BASELINES]].dropna(how="all").min(axis=1)
-    speedups = speedups.groupby(level=0).max()  # the fastest implementation at each length
-    return always_from(speedups > margin)
-
-
-def always_from(wins: pd.Series) -> int | None:
-    """First length (the index, ascending) from which on all entries are True; None if the last one is False."""
-    always = wins[::-1].cummin()[::-1]
+    always = (speedups.dropna() > 1)[::-1].cummin()[::-1]
     return int(always.idxmax()) if always.any() else None
 
 

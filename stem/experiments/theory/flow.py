@@ -75,7 +75,7 @@ def trace(model: nn.Module, ids: Tensor, select=None) -> Trace:
     """
     with nullcontext() if select is None else hf.stem_prefill(model, select) as report:
         out = model(ids, output_hidden_states=True, use_cache=False)
-    return Trace(out.hidden_states[1:], out.logits, report.density() if report else 1.0)
+    return Trace(out.hidden_states[1:], out.logits, 1.0 if report is None else report.density())
 
 
 def prune_spans(model: nn.Module, ids: Tensor, config: StemConfig, spans: int, keep: float) -> list[dict]:

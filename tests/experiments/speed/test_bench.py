@@ -224,7 +224,8 @@ def test_long_dense_calls_are_skipped_and_say_so(fast, monkeypatch):
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     monkeypatch.setitem(bench.LONGEST_CALL_MS, "cpu", 5)
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: [])
-    found = dict(bench.sweep([64, 128], "cpu", impls=["torch"], shape=SMALL))
+    monkeypatch.setitem(bench.SHAPES, "cpu", SMALL)
+    found = dict(bench.sweep([64, 128], "cpu", impls=["torch"]))
     assert [row["error"] for row in found[64]] == [""] * 5
     (skipped,) = [row for row in found[128] if row["error"]]
     assert skipped["provider"] == "sdpa_cpu" and skipped["error"].startswith("skipped: about 0 s")
@@ -294,8 +295,9 @@ def test_the_first_token_is_that_of_the_whole_model(tiny):
 
 def test_a_model_that_fails_costs_one_row(monkeypatch, tiny):
     monkeypatch.setattr(first_token, "first_token", lambda model, ids: torch.full((1, 8), torch.nan))
-    (row,) = first_token.compare(tiny, 64, {}, CONFIG)
-    assert row["error"].startswith("FloatingPointError: the logits") and "latency_ms" not in row
+    monkeypatch.setattr(first_token, "CONFIGS", {"small": CONFIG})
+    for row in first_token.case(tiny, 64, "cpu", configs=["small"]):
+        assert row["error"].startswith("FloatingPointError: the logits") and "latency_ms" not in row
 
 
 def test_measure_repeats_on_the_cpu():

@@ -84,17 +84,12 @@ def test_graphs_are_compared_with_graphs():
 
 
 def test_wins_from_needs_every_longer_length_and_every_baseline():
-    def operator(tokens, cudnn, flash):
-        speedups = dict(speedup_vs_sdpa_cudnn=cudnn, speedup_vs_sdpa_flash=flash, speedup_vs_sdpa_cpu=None)
-        return dict(operation="operator", config="small", tokens=tokens, **speedups)
-
-    rows = [
-        operator(1, 1.2, 2.0),
-        operator(2, 0.9, 1.5),
-        operator(4, 1.1, 1.8),
-        operator(8, 1.5, 3),
-        operator(16, None, None),
-    ]
-    assert report.wins_from(rows, "small") == 4
-    assert report.wins_from(rows, "small", margin=1.2) == 8
-    assert report.wins_from(rows, "small", margin=2) is None
+    rows = []
+    for tokens, cudnn, flash in [(1, 1.2, 2.0), (2, 0.9, 1.5), (4, 1.1, 1.8), (8, 1.5, 3), (16, None, None)]:
+        times = [("attention", "sdpa_cudnn", "dense", cudnn), ("attention", "sdpa_flash", "dense", flash)]
+        times += [("operator", "stem_triton", "small", 1.0), ("operator", "stem_torch", "small", 7.0)]
+        rows += [dict(operation=o, provider=p, config=c, latency_ms=ms, tokens=tokens) for o, p, c, ms in times]
+    speedups = report.over_dense(rows, ["small"], fastest=True)["small"]
+    assert report.wins_from(speedups) == 4
+    assert report.wins_from(speedups / 1.2) == 8
+    assert report.wins_from(speedups / 2) is None
