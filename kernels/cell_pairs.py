@@ -1,9 +1,9 @@
 """Sums of softmax weights of pairs of cells, for each query cell and key block.
 
-Weights are powers of two relative to a reference of their row, the largest logit of the row's first tile of keys: only
-quotients of a row's sums matter, and fp32 and bf16 reach 2^127. If the sum of its weights says that a reference was too
-low, a program computes its sums again, relative to the largest logit of each row. Where several programs share a row,
-each stores by how many powers of two it raised the references, and `align_splits` brings their sums to a common one.
+Weights are powers of two relative to a reference of their row. The first launch takes the row maximum of the first tile
+of keys as reference. Only quotients of a row's sums matter, and fp32 and bf16 reach 2^127, so this suffices unless a
+later logit is far above the first tile. Each program of the first launch stores a flag that says if its sums became too
+large. The second launch computes flagged row tiles again, relative to the true row maximum, and ends at once elsewhere.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,6 @@ COLUMN_TILE = 64  # key cells of one product, more only where a block has more
 BLOCK_TILE = 32  # most key blocks of one product
 STAGES = 3  # key tiles in flight, if one product reads whole features of COLUMN_TILE cells
 WARPS = 8
-REGISTERS = 128  # of a thread, so that two programs fit into a multiprocessor
 PROGRAMS = tl.constexpr(256)  # into which the keys of few query cells are split: enough to fill a GPU
 BUFFER_BYTES = 512 * 2**20  # of the sums of one chunk of query blocks
 
@@ -76,45 +75,10 @@ def sum_weights(logits, reference, CELLS_PER_BLOCK: tl.constexpr, SUMS: tl.const
 
 
 @triton.jit
-def pair_tiles(
-    q_tile, q_features_ptr, k_features_ptr, bonus_ptr, sums_ptr, reference, first_cell, rows, start, stop,
-    num_q_cells, num_k_cells, num_kv_blocks, chunk_cells, last_positions, all_see,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr,
-    CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Store the sums of key cells start .. stop - 1 relative to a reference [ROWS]; returns the sum of all weights."""
-    block_in_tile = tl.arange(0, SUMS)
-    BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
-    total = tl.zeros([rows.shape[0], SUMS], tl.float32)
-    for first_column in tl.range(start, stop, COLUMNS, num_stages=STAGES):
-        logits = cell_logits(
-            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, first_cell + rows, first_column,
-            num_q_cells, num_k_cells, last_positions, all_see,
-            COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
-        )  # fmt: skip
-        sums = sum_weights(logits, reference, CELLS_PER_BLOCK, SUMS, DTYPE)
-        blocks = first_column // CELLS_PER_BLOCK + block_in_tile
-        exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
-        tl.store(sums_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], sums, mask=exists)
-        total += sums
-    return tl.sum(tl.sum(total, axis=1), axis=0)
-
-
-@triton.jit
-def largest_logits(
-    largest, q_tile, q_features_ptr, k_features_ptr, bonus_ptr, rows, start, stop, num_q_cells, num_k_cells,
-    last_positions, all_see,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr,
-    CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The largest of `largest` and of the logits of key cells start .. stop - 1, [ROWS]."""
-    for first_column in tl.range(start, stop, COLUMNS, num_stages=1):
-        logits = cell_logits(
-            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, rows, first_column, num_q_cells, num_k_cells,
-            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
-        )  # fmt: skip
-        largest = tl.maximum(largest, tl.max(logits, axis=1))
-    return largest
+def sums_too_large(flags_ptr, num_splits):
+    """Whether a split of a row tile has stored a flag that is not 0 in flags_ptr, [num_splits]."""
+    splits = tl.arange(0, PROGRAMS)
+    return tl.max(tl.load(flags_ptr + splits, mask=splits < num_splits, other=0), axis=0) > 0
 
 
 @triton.jit
@@ -123,7 +87,7 @@ def pair_cells_kernel(
     k_features_ptr,
     bonus_ptr,
     sums_ptr,
-    shifts_ptr,
+    flags_ptr,
     num_q_heads,
     heads_per_kv_head,
     num_q_cells,
@@ -144,6 +108,7 @@ def pair_cells_kernel(
     DEPTH_TILE: tl.constexpr,
     DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
+    REDO: tl.constexpr,
 ):
     """One program pairs ROWS query cells of one head with those of split_cells key cells that they see.
 
@@ -151,9 +116,14 @@ def pair_cells_kernel(
     Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
     The longest rows come first. bonus_ptr: fp32 [B * Hkv, nk] added to the logits of a block's cells, or None.
     sums_ptr: [B * Hq, chunk_cells, nk], the weights of the key cells of a block that the query cell sees; of later
-    blocks it is not written. For 16-bit features it is bf16. shifts_ptr: see raise_references; None if there is one
-    split.
+    blocks it is not written. For 16-bit features it is bf16. flags_ptr: int32 like the grid, 1 where the sum of all
+    weights of a program is not below LARGEST_SUM; written without REDO. With REDO, programs return at once if no split
+    of their row tile has a flag.
     """
+    flags_ptr += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2)
+    if REDO:
+        if not sums_too_large(flags_ptr, tl.num_programs(2)):
+            return
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
@@ -163,101 +133,53 @@ def pair_cells_kernel(
         bonus_ptr += batch_kv_head * num_kv_blocks
     sums_ptr += batch_head * chunk_cells * num_kv_blocks
 
-    row_tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    first_row = row_tile * ROWS
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
     rows = first_row + tl.arange(0, ROWS)
     # a query cell sees a key cell that starts no later than its own last token
     first_token = first_position + (first_cell + first_row) * Q_CELL
     last_positions = tl.minimum(first_token + (tl.arange(0, ROWS) + 1) * Q_CELL, kv_len) - 1
     end = tl.minimum(first_token + ROWS * Q_CELL, kv_len)
     all_see = (tl.minimum(first_token + Q_CELL, kv_len) - 1) // K_CELL + 1  # key cells that every row sees
+    num_seen = tl.cdiv(end, K_CELL)  # key cells that some row sees
+    block_in_tile = tl.arange(0, SUMS)
+    BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
 
     q_cells = first_cell + rows
     q_tile = load_features(q_features_ptr, q_cells, num_q_cells, tl.arange(0, DEPTH_TILE), DEPTH, DTYPE)
-    reference = largest_logits(
-        tl.full([ROWS], float("-inf"), tl.float32), q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells,
-        0, COLUMNS, num_q_cells, num_k_cells, last_positions, all_see,
-        COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
-    )  # fmt: skip
+    reference = tl.full([ROWS], float("-inf"), tl.float32)
+    for first_column in tl.range(0, num_seen if REDO else COLUMNS, COLUMNS, num_stages=STAGES):
+        logits = cell_logits(
+            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells, first_column, num_q_cells, num_k_cells,
+            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
+        )  # fmt: skip
+        reference = tl.maximum(reference, tl.max(logits, axis=1))
     start = tl.program_id(2) * split_cells
-    stop = tl.minimum(tl.cdiv(end, K_CELL), start + split_cells)
-    if shifts_ptr is not None:
-        program = (batch_head * tl.cdiv(chunk_cells, ROWS) + row_tile) * tl.num_programs(2) + tl.program_id(2)
-        shifts_ptr += program * (1 + ROWS)
-        tl.store(shifts_ptr, 0.0)
-    total = float("inf")
-    # a second copy of the pass, outside of a loop, would need more registers
-    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):
-        if not (total < LARGEST_SUM):
-            total = pair_tiles(
-                q_tile, q_features_ptr, k_features_ptr, bonus_ptr, sums_ptr, reference, first_cell, rows, start, stop,
-                num_q_cells, num_k_cells, num_kv_blocks, chunk_cells, last_positions, all_see,
-                COLUMNS, SUMS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE, STAGES,
-            )  # fmt: skip
-            if (attempt == 0) & (not (total < LARGEST_SUM)):  # also NaN: an infinite weight met a zero of a product
-                largest = largest_logits(
-                    reference, q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells,
-                    start, stop, num_q_cells, num_k_cells, last_positions, all_see,
-                    COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
-                )  # fmt: skip
-                reference = raise_references(reference, largest, shifts_ptr)
-
-
-@triton.jit
-def raise_references(reference, largest, shifts_ptr):
-    """References of a program's rows, [ROWS], raised by whole powers of two to at least the largest logits.
-
-    shifts_ptr: where the largest shift and those of the rows are stored, [1 + ROWS]; None if no other program reads
-    keys for these rows.
-    """
-    shifts = tl.ceil(largest - reference)
-    if shifts_ptr is not None:
-        tl.store(shifts_ptr, tl.max(shifts, axis=0))
-        tl.store(shifts_ptr + 1 + tl.arange(0, shifts.shape[0]), shifts)
-    return reference + shifts
-
-
-@triton.jit
-def align_splits(
-    sums_ptr, shifts_ptr, first_cell, blocks, causal, num_kv_blocks, num_splits, blocks_per_split,
-    CELLS: tl.constexpr, CELL_TILE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Bring the sums of CELLS query cells, from first_cell of a chunk on, to one reference a cell, in memory.
-
-    shifts_ptr: of a head, as raise_references stores them for every split of each ROWS cells. Where no reference was
-    raised, nothing has to be done.
-    """
-    STRIDE: tl.constexpr = 1 + ROWS
-    shifts_ptr += first_cell // ROWS * num_splits * STRIDE
-    splits = tl.arange(0, PROGRAMS)
-    if tl.max(tl.load(shifts_ptr + splits * STRIDE, mask=splits < num_splits, other=0.0), axis=0) > 0:
-        for offset in range(0, CELLS, CELL_TILE):
-            cells = offset + tl.arange(0, CELL_TILE)
-            of_cells_ptr = shifts_ptr + 1 + (first_cell + cells) % ROWS
-            largest = tl.zeros([CELL_TILE], tl.float32)
-            for split in range(num_splits):
-                raised = tl.load(shifts_ptr + split * STRIDE) > 0
-                largest = tl.maximum(largest, tl.load(of_cells_ptr + split * STRIDE, mask=raised, other=0.0))
-            of_blocks = blocks // blocks_per_split * STRIDE
-            raised = (tl.load(shifts_ptr + of_blocks, mask=causal, other=0.0) > 0)[None, :]
-            shifts = tl.load(of_cells_ptr[:, None] + of_blocks[None, :], mask=raised, other=0.0)
-            pointers = sums_ptr + cells[:, None] * num_kv_blocks + blocks[None, :]
-            sums = tl.load(pointers, mask=causal[None, :], other=0.0).to(tl.float32)
-            sums *= tl.exp2(shifts - largest[:, None])
-            tl.store(pointers, sums.to(sums_ptr.dtype.element_ty), mask=causal[None, :])
-        tl.debug_barrier()
+    total = tl.zeros([ROWS, SUMS], tl.float32)
+    for first_column in tl.range(start, tl.minimum(num_seen, start + split_cells), COLUMNS, num_stages=STAGES):
+        logits = cell_logits(
+            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells, first_column, num_q_cells, num_k_cells,
+            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
+        )  # fmt: skip
+        sums = sum_weights(logits, reference, CELLS_PER_BLOCK, SUMS, DTYPE)
+        blocks = first_column // CELLS_PER_BLOCK + block_in_tile
+        exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
+        tl.store(sums_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], sums, mask=exists)
+        total += sums
+    if not REDO:
+        # a NaN counts as too large: an infinite weight met a zero of a product
+        tl.store(flags_ptr + tl.program_id(2), tl.where(tl.sum(tl.sum(total, axis=1), axis=0) < LARGEST_SUM, 0, 1))
 
 
 def pair_cells(
     q: torch.Tensor, k: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells, scale: float
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, tuple[int, ...]]]:
+) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
     """Sums of the weights of all cell pairs, some query blocks at a time.
 
     Args:
         q, k, value_bonus, scale: As in `cell_scores`.
     Yields:
-        How many query blocks the chunk has; sums, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; the
-        shifts of its splits, see raise_references, None if there is one; and the numbers that pool_shares takes for it.
+        How many query blocks the chunk has; sums, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; and
+        the numbers that pool_shares takes for it.
     """
     (batch, num_q_heads), num_kv_heads = q.shape[:2], k.shape[1]
     num_q_blocks, num_kv_blocks = cells.num_q_blocks, cells.num_kv_blocks
@@ -279,11 +201,10 @@ def pair_cells(
         rows = min(chunk_rows, num_q_blocks - first_row)
         row_tiles = -(-rows * cells.query_cells // ROW_TILE)
         num_splits, columns_per_split = split_keys(num_columns, heads * row_tiles)
-        shifts = empty_shifts(sums, ROW_TILE, num_splits)
-        launch(
+        launch_twice(
             pair_cells_kernel,
             (heads, row_tiles, num_splits),
-            (q_features, k_features, value_bonus, sums, shifts),
+            (q_features, k_features, value_bonus, sums),
             (
                 num_q_heads,
                 heads_per_kv_head,
@@ -308,17 +229,9 @@ def pair_cells(
             STAGES=1 if depth > depth_tile else STAGES if columns <= COLUMN_TILE else 2,
             num_warps=WARPS,
             num_stages=2,
-            **most_registers(operand, depth),
         )
-        blocks_per_split = columns_per_split * columns // cells.key_cells
-        numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split
-        yield rows, sums, shifts, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
-
-
-def most_registers(operand: tl.dtype, depth: int) -> dict[str, int]:
-    """Launch option that limits registers if the shared memory of a multiprocessor has room for two programs."""
-    two_fit = operand.primitive_bitwidth == 16 and depth * 2 <= DEPTH_BYTES
-    return dict(maxnreg=REGISTERS) if two_fit and not torch.version.hip else {}
+        numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells
+        yield rows, sums, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
 
 
 def split_keys(tiles: int, programs: int) -> tuple[int, int]:
@@ -327,9 +240,8 @@ def split_keys(tiles: int, programs: int) -> tuple[int, int]:
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
-def empty_shifts(sums: torch.Tensor, row_tile: int, num_splits: int) -> torch.Tensor | None:
-    """Memory for raise_references, fp32 [B * Hq, row tiles, splits, 1 + row_tile]; None if there is one split."""
-    heads, rows, _ = sums.shape
-    if num_splits == 1:
-        return None
-    return sums.new_empty(heads, -(-rows // row_tile), num_splits, 1 + row_tile, dtype=torch.float32)
+def launch_twice(kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, **constants) -> None:
+    """Launch pair_cells_kernel or pair_tokens_kernel twice, with REDO=False and then with REDO=True; adds the flags."""
+    flags = tensors[0].new_empty(grid, dtype=torch.int32)
+    for redo in (False, True):
+        launch(kernel, grid, (*tensors, flags), numbers, REDO=redo, **constants)

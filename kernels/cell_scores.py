@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .cell_features import Cells
-from .cell_pairs import ROW_TILE, align_splits, pair_cells
+from .cell_pairs import pair_cells
 from .common import LN_2
 from .launch import launch
 from .token_pairs import pair_tokens
@@ -25,7 +25,6 @@ TOKEN_TILE = 16384  # sums that one step of pool_shares reads, of some queries a
 @triton.jit
 def pool_shares(
     sums_ptr,
-    shifts_ptr,
     batch_head,
     row,
     blocks,
@@ -33,26 +32,17 @@ def pool_shares(
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
     RMS: tl.constexpr,
 ):
     """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
 
     numbers: of the chunk, as pair_cells yields them, see pool_shares_kernel.
     sums_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
-    kv_len on) do not count. shifts_ptr: see align_splits; None if there is one split. CELL_TILE cells are read at once.
+    kv_len on) do not count. CELL_TILE cells are read at once.
     """
-    num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split = numbers[:6]
-    first_position, q_start, kv_len = numbers[6:]
+    num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len = numbers
     causal = blocks <= num_kv_blocks - num_q_blocks + row
-    first_cell_of_row = (row - first_row) * CELLS
-    sums_ptr += (batch_head * chunk_cells + first_cell_of_row) * num_kv_blocks
-    if shifts_ptr is not None:
-        shifts_ptr += batch_head * tl.cdiv(chunk_cells, ROWS) * num_splits * (1 + ROWS)
-        align_splits(
-            sums_ptr, shifts_ptr, first_cell_of_row, blocks, causal, num_kv_blocks, num_splits, blocks_per_split,
-            CELLS, CELL_TILE, ROWS,
-        )  # fmt: skip
+    sums_ptr += (batch_head * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
     shares = tl.zeros([blocks.shape[0]], tl.float32)
     num_counted = 0
     for first_cell in range(0, CELLS, CELL_TILE):
@@ -76,32 +66,25 @@ def pool_shares(
 @triton.jit
 def pool_shares_kernel(
     sums_ptr,
-    shifts_ptr,
     scores_ptr,
     num_q_blocks,
     num_kv_blocks,
     first_row,
     chunk_cells,
-    num_splits,
-    blocks_per_split,
     first_position,
     q_start,
     kv_len,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
     RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
     """One program computes the scores of one query block of one head, in registers. Grid: (rows, B * Hq)."""
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.arange(0, ROW_SIZE)
-    numbers = (
-        num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split, first_position, q_start,
-        kv_len,
-    )  # fmt: skip
-    scores = pool_shares(sums_ptr, shifts_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, ROWS, RMS)
+    numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len
+    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS)
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
@@ -109,8 +92,7 @@ def pool_shares_kernel(
 def cell_constants(cells: Cells) -> dict[str, int]:
     """Compile-time constants and warps of the kernels that pool the shares of cells."""
     row_size = max(2, triton.next_power_of_2(cells.num_kv_blocks))
-    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, ROWS=ROW_TILE, RMS=cells.rms)
-    constants |= dict(ROW_SIZE=row_size)
+    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, ROW_SIZE=row_size)
     return constants | dict(num_warps=min(16, max(1, row_size // 1024)))
 
 
@@ -118,7 +100,7 @@ def token_constants(cells: Cells) -> dict[str, int]:
     """cell_constants for single queries: several are read at once, since there are many for few programs."""
     constants = cell_constants(cells)
     at_once = min(cells.block_size, max(1, TOKEN_TILE // constants["ROW_SIZE"]))
-    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once, ROWS=cells.block_size)
+    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once)
     return constants | dict(num_warps=min(16, max(8, constants["ROW_SIZE"] // 512)))
 
 
@@ -145,8 +127,8 @@ def cell_scores(
     heads = q.shape[0] * q.shape[1]
     scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
 
-    def pool(rows: int, sums: torch.Tensor, shifts: torch.Tensor | None, numbers: tuple, constants: dict) -> None:
-        launch(pool_shares_kernel, (rows, heads), (sums, shifts, scores), numbers, **constants)
+    def pool(rows: int, sums: torch.Tensor, numbers: tuple, constants: dict) -> None:
+        launch(pool_shares_kernel, (rows, heads), (sums, scores), numbers, **constants)
 
     for chunk in pair_cells(q, k, value_bonus, cells, scale):
         pool(*chunk, cell_constants(cells))

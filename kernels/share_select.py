@@ -83,28 +83,25 @@ def select_above_kernel(
 
 @triton.jit
 def pool_select_row(
-    sums_ptr, shifts_ptr, row, batch_head, numbers, lists, rules,
-    CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
+    sums_ptr, row, batch_head, numbers, lists, rules,
+    CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Pool the cells of one query block of one head and select among the first ROW_SIZE blocks, all that it sees."""
     blocks = tl.arange(0, ROW_SIZE)
-    scores = pool_shares(sums_ptr, shifts_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, ROWS, RMS)
+    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS)
     select_row(scores, blocks, row, batch_head, *lists, *rules)
 
 
 @triton.jit
 def pool_select_kernel(
     sums_ptr,
-    shifts_ptr,
     kv_indices_ptr,
     kv_num_blocks_ptr,
     num_q_blocks,
     num_kv_blocks,
     first_row,
     chunk_cells,
-    num_splits,
-    blocks_per_split,
     first_position,
     q_start,
     kv_len,
@@ -116,30 +113,22 @@ def pool_select_kernel(
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
     RMS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
     """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq)."""
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    numbers = (
-        num_q_blocks, num_kv_blocks, first_row, chunk_cells, num_splits, blocks_per_split, first_position, q_start,
-        kv_len,
-    )  # fmt: skip
+    numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len
     lists = kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold
     HALF: tl.constexpr = ROW_SIZE // 2
     if num_kv_blocks - num_q_blocks + row < HALF:  # half the work for half of the rows
-        pool_select_row(
-            sums_ptr, shifts_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, ROWS, RMS, HALF
-        )
+        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HALF)
         unseen = HALF + tl.arange(0, HALF)
         list_row = batch_head * num_q_blocks + row
         tl.store(kv_indices_ptr + list_row * num_kv_blocks + unseen, 0, mask=unseen < num_kv_blocks)
     else:
-        pool_select_row(
-            sums_ptr, shifts_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, ROWS, RMS, ROW_SIZE
-        )
+        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, ROW_SIZE)
 
 
 def select_above(
@@ -194,9 +183,9 @@ def pool_select(
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
 
-    def select(rows: int, sums: torch.Tensor, shifts: torch.Tensor | None, numbers: tuple, constants: dict) -> None:
+    def select(rows: int, sums: torch.Tensor, numbers: tuple, constants: dict) -> None:
         grid = rows, batch * num_heads
-        launch(pool_select_kernel, grid, (sums, shifts, *lists), (*numbers, *rules), **constants)
+        launch(pool_select_kernel, grid, (sums, *lists), (*numbers, *rules), **constants)
 
     for chunk in pair_cells(q, k, value_bonus, cells, scale):
         select(*chunk, cell_constants(cells))

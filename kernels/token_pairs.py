@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 
 from .cell_features import Cells
-from .cell_pairs import WARPS, empty_shifts, most_registers, raise_references, split_keys
+from .cell_pairs import WARPS, launch_twice, split_keys, sums_too_large
 from .common import LARGEST_SUM, LOG2_E, operand_dtype, padded_dim
-from .launch import launch
 
 
 @triton.jit
@@ -27,46 +26,12 @@ def token_products(
 
 
 @triton.jit
-def pair_blocks(
-    q_tile, k_ptr, bonus_ptr, sums_ptr, reference, positions, q_block, start, stop, in_block, dims,
-    stride_kn, stride_kd, num_kv_blocks, kv_len, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Store the sums of key blocks start .. stop - 1 relative to a reference [BLOCK]; returns the sum of weights."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for block in tl.range(start, stop):
-        products, bonus = token_products(
-            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
-            HEAD_DIM, BLOCK, DTYPE,
-        )  # fmt: skip
-        sums = tl.sum(tl.exp2(products * scale_log2 - (reference - bonus)[:, None]), axis=1)
-        tl.store(sums_ptr + in_block * num_kv_blocks + block, sums)
-        total += sums
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def largest_products(
-    largest, q_tile, k_ptr, bonus_ptr, positions, q_block, start, stop, in_block, dims, stride_kn, stride_kd, kv_len,
-    scale_log2, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The largest of `largest` and of the logits of key blocks start .. stop - 1, [BLOCK]."""
-    for block in tl.range(start, stop, num_stages=1):
-        products, bonus = token_products(
-            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
-            HEAD_DIM, BLOCK, DTYPE,
-        )  # fmt: skip
-        largest = tl.maximum(largest, tl.max(products, axis=1) * scale_log2 + bonus)
-    return largest
-
-
-@triton.jit
 def pair_tokens_kernel(
     q_ptr,
     k_ptr,
     bonus_ptr,
     sums_ptr,
-    shifts_ptr,
+    flags_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -87,18 +52,23 @@ def pair_tokens_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
+    REDO: tl.constexpr,
 ):
     """One program pairs the queries of one block with the keys of those of split_blocks key blocks that they see.
 
     Grid: (B * Hq, query blocks from first_block on, splits of the keys). sums_ptr: [B * Hq, query blocks * BLOCK, nk]
-    as in pair_cells_kernel, like bonus_ptr and shifts_ptr.
+    as in pair_cells_kernel, like bonus_ptr, flags_ptr and REDO.
     """
+    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    flags_ptr += tile * tl.num_programs(2)
+    if REDO:
+        if not sums_too_large(flags_ptr, tl.num_programs(2)):
+            return
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     kv_head = head // heads_per_kv_head
     q_block = first_block + tl.program_id(1)
     scale_log2 = scale * LOG2_E
-    tile = batch_head * tl.num_programs(1) + tl.program_id(1)
     sums_ptr += tile * BLOCK * num_kv_blocks
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + kv_head * stride_kh
@@ -111,29 +81,25 @@ def pair_tokens_kernel(
     exists = ((rows >= 0) & (positions < kv_len))[:, None] & (dims < HEAD_DIM)[None, :]
     q_pointers = q_ptr + rows.to(tl.int64)[:, None] * stride_qn + dims[None, :] * stride_qd
     q_tile = tl.load(q_pointers, mask=exists, other=0.0).to(DTYPE)
-    reference = largest_products(
-        tl.full([BLOCK], float("-inf"), tl.float32), q_tile, k_ptr, bonus_ptr, positions, q_block, 0, 1, in_block, dims,
-        stride_kn, stride_kd, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
-    )  # fmt: skip
+    reference = tl.full([BLOCK], float("-inf"), tl.float32)
+    for block in tl.range(0, q_block + 1 if REDO else 1):
+        products, bonus = token_products(
+            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+            HEAD_DIM, BLOCK, DTYPE,
+        )  # fmt: skip
+        reference = tl.maximum(reference, tl.max(products, axis=1) * scale_log2 + bonus)
     start = tl.program_id(2) * split_blocks
-    stop = tl.minimum(q_block + 1, start + split_blocks)
-    if shifts_ptr is not None:
-        shifts_ptr += (tile * tl.num_programs(2) + tl.program_id(2)) * (1 + BLOCK)
-        tl.store(shifts_ptr, 0.0)
-    total = float("inf")
-    # a second copy of the pass, outside of a loop, would need more registers
-    for attempt in tl.range(0, 2, num_stages=1, disable_licm=True):
-        if not (total < LARGEST_SUM):
-            total = pair_blocks(
-                q_tile, k_ptr, bonus_ptr, sums_ptr, reference, positions, q_block, start, stop, in_block, dims,
-                stride_kn, stride_kd, num_kv_blocks, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
-            )  # fmt: skip
-            if (attempt == 0) & (not (total < LARGEST_SUM)):  # also NaN: an infinite weight met a zero of a product
-                largest = largest_products(
-                    reference, q_tile, k_ptr, bonus_ptr, positions, q_block, start, stop, in_block, dims,
-                    stride_kn, stride_kd, kv_len, scale_log2, HEAD_DIM, BLOCK, DTYPE,
-                )  # fmt: skip
-                reference = raise_references(reference, largest, shifts_ptr)
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in tl.range(start, tl.minimum(q_block + 1, start + split_blocks)):
+        products, bonus = token_products(
+            q_tile, k_ptr, bonus_ptr, positions, q_block, block, in_block, dims, stride_kn, stride_kd, kv_len,
+            HEAD_DIM, BLOCK, DTYPE,
+        )  # fmt: skip
+        sums = tl.sum(tl.exp2(products * scale_log2 - (reference - bonus)[:, None]), axis=1)
+        tl.store(sums_ptr + in_block * num_kv_blocks + block, sums)
+        total += sums
+    if not REDO:
+        tl.store(flags_ptr + tl.program_id(2), tl.where(tl.sum(total, axis=0) < LARGEST_SUM, 0, 1))
 
 
 def pair_tokens(
@@ -143,7 +109,7 @@ def pair_tokens(
     cells: Cells,
     scale: float,
     exact_last_blocks: int,
-) -> tuple[int, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
+) -> tuple[int, torch.Tensor, tuple[int, ...]]:
     """Sums of the weights of single queries and single keys, for the last `exact_last_blocks` query blocks.
 
     A last block that is less than half full does not count as one of them, and is added.
@@ -159,12 +125,11 @@ def pair_tokens(
     sums_dtype = torch.float32 if operand == tl.float32 else torch.bfloat16
     sums = q.new_empty(heads, count * size, num_kv_blocks, dtype=sums_dtype)
     num_splits, blocks_per_split = split_keys(num_kv_blocks, heads * count)
-    shifts = empty_shifts(sums, size, num_splits)
     first_block = num_kv_blocks - count
-    launch(
+    launch_twice(
         pair_tokens_kernel,
         (heads, count, num_splits),
-        (q, k, value_bonus, sums, shifts),
+        (q, k, value_bonus, sums),
         (
             *q.stride(),
             *k.stride(),
@@ -183,8 +148,7 @@ def pair_tokens(
         DTYPE=operand,
         num_warps=WARPS if size == 128 else WARPS // 2,
         num_stages=2,
-        **most_registers(operand, head_dim),
     )
     first_row = cells.num_q_blocks - count
-    numbers = cells.num_q_blocks, num_kv_blocks, first_row, count * size, num_splits, blocks_per_split
-    return count, sums, shifts, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
+    numbers = cells.num_q_blocks, num_kv_blocks, first_row, count * size
+    return count, sums, (*numbers, cells.first_position, cells.q_start, cells.kv_len)

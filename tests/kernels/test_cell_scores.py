@@ -4,7 +4,6 @@ import pytest
 import torch
 from stem.kernels import cell_pairs as cell_kernels
 from stem.kernels.share_select import pool_select
-from stem.kernels.token_pairs import pair_tokens
 
 from stem import BlockSelection, StemConfig, block_budget, block_scores, select_blocks
 from stem.cells import kernel_cells
@@ -81,15 +80,22 @@ def test_peaks_in_every_variant_of_the_kernels(programs, change, monkeypatch):
     assert torch.equal(found, expected)
 
 
-def test_only_peaks_are_computed_twice():
+@pytest.mark.parametrize("logit, flagged", [(0.0, 0), (4.0, 1)])
+def test_only_peaks_are_computed_again(logit, flagged, monkeypatch):
+    flags = []
+
+    def keep_flags(kernel, grid, tensors, numbers, *, REDO=None, **constants):
+        if REDO:
+            assert tensors[-1].shape == grid
+            flags.append(tensors[-1].cpu().clone())
+        launch(kernel, grid, tensors, numbers, REDO=REDO, **constants)
+
+    launch = cell_kernels.launch
+    monkeypatch.setattr(cell_kernels, "launch", keep_flags)
     config = CONFIG.replace(exact_last_blocks=1)
-    for kind, logit in (("one block at 1500", 0.0), ("one block at 1500", 4.0)):
-        q, k, _ = inputs(kind)
-        q[..., 0] = logit
-        cells = kernel_cells(q.shape[2], k.shape[2], config)
-        args = q, k, None, cells, 0.25
-        chunks = [*cell_kernels.pair_cells(*args), pair_tokens(*args, config.exact_last_blocks)]
-        shifts = [shifts[..., 0].max() for _, _, shifts, _ in chunks]  # [heads, row tiles, splits, 1 + rows]
-        assert len(shifts) == 2
-        for largest in shifts:
-            assert largest > 2000 if logit else largest == 0  # powers of two
+    q, k, v = inputs("one block at 1500")
+    q[..., 0] = logit
+    kept_by("triton", q, k, v, config)
+    assert len(flags) == 2  # of cells and of tokens
+    for of_kernel in flags:
+        assert int(of_kernel.max()) == flagged
