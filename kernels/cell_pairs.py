@@ -76,7 +76,7 @@ def sum_weights(logits, reference, CELLS_PER_BLOCK: tl.constexpr, SUMS: tl.const
 
 @triton.jit
 def sums_too_large(flags_ptr, num_splits):
-    """Whether a split of a row tile has stored a flag that is not 0 in flags_ptr, [num_splits]."""
+    """True if a split of a row tile has stored a flag that is not 0 in flags_ptr, [num_splits]."""
     splits = tl.arange(0, PROGRAMS)
     return tl.max(tl.load(flags_ptr + splits, mask=splits < num_splits, other=0), axis=0) > 0
 

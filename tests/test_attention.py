@@ -39,7 +39,7 @@ def random_selection(q, k, block, share=0.5, diagonal=True):
 
 
 def eager_attention(q, k, v, allowed):
-    """The same formula in plain torch, in the dtype of the inputs: what the tolerance is derived from."""
+    """Masked attention in plain torch, in the dtype of the inputs; the tolerance is derived from its error."""
     k, v = (oracles.repeat_heads(x, q.shape[1]) for x in (k, v))
     logits = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~allowed, -torch.inf)
     return logits.softmax(-1) @ v

@@ -1,4 +1,4 @@
-"""Which implementation attends: names, coverage, and the forward kernel behind a name."""
+"""Names of the implementations, which problems each covers, and the forward kernel behind a name."""
 
 from __future__ import annotations
 
