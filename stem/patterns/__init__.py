@@ -4,7 +4,7 @@
 
 | name | file | blocks that a row keeps |
 |---|---|---|
-| dense | dense.py | every causal block |
+| dense | window.py | every causal block |
 | stem | stem.py | the best by Output-Aware Metric, budget of Token Position-Decay |
 | uniform_topk | stem.py | the best by routing scores, constant budget |
 | sliding_window | window.py | a local window |
@@ -39,7 +39,6 @@ from stem.autocast import autocast_once
 from stem.config import StemConfig, check_config
 from stem.patterns import (
     bigbird,
-    dense,
     flashprefill,
     flexprefill,
     oracle,
@@ -49,11 +48,12 @@ from stem.patterns import (
     window,
     xattention,
 )
+from stem.patterns.common import Prompt
 from stem.selection import BlockSelection
 from stem.validation import check_choice, check_finite, check_qkv
 
 _SELECT = {
-    "dense": dense.select,
+    "dense": window.select_dense,
     "stem": stem.select,
     "uniform_topk": stem.select_uniform,
     "sliding_window": window.select_sliding,
@@ -109,5 +109,5 @@ def select(
     check_finite(q=q, k=k, v=v)
     check_config(config)
     if not q.shape[0]:
-        return dense.select(q, k, v, config)
-    return _SELECT[name](q, k, v, config, **native)
+        name, native = "dense", {}
+    return _SELECT[name](Prompt(q, k, v, config), **native)

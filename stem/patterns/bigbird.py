@@ -3,29 +3,12 @@
 import torch
 from torch import Tensor
 
-from stem.config import StemConfig
-from stem.patterns.common import (
-    block_counts,
-    check_blocks,
-    fill_rows,
-    local_and_first,
-    select_by_scores,
-    select_mask,
-    target_pairs,
-)
+from stem.patterns.common import Prompt, check_blocks, fill_rows, select_even, select_mask
 from stem.selection import BlockSelection
 
 
 def select(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    *,
-    random_blocks: int | None = None,
-    window_blocks: int = 3,
-    global_blocks: int = 2,
-    seed: int = 0,
+    prompt: Prompt, *, random_blocks: int | None = None, window_blocks: int = 3, global_blocks: int = 2, seed: int = 0
 ) -> BlockSelection:
     """Keep a window, global blocks, and random blocks between them (BigBird, arXiv 2007.14062, made causal).
 
@@ -41,14 +24,12 @@ def select(
     """
     check_blocks(0, random_blocks=random_blocks, global_blocks=global_blocks, seed=seed)
     check_blocks(1, window_blocks=window_blocks)
-    nk = block_counts(q, k, config)[1]
-    kept = local_and_first(q, k, config, local_blocks=window_blocks, first_blocks=global_blocks)
-    scores = _random_scores(q.shape[1], nk, seed, q.device)
-    pairs = target_pairs(config, nk) if random_blocks is None else None
-    return select_mask(fill_rows(kept, scores, pairs=pairs, count=random_blocks), q, k, config)
+    kept = prompt.local_and_first(local_blocks=window_blocks, first_blocks=global_blocks)
+    pairs = prompt.pairs if random_blocks is None else None
+    return select_mask(prompt, fill_rows(kept, _random_scores(prompt, seed), pairs=pairs, count=random_blocks))
 
 
-def select_random(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, seed: int = 0) -> BlockSelection:
+def select_random(prompt: Prompt, *, seed: int = 0) -> BlockSelection:
     """Keep random blocks and the config's sink and local blocks: the floor that a scored method must beat.
 
     The random blocks of a row depend on seed, head and position only. Every row keeps the same number of blocks, which
@@ -58,16 +39,16 @@ def select_random(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, seed: 
         seed: Seed of the random blocks, >= 0, for example the layer.
     """
     check_blocks(0, seed=seed)
-    nq, nk = block_counts(q, k, config)
-    scores = _random_scores(q.shape[1], nk, seed, q.device)[:, -nq:]
-    return select_by_scores(scores, q, k, config, sink_blocks=config.sink_blocks, local_blocks=config.local_blocks)
+    scores, config = _random_scores(prompt, seed)[:, -prompt.nq :], prompt.config
+    return select_even(prompt, scores, sink_blocks=config.sink_blocks, local_blocks=config.local_blocks)
 
 
-def _random_scores(heads: int, nk: int, seed: int, device: torch.device) -> Tensor:
-    """Return a hash of seed, head, row and column: fp32 [heads, nk, nk] in [0, 1).
+def _random_scores(prompt: Prompt, seed: int) -> Tensor:
+    """Return a hash of seed, head, row and column: fp32 [Hq, nk, nk] in [0, 1).
 
     A hash, unlike a generator, gives a row the same scores at every prompt length.
     """
+    heads, nk, device = prompt.q.shape[1], prompt.nk, prompt.q.device
     index = torch.arange(max(heads, nk), device=device)
     state = _mix(torch.tensor(seed, device=device)) + index[:heads, None, None]
     state = _mix(_mix(state) + index[:nk, None]) + index[:nk]

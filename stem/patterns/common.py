@@ -1,6 +1,8 @@
-"""Functions that several methods share: the block grid, equal cost, filling rows, and statistics of q and k."""
+"""The arguments of a method, and functions that several methods share: equal cost, filling rows, statistics."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,111 +15,108 @@ from stem.selection import BlockSelection, select_blocks
 from stem.validation import check_integer, check_number, compute_dtype
 
 
-def block_counts(q: Tensor, k: Tensor, config: StemConfig) -> tuple[int, int]:
-    """Return the numbers of query and key blocks."""
-    nk = -(-k.shape[2] // config.block_size)
-    return nk - (k.shape[2] - q.shape[2]) // config.block_size, nk
+class Prompt(NamedTuple):
+    """Queries, keys and values of a whole prompt or of its last chunk, and the config that a method follows."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    config: StemConfig
+
+    @property
+    def nk(self) -> int:
+        """Number of key blocks."""
+        return -(-self.k.shape[2] // self.config.block_size)
+
+    @property
+    def nq(self) -> int:
+        """Number of query blocks."""
+        return self.nk - (self.k.shape[2] - self.q.shape[2]) // self.config.block_size
+
+    @property
+    def distances(self) -> Tensor:
+        """i - j of every block pair of the whole prompt: int64 [nk, nk], negative in the future."""
+        index = torch.arange(self.nk, device=self.q.device)
+        return index[:, None] - index
+
+    @property
+    def pairs(self) -> int:
+        """Block pairs that the config's schedule keeps in one head of the whole prompt."""
+        if self.config.allocation == "adaptive":
+            raise ValueError("allocation='adaptive' belongs to the pattern 'stem', got it for one of fixed density")
+        return int(block_budget(self.nk, self.config).sum())
+
+    def local_and_first(self, *, local_blocks: int = 1, first_blocks: int = 0) -> Tensor:
+        """Return a mask of local blocks, diagonal included, and first blocks: bool [nk, nk], True in the future too."""
+        return (self.distances < local_blocks) | (torch.arange(self.nk, device=self.q.device) < first_blocks)
 
 
-def distances(num_kv_blocks: int, device: torch.device) -> Tensor:
-    """Return i - j of every block pair of a whole prompt: int64 [nk, nk], negative in the future."""
-    index = torch.arange(num_kv_blocks, device=device)
-    return index[:, None] - index
-
-
-def local_and_first(
-    q: Tensor, k: Tensor, config: StemConfig, *, local_blocks: int = 1, first_blocks: int = 0
-) -> Tensor:
-    """Return a mask of local blocks, diagonal included, and first blocks: bool [nk, nk], True in the future too."""
-    nk = block_counts(q, k, config)[1]
-    return (distances(nk, q.device) < local_blocks) | (torch.arange(nk, device=q.device) < first_blocks)
-
-
-def target_pairs(config: StemConfig, num_kv_blocks: int) -> int:
-    """Return the block pairs that the config's schedule keeps in one head of a whole prompt."""
-    if config.allocation == "adaptive":
-        raise ValueError("allocation='adaptive' belongs to the pattern 'stem', got it for a pattern of fixed density")
-    return int(block_budget(num_kv_blocks, config).sum())
-
-
-def target_of_rows(q: Tensor, k: Tensor, config: StemConfig) -> float:
+def target_of_rows(prompt: Prompt) -> float:
     """Return the block pairs of all heads that give the rows of q the density of the config's schedule."""
-    nq, nk = block_counts(q, k, config)
-    rows = causal_pairs(nk) - causal_pairs(nk - nq)
-    return target_pairs(config, nk) / causal_pairs(nk) * q.shape[1] * rows
+    whole = causal_pairs(prompt.nk)
+    return prompt.pairs / whole * prompt.q.shape[1] * (whole - causal_pairs(prompt.nk - prompt.nq))
 
 
-def uniform_budget(config: StemConfig, num_kv_blocks: int, row_blocks: int | None = None) -> StemConfig:
-    """Return the config with a constant budget, forced blocks inside: `row_blocks`, or solved for the config's cost."""
-    if row_blocks is None:
-        budget = dict(density=target_pairs(config, num_kv_blocks) / causal_pairs(num_kv_blocks), k_start=None)
-    else:
-        budget = dict(density=None, k_start=row_blocks)
-    return config.replace(
-        allocation="position_decay",
-        decay=1.0,
-        threshold=None,
-        k_start_regimes=None,
-        min_blocks=0,
-        dense_up_to=0,
-        dense_first_blocks=0,
-        dense_last_blocks=0,
-        decay_from="first_row",
-        forced="inside",
-        **budget,
-    )
+def with_even_rows(prompt: Prompt, row_blocks: int | None = None, **changes: object) -> Prompt:
+    """Return the prompt with a constant budget, forced blocks inside: `row_blocks`, or solved for the config's cost."""
+    even = dict(decay=1.0, threshold=None, k_start_regimes=None, min_blocks=0, decay_from="first_row", forced="inside")
+    never_dense = dict(dense_up_to=0, dense_first_blocks=0, dense_last_blocks=0)
+    density = prompt.pairs / causal_pairs(prompt.nk) if row_blocks is None else None
+    budget = dict(allocation="position_decay", density=density, k_start=row_blocks)
+    return prompt._replace(config=prompt.config.replace(**even, **never_dense, **budget, **changes))
 
 
-def select_by_scores(
-    scores: Tensor, q: Tensor, k: Tensor, config: StemConfig, *, sink_blocks: int, local_blocks: int
-) -> BlockSelection:
+def select_best(prompt: Prompt, scores: Tensor) -> BlockSelection:
+    """Keep the blocks with the best scores [B, Hq, nq, nk], -inf in the future, by the config's budget."""
+    q, k, _, config = prompt
+    return select_blocks(scores, block_budget(prompt.nk, config), config, q_len=q.shape[2], kv_len=k.shape[2])
+
+
+def select_even(prompt: Prompt, scores: Tensor, *, sink_blocks: int, local_blocks: int) -> BlockSelection:
     """Keep the same number of best-scoring blocks in every row, at the cost of the config; forced blocks are inside it.
 
     Args:
         scores: Broadcastable to [B, Hq, nq, nk], larger = keep. The future is masked here.
     """
-    nq, nk = block_counts(q, k, config)
-    config = uniform_budget(config, nk).replace(sink_blocks=sink_blocks, local_blocks=local_blocks)
-    scores = mask_future(scores.expand(q.shape[0], q.shape[1], nq, nk).clone())
-    return select_blocks(scores, block_budget(nk, config), config, q_len=q.shape[2], kv_len=k.shape[2])
+    scores = mask_future(scores.expand(*prompt.q.shape[:2], prompt.nq, prompt.nk).clone())
+    return select_best(with_even_rows(prompt, sink_blocks=sink_blocks, local_blocks=local_blocks), scores)
 
 
-def select_share(
-    shares: Tensor, least: float, q: Tensor, k: Tensor, config: StemConfig, *, sink_blocks: int
-) -> BlockSelection:
+def select_share(prompt: Prompt, shares: Tensor, least: float, *, sink_blocks: int) -> BlockSelection:
     """Keep sink blocks, the diagonal, and blocks in descending order until they hold the share `least` of their row.
 
     Args:
         shares: [B, Hq, nq, nk], >= 0, zero in the future. Rows need not sum to 1. Ties go to the lower index.
         least: In [0, 1]. The block that reaches it is kept.
     """
-    forced = local_and_first(q, k, config, first_blocks=sink_blocks)[-shares.shape[2] :]
+    forced = prompt.local_and_first(first_blocks=sink_blocks)[-prompt.nq :]
     order = torch.where(forced, torch.inf, shares).argsort(dim=-1, descending=True, stable=True)
     ordered = shares.gather(-1, order)
     before = ordered.cumsum(-1) - ordered
     kept = torch.zeros_like(shares, dtype=torch.bool)
     kept.scatter_(-1, order, before < least * shares.sum(-1, keepdim=True))
-    return select_mask(kept | forced, q, k, config)
+    return select_mask(prompt, kept | forced)
 
 
-def select_mask(mask: Tensor, q: Tensor, k: Tensor, config: StemConfig) -> BlockSelection:
+def select_mask(prompt: Prompt, mask: Tensor) -> BlockSelection:
     """Return the selection of bool expandable to [B, Hq, >= nq, nk], which holds the last rows; masks the future."""
-    nq, nk = block_counts(q, k, config)
-    mask = mask[..., -nq:, :].expand(q.shape[0], q.shape[1], nq, nk).tril(nk - nq)
+    q, k, _, config = prompt
+    nq, nk = prompt.nq, prompt.nk
+    mask = mask[..., -nq:, :].expand(*q.shape[:2], nq, nk).tril(nk - nq)
     return BlockSelection.from_mask(mask, config.block_size, q_len=q.shape[2], kv_len=k.shape[2])
 
 
-def add_window(kept: Tensor, config: StemConfig, window_blocks: int | None, dilation: int = 1) -> Tensor:
-    """Add the last `window_blocks` blocks, at steps of `dilation`, to each row of bool [nk, nk].
+def select_window(prompt: Prompt, kept: Tensor, window_blocks: int | None, dilation: int = 1) -> BlockSelection:
+    """Keep bool [nk, nk] and the last `window_blocks` blocks of each row, at steps of `dilation`.
 
     None takes the widest window that the config's density allows, one block wider in the first rows to use it up.
     """
-    distance = distances(kept.shape[0], kept.device)
+    distance = prompt.distances
     steps = distance % dilation == 0
     if window_blocks is not None:
-        return kept | steps & (distance < window_blocks * dilation)
+        return select_mask(prompt, kept | steps & (distance < window_blocks * dilation))
     scores = torch.where(steps, -distance.double(), -torch.inf)
-    return fill_rows(kept, scores, pairs=target_pairs(config, kept.shape[0]))
+    return select_mask(prompt, fill_rows(kept, scores, pairs=prompt.pairs))
 
 
 def fill_rows(kept: Tensor, scores: Tensor, *, pairs: int | None = None, count: int | None = None) -> Tensor:
@@ -138,10 +137,8 @@ def fill_rows(kept: Tensor, scores: Tensor, *, pairs: int | None = None, count: 
         quota = free.clamp_max(count)
     else:
         left = max(0, pairs - int(kept.tril().sum()))
-        low, high = 0, kept.shape[0]
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if int(free.clamp_max(middle).sum()) <= left else (low, middle - 1)
+        levels = torch.arange(kept.shape[0] + 1)
+        low = int((free.minimum(levels[:, None]).sum(-1) <= left).sum()) - 1  # the most blocks that fit in every row
         quota = free.clamp_max(low)
         quota[(free > low).nonzero()[: left - int(quota.sum()), 0]] += 1
     return kept | (ranks(scores) < quota.to(scores.device)[:, None])
@@ -168,6 +165,11 @@ def offset_sums(probabilities: Tensor) -> Tensor:
         visible = tokens - rows + row + 1
         sums[..., :visible] += probabilities[..., row, :visible].flip(-1)
     return sums
+
+
+def by_block(x: Tensor, block_size: int, fill: int = 0) -> Tensor:
+    """Return the last dimension cut into blocks, `fill` past its end: [..., N] -> [..., nk, block_size]."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size), value=fill).unflatten(-1, (-1, block_size))
 
 
 def block_means(x: Tensor, block_size: int, offset: int = 0) -> Tensor:

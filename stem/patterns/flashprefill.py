@@ -5,25 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from stem.config import StemConfig
-from stem.patterns.common import (
-    block_counts,
-    block_means,
-    check_blocks,
-    check_share,
-    local_and_first,
-    select_mask,
-    target_of_rows,
-)
+from stem.patterns.common import Prompt, block_means, check_blocks, check_share, select_mask, target_of_rows
 from stem.scores import mask_future
 from stem.selection import BlockSelection
 
 
 def select(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
+    prompt: Prompt,
     *,
     alpha: float | None = None,
     sink_blocks: int = 2,
@@ -45,22 +33,23 @@ def select(
     """
     check_share(alpha=alpha)
     check_blocks(0, sink_blocks=sink_blocks, window_blocks=window_blocks, dense_last_blocks=dense_last_blocks)
-    nq, nk = block_counts(q, k, config)
-    forced = local_and_first(q, k, config, local_blocks=max(window_blocks, 1), first_blocks=sink_blocks)[-nq:]
+    nq = prompt.nq
+    forced = prompt.local_and_first(local_blocks=max(window_blocks, 1), first_blocks=sink_blocks)[-nq:]
     forced[max(0, nq - dense_last_blocks) :] = True
-    scores = _scores(q, k, config)
+    scores = _scores(prompt)
     levels = scores - scores.amax(-1, keepdim=True)  # log of the ratio to the row's largest, [B, Hq, nq, nk]
-    levels = levels.masked_fill(forced.tril(nk - nq), torch.inf)
+    levels = levels.masked_fill(forced.tril(prompt.nk - nq), torch.inf)
     if alpha is None:
-        count = max(1, round(target_of_rows(q, k, config)))
+        count = max(1, round(target_of_rows(prompt)))
         least = levels.flatten(1).sort(-1, descending=True)[0][:, count - 1, None, None, None]
     else:
         least = math.log(alpha) if alpha else -math.inf
-    return select_mask(levels >= least, q, k, config)
+    return select_mask(prompt, levels >= least)
 
 
-def _scores(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
+def _scores(prompt: Prompt) -> Tensor:
     """Return the logarithm of the scores, -inf in the future: [B, Hq, nq, nk]."""
+    q, k, _, config = prompt
     size, offset = config.block_size, k.shape[2] - q.shape[2]
     means = block_means(k, size).repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = q.to(means.dtype) @ means.mT * q.shape[-1] ** -0.5  # [B, Hq, Nq, nk]

@@ -3,21 +3,19 @@
 import torch
 from torch import Tensor
 
-from stem.config import StemConfig
-from stem.patterns import dense
 from stem.patterns.common import (
-    block_counts,
+    Prompt,
     block_means,
+    by_block,
     check_blocks,
     check_share,
-    distances,
     last_probabilities,
-    local_and_first,
     offset_sums,
     ranks,
     select_mask,
     target_of_rows,
 )
+from stem.patterns.window import select_dense
 from stem.scores import mask_future
 from stem.selection import BlockSelection
 
@@ -26,14 +24,7 @@ BISECTIONS = 30
 
 
 def select(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    *,
-    gamma: float | None = None,
-    tau: float = 0.1,
-    min_budget: int | None = None,
+    prompt: Prompt, *, gamma: float | None = None, tau: float = 0.1, min_budget: int | None = None
 ) -> BlockSelection:
     """Keep columns and diagonals that hold a share gamma of the last queries' attention, or pairs of pooled scores.
 
@@ -53,36 +44,35 @@ def select(
     """
     check_share(gamma=gamma, tau=tau)
     check_blocks(0, min_budget=min_budget)
+    q, k, _, config = prompt
     if min_budget is None:
         min_budget = config.block_size if gamma is None else MIN_BUDGET
     if k.shape[2] <= max(2 * config.block_size, min_budget):
-        return dense.select(q, k, v, config)
-    heads = _Heads(q, k, config, tau, max(1, -(-min_budget // config.block_size)))
-    if gamma is None:
-        share = _bisect(heads, target_of_rows(q, k, config), q)
-    else:
-        share = torch.full((q.shape[0],), gamma, dtype=torch.float64, device=q.device)
-    return select_mask(heads.keep(share), q, k, config)
+        return select_dense(prompt)
+    heads = _Heads(prompt, tau, max(1, -(-min_budget // config.block_size)))
+    low = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
+    share = _bisect(heads, target_of_rows(prompt), low) if gamma is None else low + gamma
+    return select_mask(prompt, heads.keep(share))
 
 
 class _Heads:
     """Masses, ranks and kinds of the heads, computed once for every gamma that is tried."""
 
-    def __init__(self, q: Tensor, k: Tensor, config: StemConfig, tau: float, least: int) -> None:
+    def __init__(self, prompt: Prompt, tau: float, least: int) -> None:
+        q, k, _, config = prompt
         size = self.size = config.block_size
         self.least = least
         probabilities = last_probabilities(q, k, size)  # [B, Hq, up to size, Nkv]
         vertical, slash = probabilities.mean(2), offset_sums(probabilities) / probabilities.shape[2]
-        column_mass = _pool_blocks(vertical, size)  # [B, Hq, nk], sums to 1
+        column_mass = by_block(vertical, size).sum(-1)  # [B, Hq, nk], sums to 1
         self.cumulative = [x.sort(-1, descending=True)[0].cumsum(-1) for x in (vertical, slash)]
         self.column_rank = ranks(column_mass)
         q_means, k_means = block_means(q, size, k.shape[2] - q.shape[2]), block_means(k, size)
         k_means = k_means.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        nq, nk = block_counts(q, k, config)
-        distance = distances(nk, q.device)[-nq:]
-        self.slash_rank = ranks(_pool_blocks(slash, size))[..., distance.clamp_min(0)]  # [B, Hq, nq, nk]
+        distance = prompt.distances[-prompt.nq :]
+        self.slash_rank = ranks(by_block(slash, size).sum(-1))[..., distance.clamp_min(0)]  # [B, Hq, nq, nk]
         self.causal = distance >= 0
-        self.forced = local_and_first(q, k, config, first_blocks=1)[-nq:]
+        self.forced = prompt.local_and_first(first_blocks=1)[-prompt.nq :]
         scale = q.shape[-1] ** -0.5
         last = q[:, :, -size:].to(q_means.dtype).mean(2, keepdim=True)
         estimate = (last @ k_means.mT * scale).softmax(-1)[:, :, 0]
@@ -90,7 +80,7 @@ class _Heads:
         pairs = mask_future(q_means @ k_means.mT * scale).softmax(-1)  # sums to nq in each head
         ordered, order = pairs.flatten(2).sort(stable=True, descending=True)
         before = torch.zeros_like(ordered).scatter_(-1, order, ordered.cumsum(-1) - ordered)
-        self.before = before.view_as(pairs) / nq  # share of the pairs that come before this one
+        self.before = before.view_as(pairs) / prompt.nq  # share of the pairs that come before this one
 
     def keep(self, gamma: Tensor) -> Tensor:
         """Return the block pairs of every head for gamma [B]: bool [B, Hq, nq, nk]."""
@@ -105,9 +95,8 @@ class _Heads:
         return (tokens // self.size + 1).clamp_min(self.least).masked_fill(self.query_aware, self.least)
 
 
-def _bisect(heads: _Heads, target: float, q: Tensor) -> Tensor:
+def _bisect(heads: _Heads, target: float, low: Tensor) -> Tensor:
     """Return for each prompt the gamma in [0, 1] whose number of block pairs is nearest to the target: fp64 [B]."""
-    low = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     high = torch.ones_like(low)
     best, gap = low, (heads.keep(low).sum((1, 2, 3)) - target).abs()
     for step in range(BISECTIONS + 1):
@@ -124,9 +113,3 @@ def _distance(p: Tensor, q: Tensor) -> Tensor:
     middle = (p + q) / 2
     divergence = (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum(-1) / 2
     return divergence.clamp_min(0).sqrt()
-
-
-def _pool_blocks(x: Tensor, block_size: int) -> Tensor:
-    """Return sums over blocks of the last dimension: [..., N] -> [..., nk]."""
-    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size))
-    return x.unflatten(-1, (-1, block_size)).sum(-1)

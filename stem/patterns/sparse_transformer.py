@@ -4,23 +4,15 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from stem.config import StemConfig
-from stem.patterns.common import add_window, block_counts, check_blocks, distances, select_mask, target_pairs
+from stem.patterns.common import Prompt, check_blocks, select_mask, select_window
 from stem.selection import BlockSelection
 
 SMALL = 0.01  # difference of density at which the fixed pattern prefers fewer summary blocks
 
 
 def select_strided(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    *,
-    window_blocks: int | None = None,
-    stride_blocks: int | None = None,
+    prompt: Prompt, *, window_blocks: int | None = None, stride_blocks: int | None = None
 ) -> BlockSelection:
     """Keep a window and every stride-th block before it: i - j < window or (i - j) mod stride = 0.
 
@@ -31,24 +23,17 @@ def select_strided(
             stride whose blocks cost at most half of the density, so that window and strided blocks cost about as much.
     """
     check_blocks(1, window_blocks=window_blocks, stride_blocks=stride_blocks)
-    n = block_counts(q, k, config)[1]
+    n = prompt.nk
     if stride_blocks is None and window_blocks is not None:
         stride_blocks = _root(n)
     elif stride_blocks is None:
-        half = target_pairs(config, n) / 2
+        half = prompt.pairs / 2
         stride_blocks = next((s for s in range(1, n) if sum(range(n, 0, -s)) <= half), n)  # causal pairs of stride s
-    kept = distances(n, q.device) % stride_blocks == 0
-    return select_mask(add_window(kept, config, window_blocks), q, k, config)
+    return select_window(prompt, prompt.distances % stride_blocks == 0, window_blocks)
 
 
 def select_fixed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    *,
-    stride_blocks: int | None = None,
-    summary_blocks: int | None = None,
+    prompt: Prompt, *, stride_blocks: int | None = None, summary_blocks: int | None = None
 ) -> BlockSelection:
     """Keep the row's own group of s blocks and the last c of every group: floor(j/s) = floor(i/s) or j mod s >= s - c.
 
@@ -62,17 +47,17 @@ def select_fixed(
         summary_blocks: c, summary blocks of a group, in 1..s [blocks]. None beside a given s is 1.
     """
     check_blocks(1, stride_blocks=stride_blocks, summary_blocks=summary_blocks)
-    n = block_counts(q, k, config)[1]
+    n = prompt.nk
     if stride_blocks is None and summary_blocks is None:
-        stride_blocks, summary_blocks = _solve_fixed(n, target_pairs(config, n))
+        stride_blocks, summary_blocks = _solve_fixed(n, prompt.pairs)
     stride_blocks = _root(n) if stride_blocks is None else stride_blocks
     summary_blocks = 1 if summary_blocks is None else summary_blocks
     if summary_blocks > stride_blocks:
         raise ValueError(f"summary_blocks must be at most stride_blocks={stride_blocks}, got {summary_blocks}")
-    block = torch.arange(n, device=q.device)
+    block = torch.arange(n, device=prompt.q.device)
     group = block // stride_blocks
     kept = (group[:, None] == group) | (block % stride_blocks >= stride_blocks - summary_blocks)
-    return select_mask(kept, q, k, config)
+    return select_mask(prompt, kept)
 
 
 def _root(n: int) -> int:

@@ -5,17 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stem.config import StemConfig
-from stem.patterns.common import (
-    block_counts,
-    check_blocks,
-    distances,
-    last_probabilities,
-    offset_sums,
-    ranks,
-    select_mask,
-    target_pairs,
-)
+from stem.patterns.common import Prompt, by_block, check_blocks, last_probabilities, offset_sums, ranks, select_mask
 from stem.selection import BlockSelection
 
 LAST_QUERIES = 64
@@ -25,9 +15,7 @@ VERTICALS, SLASHES = 1000, 6096  # MInference's setting for heads that its searc
 NEVER = 2**40  # a rank that no number of columns or diagonals reaches
 
 
-def select(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, verticals: int | None = None, slashes: int | None = None
-) -> BlockSelection:
+def select(prompt: Prompt, *, verticals: int | None = None, slashes: int | None = None) -> BlockSelection:
     """Keep the key columns and the diagonals that the last 64 queries attend to most (MInference's vertical-slash).
 
     The exact attention of these queries to all keys ranks columns and diagonals by their sums. The first 30 tokens and
@@ -45,27 +33,25 @@ def select(
             as many more columns as fit.
     """
     check_blocks(0, verticals=verticals, slashes=slashes)
-    size, nk = config.block_size, block_counts(q, k, config)[1]
+    q, k, _, config = prompt
+    size = config.block_size
     probabilities = last_probabilities(q, k, LAST_QUERIES)
     columns = _ranks(probabilities.sum(2), FORCED_VERTICALS)  # [B, Hq, Nkv]
     offsets = _ranks(offset_sums(probabilities), FORCED_SLASHES)
-    column_rank = _block_minimum(columns, size)  # [B, Hq, nk]
-    own = _block_minimum(offsets, size)
-    inside = _block_minimum(
-        offsets.index_fill(2, torch.arange(0, offsets.shape[2], size, device=q.device), NEVER), size
-    )
-    slash_rank = own.minimum(torch.nn.functional.pad(inside, (1, 0), value=NEVER)[..., :-1])
-    levels = torch.broadcast_tensors(
-        column_rank[:, :, None], slash_rank[..., distances(nk, q.device).clamp_min(0)]
-    )  # [B, Hq, nk, nk] each: how many columns, or diagonals, must be kept to keep the pair
+    column_rank = by_block(columns, size, NEVER).amin(-1)  # [B, Hq, nk]
+    offsets = by_block(offsets, size, NEVER)
+    inside = torch.nn.functional.pad(offsets[..., 1:].amin(-1), (1, 0), value=NEVER)[..., :-1]
+    slash_rank = offsets.amin(-1).minimum(inside)[..., prompt.distances.clamp_min(0)]
+    # [B, Hq, nk, nk] each: how many columns, or diagonals, must be kept to keep the pair
+    levels = torch.broadcast_tensors(column_rank[:, :, None], slash_rank)
     if verticals is None and slashes is None:
-        counts = _solve(*levels, q.shape[1] * target_pairs(config, nk))
+        counts = _solve(*levels, q.shape[1] * prompt.pairs)
     else:
         default = (VERTICALS if verticals is None else verticals, SLASHES if slashes is None else slashes)
         least = (max(least, given) for least, given in zip((LEAST_VERTICALS, LEAST_SLASHES), default, strict=True))
         counts = tuple(torch.full((q.shape[0],), count, device=q.device) for count in least)
     columns, diagonals = (level < count[:, None, None, None] for level, count in zip(levels, counts, strict=True))
-    return select_mask(columns | diagonals, q, k, config)
+    return select_mask(prompt, columns | diagonals)
 
 
 def _ranks(sums: Tensor, forced: int) -> Tensor:
@@ -73,12 +59,6 @@ def _ranks(sums: Tensor, forced: int) -> Tensor:
     sums = sums.clone()
     sums[..., :forced] = torch.inf
     return ranks(sums)
-
-
-def _block_minimum(ranks: Tensor, size: int) -> Tensor:
-    """Return the smallest rank in each block: [..., N] -> [..., nk]."""
-    ranks = torch.nn.functional.pad(ranks, (0, -ranks.shape[-1] % size), value=NEVER)
-    return ranks.unflatten(-1, (-1, size)).amin(-1)
 
 
 def _solve(column: Tensor, slash: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

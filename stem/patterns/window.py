@@ -1,34 +1,27 @@
-"""Local windows with and without first blocks: sliding window, Longformer, A-shape and Tri-shape."""
+"""Patterns by distance: every block, and local windows with and without first blocks."""
 
-from torch import Tensor
-
-from stem.config import StemConfig
-from stem.patterns.common import add_window, check_blocks, local_and_first, select_mask
+from stem.patterns.common import Prompt, check_blocks, select_window
 from stem.selection import BlockSelection
 
 
-def select_sliding(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, window_blocks: int | None = None
-) -> BlockSelection:
+def select_dense(prompt: Prompt) -> BlockSelection:
+    """Keep every causal block. Only the block size of the config is read."""
+    q, k, _, config = prompt
+    return BlockSelection.every_block(*q.shape[:3], k.shape[2], config.block_size, q.device)
+
+
+def select_sliding(prompt: Prompt, *, window_blocks: int | None = None) -> BlockSelection:
     """Keep the most recent blocks: i - j < window.
 
     Args:
         window_blocks: Width of the window, >= 1 [blocks]. None solves it for the config's density. Where the density
             lies between two widths, the first rows have the wider one.
     """
-    check_blocks(1, window_blocks=window_blocks)
-    return select_mask(add_window(local_and_first(q, k, config), config, window_blocks), q, k, config)
+    return select_longformer(prompt, window_blocks=window_blocks, global_blocks=0)
 
 
 def select_longformer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    *,
-    window_blocks: int | None = None,
-    global_blocks: int = 1,
-    dilation: int = 1,
+    prompt: Prompt, *, window_blocks: int | None = None, global_blocks: int = 1, dilation: int = 1
 ) -> BlockSelection:
     """Keep a window and global blocks: i - j < window or j < global (Longformer, arXiv 2004.05150, made causal).
 
@@ -43,18 +36,11 @@ def select_longformer(
     """
     check_blocks(1, window_blocks=window_blocks, dilation=dilation)
     check_blocks(0, global_blocks=global_blocks)
-    kept = local_and_first(q, k, config, first_blocks=global_blocks)
-    return select_mask(add_window(kept, config, window_blocks, dilation), q, k, config)
+    return select_window(prompt, prompt.local_and_first(first_blocks=global_blocks), window_blocks, dilation)
 
 
 def select_a_shape(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    *,
-    sink_blocks: int | None = None,
-    window_blocks: int | None = None,
+    prompt: Prompt, *, sink_blocks: int | None = None, window_blocks: int | None = None
 ) -> BlockSelection:
     """Keep first blocks and a window: j < sinks or i - j < window (StreamingLLM, arXiv 2309.17453).
 
@@ -64,18 +50,11 @@ def select_a_shape(
         sink_blocks: First blocks, >= 0 [blocks]. None takes the config's. StreamingLLM itself keeps 4 tokens.
         window_blocks: Width of the window, >= 1 [blocks]. None solves it for the config's density.
     """
-    return select_tri_shape(q, k, v, config, sink_blocks=sink_blocks, window_blocks=window_blocks, last_tokens=0)
+    return select_tri_shape(prompt, sink_blocks=sink_blocks, window_blocks=window_blocks, last_tokens=0)
 
 
 def select_tri_shape(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    *,
-    sink_blocks: int | None = None,
-    window_blocks: int | None = None,
-    last_tokens: int = 100,
+    prompt: Prompt, *, sink_blocks: int | None = None, window_blocks: int | None = None, last_tokens: int = 100
 ) -> BlockSelection:
     """Keep the A-shape, and every block in the last rows (Tri-shape of SCBench, arXiv 2412.10319).
 
@@ -88,7 +67,7 @@ def select_tri_shape(
     """
     check_blocks(1, window_blocks=window_blocks)
     check_blocks(0, sink_blocks=sink_blocks, last_tokens=last_tokens)
-    kept = local_and_first(q, k, config, first_blocks=config.sink_blocks if sink_blocks is None else sink_blocks)
+    kept = prompt.local_and_first(first_blocks=prompt.config.sink_blocks if sink_blocks is None else sink_blocks)
     if last_tokens:
-        kept[max(0, k.shape[2] - last_tokens) // config.block_size :] = True
-    return select_mask(add_window(kept, config, window_blocks), q, k, config)
+        kept[max(0, prompt.k.shape[2] - last_tokens) // prompt.config.block_size :] = True
+    return select_window(prompt, kept, window_blocks)

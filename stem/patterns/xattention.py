@@ -1,14 +1,11 @@
 """XAttention (arXiv 2503.16428): antidiagonal sums, softmax at the resolution of the stride, sums over blocks."""
 
-from torch import Tensor
-
-from stem.config import StemConfig
-from stem.patterns.common import check_share, select_by_scores, select_share
+from stem.patterns.common import Prompt, check_share, select_even, select_share
 from stem.scores import block_scores
 from stem.selection import BlockSelection
 
 
-def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, tau: float | None = None) -> BlockSelection:
+def select(prompt: Prompt, *, tau: float | None = None) -> BlockSelection:
     """Keep first block, diagonal, and blocks of the largest share of a softmax over antidiagonal sums (XAttention).
 
     The antidiagonals have the length of the config's score_stride.
@@ -18,11 +15,12 @@ def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, tau: float | 
             follows. None keeps the same number of blocks in every row, solved for the config's density.
     """
     check_share(tau=tau)
+    q, k, v, config = prompt
     cells = config.block_size // config.score_stride
     budget = {} if tau is None else dict(allocation="position_decay", threshold=None)  # "adaptive" has no effect here
     pairs = dict(score_cells=cells, score_query_cells=None, score_peak=0.0, score_pooling="mean")
     scored = config.replace(reduction="softmax", routing_scale="mean", value_weight=0.0, **pairs, **budget)
     scores = block_scores(q, k, v, scored)
     if tau is None:
-        return select_by_scores(scores, q, k, config, sink_blocks=1, local_blocks=1)
-    return select_share(scores.exp(), tau, q, k, config, sink_blocks=1)
+        return select_even(prompt, scores, sink_blocks=1, local_blocks=1)
+    return select_share(prompt, scores.exp(), tau, sink_blocks=1)
