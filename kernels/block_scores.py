@@ -447,25 +447,12 @@ def score_inputs(
     values = value_bonus if log_term else value_bonus.new_empty(*value_bonus.shape, groups_per_block)
     num_kv_programs = batch * num_kv_heads * num_kv_blocks
     grid = (2 * num_kv_programs + batch * num_q_heads * num_q_blocks, stride // constants["GROUPS"])
+    sizes = num_q_heads, num_kv_heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, num_kv_programs
     launch(
         score_inputs_kernel,
         grid,
         (q, k, v, q_sums, k_sums, values),
-        (
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            num_q_heads,
-            num_kv_heads,
-            num_queries,
-            num_keys,
-            num_q_blocks,
-            num_kv_blocks,
-            num_kv_programs,
-            first_q_block,
-            offset,
-            float(value_weight),
-        ),
+        (*q.stride(), *k.stride(), *v.stride(), *sizes, first_q_block, offset, float(value_weight)),
         DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
         LOG_TERM=log_term,
         CAN_OVERLAP=at_least_sm90(q.device),

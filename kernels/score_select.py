@@ -135,20 +135,12 @@ def score_select(
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]
     parts = 2 if q_sums.dtype == torch.bfloat16 else 1
     heads_per_kv_head = num_q_heads // num_kv_heads
+    sizes = heads_per_kv_head, num_q_blocks, num_kv_blocks, num_q_blocks - q_sums.shape[2]
     launch(
         score_select_kernel,
         (-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads),
         (q_sums, k_sums, value_bonus, budget, *lists),
-        (
-            heads_per_kv_head,
-            num_q_blocks,
-            num_kv_blocks,
-            num_q_blocks - q_sums.shape[2],
-            sink_blocks,
-            local_blocks,
-            max_blocks,
-            float(scale),
-        ),
+        (*sizes, sink_blocks, local_blocks, max_blocks, float(scale)),
         overlap=at_least_sm90(q_sums.device),
         ON_TOP=on_top,
         DEPTH=q_sums.shape[-1],

@@ -10,20 +10,14 @@ rows, (Nkv - Nq) % BLOCK_SIZE of them, do not exist, nor do rows past the last q
 The file exceeds 400 lines because its three kernels share loads, stores and row statistics, and list their arguments.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import (
-    LOG2_E,
-    TMA_BYTES,
-    at_least_sm90,
-    num_multiprocessors,
-    operand_dtype,
-    padded_dim,
-    with_dense_rows,
-)
+from .common import LOG2_E, TMA_BYTES, at_least_sm90, num_multiprocessors, operand_dtype, padded_dim, with_dense_rows
 
 STATISTICS_ROWS = 64  # rows of one program of row_statistics_kernel, fewer if blocks are smaller
 MAX_SPLITS = 8  # most fp32 copies of dK and dV for a small problem
@@ -544,19 +538,11 @@ def row_statistics(
     num_grid_rows = -(-(front + num_queries) // block_size) * block_size
     lse_log2, delta = (lse.new_empty(batch, num_q_heads, num_grid_rows) for _ in range(2))
     rows = min(block_size, STATISTICS_ROWS)
+    contiguous_dlse = None if dlse is None else dlse.contiguous()
     row_statistics_kernel[(num_grid_rows // rows, batch * num_q_heads)](
-        out,
-        dout,
-        lse.contiguous(),
-        None if dlse is None else dlse.contiguous(),
-        lse_log2,
-        delta,
-        *out.stride()[:3],
-        *dout.stride()[:3],
-        num_q_heads,
-        num_queries,
-        num_grid_rows,
-        front,
+        *(out, dout, lse.contiguous(), contiguous_dlse, lse_log2, delta),
+        *(*out.stride()[:3], *dout.stride()[:3]),
+        *(num_q_heads, num_queries, num_grid_rows, front),
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
         ROWS=rows,
@@ -564,105 +550,73 @@ def row_statistics(
     return lse_log2, delta
 
 
-def query_gradient(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    lse_log2: torch.Tensor,
-    delta: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_num_blocks: torch.Tensor,
-    block_size: int,
-    scale: float,
-    descriptors: bool,
-) -> torch.Tensor:
-    """dQ like q, from q, k, v and dout of `with_dense_rows`, and lse_log2 and delta of `row_statistics`."""
+class Problem(NamedTuple):
+    """Inputs of the two kernels that compute gradients, as `sparse_backward` prepares them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    lse_log2: torch.Tensor
+    delta: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_num_blocks: torch.Tensor
+    block_size: int
+    scale: float
+    descriptors: bool
+    """Whether tiles are loaded by TMA."""
+
+    def constants(self) -> dict[str, object]:
+        """Compile-time constants that both kernels take beside their tiles."""
+        head_dim = self.q.shape[-1]
+        return dict(
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_dim(head_dim),
+            BLOCK_SIZE=self.block_size,
+            DTYPE=operand_dtype(self.q.dtype),
+            DESCRIPTORS=self.descriptors,
+        )
+
+
+def query_gradient(problem: Problem) -> torch.Tensor:
+    """dQ like q."""
+    q, k, v, dout, lse_log2, delta, kv_indices, kv_num_blocks, block_size, scale, descriptors = problem
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     num_q_blocks, max_blocks = kv_indices.shape[2:]
     dq = torch.empty_like(q)
     tiles, _ = tile_sizes(head_dim, block_size, q.dtype, descriptors)
-    block_d = padded_dim(head_dim)
+    k_source, v_source = (tiles_of(x, tiles["BLOCK_N"], padded_dim(head_dim), descriptors) for x in (k, v))
     dq_kernel[(num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)](
-        q,
-        tiles_of(k, tiles["BLOCK_N"], block_d, descriptors),
-        tiles_of(v, tiles["BLOCK_N"], block_d, descriptors),
-        dout,
-        dq,
-        lse_log2,
-        delta,
-        kv_indices.contiguous(),
-        kv_num_blocks.contiguous(),
+        *(q, k_source, v_source, dout, dq, lse_log2, delta, kv_indices.contiguous(), kv_num_blocks.contiguous()),
         *[stride for x in (q, k, v, dout, dq) for stride in x.stride()[:3]],
-        num_q_heads,
-        num_q_heads // num_kv_heads,
-        num_queries,
-        num_keys,
-        num_q_blocks,
-        max_blocks,
-        float(scale),
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_SIZE=block_size,
-        DTYPE=operand_dtype(q.dtype),
-        DESCRIPTORS=descriptors,
+        *(num_q_heads, num_q_heads // num_kv_heads, num_queries, num_keys, num_q_blocks, max_blocks, float(scale)),
+        **problem.constants(),
         **tiles,
     )
     return dq
 
 
-def key_value_gradients(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    lse_log2: torch.Tensor,
-    delta: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_num_blocks: torch.Tensor,
-    block_size: int,
-    scale: float,
-    descriptors: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dK and dV like k; the arguments are those of `query_gradient`."""
+def key_value_gradients(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """dK and dV like k."""
+    q, k, v, dout, lse_log2, delta, kv_indices, kv_num_blocks, block_size, scale, descriptors = problem
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     num_q_blocks, num_kv_blocks = kv_indices.shape[2], -(-num_keys // block_size)
-    q_indices, list_starts = transpose_lists(kv_indices, kv_num_blocks, num_kv_blocks)
+    lists = transpose_lists(kv_indices, kv_num_blocks, num_kv_blocks)
     splits = num_splits(k, kv_indices.shape[3])
     if splits == 1:
         dk, dv = torch.empty_like(k), torch.empty_like(k)
     else:
         dk, dv = k.new_empty(2, splits, *k.shape, dtype=torch.float32)
     _, tiles = tile_sizes(head_dim, block_size, q.dtype, descriptors)
-    block_d = padded_dim(head_dim)
+    q_source, dout_source = (tiles_of(x, tiles["BLOCK_M"], padded_dim(head_dim), descriptors) for x in (q, dout))
+    statistics = [rows_of(x, tiles["BLOCK_M"], descriptors) for x in (lse_log2, delta)]
     dkv_kernel[(num_kv_blocks * (block_size // tiles["BLOCK_N"]) * splits * batch * num_kv_heads,)](
-        tiles_of(q, tiles["BLOCK_M"], block_d, descriptors),
-        k,
-        v,
-        tiles_of(dout, tiles["BLOCK_M"], block_d, descriptors),
-        dk,
-        dv,
-        rows_of(lse_log2, tiles["BLOCK_M"], descriptors),
-        rows_of(delta, tiles["BLOCK_M"], descriptors),
-        q_indices,
-        list_starts,
+        *(q_source, k, v, dout_source, dk, dv, *statistics, *lists),
         *[stride for x in (q, k, v, dout) for stride in x.stride()[:3]],
         *dk.stride()[-4:-1],
-        num_q_heads,
-        num_kv_heads,
-        batch * num_kv_heads,
-        num_queries,
-        num_keys,
-        num_q_blocks,
-        num_kv_blocks,
-        splits,
-        dk.stride(0) if splits > 1 else 0,
-        float(scale),
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_SIZE=block_size,
-        DTYPE=operand_dtype(q.dtype),
-        DESCRIPTORS=descriptors,
+        *(num_q_heads, num_kv_heads, batch * num_kv_heads, num_queries, num_keys, num_q_blocks, num_kv_blocks),
+        *(splits, dk.stride(0) if splits > 1 else 0, float(scale)),
+        **problem.constants(),
         **tiles,
     )
     if splits > 1:
@@ -698,5 +652,5 @@ def sparse_backward(
     with torch.cuda.device_of(q):
         front = (k.shape[2] - q.shape[2]) % block_size
         statistics = row_statistics(with_dense_rows(out), dout, lse, dlse, front, block_size)
-        problem = (q, k, v, dout, *statistics, kv_indices, kv_num_blocks, block_size, scale, descriptors)
-        return query_gradient(*problem), *key_value_gradients(*problem)
+        problem = Problem(q, k, v, dout, *statistics, kv_indices, kv_num_blocks, block_size, scale, descriptors)
+        return query_gradient(problem), *key_value_gradients(problem)

@@ -431,9 +431,7 @@ def fastest_choice(head_dim: int, block_size: int, dtype: torch.dtype, device: t
 
     def time_of(tiles: dict[str, int]) -> float:
         try:
-            return do_bench(
-                lambda: forward_with_tiles(x, x, x, lists, counts, block_size, 0.1, tiles), warmup=20, rep=80
-            )
+            return do_bench(lambda: sparse_forward(x, x, x, lists, counts, block_size, 0.1, tiles), warmup=20, rep=80)
         except OutOfResources:  # the list is for sm_90, other cards have less shared memory
             return float("inf")
 
@@ -461,6 +459,8 @@ def sparse_forward(
     kv_num_blocks: torch.Tensor,
     block_size: int,
     scale: float,
+    tiles: dict[str, int] | None = None,
+    tma: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of every query block over the key blocks of its list.
 
@@ -471,25 +471,12 @@ def sparse_forward(
         kv_num_blocks: int32 [B, Hq, nq], entries of each list.
         block_size: Tokens per block, a power of two, at least 16.
         scale: Softmax scale.
+        tiles: One of `tile_choices`; None takes that of `tile_sizes`.
+        tma: Whether to use tensor descriptors; None uses them where possible.
     Returns:
         out like q (accumulated in fp32), and the natural log-sum-exp fp32 [B, Hq, Nq]; 0 and -inf for an empty list.
     """
-    tiles = tile_sizes(q.shape[-1], block_size, q.dtype, q.device)
-    return forward_with_tiles(q, k, v, kv_indices, kv_num_blocks, block_size, scale, tiles)
-
-
-def forward_with_tiles(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_num_blocks: torch.Tensor,
-    block_size: int,
-    scale: float,
-    tiles: dict[str, int],
-    tma: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """sparse_forward with tiles of given sizes; tma: whether to use tensor descriptors, None where possible."""
+    tiles = tile_sizes(q.shape[-1], block_size, q.dtype, q.device) if tiles is None else tiles
     q, k, v = with_dense_rows(q), with_dense_rows(k), with_dense_rows(v)
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
@@ -502,23 +489,13 @@ def forward_with_tiles(
     lse = torch.empty(batch, num_q_heads, num_queries, dtype=torch.float32, device=q.device)
     grid = (num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads)
     k_source, v_source = (Tiles(x, tile, describe_tiles) if tma else x for x in (k, v))
+    strides = [stride for x in (q, k, v, out) for stride in x.stride()[:3]]
+    sizes = num_q_heads, num_q_heads // num_kv_heads, num_queries, num_keys, num_q_blocks, max_blocks
     launch(
         sparse_forward_kernel,
         grid,
         (q, k_source, v_source, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous()),
-        (
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
-            num_q_heads,
-            num_q_heads // num_kv_heads,
-            num_queries,
-            num_keys,
-            num_q_blocks,
-            max_blocks,
-            max(float(scale), SMALLEST_SCALE),
-        ),
+        (*strides, *sizes, max(float(scale), SMALLEST_SCALE)),
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
         BLOCK_SIZE=block_size,

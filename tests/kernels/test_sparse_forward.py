@@ -149,9 +149,7 @@ def test_tensor_descriptors_read_what_pointers_read(num_queries, num_keys):
         pytest.skip("needs a GPU of compute capability 9.0 or more")
     lists = lists_of(random_mask(1, 2, num_queries, num_keys, 32))
     tiles = module.tile_choices(32, 32, dtype)[0]
-    by_pointer, by_descriptor = (
-        module.forward_with_tiles(q, k, v, *lists, 32, 0.1, tiles, tma) for tma in (False, True)
-    )
+    by_pointer, by_descriptor = (module.sparse_forward(q, k, v, *lists, 32, 0.1, tiles, tma) for tma in (False, True))
     assert torch.equal(by_pointer[0], by_descriptor[0]) and torch.equal(by_pointer[1], by_descriptor[1])
 
 
