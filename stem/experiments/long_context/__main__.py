@@ -9,11 +9,7 @@ PARTS = {"answers": answers, "loss": loss, "selection_cost": selection_cost, "ex
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one part with its options, or without a part's name all parts with their defaults.
-
-    Args:
-        arguments: Words of the command line; None takes those of this process.
-    """
+    """Run one part with its options, or without a part's name all parts with their defaults."""
     parser = argparse.ArgumentParser(
         prog="python -m stem.experiments.long_context",
         description="The experiment of notebook 06. Without PART, all parts run with their default options. "

@@ -1,7 +1,7 @@
 """Answers and losses of every method on one model, at 4K and 8K tokens: writes results/long_context/answers/.
 
 On a GPU one process takes the times alone. Then several share the GPU for the rest: one waits for the host while
-another computes. `--processes` sets how many; the default is three on each GPU.
+another computes.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def measure(
     Args:
         study, seed, limit_s, show, save: As in `comparison.run`.
         model: A name for `stem.pretrained.load`.
-        processes: 1 measures in this process. With a larger number, one process takes the times, and then as many
-            processes as the number take the rest, spread over the GPUs.
+        processes: 1 measures in this process. With more, one takes the times, and then all take the rest.
         eager: True does not compile the model's layers on a GPU.
     Raises:
         ValueError: If processes is below 1.
@@ -95,7 +94,6 @@ def _part(study, model, seed, part, limit_s, eager, show, save) -> list[dict]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this part to its parser."""
     parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
     parser.add_argument("--methods", metavar="NAME", nargs="+", choices=all_names(), help="measure only these methods")
     add_shared_arguments(parser)

@@ -142,13 +142,10 @@ def run(
     """All rows of a study, measured in this process.
 
     Args:
-        study: Measurements to take.
-        model, tokenizer: From `stem.pretrained.load`.
-        name: Name of the model in the rows.
+        model, tokenizer, name: From `stem.pretrained.load`, and the model's name in the rows.
         seed: Seed of the RULER samples and of the bootstrap.
         part: Share of the measurements, see `study.deal`; None is all of them.
         limit_s: No measurement begins after so many seconds; `show` is told how many were left out.
-        show: Called with progress lines.
         save: Called with all rows so far, about every 10 s.
     Raises:
         ExceptionGroup: Of the measurements that failed, after all others.

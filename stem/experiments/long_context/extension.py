@@ -58,24 +58,13 @@ class ExtensionConfig:
         ValueError: If a stage is too short or empty, or a number is not positive.
     """
 
-    model: str = "smollm2"
-    """A name for `stem.pretrained.load`."""
-
-    rope_theta: float = 6e5
-    """New RoPE base; SmolLM2 has 1e5 for 8K. A smaller base leaves less to relearn."""
-
+    model: str = "smollm2"  # a name for `stem.pretrained.load`
+    rope_theta: float = 6e5  # new RoPE base; SmolLM2 has 1e5 for 8K, and a smaller base leaves less to relearn
+    # (sequence length [tokens], steps, sequences in a step), in order; the last length is the new context
     stages: tuple[tuple[int, int, int], ...] = ((8192, 12, 4), (16384, 20, 2), (32768, 30, 1))
-    """(sequence length [tokens], steps, sequences in a step), in order; the last length is the new context."""
-
-    lr: float = 4e-4
-    """Peak learning rate of AdamW."""
-
-    warmup: int = 10
-    """Steps of linear warm-up; half a cosine to a tenth of the peak follows."""
-
-    text_tokens: int = 4096
-    """Positions of each sequence, drawn at random, whose loss on the text counts [tokens]."""
-
+    lr: float = 4e-4  # peak learning rate of AdamW
+    warmup: int = 10  # steps of linear warm-up; half a cosine to a tenth of the peak follows
+    text_tokens: int = 4096  # positions of each sequence, drawn at random, whose loss on the text counts [tokens]
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +75,6 @@ class ExtensionConfig:
 
     @property
     def steps(self) -> int:
-        """Steps of all stages."""
         return sum(steps for _, steps, _ in self.stages)
 
     @property
@@ -113,19 +101,14 @@ def losses(model, batch: Sequences, text_tokens: int, seed: int) -> tuple[Tensor
     asked, targets = batch.answers[:, 1:].flatten(), ids[:, 1:].flatten()
     others = (~asked).nonzero()[:, 0]
     drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: text_tokens * len(ids)]
-    head, found = model.get_output_embeddings(), []
-    for places in (asked.nonzero()[:, 0].to(ids.device), others[drawn].to(ids.device)):
-        found.append(F.cross_entropy(head(hidden[places]).float(), targets[places]))
-    return tuple(found)
+    head = model.get_output_embeddings()
+    groups = (asked.nonzero()[:, 0].to(ids.device), others[drawn].to(ids.device))
+    return tuple(F.cross_entropy(head(hidden[places]).float(), targets[places]) for places in groups)
 
 
 def extend(config: ExtensionConfig, text: str, show: Callable = print) -> tuple[torch.nn.Module, object, list[dict]]:
     """Train a model for a longer context, on CUDA where there is a GPU.
 
-    Args:
-        config: The recipe.
-        text: Text that the sequences are made of.
-        show: Called with a progress line every ten steps.
     Returns:
         (model in eval mode with fp32 weights, tokenizer, log: dicts of step, length [tokens], and `LOSSES` [nats]).
     """
@@ -182,7 +165,6 @@ def curve_rows(config: ExtensionConfig, log: Sequence[dict], num_bins: int = 40)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this part to its parser."""
     parser.add_argument("--out", help="folder of the model (default: $STEM_CACHE/smollm2-32k)")
     parser.add_argument("--evaluate-only", action="store_true", help="do not train; compare with the model in --out")
     answers.add_shared_arguments(parser)

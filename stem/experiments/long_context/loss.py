@@ -32,21 +32,14 @@ SAME = ("method", "block_size", "asked", "text", "tokens", "model")  # columns t
 class LossStudy:
     """Methods, windows, densities and block sizes to measure."""
 
-    names: tuple[str, ...]
-    """Patterns, and "adaptive"."""
-
-    tokens: int
-    """Length of a document window [tokens]."""
-
-    windows: int
-    """Windows of each kind of document."""
-
+    names: tuple[str, ...]  # patterns, and "adaptive"
+    tokens: int  # length of a document window [tokens]
+    windows: int  # windows of each kind of document
     densities: tuple[float, ...]
     block_sizes: tuple[int, ...]
     kinds: tuple[str, ...] = tuple(documents.KINDS)
 
-    adaptive_densities: tuple[float, ...] = ()
-    """Further densities of "adaptive": half of the published method's."""
+    adaptive_densities: tuple[float, ...] = ()  # further densities of "adaptive": half of the published method's
 
 
 STUDIES = {
@@ -63,11 +56,8 @@ def rows(study: LossStudy, model, tokenizer, name: str, seed: int = 0, show: Cal
     """A row per method, density, block size and kind of document.
 
     Args:
-        study: Measurements to take.
-        model, tokenizer: From `stem.pretrained.load`.
-        name: Name of the model in the rows.
+        model, tokenizer, name: From `stem.pretrained.load`, and the model's name in the rows.
         seed: Written into the rows. Only the pattern "random" draws at random, from its own seed.
-        show: Called with a progress line after each block size.
     Returns:
         Dicts with method, block_size, asked (density), density (computed), text (kind of document), windows, tokens,
         loss and dense_loss (means over all positions), gap (their difference), gap_late (gap of the last three
@@ -111,7 +101,6 @@ def selector(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this part to its parser."""
     full = STUDIES["full"]
     parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
     parser.add_argument("--methods", metavar="NAME", nargs="+", choices=full.names, help="measure only these methods")

@@ -102,14 +102,9 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
 class LastRow(NamedTuple):
     """Choice of the last query block of a prompt among the key blocks: tensors [layers, Hq, nk]."""
 
-    mass: Tensor
-    """fp32, true attention probability on each key block, given the outputs of the layers below."""
-
-    rank: Tensor
-    """int64, place of the block in Stem's score, 0 = best."""
-
-    kept: Tensor
-    """bool, True = Stem kept the block."""
+    mass: Tensor  # fp32, true attention probability on each key block, given the outputs of the layers below
+    rank: Tensor  # int64, place of the block in Stem's score, 0 = best
+    kept: Tensor  # bool, True = Stem kept the block
 
 
 @torch.no_grad()

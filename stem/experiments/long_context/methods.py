@@ -33,16 +33,13 @@ class Method:
     """One attention to compare."""
 
     name: str
-    attention: StemConfig | hf.Selector | None = None
-    """What `stem.hf.enable` takes; None is dense attention."""
-
+    attention: StemConfig | hf.Selector | None = None  # what `stem.hf.enable` takes; None is dense attention
     block_size: int | None = None
-    asked: float | None = None
-    """Density asked for; None where the method sets its own."""
+    asked: float | None = None  # density asked for; None where the method sets its own
 
 
 def methods(names: Iterable[str], densities: Iterable[float], block_sizes: Iterable[int]) -> list[Method]:
-    """Every name at every density and block size, and for each block size the control "window".
+    """Every name at every density in (0, 1] and block size [tokens], and for each block size the control "window".
 
     All of them force one sink block and two local blocks, so that low densities leave something to choose.
 
@@ -50,8 +47,6 @@ def methods(names: Iterable[str], densities: Iterable[float], block_sizes: Itera
         names: Names of `all_names`; "dense" is skipped. The names in `ADAPTIVE` get the preset's threshold, which
             `calibrated` replaces. "stem softmax" is "stem adaptive, cells alone" with one budget for all rows in place
             of the threshold.
-        densities: Densities to ask for, in (0, 1].
-        block_sizes: Block sizes [tokens].
     """
     found = []
     for block_size in block_sizes:

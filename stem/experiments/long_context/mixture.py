@@ -34,8 +34,7 @@ class Mixture:
     def __init__(self, tokenizer, text: str, seed: int = 0) -> None:
         self.tokenizer, self.seed = tokenizer, seed
         self.text = _encode_long(tokenizer, text)
-        words = re.findall(r"\b[a-z]{4,9}\b", text)
-        self.words = sorted(set(words[:400_000]))
+        self.words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", text)[:400_000]))
 
     def batch(self, index: int, length: int, count: int) -> Sequences:
         """Sequences index * count to (index + 1) * count - 1 of this length."""
@@ -68,8 +67,7 @@ class Mixture:
     def _facts(self, draw: random.Random, facts: int, questions: int) -> tuple[list[str], list[tuple[str, str]]]:
         """Sentences that hide values under keys, the asked ones first, and (question, answer) pairs."""
         subject = draw.choice(SUBJECTS)
-        long = draw.random() < 0.1
-        value = (lambda: _hexadecimal(draw)) if long else (lambda: str(draw.randint(10**6, 10**7 - 1)))
+        value = (lambda: _hexadecimal(draw)) if draw.random() < 0.1 else (lambda: str(draw.randint(10**6, 10**7 - 1)))
         keys = list(dict.fromkeys(self._key(draw) for _ in range(facts)))
         values = {
             key: [value() for _ in range(draw.choice((1, 1, 1, 4)) if i < 4 else 1)] for i, key in enumerate(keys)
@@ -124,7 +122,6 @@ class Mixture:
         return "-".join("".join(draw.choice(LETTERS[i % 2]) for i in range(draw.choice((4, 6)))) for _ in range(2))
 
     def _stretch(self, draw: random.Random, tokens: int) -> list[int]:
-        """A random stretch of the training text."""
         start = draw.randrange(max(1, len(self.text) - tokens))
         return self.text[start : start + tokens].tolist()
 

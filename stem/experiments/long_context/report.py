@@ -33,14 +33,7 @@ TIMED = "Speed-up of the whole model's batched prefill over dense attention, tim
 
 
 def rows(device: str, extension_device: str | None = None) -> pd.DataFrame:
-    """Rows of full runs on one device: the embedded model, the extended model, and other models.
-
-    Args:
-        device: Value of the column device.
-        extension_device: Value of that column for the extended model; None means `device`.
-    Returns:
-        All columns of both parts, and "cell", which joins task and length.
-    """
+    """Rows of full runs on one device (extended model: on `extension_device`); "cell" joins task and length."""
     answers, extension = full_rows("long_context/answers"), full_rows("long_context/extension")
     parts = (answers[answers.device == device], extension[extension.device == (extension_device or device)])
     found = pd.concat([part for part in parts if len(part)], ignore_index=True)
@@ -97,10 +90,9 @@ def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
 
 
 def points(rows: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
-    """One point per method, block_size, asked and length: density, nats lost, ms of a prompt's prefill.
+    """One point of a model per method, block_size, asked and length: density, nats lost, ms of a prompt's prefill.
 
     Args:
-        rows: Rows of one model.
         task: Task whose answers count; None takes the task that most methods answered.
     Returns:
         Columns method, block_size, asked, length, density, nats, n (fewest samples), ms, task. ms is the method's time

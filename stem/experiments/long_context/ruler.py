@@ -41,11 +41,8 @@ def build_samples(task: str, tokenizer, length: int, samples: int, seed: int = 0
     """Samples of one RULER task at one length, equal on every call.
 
     Args:
-        task: One of `TASKS`.
-        tokenizer: Hugging Face tokenizer; it sizes the prompts.
         length: Longest prompt plus answer [tokens], >= `SHORTEST`. The real length can be shorter, see lm-eval.
         samples: Number of samples, >= 1. Sample i does not depend on it.
-        seed: Any integer.
     Returns:
         lm-eval's documents: "input", "gen_prefix", "outputs" (list of answers), "max_length" = length.
     Raises:

@@ -24,14 +24,9 @@ class Prompts(NamedTuple):
     """Samples of one task, all of one length."""
 
     task: str
-    ids: Tensor
-    """int64 [samples, length]: filler, prompt, right answer."""
-
-    answer_tokens: Tensor
-    """int64 [samples], length of the answer at the end [tokens]."""
-
-    answers: list[list[str]]
-    """Texts that a generated answer has to contain."""
+    ids: Tensor  # int64 [samples, length]: filler, prompt, right answer
+    answer_tokens: Tensor  # int64 [samples], length of the answer at the end [tokens]
+    answers: list[list[str]]  # texts that a generated answer has to contain
 
 
 def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> Prompts:
@@ -42,7 +37,6 @@ def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0
 
     Args:
         task: One of `FIXED_ORDER`. Several answers are scored in the order of the question or of the text.
-        tokenizer, samples, seed: See `ruler.build_samples`.
         length: Filler, prompt and answer together [tokens].
     Raises:
         ValueError: If the task does not order its answers, or a sample does not fit.

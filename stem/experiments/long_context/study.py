@@ -15,25 +15,13 @@ COSTLY = ("oracle_mass", "oracle_output")  # they compute full attention, so the
 class Job(NamedTuple):
     """One measurement of one method."""
 
-    priority: int
-    """0 is measured first."""
-
-    what: str
-    """"answers", "loss", "generated" or "time": a method of `Comparison`."""
-
-    length: int
-    """Length of every sample [tokens]."""
-
-    task: str | None
-    """RULER task; None for "loss"."""
-
+    priority: int  # 0 is measured first
+    what: str  # "answers", "loss", "generated" or "time": a method of `Comparison`
+    length: int  # length of every sample [tokens]
+    task: str | None  # RULER task; None for "loss"
     method: str
-    block_size: int | None
-    """None for dense attention."""
-
-    asked: float | None
-    """Density asked for; None for dense attention, the control and the presets."""
-
+    block_size: int | None  # None for dense attention
+    asked: float | None  # density asked for; None for dense attention, the control and the presets
     samples: int
 
 
@@ -45,34 +33,17 @@ class Study:
     there at the end of the run.
     """
 
-    lengths: tuple[int, ...]
-    """Lengths of the samples [tokens]."""
-
-    samples: int
-    """Samples of each task."""
-
-    tasks: tuple[str, ...] = TASKS
-    """RULER tasks, most important first."""
-
-    windows: int = 2
-    """Documents of each kind."""
-
-    names: tuple[str, ...] = ()
-    """Names of `methods.methods`, most important first; empty means `methods.all_names()`."""
-
+    lengths: tuple[int, ...]  # lengths of the samples [tokens]
+    samples: int  # samples of each task
+    tasks: tuple[str, ...] = TASKS  # RULER tasks, most important first
+    windows: int = 2  # documents of each kind
+    names: tuple[str, ...] = ()  # names of `methods.methods`, most important first; empty means `methods.all_names()`
     densities: tuple[float, ...] = (0.16, 0.25, 0.4)
     block_sizes: tuple[int, ...] = (64, 128)
-    asked_at: tuple[float, int] = (0.25, 64)
-    """Headline: (density, block size)."""
-
-    curves: tuple[str, ...] = ()
-    """Names that are also measured at the other densities and block sizes; empty means all."""
-
-    presets: bool = False
-    """True also measures `methods.presets()`."""
-
-    generates: str | None = "niah_single_2"
-    """Task for generated answers; it has one answer, so that its prompts have one length. None generates nothing."""
+    asked_at: tuple[float, int] = (0.25, 64)  # headline density and block size
+    curves: tuple[str, ...] = ()  # names that are also measured at the other densities and block sizes; empty means all
+    presets: bool = False  # True also measures `methods.presets()`
+    generates: str | None = "niah_single_2"  # task with one answer and prompts of one length; None generates nothing
 
     def jobs(self, method: str, block_size: int | None, asked: float | None) -> list[Job]:
         """All measurements of one method at one density and block size."""

@@ -28,16 +28,11 @@ class AdaptConfig:
     """Settings of a fine-tuning and of the reading before and after it."""
 
     stem_config: StemConfig = field(default_factory=lambda: StemConfig(block_size=64, density=0.16))
-    steps: int = 200
-    """Optimizer steps of one sequence each."""
-    length: int = 4096
-    """Tokens of a training sequence."""
-    read: int = 8192
-    """Tokens of a held-out document."""
-    bucket: int = 2048
-    """Positions averaged in a row [tokens]."""
-    lr: float = 5e-5
-    """Highest learning rate; see stem.experiments.training.train.learning_rate."""
+    steps: int = 200  # optimizer steps of one sequence each
+    length: int = 4096  # tokens of a training sequence
+    read: int = 8192  # tokens of a held-out document
+    bucket: int = 2048  # positions averaged in a row [tokens]
+    lr: float = 5e-5  # highest learning rate; see stem.experiments.training.train.learning_rate
 
     @property
     def warmup(self) -> int:
@@ -58,7 +53,6 @@ def fine_tune(model, tokens: Tensor, config: AdaptConfig, *, sparse: bool, seed:
     Args:
         model: Hugging Face causal language model in fp32, changed in place. On CUDA it runs in bfloat16 autocast.
         tokens: int64 [M], M > config.length.
-        sparse: Train with Stem on.
         seed: Seed of the windows, which are the same for both kinds of attention.
     Returns:
         One row for each step: step, loss [nats], grad_norm.

@@ -51,11 +51,7 @@ def save_checkpoint(path: Path, step: int, settings: Mapping, tensors: Mapping[s
 
 
 def read_header(path: Path) -> tuple[int, dict]:
-    """Return the number of steps done and the settings that a checkpoint was written with.
-
-    Raises:
-        ValueError: If the file is not a whole checkpoint of a training run.
-    """
+    """Return a checkpoint's number of steps done and its settings; raise ValueError if the file is not a whole one."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -70,11 +66,7 @@ def read_header(path: Path) -> tuple[int, dict]:
 
 
 def check_resumable(folder: Path, settings: Mapping, columns: Sequence[str]) -> None:
-    """Check that a run with these settings and columns of log.csv can go on from its checkpoint, if there is one.
-
-    Raises:
-        ValueError: If the checkpoint is damaged or has other settings, or if log.csv lacks one of its steps.
-    """
+    """Raise ValueError if a checkpoint is damaged or has other settings, or if log.csv lacks one of its steps."""
     path = folder / CHECKPOINT
     if not path.exists():
         return
@@ -107,8 +99,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             raise _unusable(path, f"does not hold this model: {name} {about}")
     model.load_state_dict({name: like(tensors[f"model.{name}"], weight) for name, weight in weights.items()})
     for name, weight in weights.items():
-        entries = {entry: like(tensors[f"optimizer.{name}.{entry}"], weight) for entry in ("step", *MOMENTS)}
-        optimizer.state[weight] = entries
+        optimizer.state[weight] = {e: like(tensors[f"optimizer.{name}.{e}"], weight) for e in ("step", *MOMENTS)}
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -148,11 +139,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def read_log(path: Path, steps: int, columns: Sequence[str]) -> str:
-    """Return the header and the rows of the first `steps` steps of a log.
-
-    Raises:
-        ValueError: If one of these rows is missing or damaged, so that the curve would have a hole.
-    """
+    """Return the header and the first `steps` rows of a log; raise ValueError if one of them is missing or damaged."""
     header = ",".join(columns) + "\n"
     if not steps:
         return header

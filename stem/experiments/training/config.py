@@ -18,58 +18,33 @@ SMALLEST = {
     "seed": 0, "checkpoint_every": 1,
 }  # fmt: skip
 LARGEST = 1e6  # of lr and weight_decay, so that AdamW's factors do not overflow fp32
-# Fields that a resumed run may change.
-FREE = ("out", "device", "accumulate", "checkpoint_every", "parallel", "deterministic")
+FREE = ("out", "device", "accumulate", "checkpoint_every", "parallel", "deterministic")  # change rounding at most
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run: everything that its losses depend on.
+    """Settings of one training run; a bad value, or values that do not fit together, raise ValueError or TypeError."""
 
-    Raises:
-        ValueError, TypeError: For a value that is not accepted, and for values that do not fit together.
-    """
-
-    out: str = "runs/default"
-    """Folder of log.csv and checkpoint.safetensors; every process must see it."""
-    attention: str = "dense"
-    """"dense" or one of stem.patterns.names()."""
-    tasks: str = "text,recall"
-    """Names from stem.experiments.training.tasks.TASKS, separated by commas; the rows of a batch take them in turn."""
-    steps: int = 300
-    """Optimizer steps of the whole schedule."""
-    batch_size: int = 8
-    """Rows of one step over all processes, at length `seq_len`."""
-    accumulate: int = 1
-    """Parts into which each process splits its rows, to save memory."""
-    seq_len: int = 512
-    """Tokens in a row, >= 32."""
-    start_len: int = 0
-    """Tokens in a row of the first step: `seq_len` divided by a power of two, >= 32; 0 takes `seq_len` at once."""
-    grow_steps: int = 0
-    """Steps over which rows double, evenly, from `start_len` to `seq_len`. The tokens of a step stay the same."""
-    lr: float = 3e-3
-    """Highest learning rate, reached after the warm-up."""
-    warmup: int = 20
-    """Steps of linear warm-up, followed by a cosine to a tenth of `lr`."""
-    weight_decay: float = 0.1
-    """Weight decay of matrices; the gains of the norms have none."""
-    clip: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
-    seed: int = 0
-    """Seed of the weights and of the data."""
-    bf16: bool = False
-    """Matrix products in bfloat16 (autocast); weights and optimizer stay fp32."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints; the last step always writes one."""
-    device: str = ""
-    """"cpu" or "cuda"; empty takes CUDA where there is one."""
-    impl: str | None = None
-    """Implementation of sparse attention, see stem.block_sparse_attention; None chooses. Not for "dense"."""
-    parallel: str = "ddp"
-    """How several processes share the model: "ddp" (a copy each) or "fsdp" (FSDP2, a shard each)."""
-    deterministic: bool = False
-    """Refuse operations that differ from run to run; without it, a resumed run on CUDA is equal up to rounding."""
+    out: str = "runs/default"  # folder of log.csv and checkpoint.safetensors; every process must see it
+    attention: str = "dense"  # or one of stem.patterns.names()
+    tasks: str = "text,recall"  # names from tasks.TASKS, separated by commas; the rows of a batch take them in turn
+    steps: int = 300  # optimizer steps of the whole schedule
+    batch_size: int = 8  # rows of one step over all processes, at length `seq_len`
+    accumulate: int = 1  # parts into which each process splits its rows, to save memory
+    seq_len: int = 512  # tokens in a row, >= 32
+    start_len: int = 0  # tokens in a row of the first step: `seq_len` halved some times, >= 32; 0 means `seq_len`
+    grow_steps: int = 0  # steps over which rows double from `start_len` to `seq_len`; a step keeps its number of tokens
+    lr: float = 3e-3  # highest learning rate, reached after the warm-up
+    warmup: int = 20  # steps of linear warm-up, followed by a cosine to a tenth of `lr`
+    weight_decay: float = 0.1  # of matrices; the gains of the norms have none
+    clip: float = 1.0  # gradients with a larger norm are scaled down to this norm
+    seed: int = 0  # seed of the weights and of the data
+    bf16: bool = False  # matrix products in bfloat16 (autocast); weights and optimizer stay fp32
+    checkpoint_every: int = 100  # steps between checkpoints; the last step always writes one
+    device: str = ""  # "cpu" or "cuda"; empty takes CUDA where there is one
+    impl: str | None = None  # of sparse attention, see stem.block_sparse_attention; None chooses. Not for "dense"
+    parallel: str = "ddp"  # how several processes share the model: "ddp" (a copy each) or "fsdp" (FSDP2, a shard each)
+    deterministic: bool = False  # refuse operations that differ from run to run; else a CUDA run resumes up to rounding
     size: ModelSize = dataclasses.field(default_factory=ModelSize)
     stem_config: StemConfig = dataclasses.field(default_factory=StemConfig)
 
@@ -96,14 +71,10 @@ class TrainConfig:
 
     @property
     def doublings(self) -> int:
-        """Number of times that rows double in length."""
         return max(0, (self.seq_len // self.start_len).bit_length() - 1) if self.start_len else 0
 
     def settings(self) -> dict:
-        """Fields that a resumed run must share with its checkpoint, such as "lr" and "stem_config.density".
-
-        Fields in FREE are left out, because they change rounding at most.
-        """
+        """Fields that a resumed run must share with its checkpoint, such as "stem_config.density": all but FREE."""
         flat = {}
         for name, value in dataclasses.asdict(self).items():
             flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
@@ -112,8 +83,6 @@ class TrainConfig:
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """Read a TrainConfig from a command line with one option for each field of TrainConfig, ModelSize and StemConfig.
-
-    Without `arguments`, the command line is that of this process.
 
     Raises:
         SystemExit: For a bad option, with status 2, after the usage and one line that names it.

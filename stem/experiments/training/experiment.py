@@ -42,22 +42,14 @@ CONTROL = "sliding_window"  # the dense model also reads through a window: a mea
 class Study:
     """Arms, seeds and lengths that one profile trains and reads."""
 
-    config: TrainConfig
-    """Run of every arm, except its attention, seed and folder."""
-    seeds: tuple[int, ...]
-    """Seeds of the weights and of the data."""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Keys of ARMS, "dense" first."""
-    lengths: tuple[int, ...] = (1, 2, 4)
-    """Lengths to read [training lengths]."""
-    num_rows: int = 4
-    """Rows of each task at the longest length."""
-    speed_steps: int = 8
-    """Timed steps of each arm."""
-    workers: int = 1
-    """Processes that train at the same time."""
-    adaptation: adapt.AdaptConfig | None = None
-    """Fine-tuning of a pretrained model; None leaves it out."""
+    config: TrainConfig  # run of every arm, except its attention, seed and folder
+    seeds: tuple[int, ...]  # seeds of the weights and of the data
+    arms: tuple[str, ...] = tuple(ARMS)  # keys of ARMS, "dense" first
+    lengths: tuple[int, ...] = (1, 2, 4)  # lengths to read [training lengths]
+    num_rows: int = 4  # rows of each task at the longest length
+    speed_steps: int = 8  # timed steps of each arm
+    workers: int = 1  # processes that train at the same time
+    adaptation: adapt.AdaptConfig | None = None  # fine-tuning of a pretrained model; None leaves it out
 
 
 STUDIES = {
@@ -94,11 +86,7 @@ def readings(study: Study, arm: str) -> list[str]:
 
 
 def run_arm(study: Study, arm: str, seed: int, out: Path) -> list[dict]:
-    """Train one arm with one seed, going on from its checkpoint in `out` if there is one, and measure the model.
-
-    Returns:
-        Rows of stem.experiments.training.probe with trained and inferred (both arms) and seed.
-    """
+    """Train an arm with a seed, or resume it in `out`, and return rows of `probe` with trained, inferred and seed."""
     config = arm_config(study, arm, seed, out)
     start = time.perf_counter()
 
@@ -165,21 +153,17 @@ def run_part(study: Study, part: str, folder: Path) -> None:
         rows = adapt.run_arm(study.adaptation, name.removeprefix("adapt_"), int(seed))
     else:
         rows = run_arm(study, name, int(seed), folder / part)
-    path = folder / f"{part}.csv"
-    partial_path = path.with_suffix(".partial")
+    partial_path = folder / f"{part}.partial"
     pd.DataFrame(rows).to_csv(partial_path, index=False)
-    partial_path.replace(path)
+    partial_path.replace(folder / f"{part}.csv")
     (folder / part / CHECKPOINT).unlink(missing_ok=True)  # from here on only the rows are read
 
 
 def run(profile: str, folder: str | Path) -> Path:
-    """Run the whole experiment, each part in a process of its own, and write its rows to results/training/.
+    """Run a study, each part in a process of its own, and return the path of its CSV in results/training/.
 
     Args:
-        profile: A key of STUDIES.
         folder: Where finished parts are kept, in a subfolder named after the study. They are not run again.
-    Returns:
-        Path of the CSV.
     Raises:
         OSError: If `folder` or results/training/ cannot be made.
         RuntimeError: If a part failed. All others have ended by then, and their rows have been written.

@@ -21,22 +21,13 @@ ROTARY_BASE = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """Sizes that decide the number of weights.
-
-    Attributes:
-        layers: Number of blocks, >= 1.
-        width: Width of the residual stream, an even multiple of `heads`.
-        heads, kv_heads: Query and key-value heads; `heads` is a multiple of `kv_heads`.
-        hidden: Inner width of the feed-forward, >= 1.
-    Raises:
-        ValueError, TypeError: For a value that is not accepted, naming it.
-    """
+    """Sizes that decide the number of weights, each >= 1; other values raise a ValueError or TypeError."""
 
     layers: int = 4
-    width: int = 128
-    heads: int = 4
+    width: int = 128  # of the residual stream, an even multiple of `heads`
+    heads: int = 4  # of queries, a multiple of `kv_heads`
     kv_heads: int = 2
-    hidden: int = 384
+    hidden: int = 384  # inner width of the feed-forward
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -48,7 +39,6 @@ class ModelSize:
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
         return self.width // self.heads
 
 
@@ -58,10 +48,9 @@ def attend(
     """Causal attention by name; the gradient flows through the kept blocks, never through their selection.
 
     Args:
-        q: [B, Hq, N, D].
-        k, v: [B, Hkv, N, D], same dtype as `q`.
+        q, k, v: [B, Hq, N, D], [B, Hkv, N, D] and [B, Hkv, N, D], of one dtype.
         attention: One of `stem.patterns.names()`; "dense" is torch's own causal attention.
-        config: Block size, budget and score of the selection; None takes the default. Unused by "dense".
+        config: None takes the default. Unused by "dense".
         impl: See stem.block_sparse_attention; unused by "dense".
     Returns:
         [B, Hq, N, D], the dtype of `q`.
@@ -102,8 +91,7 @@ class Attention(nn.Module):
     def __init__(self, size: ModelSize):
         super().__init__()
         self.size = size
-        kv_width = size.kv_heads * size.head_dim
-        self.qkv = nn.Linear(size.width, size.width + 2 * kv_width, bias=False)
+        self.qkv = nn.Linear(size.width, size.width + 2 * size.kv_heads * size.head_dim, bias=False)
         self.out = nn.Linear(size.width, size.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *how) -> Tensor:
@@ -145,13 +133,8 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Compute next-token logits from tokens.
 
-    `model.attention`, `model.stem_config` and `model.impl` hold no weights and may be assigned at any time.
-
-    Args:
-        size: Numbers of layers and heads, widths.
-        attention, stem_config, impl: Attention of every layer, see `attend`.
-    Raises:
-        ValueError: If `attention` is unknown.
+    `model.attention`, `model.stem_config` and `model.impl` (see `attend`) may be assigned at any time.
+    An unknown `attention` raises ValueError.
     """
 
     def __init__(

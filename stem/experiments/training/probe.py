@@ -28,8 +28,6 @@ def read(
     Args:
         model: In eval mode.
         task, seq_len, seed: See make_batch; `seq_len` may exceed the training length.
-        num_rows: Rows, read one at a time.
-        bf16: Matrix products in bfloat16 (autocast), as in training.
     Returns:
         DataFrame with a line for each target: position and distance [tokens], loss [nats], correct (bool).
     """
@@ -48,10 +46,8 @@ def read(
 
 
 def binned(frame: pd.DataFrame, value: str, place: str, edges: Sequence[int]) -> list[dict]:
-    """Mean of column `value` over half-open bins of the integers in column `place`.
+    """Means of column `value` over half-open bins of the integers in column `place`; empty bins are left out.
 
-    Args:
-        edges: Ascending bin edges, at least two; a bin without measurements is left out.
     Returns:
         Dicts with measure (= value), place, start, stop, value, count.
     """
@@ -84,9 +80,7 @@ def evaluation_rows(model: LanguageModel, config: TrainConfig, seq_lens: Sequenc
     """Loss by position on text and right answers by distance on other tasks, with the attention that a model has now.
 
     Args:
-        model: In eval mode.
-        config: Its training run, for the tasks, the seed of the rows and `bf16`.
-        seq_lens: Lengths to read, inside and beyond the training length.
+        model, config: In eval mode, and its training run, for the tasks, the seed of the rows and `bf16`.
         num_rows: Rows of each task at the longest length; shorter lengths get more rows, of as many tokens in all.
     Returns:
         Rows; measure is "loss" (place "position", 8 equal bins) or "correct" (place "distance", doubling bins).

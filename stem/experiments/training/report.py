@@ -23,21 +23,17 @@ PANELS = {"loss_text": "text loss [nats]", "loss_recall": "recall loss [nats]", 
 def seeds_of(
     rows: pd.DataFrame, measure: str, trained: str, inferred: str, *, seq_len: int, task: str = "", shortest: int = 0
 ) -> pd.Series:
-    """Mean of a measure for each seed, weighted by counts.
+    """Mean of a measure for each seed, ascending, weighted by counts.
 
     Args:
         rows: Rows of stem.experiments.training.experiment, of one machine and profile.
-        measure, trained, inferred, seq_len: Values of these columns in the rows that count.
         task: Beginning of the task's name; "" takes all.
         shortest: Leave out bins that start before this position or distance [tokens].
-    Returns:
-        Series of floats by seed, ascending.
     """
     kept = (rows.measure == measure) & (rows.trained == trained) & (rows.inferred == inferred)
     kept &= (rows.seq_len == seq_len) & rows.task.str.startswith(task) & (rows.start >= shortest)
     found = rows[kept]
-    found = found.assign(weighted=found.value * found["count"])
-    sums = found.groupby("seed")[["weighted", "count"]].sum()
+    sums = found.assign(weighted=found.value * found["count"]).groupby("seed")[["weighted", "count"]].sum()
     return sums.weighted / sums["count"]
 
 
@@ -202,10 +198,7 @@ def of_machine(profile: str) -> pd.DataFrame:
 
 
 def findings(rows: pd.DataFrame) -> list[str]:
-    """Sentences (Markdown) that compare the arms: each with dense, the selections with each other, and switching.
-
-    A comparison is told in a word, see `verdict`.
-    """
+    """Sentences (Markdown) with the `verdict` on each arm against dense, on the selections, and on switching."""
     read = rows[rows.measure.isin(["loss", "correct"]) & rows.task.isin(["text", "recall"])]
     lengths = sorted(read.seq_len.unique())
     arms = list(read.trained.unique())
@@ -250,10 +243,7 @@ def _stability_and_speed(rows: pd.DataFrame, arms: Sequence[str]) -> list[str]:
 
 
 def adaptation_findings(rows: pd.DataFrame) -> list[str]:
-    """Sentences about the share of Stem's cost on a pretrained model that fine-tuning with Stem on removes.
-
-    Every number is given over all positions of the held-out text and at late positions, because they differ.
-    """
+    """Sentences about the cost of Stem that fine-tuning with it removes, over all held-out positions and late ones."""
     length = int(rows[rows.trained == "pretrained"].seq_len.iloc[0])
     tables = {f"over all {length} positions": adaptation_table(rows, 0)}
     tables[f"from position {LATE} on"] = adaptation_table(rows)
@@ -274,10 +264,7 @@ def adaptation_findings(rows: pd.DataFrame) -> list[str]:
 
 
 def training() -> str:
-    """Held-out text loss and share of right recalls for each machine and each pair (trained with, read with).
-
-    Rows of fine-tuning add sentences on the sparse gap of the pretrained model.
-    """
+    """Text loss and right recalls by machine and (trained with, read with), and sentences on fine-tuning."""
     rows = full_rows("training")
     if rows.empty:
         return no_rows("05_train_small_model")

@@ -30,38 +30,27 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets, distance: in
 
 
 class Batch(NamedTuple):
-    """Inputs of a model and the targets that it is asked for.
+    """Inputs of a model and the targets that it is asked for."""
 
-    Attributes:
-        inputs: int64 [B, N], ids in 0..255.
-        targets: int64 [B, N], the id to predict at each position, or IGNORED.
-        distance: int64 [B, N], tokens back to the input that holds the answer; 0 where there is no single one.
-        task: int64 [B], index into the names that the batch was made from.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    distance: Tensor
-    task: Tensor
+    inputs: Tensor  # int64 [B, N], ids in 0..255
+    targets: Tensor  # int64 [B, N], the id to predict at each position, or IGNORED
+    distance: Tensor  # int64 [B, N], tokens back to the input that holds the answer; 0 where there is no single one
+    task: Tensor  # int64 [B], index into the names that the batch was made from
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Move all tensors to a device."""
         return Batch(*(tensor.to(device) for tensor in self))
 
 
 def make_batch(
     names: Sequence[str], rows: Sequence[int], seq_len: int, *, seed: int = 0, split: str = "train"
 ) -> Batch:
-    """Make rows of a stream; row r belongs to task `names[r % len(names)]`.
+    """Make rows of a stream, on the CPU; row r belongs to task `names[r % len(names)]`.
 
     Args:
-        names: Tasks to take in turn, each one of `TASKS`.
         rows: Row numbers >= 0; step s of B rows takes range(s * B, (s + 1) * B).
         seq_len: Tokens in a row, >= 32.
         seed: Seed of the whole stream, >= 0.
         split: "train" or "validation", which has other random rows and text of other modules.
-    Returns:
-        Batch of len(rows) rows on the CPU.
     Raises:
         ValueError: For an unknown name or split, or a seq_len below 32.
     """

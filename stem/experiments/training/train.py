@@ -31,10 +31,7 @@ from stem.experiments.training.tasks import IGNORED, Batch, make_batch
 
 
 def learning_rate(step: int, config) -> float:
-    """Learning rate of a step: linear warm-up to `lr`, then half a cosine that reaches a tenth of `lr` at `steps`.
-
-    `config` may be any object with lr, warmup and steps.
-    """
+    """Learning rate of a step: linear warm-up to config.lr, then half a cosine to a tenth of it at config.steps."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -74,23 +71,20 @@ def token_losses(model: torch.nn.Module, batch: Batch, bf16: bool = False) -> Te
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
     """Make AdamW (betas 0.9, 0.95) with weight decay on matrices only."""
     weights = list(model.parameters())
-    matrices = [weight for weight in weights if weight.ndim > 1]
-    gains = [weight for weight in weights if weight.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=weights[0].is_cuda)
+    matrices = {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay}
+    gains = {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, gains], lr=config.lr, betas=(0.9, 0.95), fused=weights[0].is_cuda)
 
 
 def train(
     config: TrainConfig, *, progress: bool = False, on_step: Callable[[int, LanguageModel], None] | None = None
 ) -> LanguageModel:
-    """Train a model to the last step of a run, going on from its checkpoint if there is one.
+    """Train to the last step of a run, going on from its checkpoint if any, and return the model in eval mode.
 
     Args:
         config: The run. Without a checkpoint in `config.out`, it starts from step 0 and replaces log.csv.
         progress: Show a tqdm bar on the main process.
         on_step: Called on every process after each step with the number of steps done and the model.
-    Returns:
-        The trained model, in eval mode, on this process's device.
     Raises:
         ValueError: If `check_run` refuses the run, or another process trains in the same folder. Nothing has been
             written then.
@@ -157,11 +151,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def check_run(config: TrainConfig) -> None:
-    """Check everything that can be checked before a run writes its first file, and write nothing.
-
-    Raises:
-        ValueError: If the device, the number of processes, `impl`, the folder, its checkpoint or its log does not fit.
-    """
+    """Raise ValueError if device, processes, `impl`, folder, checkpoint or log do not fit a run; write nothing."""
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     row_parts(0, config, Processes(0, int(os.environ.get("WORLD_SIZE", 1)), device))
     if config.impl:
@@ -237,7 +227,6 @@ def take_step(
 
 
 def diverged(step: int, config: TrainConfig, loss: float, reason: str) -> FloatingPointError:
-    """Make the error of a step at which the training diverges."""
     return FloatingPointError(
         f"step {step + 1}: loss={loss:g}, {reason}, learning rate {learning_rate(step, config):g}; the training "
         f"diverges: lower lr={config.lr:g} or clip={config.clip:g}, or raise warmup={config.warmup}"
