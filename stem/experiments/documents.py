@@ -23,11 +23,8 @@ HEADER_FOLDERS = ("ATen/core", "c10/core", "fmt")
 
 
 def stdlib_documents(names: Sequence[str] | None = LONG_MODULES, min_chars: int = 0) -> dict[str, str]:
-    """Source of standard-library modules, by name: real documents with long-range structure (our choice of text).
+    """Source of top-level standard-library modules (None: all) by name, those of at least `min_chars` characters.
 
-    Args:
-        names: Top-level module names such as "argparse"; None takes every top-level module, in alphabetical order.
-        min_chars: Leave out documents shorter than this [characters].
     Raises:
         ValueError: If a name has no source file, or no document is long enough.
     """
@@ -68,9 +65,7 @@ def headers() -> str:
 
 def licences() -> str:
     """Licence texts of torch, NumPy, pandas and Matplotlib, each text once."""
-    files = [
-        file for name in ("matplotlib", "numpy", "pandas", "torch") for file in importlib.metadata.files(name) or ()
-    ]
+    files = [f for name in ("matplotlib", "numpy", "pandas", "torch") for f in importlib.metadata.files(name) or ()]
     named = re.compile(r".*\.dist-info/.*(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
     found = [Path(file.locate()) for file in files if named.fullmatch(str(file))]
     return "\n\n".join(dict.fromkeys(path.read_text(encoding="utf-8", errors="replace") for path in found))

@@ -1,9 +1,4 @@
-"""Figures in the house style: the title is the claim, axes carry units, tokens on a log2 axis, dense attention in grey.
-
-`save` writes a figure as SVG beside the CSV that it was drawn from.
-"""
-
-from __future__ import annotations
+"""Figures in the house style: the title is the claim, axes carry units, tokens on a log2 axis, dense attention grey."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,10 +64,7 @@ def save(figure: Figure, experiment: str, name: str) -> Path:
 
 
 def tokens_axis(ax: Axes, tokens) -> None:
-    """Set a log2 x axis of tokens, labelled 1K, 2K, ... 1M at the measured lengths.
-
-    Lengths that are no multiple of 1024 get a label only if there are no others.
-    """
+    """Set a log2 x axis of tokens with 1K, 2K, ... 1M at the measured multiples of 1024, or all lengths without any."""
     measured = sorted({int(n) for n in tokens})
     ticks = [n for n in measured if n % 1024 == 0] or measured
     ax.set_xscale("log", base=2)
@@ -104,10 +96,7 @@ def lines(
     labels: dict[str, str] | None = None,
     colours: dict[str, object] | None = None,
 ) -> Axes:
-    """Draw one line with markers per value of `by`, in order of appearance, shaded between the columns of `band`.
-
-    A value that starts with "dense" is grey unless `colours` has it. The others follow the colour-blind palette.
-    """
+    """Draw one line with markers per value of `by`, in order of appearance, shaded between the columns of `band`."""
     fresh = iter(PALETTE * 4)
     for name, group in frame.groupby(by, sort=False):
         group = group.sort_values(x)

@@ -13,7 +13,6 @@ def token_losses(model, ids: Tensor, targets: Tensor, chunk: int = 512) -> Tenso
         model: Hugging Face causal language model that passes `check_output_embedding`.
         ids: int64 [B, N], what the model reads in one forward.
         targets: int64 [B, M] with M <= N; entry t is the token that follows ids[:, : t + 1].
-        chunk: Positions of one chunk [tokens].
     Returns:
         fp32 [B, M] on the model's device [nats]. The backward pass recomputes each chunk's logits.
     """
@@ -29,11 +28,7 @@ def token_losses(model, ids: Tensor, targets: Tensor, chunk: int = 512) -> Tenso
 
 @torch.no_grad()
 def check_output_embedding(model) -> None:
-    """Raise unless a model's logits are its output embedding of the last hidden state, as `token_losses` assumes.
-
-    Raises:
-        ValueError: If the model changes its logits after the output embedding (soft-capping, scaling).
-    """
+    """Raise ValueError if a model changes its logits after the output embedding (soft-capping, scaling)."""
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
     logits = model.get_output_embeddings()(hidden)

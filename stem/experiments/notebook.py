@@ -26,7 +26,6 @@ class Run:
 
     @property
     def full(self) -> bool:
-        """True in the full profile."""
         return self.profile == "full"
 
 
@@ -42,27 +41,21 @@ def setup(profile: str, seed: int) -> Run:
 
 
 def check(claim: str, condition: Any) -> None:
-    """Assert a claim of the text and print it, which shows the reader that it was verified.
-
-    Raises:
-        AssertionError: If the condition (a bool, 0-d tensor or NumPy bool) does not hold; its text is the claim.
-    """
+    """Print a claim of the text that holds; AssertionError if the condition (bool, 0-d tensor, NumPy bool) is false."""
     if not condition:
         raise AssertionError(f"does not hold: {claim}")
     print(f"ok: {claim}")
 
 
 def exercise(fn: Callable, against: Callable, args: tuple = ()) -> None:
-    """Compare the solution `fn` of a reader with the library's answer on the same positional arguments.
+    """Compare a reader's solution `fn` with the library's answer on the same arguments, to 1e-4.
 
-    A solution that returns None is not attempted. Tensors, numbers, sequences, mappings and dataclasses are compared to
-    1e-4.
+    A solution that returns None is not attempted.
 
     Raises:
         AssertionError: If the solution was attempted and differs from the answer.
     """
-    expected = against(*args)
-    found = fn(*args)
+    expected, found = against(*args), fn(*args)
     if found is None:
         print("not attempted")
         return

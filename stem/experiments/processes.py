@@ -10,18 +10,15 @@ POLL_S = 0.5
 def run_in_processes(
     tasks: Sequence[Callable[[], object]], workers: int, on_poll: Callable[[list[int | None]], None] | None = None
 ) -> list[int]:
-    """Run every task in a new process and return the exit codes, 0 where the task ended without an exception.
+    """Run every task in a new process and return the exit codes in order, 0 where the task ended without an exception.
 
     A failed task does not stop the others. If the caller is interrupted, the running processes are terminated.
 
     Args:
-        tasks: Picklable functions without arguments, such as functools.partial of a module's function. They start in
-            order.
+        tasks: Picklable functions without arguments, such as functools.partial of a module's function, first to last.
         workers: Processes that run at the same time, >= 1.
-        on_poll: Called when a process ends, and at least every POLL_S seconds, with the exit code of each task. The
-            code of a task that has not ended is None.
-    Returns:
-        One exit code for each task, in order.
+        on_poll: Called when a process ends, and at least every POLL_S seconds, with the exit codes, None while a task
+            has not ended.
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     processes = [context.Process(target=task) for task in tasks]

@@ -22,9 +22,7 @@ import torch
 from stem.validation import check_choice
 
 PROFILES = ("smoke", "full")
-PROVENANCE = (
-    "machine", "device", "torch", "triton", "transformers", "python", "git_commit", "date", "profile",
-)  # fmt: skip
+PROVENANCE = ("machine", "device", "torch", "triton", "transformers", "python", "git_commit", "date", "profile")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -103,9 +101,7 @@ def write_rows(
     The file is written under a temporary name and then moved, so it is never half-written.
 
     Args:
-        experiment: Folder under results/, for example "speed" or "long_context/answers".
         rows: Mappings (column -> value) or a DataFrame, at least one row; must not hold a column of `PROVENANCE`.
-        profile: "smoke" (file <machine>-smoke.csv) or "full" (<machine>.csv).
         same: Columns that tell what a row measured, for a run that measures a part. Old rows stay, with their own
             provenance, unless they agree with a new row in all of these columns. None replaces all old rows.
     Raises:

@@ -1,7 +1,5 @@
 """The paper's claims beside this repository's values, and the three headline numbers, computed from committed rows."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from stem import StemConfig, block_budget
@@ -25,8 +23,7 @@ WRITES = {
 def scoreboard() -> str:
     """At most eight claims of the paper: its value, ours from committed rows, and a verdict.
 
-    Verdicts: "reproduced", "partly", "not reproduced", "not testable here", and "not testable here yet" where the rows
-    hold no verdict.
+    A verdict is "reproduced", "partly", "not reproduced" or "not testable here", followed by "yet" without rows.
     """
     logits = paper.TABLE_1["output-aware"]["logits"] / paper.TABLE_1["score-aware"]["logits"] - 1
     scores = {"LongBench": paper.longbench().average, "RULER": paper.ruler().average}

@@ -3,8 +3,6 @@
 A row holds claim, case, impl, dtype, error (largest absolute difference), tolerance, passed and seed.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import warnings
@@ -72,10 +70,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor) -> Tens
 
 
 def tolerance(eager: Tensor, oracle: Tensor, reduction: int) -> float:
-    """Largest allowed error: the error of eager code, plus sqrt(reduction) roundings of the oracle's largest value.
-
-    `eager` is in the tested dtype, `oracle` in fp64, and `reduction` is the number of terms of the longest sum.
-    """
+    """Largest allowed error against an fp64 oracle: eager code's, plus sqrt(terms of the longest sum) roundings."""
     rounding = torch.finfo(eager.dtype).eps * float(oracle.abs().max())
     return float((eager.double() - oracle).abs().max()) + math.sqrt(reduction) * rounding
 
@@ -150,10 +145,9 @@ def score_errors(shapes, device, seed: int = 0, impls=("torch", "triton")) -> li
 
 
 def influence(config: StemConfig, blocks: int, device, seed: int = 0, impl: str | None = None) -> Tensor:
-    """Largest change of each output block after new tokens in one block: fp32 [blocks, blocks].
+    """Largest change of each output block after new q, k and v in one block: fp32 [output blocks, changed blocks].
 
-    Entry (i, j) is the change in output block i after new q, k and v in block j. Causal means exactly zero above the
-    diagonal.
+    Causal means exactly zero above the diagonal.
     """
     size = config.block_size
     shape = Shape(2, 1, blocks * size, blocks * size, 32, size)

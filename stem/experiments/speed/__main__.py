@@ -1,7 +1,5 @@
 """Measure this machine, write results/speed/<machine>.csv and print a short table."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +11,6 @@ import torch
 
 from stem.experiments import records
 from stem.experiments.speed import bench, beyond, report
-
-SAME = ("operation", "provider", "config", "tokens")  # columns that tell what a row measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,15 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows, start = [], time.perf_counter()
-    same = SAME if options.lengths else None
+    same = ("operation", "provider", "config", "tokens") if options.lengths else None
     for label, found in _everything(options, device):
         rows += found
         print(f"{time.perf_counter() - start:6.1f} s  {label}  {len(found)} rows", flush=True)
         # an interrupted run keeps the rows of its finished parts
         frame = pd.DataFrame(rows, columns=list(bench.COLUMNS))
         path = records.write_rows("speed", frame, options.profile, same=same)
-    print(report.table(rows))
-    print(f"wrote {path}")
+    print(f"{report.table(rows)}\nwrote {path}")
 
 
 def _everything(options: argparse.Namespace, device: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -50,8 +45,7 @@ def _everything(options: argparse.Namespace, device: str) -> Iterator[tuple[str,
         yield from beyond.beyond_the_operator(device, options.profile, **common)
     alone = dict(common, impls=options.impls or bench.default_impls(device), configs=[*bench.CONFIGS][:1], dense=())
     for tokens in sorted(set(lengths) - set(ordinary)):
-        rows = bench.case(replace(bench.SHAPES[device], tokens=tokens), device, **alone)
-        yield f"{tokens:>8,} tokens", rows
+        yield f"{tokens:>8,} tokens", bench.case(replace(bench.SHAPES[device], tokens=tokens), device, **alone)
 
 
 if __name__ == "__main__":

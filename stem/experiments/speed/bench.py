@@ -1,9 +1,4 @@
-"""Timings of dense attention, FlexAttention and Stem on one machine, each row checked by the gate before it is timed.
-
-`python -m stem.experiments.speed --profile full` measures everything and writes results/speed/<machine>.csv.
-"""
-
-from __future__ import annotations
+"""Timings of dense attention, FlexAttention and Stem on one machine; the gate checks each row before it is timed."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,11 +54,9 @@ TIMING = {
 
 
 def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, Any]:
-    """Check a candidate, time it, and return its row; a failure leaves its error in the row and no time.
+    """Check a candidate, time it, and return its row of `COLUMNS`; a failure leaves its error in the row and no time.
 
-    Returns:
-        Some of `COLUMNS`: latency_ms [ms], tflops of the kept pairs [TFLOP/s], peak_memory_mib beyond the inputs [MiB],
-        error_vs_fp64 (relative L2 error of the worst sampled row), error ("" without a failure).
+    tflops counts the kept pairs, and error_vs_fp64 is the relative L2 error of the worst sampled row.
     """
     shape, dense = problem.shape, candidate.provider in BASELINES
     row = dict(operation=candidate.operation, provider=candidate.provider, config="dense" if dense else config_name)
@@ -71,8 +64,7 @@ def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, A
     row |= dict(timing=TIMING[problem.q.device.type])
     try:
         call, check = candidate.prepare(problem)
-        own = candidate.provider.startswith("stem")  # not FlexAttention, which would compile twice
-        with gate.poisoned_buffers() if own else nullcontext():
+        with gate.poisoned_buffers() if candidate.provider.startswith("stem") else nullcontext():  # not FlexAttention
             row["error_vs_fp64"] = check(call())
         row |= measure(call, problem.q.device.type)
         row["density"] = 1.0 if dense else problem.selection.density()
@@ -92,11 +84,7 @@ def first_line(error: Exception) -> str:
 
 
 def measure(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """Time a call that has run before: median, p20 and p80 [ms], and peak memory with the result [MiB].
-
-    On CUDA triton's do_bench repeats the call; a call of over a second is timed twice. On a CPU at least three calls
-    run for at least half a second, and memory is NaN.
-    """
+    """Time a call that has run before: median, p20, p80 [ms] and peak memory with the result [MiB], NaN on a CPU."""
     peak_mib = float("nan")
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -153,7 +141,6 @@ def case(
         flex: Measure FlexAttention with the blocks of the first config.
         briefly: Names in BRIEFLY: attention by the last of `impls` and the operator with impl=None only.
         graphs: Measure the dense baselines and the operator with impl=None in CUDA graphs too.
-        seed: Of the random normal inputs.
     """
     briefs = {name: BRIEFLY[name][0] for name in briefly}
     chosen = {name: CONFIGS[name] for name in (CONFIGS if configs is None else configs)}
@@ -201,12 +188,7 @@ def sweep(
     """Yield (tokens, rows) of the machine's ceilings (as 0 tokens), then of each length, shortest first.
 
     A dense back end is skipped, with a row that says so, where its last call predicts one over LONGEST_CALL_MS.
-
-    Args:
-        lengths: Prompt lengths [tokens].
-        impls: Default `default_impls` of the device.
-        configs: Names in CONFIGS; default all, on CUDA with those of BRIEFLY.
-        seed: Of the random normal inputs.
+    `configs` is by default all of CONFIGS, on CUDA with those of BRIEFLY.
     """
     briefly = BRIEFLY if device == "cuda" and configs is None else {}
     shape, impls = SHAPES[device], impls or default_impls(device)

@@ -1,7 +1,5 @@
 """Speed beyond one operator: training, q, k and v of a real model, and the first token of a whole model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,22 +11,9 @@ from torch import Tensor
 
 from stem import pretrained
 from stem.experiments.documents import stdlib_documents
-from stem.experiments.speed import first_token
+from stem.experiments.speed import candidates, first_token
 from stem.experiments.speed.bench import run, with_speedups
-from stem.experiments.speed.candidates import (
-    CONFIGS,
-    DENSE,
-    SHAPES,
-    Problem,
-    Shape,
-    attend_by_flex,
-    attend_densely,
-    attend_sparsely,
-    attention_candidate,
-    default_impls,
-    stem_candidates,
-    training_candidate,
-)
+from stem.experiments.speed.candidates import CONFIGS, DENSE, SHAPES, Problem, Shape
 from stem.experiments.theory import flow
 
 TRAINING_TOKENS = {"cuda": (2**15, 2**13), "cpu": (2**11,)}  # forward and backward, the first with FlexAttention
@@ -41,25 +26,21 @@ def training_case(
     shape: Shape, device: str, *, impls: Sequence[str], flex: bool, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of operation "forward+backward" of one shape with the config TRAINING_CONFIG; arguments of `bench.case`."""
-    attends = {name: attend_densely(backend) for name, backend in DENSE[device].items()}
-    attends |= {f"stem_{impl}": attend_sparsely(impl) for impl in impls}
-    attends |= {"flex": attend_by_flex()} if flex else {}
+    attends = {name: candidates.attend_densely(backend) for name, backend in DENSE[device].items()}
+    attends |= {f"stem_{impl}": candidates.attend_sparsely(impl) for impl in impls}
+    attends |= {"flex": candidates.attend_by_flex()} if flex else {}
     with torch.no_grad():
         problem = Problem(shape, CONFIGS[TRAINING_CONFIG], device, impls[0], seed)
-        rows = [run(training_candidate(name, attend), problem, TRAINING_CONFIG) for name, attend in attends.items()]
+        rows = [run(candidates.training_candidate(name, of), problem, TRAINING_CONFIG) for name, of in attends.items()]
     return with_speedups(rows, seed)
 
 
 def captured_case(
     model: torch.nn.Module, ids: Tensor, layers: Iterable[int], device: str, *, impls: Sequence[str], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows of attention and operator on q, k and v of a real model's layers: "captured attention", "captured operator".
+    """Rows of attention and operator on q, k, v of a real model's layers: "captured attention", "captured operator".
 
-    A row has the median latency, mean density and worst error of the layers. The config is "default".
-
-    Args:
-        model: A causal language model of transformers on the device; ids: Token ids [1, N].
-        seed: Of the sampled rows.
+    A row has the median latency, mean density and worst error of the layers. The config is "default"; ids are [1, N].
     """
     found = []
     for layer in layers:
@@ -67,29 +48,25 @@ def captured_case(
             q, k, v = (x.contiguous() for x in flow.capture(model, ids, layer))
             shape = Shape(q.shape[2], 1, q.shape[1], k.shape[1], q.shape[3], str(q.dtype).removeprefix("torch."))
             problem = Problem(shape, CONFIGS["default"], device, impls[0], seed, (q, k, v))
-            candidates = [attention_candidate(name, attend_densely(of)) for name, of in DENSE[device].items()]
+            dense = {name: candidates.attend_densely(backend) for name, backend in DENSE[device].items()}
+            compared = [candidates.attention_candidate(*named) for named in dense.items()]
             for impl in impls:
-                candidates += [c for c in stem_candidates(impl) if c.operation in ("attention", "operator")]
-            for candidate in candidates:
-                candidate = replace(candidate, operation=f"captured {candidate.operation}")
-                found.append(run(candidate, problem, "default"))
+                compared += [c for c in candidates.stem_candidates(impl) if c.operation in ("attention", "operator")]
+            for candidate in compared:
+                found.append(run(replace(candidate, operation=f"captured {candidate.operation}"), problem, "default"))
     rows, keys = pd.DataFrame(found), ["operation", "provider"]
     how = {name: "median" if is_numeric_dtype(of) else "first" for name, of in rows.drop(columns=keys).items()}
     how |= {name: of for name, of in dict(density="mean", error_vs_fp64="max").items() if name in rows}
-    merged = rows.groupby(keys, sort=False, as_index=False).agg(
-        how | dict(error=lambda of: "; ".join(filter(None, of)))
-    )
+    how["error"] = lambda of: "; ".join(filter(None, of))
+    merged = rows.groupby(keys, sort=False, as_index=False).agg(how)
     return with_speedups([row.dropna().to_dict() for _, row in merged.iterrows()], seed)
 
 
 def beyond_the_operator(
     device: str, profile: str, *, impls: Sequence[str] | None = None, seed: int = 0
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield (label, rows) of training, of time to first token, and of a real model's q, k and v.
-
-    The headline measurements come first, so that an interrupted run holds them.
-    """
-    common = dict(impls=impls or default_impls(device), seed=seed)
+    """Yield (label, rows) of training, first token, and a real model's q, k and v; headline measurements come first."""
+    common = dict(impls=impls or candidates.default_impls(device), seed=seed)
 
     def train(tokens: int, flex: bool) -> tuple[str, list[dict[str, Any]]]:
         rows = training_case(replace(SHAPES[device], tokens=tokens), device, flex=flex, **common)

@@ -1,7 +1,5 @@
 """Candidates of the speed comparison: shapes, inputs, configs, and each call with the check of its result."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -71,19 +69,12 @@ class Problem:
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        config: stem.StemConfig,
-        device: str,
-        impl: str,
-        seed: int = 0,
-        qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+        self, shape: Shape, config: stem.StemConfig, device: str, impl: str, seed: int = 0, qkv: tuple | None = None
     ) -> None:
         self.shape, self.config, self.impl = shape, config, impl
         self.chooses = "triton" if impl == "hopper" else impl
         self._generator = torch.Generator(device).manual_seed(seed)
-        heads = shape.q_heads, shape.kv_heads, shape.kv_heads
-        self.q, self.k, self.v = qkv or (self._normal(number) for number in heads)
+        self.q, self.k, self.v = qkv or (self._normal(n) for n in (shape.q_heads, shape.kv_heads, shape.kv_heads))
         self.rows = gate.sampled_rows(shape.tokens, config.block_size, seed)
         self.budget = stem.block_budget(-(-shape.tokens // config.block_size), config)
 
@@ -97,7 +88,6 @@ class Problem:
 
     @cached_property
     def dout(self) -> Tensor:
-        """Gradient of the output, random normal, like q."""
         return self._normal(self.shape.q_heads)
 
     def score(self) -> Tensor:
@@ -182,8 +172,7 @@ def training_candidate(provider: str, attend: Attend) -> Candidate:
 def stem_candidates(impl: str | None) -> list[Candidate]:
     """Scores, selection, attention and the whole operator of one implementation.
 
-    "hopper" shares Triton's scores and selection, and has the other two only. None has the operator only, with
-    `impl=None` and as provider "stem".
+    "hopper" has the last two only. None has the operator only, with `impl=None` and as provider "stem".
     """
 
     def check_lists(selection: stem.BlockSelection, problem: Problem) -> float:

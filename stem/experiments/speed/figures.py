@@ -1,7 +1,5 @@
 """Figures of speed: time, memory, roofline and speed-ups, from the rows of one machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -127,10 +125,7 @@ def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figur
 
 @styled()
 def never_slower(ratios: Mapping[str, pd.DataFrame]) -> Figure:
-    """Speed-ups over the fastest dense back end over tokens, one line per config, with the accepted loss shaded.
-
-    `ratios` maps the title of a panel to speed-ups of `report.over_dense`.
-    """
+    """Speed-ups of `report.over_dense` over tokens by panel title, a line per config, with the accepted loss shaded."""
     figure, axes = new(len(ratios), width=5.2)
     for (how, table), ax in zip(ratios.items(), np.atleast_1d(axes), strict=True):
         _speedups(table, ax, PALETTE, "over the fastest dense", table.index)
@@ -167,8 +162,7 @@ def bars(rows: pd.DataFrame, operation: str, config: str) -> Figure:
     dense, sparse = (times.filter(regex=f"^{kind}").min(axis=1) for kind in ("sdpa", "stem"))
     ratio = (dense / sparse).dropna()
     figure, ax = new()
-    colours = [COLOURS[name] for name in times]
-    times.rename(columns=LABELS).plot.bar(ax=ax, color=colours, width=0.75, rot=0)
+    times.rename(columns=LABELS).plot.bar(ax=ax, color=[COLOURS[name] for name in times], width=0.75, rot=0)
     ax.set_xticklabels([tokens_label(n) for n in times.index])
     last = f"{ratio.iloc[-1]:.1f}× over the fastest dense at {tokens_label(ratio.index[-1])} tokens"
     ax.set(xlabel="tokens", ylabel="time [ms]", title=f"{operation}: {last}")

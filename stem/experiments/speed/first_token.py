@@ -1,7 +1,5 @@
 """Time to first token: the prefill of a whole model with random weights, dense and with Stem, and its peak memory."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -20,13 +18,9 @@ from stem.experiments.speed.candidates import CONFIGS, DENSE, Shape
 # meta-llama/Llama-3.1-8B without weights and rescaled rotary frequencies; the other sizes are LlamaConfig's defaults
 LLAMA_8B = dict(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256)
 TINY = dict(  # a small model of this kind, for a CPU
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    vocab_size=1024,
-)
+    hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+    num_attention_heads=3, num_key_value_heads=1, vocab_size=1024,
+)  # fmt: skip
 LENGTHS = {  # tokens of each profile
     ("cuda", "full"): [2**17, 2**15, 2**14, 2**16],  # the headline number first
     ("cuda", "smoke"): [2**14],
@@ -56,13 +50,7 @@ def first_token(model: nn.Module, ids: Tensor) -> Tensor:
 def case(model: nn.Module, tokens: int, device: str, *, configs: Iterable[str], seed: int = 0) -> list[dict[str, Any]]:
     """Rows of operation "ttft" (time to first token) of one length: the dense back ends, then Stem with each config.
 
-    Peak memory includes weights and cache.
-
-    Args:
-        model: From `random_llama`; Stem is disabled afterwards.
-        tokens: Length of the prompt of random token ids.
-        configs: Names in CONFIGS, used in every layer.
-        seed: Of the token ids.
+    The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards.
     """
     settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
     heads = settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim

@@ -1,7 +1,5 @@
 """Correctness gate of the timings: results must agree with an fp64 reference on sampled rows before they are timed."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,12 +53,10 @@ def sampled_rows(tokens: int, block_size: int, seed: int = 0, drawn: int = 12) -
 def check_output(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: BlockSelection | None = None
 ) -> float:
-    """Largest relative L2 error of the sampled output rows against `reference_rows`.
+    """Largest relative L2 error of the sampled output rows, int64 [R], against `reference_rows`.
 
-    Args:
-        out: [B, Hq, N, D], the whole output of a whole prompt q, k, v with Nq = Nkv = N.
-        rows: int64 [R], query rows to check.
-        selection: The kept blocks; None means dense causal attention.
+    `out` [B, Hq, N, D] is the output of a whole prompt, Nq = Nkv = N; no selection means dense causal attention.
+
     Raises:
         WrongResult: If shape or dtype differ from q's, or a row's error is NaN or above TOLERANCE of the dtype.
     """
@@ -159,8 +155,7 @@ def reference_score_row(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, i: 
     q_rows, k_rows = q[:, :, i * size : (i + 1) * size], k[:, :, : (i + 1) * size]
     slot = [torch.arange(x.shape[2], device=q.device) % stride for x in (q_rows, k_rows)]
     sampled = slot[0][:, None] + slot[1] == stride - 1  # [rows, keys]
-    bonus = config.value_weight * value_term(v.double(), config)[..., : i + 1]  # [B, Hkv, i + 1]
-    expected = bonus.repeat_interleave(group, 1)
+    expected = (config.value_weight * value_term(v.double(), config)[..., : i + 1]).repeat_interleave(group, 1)
     block = torch.arange(k_rows.shape[2], device=q.device) // size
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):

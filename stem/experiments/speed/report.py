@@ -1,7 +1,5 @@
 """Tables and verdicts of speed, from rows: speed-ups over dense attention and the sections of results/README.md."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +18,7 @@ PRESET_LABELS = dict(zip(PRESETS, ("paper", "angelslim", "hpc_ops", "adaptive"),
 
 
 def wins_from(speedups: pd.Series) -> int | None:
-    """First length (the index [tokens], ascending) from which on all speed-ups exceed 1; None if the last one does not.
-
-    Lengths without a dense time (NaN) do not count.
-    """
+    """First length (index [tokens], ascending) from which on all speed-ups but NaN exceed 1; None without one."""
     always = (speedups.dropna() > 1)[::-1].cummin()[::-1]
     return int(always.idxmax()) if always.any() else None
 
@@ -35,13 +30,10 @@ def over_dense(
     graph: bool = False,
     fastest: bool = False,
 ) -> pd.DataFrame:
-    """Speed-up of the operator over the fastest dense back end: tokens down, configs across.
+    """Speed-up of the operator over the fastest dense back end of one machine: tokens down, configs (None: all) across.
 
-    Args:
-        rows: Of one machine.
-        configs: Columns, as far as the rows hold them; None takes all.
-        graph: Take the times of CUDA graphs, of both, instead of those of calls from Python.
-        fastest: Take the fastest implementation of each length in place of impl=None.
+    `graph` takes the times of CUDA graphs, for both, instead of calls from Python. `fastest` takes the fastest
+    implementation of each length in place of impl=None.
     """
     frame, prefix = pd.DataFrame(rows).dropna(subset="latency_ms"), GRAPH if graph else ""
     dense = frame[(frame["operation"] == prefix + "attention") & (frame["config"] == "dense")]
@@ -72,8 +64,7 @@ def speed() -> str:
 
 def _speed_of(device: str, rows: pd.DataFrame) -> str:
     stem = rows[(rows.operation == "operator") & rows.config.isin(CONFIG_LABELS) & rows.latency_ms.notna()]
-    stem = stem.sort_values(["tokens", "config", "latency_ms"])
-    stem = stem.drop_duplicates(["tokens", "config"])  # the fastest implementation
+    stem = stem.sort_values(["tokens", "config", "latency_ms"]).drop_duplicates(["tokens", "config"])  # the fastest
     names = _dense_names(rows[rows.operation == "attention"])
     lines = [
         [tokens_label(row["tokens"]), CONFIG_LABELS[row["config"]], *_against_dense(row, names)]
@@ -111,12 +102,10 @@ def _speed_sentence(stem: pd.DataFrame, names: Sequence[str]) -> str:
 
 
 def _dense_names(rows: pd.DataFrame) -> list[str]:
-    """Dense back ends of the rows."""
     return [name for name in DENSE_LABELS if name in set(rows.provider)]
 
 
 def _dense_header(names: Sequence[str], own: str) -> list[str]:
-    """Header of the cells of `_against_dense`."""
     times = [f"dense, {DENSE_LABELS[name]} [ms]" for name in names]
     return ["density", *times, f"{own} [ms]", *(f"speed-up over {DENSE_LABELS[name]}" for name in names)]
 

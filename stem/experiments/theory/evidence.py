@@ -1,7 +1,5 @@
 """Evidence of notebook 01: recall by density, attention lost by budget, losses, and the table of the paper's claims."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +23,10 @@ def recall_by_density(
     densities: Sequence[float],
     config: StemConfig,
 ) -> pd.DataFrame:
-    """Recall of several methods at several densities: the share of true attention on kept blocks, mean over heads.
+    """Recall by method label and density: the share of true attention on kept blocks, mean over heads.
 
-    Args:
-        q, k, v: As in stem.stem_attention.
-        methods: Label -> name of a pattern, or a StemConfig.
-        densities: Each replaces the density of the config.
-        config: Settings of the patterns.
+    A method is the name of a pattern, with the settings `config`, or a StemConfig. Each density replaces theirs.
+
     Returns:
         Columns method, density (asked for), recall.
     """
@@ -51,7 +46,6 @@ def lost_by_allocation(mass: Tensor, densities: Sequence[float]) -> pd.DataFrame
 
     Args:
         mass: Attention per block, [layers, Hq, n, n], causal, each row sums to 1.
-        densities: Shares of the causal block pairs that every allocation keeps.
     Returns:
         Columns allocation, density, lost (mean over rows), lowest and highest (density of a single head).
     """
@@ -89,7 +83,6 @@ class Claims:
     rows: list[dict[str, str]] = field(default_factory=list)
 
     def __call__(self, claim: str, paper: str, ours: str, verdict: str, on: str | None = None) -> None:
-        """Add a claim: the paper's value, ours, a verdict, and the model and text of our value."""
         self.rows.append(dict(claim=claim, paper=paper, ours=ours, verdict=verdict, on=on or self.on))
 
 
@@ -106,7 +99,6 @@ def document_losses(
 
     Args:
         methods: Name -> attention as `stem.hf.enable` takes it; None is the model's own dense attention.
-        texts: Name -> text of more than `length` tokens.
         bucket: Positions per row [tokens], a divisor of `length`.
     Returns:
         Columns method, document, start (first position of the bucket), loss (mean [nats per token]).
@@ -130,10 +122,7 @@ def document_losses(
 
 
 def effect(losses: pd.DataFrame, method: str, before: str) -> str:
-    """Effect of a method on the loss against the method `before`, in words: a change counts beyond two standard errors.
-
-    losses: From `document_losses`.
-    """
+    """Effect in `document_losses` against the method `before`, in words: a change counts beyond two standard errors."""
     loss = losses.pivot(index=["document", "start"], columns="method", values="loss")
     change = loss[method] - loss[before]
     mean, noise = change.mean(), 2 * change.sem()

@@ -3,8 +3,6 @@
 `explore` returns widgets in a notebook that a person has open, and a static grid of pictures everywhere else.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys
@@ -74,11 +72,9 @@ class Explorer:
 
     @cached_property
     def dense_loss(self) -> float:
-        """Loss of the model with dense attention [nats per token]."""
         return self._loss()
 
     def selection(self, choice: Choice) -> BlockSelection:
-        """Blocks that the method keeps."""
         return patterns.select(choice.method, *self.qkv(choice.layer), choice.config)
 
     def measures(self, choice: Choice) -> Measures:
@@ -129,15 +125,9 @@ def explore(
     block_size: int = 32,
     methods: Sequence[str] = SHOWN,
 ):
-    """Show which blocks a method keeps of the true attention of one head: widgets if `live()`, else a grid of pictures.
+    """Show the blocks a method keeps of a head's true attention: ipywidgets if `live()`, else a figure of `methods`.
 
-    Args:
-        model: A causal language model of transformers.
-        ids: Token ids [1, N] of a short prompt: each change draws a map and computes a loss.
-        layer, head, density, block_size: First values.
-        methods: Patterns in the static grid; the widgets offer all patterns.
-    Returns:
-        An ipywidgets box, or a Matplotlib figure.
+    `ids` [1, N] should be a short prompt, because each change draws a map and computes a loss.
     """
     explorer, start = Explorer(model, ids), Choice(layer, head, density=density, block_size=block_size)
     return panel(explorer, start) if live() else grid(explorer, [replace(start, method=method) for method in methods])

@@ -1,7 +1,5 @@
 """Causal information flow (Eq. 1): which tokens later layers depend on, and the damage of pruning some rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,12 +35,8 @@ def select_in_rows(
 ) -> BlockSelection:
     """Keep a share of the blocks in query blocks first_row..last_row - 1 (on the key grid), and all blocks elsewhere.
 
+    `keep` is the share of each pruned row's causal blocks, in (0, 1]; at least one block and the forced ones stay.
     Our choice: the paper does not say how its Fig. 3 prunes. An equal share of every row makes spans comparable.
-
-    Args:
-        q, k, v: As in stem.stem_attention.
-        config: Scores of the blocks, and the blocks that are always kept.
-        keep: Share of each pruned row's causal blocks, in (0, 1]; at least one.
     """
     scores = block_scores(q, k, v, config)
     row = torch.arange(scores.shape[-1])
@@ -59,7 +53,7 @@ class Trace:
     logits: Tensor  # [1, N, V]
     density: float  # realised, mean over layers; 1 for a dense pass
 
-    def errors(self, dense: Trace, rows: slice = slice(None)) -> list[float]:
+    def errors(self, dense: "Trace", rows: slice = slice(None)) -> list[float]:
         """Mean squared differences to a dense pass over the positions `rows`: one per layer, then of the logits."""
         pairs = zip([*self.hidden, self.logits], [*dense.hidden, dense.logits], strict=True)
         return [float((a[:, rows].double() - b[:, rows].double()).square().mean()) for a, b in pairs]
@@ -67,12 +61,7 @@ class Trace:
 
 @torch.no_grad()
 def trace(model: nn.Module, ids: Tensor, select=None) -> Trace:
-    """Hidden states, logits and density of one forward pass of a causal language model of transformers.
-
-    Args:
-        ids: Token ids [1, N].
-        select: Argument of stem.hf.enable (a StemConfig, a Selector, or one per layer); None is dense.
-    """
+    """Trace of a forward pass over token ids [1, N]; `select` is an argument of stem.hf.enable, or None for dense."""
     with nullcontext() if select is None else hf.stem_prefill(model, select) as report:
         out = model(ids, output_hidden_states=True, use_cache=False)
     return Trace(out.hidden_states[1:], out.logits, 1.0 if report is None else report.density())
@@ -121,11 +110,9 @@ def capture(model: nn.Module, ids: Tensor, layer: int) -> tuple[Tensor, Tensor, 
 def rollout(model: nn.Module, ids: Tensor, residual: float = 0.0) -> Tensor:
     """Share of each token in the output after each layer of a model, from its head-averaged attention alone (Eq. 1).
 
-    Memory is O(N^2) per layer.
+    Memory is O(N^2) per layer. Each layer keeps the share `residual` of a token's own stream, in [0, 1), else
+    ValueError (our choice: the paper has none).
 
-    Args:
-        residual: Share of a token's own stream that each layer keeps, in [0, 1), else ValueError. Our choice: the paper
-            has none.
     Returns:
         fp64 [layers, N], row l = share of each token in the average output after l + 1 layers; rows sum to 1.
     """
