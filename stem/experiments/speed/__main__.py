@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from stem.experiments import records
-from stem.experiments.speed import bench, beyond, report
+from stem.experiments.speed import bench, beyond, candidates, report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,9 +43,9 @@ def _everything(options: argparse.Namespace, device: str) -> Iterator[tuple[str,
         yield f"{tokens:>8,} tokens", found
     if not options.lengths:
         yield from beyond.beyond_the_operator(device, options.profile, **common)
-    alone = dict(common, impls=options.impls or bench.default_impls(device), configs=[*bench.CONFIGS][:1], dense=())
+    once = dict(common, impls=options.impls or candidates.default_impls(device), configs=[*bench.CONFIGS][:1], dense=())
     for tokens in sorted(set(lengths) - set(ordinary)):
-        yield f"{tokens:>8,} tokens", bench.case(replace(bench.SHAPES[device], tokens=tokens), device, **alone)
+        yield f"{tokens:>8,} tokens", bench.case(replace(bench.SHAPES[device], tokens=tokens), device, **once)
 
 
 if __name__ == "__main__":

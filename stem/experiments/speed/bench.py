@@ -9,28 +9,11 @@ from typing import Any
 import torch
 
 from stem import metrics
-from stem.experiments.speed import gate
-from stem.experiments.speed.candidates import (
-    BASELINES,
-    BRIEFLY,
-    CONFIGS,
-    DENSE,
-    GRAPH,
-    SHAPES,
-    SHORT,
-    Candidate,
-    Problem,
-    Shape,
-    attend_by_flex,
-    attend_densely,
-    attention_candidate,
-    default_impls,
-    graph_candidate,
-    stem_candidates,
-)
+from stem.experiments.speed import candidates, gate
+from stem.experiments.speed.candidates import BRIEFLY, CONFIGS, DENSE, GRAPH, SHAPES, Candidate, Problem, Shape
 
 LENGTHS = {  # tokens of each profile
-    ("cuda", "full"): [*SHORT, *(2**n for n in range(15, 18)), 2**20],
+    ("cuda", "full"): [*candidates.SHORT, *(2**n for n in range(15, 18)), 2**20],
     ("cuda", "smoke"): [2**13, 2**15, 2**17],
     ("cpu", "full"): [1024 * 2**n for n in range(6)],
     ("cpu", "smoke"): [1024 * 2**n for n in range(4)],
@@ -43,7 +26,7 @@ ONE_CONFIG_TOKENS = 2**19  # from this length on only the first config is timed,
 COLUMNS = (
     *("operation", "provider", "config", "tokens", "batch", "q_heads", "kv_heads", "head_dim", "dtype", "block_size"),
     *("density", "latency_ms", "latency_ms_p20", "latency_ms_p80", "tflops", "gb_per_s", "peak_memory_mib"),
-    *(f"speedup_vs_{name}" for name in BASELINES),
+    *(f"speedup_vs_{name}" for name in candidates.BASELINES),
     *("flop", "least_bytes", "error_vs_fp64", "error", "timing", "seed"),
 )
 LONGEST_CALL_MS = {"cuda": 2_000, "cpu": 30_000}  # dense calls that are predicted to take longer are skipped
@@ -58,7 +41,7 @@ def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, A
 
     tflops counts the kept pairs, and error_vs_fp64 is the relative L2 error of the worst sampled row.
     """
-    shape, dense = problem.shape, candidate.provider in BASELINES
+    shape, dense = problem.shape, candidate.provider in candidates.BASELINES
     row = dict(operation=candidate.operation, provider=candidate.provider, config="dense" if dense else config_name)
     row |= asdict(shape) | dict(block_size=None if dense else problem.config.block_size, error="")
     row |= dict(timing=TIMING[problem.q.device.type])
@@ -145,23 +128,24 @@ def case(
     briefs = {name: BRIEFLY[name][0] for name in briefly}
     chosen = {name: CONFIGS[name] for name in (CONFIGS if configs is None else configs)}
     names = DENSE[device] if dense is None else dense
-    baselines = [attention_candidate(name, attend_densely(DENSE[device][name])) for name in names]
-    baselines += [graph_candidate(candidate) for candidate in baselines if graphs]
-    every = [c for impl in ([*impls, None] if device == "cuda" else impls) for c in stem_candidates(impl)]
+    baselines = [candidates.attention_candidate(name, candidates.attend_densely(DENSE[device][name])) for name in names]
+    baselines += [candidates.graph_candidate(candidate) for candidate in baselines if graphs]
+    every = [c for impl in ([*impls, None] if device == "cuda" else impls) for c in candidates.stem_candidates(impl)]
     slower = [f"stem_{impl}" for impl in impls[:-1]]
     fast = [c for c in every if c.operation in ("scores", "selection") or c.provider not in slower]
-    brief = [c for c in stem_candidates(impls[-1]) if c.operation == "attention"] + stem_candidates(None)
-    in_graphs = [graph_candidate(candidate) for candidate in stem_candidates(None) if graphs]
+    whole = candidates.stem_candidates(None)
+    brief = [c for c in candidates.stem_candidates(impls[-1]) if c.operation == "attention"] + whole
+    in_graphs = [candidates.graph_candidate(candidate) for candidate in whole if graphs]
     rows = []
     with torch.no_grad():
         for name, config in (chosen | briefs).items():
-            candidates = brief if name in briefs else fast
+            compared = brief if name in briefs else fast
             if name == next(iter(chosen)):
-                candidates = baselines + every
-                candidates += [attention_candidate("flex", attend_by_flex())] if flex else []
+                compared = baselines + every
+                compared += [candidates.attention_candidate("flex", candidates.attend_by_flex())] if flex else []
             problem = None  # free the last one's memory first
             problem = Problem(shape, config, device, impls[0], seed)
-            rows += [run(candidate, problem, name) for candidate in candidates + in_graphs]
+            rows += [run(candidate, problem, name) for candidate in compared + in_graphs]
     return with_speedups(rows, seed)
 
 
@@ -171,7 +155,7 @@ def with_speedups(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]
         in_graph = row["operation"].startswith(GRAPH)
         dense = [r for r in rows if r["config"] == "dense" and r["operation"].startswith(GRAPH) == in_graph]
         baseline = {r["provider"]: r.get("latency_ms") for r in dense}
-        for name in BASELINES:
+        for name in candidates.BASELINES:
             both = row["operation"] not in ("scores", "selection") and "latency_ms" in row and baseline.get(name)
             row[f"speedup_vs_{name}"] = baseline[name] / row["latency_ms"] if both else None
     return [row | dict(seed=seed) for row in rows]
@@ -191,7 +175,7 @@ def sweep(
     `configs` is by default all of CONFIGS, on CUDA with those of BRIEFLY.
     """
     briefly = BRIEFLY if device == "cuda" and configs is None else {}
-    shape, impls = SHAPES[device], impls or default_impls(device)
+    shape, impls = SHAPES[device], impls or candidates.default_impls(device)
     configs = tuple(CONFIGS) if configs is None else configs
     yield 0, ceilings(device, shape.dtype)
     last = {}  # provider -> (tokens, ms)
@@ -206,7 +190,7 @@ def sweep(
             dense=affordable,
             flex=device == "cuda" and tokens in FLEX_TOKENS,
             briefly=[name for name, (_, measured) in briefly.items() if tokens in measured],
-            graphs=device == "cuda" and tokens in SHORT,
+            graphs=device == "cuda" and tokens in candidates.SHORT,
             seed=seed,
         )
         last |= {r["provider"]: (tokens, r["latency_ms"]) for r in rows if r["config"] == "dense" and "latency_ms" in r}
