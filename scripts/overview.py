@@ -38,19 +38,15 @@ def main() -> None:
     weights = (q[0, 0] @ k[0, 0].T * HEAD_DIM**-0.5).masked_fill(~causal, -torch.inf).softmax(-1)
     mass = weights.view(blocks, BLOCK_SIZE, blocks, BLOCK_SIZE).sum((1, 3)) / BLOCK_SIZE
     future = torch.ones(blocks, blocks).triu(1).bool()
-    budget = stem.block_budget(blocks, config)
-    kept = selection.to_mask()[0, 0]
-
-    sizes = dict(figsize=(11, 3.7), width_ratios=(1, 0.8, 1), layout="constrained")
-    figure, (left, middle, right) = plt.subplots(1, 3, **sizes)
+    figure, (left, mid, right) = plt.subplots(1, 3, figsize=(11, 3.7), width_ratios=(1, 0.8, 1), layout="constrained")
     left.imshow(mass.masked_fill(future, torch.nan).sqrt(), cmap="Greys")
     left.set(title="what dense attention computes", xlabel="key block", ylabel="query block")
     rows = torch.arange(blocks)
-    middle.barh(rows, rows + 1, color="0.85", label="dense")
-    middle.barh(rows, budget, color="C0", label="Stem's budget")
-    middle.set(title="early rows keep all, later rows less", xlabel="key blocks [blocks]", ylim=(blocks - 0.5, -0.5))
-    middle.legend(frameon=False, loc="upper right")
-    shown = torch.where(kept, 1.0, 0.12).masked_fill(future, torch.nan)
+    mid.barh(rows, rows + 1, color="0.85", label="dense")
+    mid.barh(rows, stem.block_budget(blocks, config), color="C0", label="Stem's budget")
+    mid.set(title="early rows keep all, later rows less", xlabel="key blocks [blocks]", ylim=(blocks - 0.5, -0.5))
+    mid.legend(frameon=False, loc="upper right")
+    shown = torch.where(selection.to_mask()[0, 0], 1.0, 0.12).masked_fill(future, torch.nan)
     right.imshow(shown, cmap="Blues", vmin=0, vmax=1.3)
     right.set(title=f"what Stem computes: {selection.density():.0%} of it", xlabel="key block", ylabel="query block")
     for axes in (left, right):

@@ -2,10 +2,8 @@
 
 Executed copies go to results/notebooks/<profile>/, each with a log. A notebook is skipped while its copy is up to date:
 its cells, its profile, every .py file in stem/ and kernels/, and the notebooks before it are unchanged. A copy is
-written only after a success, so the next run resumes at the notebook that failed or was interrupted.
-
-A notebook may take any time. It is stopped only after SILENCE minutes in which it printed nothing and its processes
-used no CPU time.
+written only after a success, so the next run resumes at the notebook that failed or was interrupted. A notebook may
+take any time: it is stopped only after SILENCE minutes without output and CPU time.
 """
 
 import argparse
@@ -78,10 +76,7 @@ def choose_notebooks(paths: list[Path], only: str | None) -> list[Path]:
 
 
 def strip(path: Path) -> None:
-    """Remove papermill's times and paths from a notebook, and store its pictures with 256 colours.
-
-    The same outputs then give the same file, and pictures take a third of the bytes.
-    """
+    """Remove papermill's times and paths, and cut pictures to 256 colours: equal outputs give equal, smaller files."""
     notebook = nbformat.read(path, 4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
@@ -117,10 +112,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 class SilenceWatch(threading.Thread):
-    """Ends a process that for `limit_s` seconds neither printed nor used CPU time, its descendants included.
-
-    The caller sets `last_sign` when the process prints. `silent_s` is the length of the silence that ended it [s].
-    """
+    """Ends a process that for `limit_s` neither printed (`last_sign`) nor used CPU time; `silent_s` is then set [s]."""
 
     def __init__(self, process: subprocess.Popen, limit_s: float):
         super().__init__(daemon=True)
@@ -128,7 +120,6 @@ class SilenceWatch(threading.Thread):
         self.cpu_s: dict[int, float] = {}  # CPU time of each process at the last look [s]
 
     def has_worked(self, interval_s: float) -> bool:
-        """Whether the processes used CPU time in the interval since the last look."""
         before, self.cpu_s = self.cpu_s, {}
         for member in family(self.process):
             with suppress(psutil.NoSuchProcess):
@@ -136,7 +127,6 @@ class SilenceWatch(threading.Thread):
         return sum(max(0.0, s - before.get(pid, 0.0)) for pid, s in self.cpu_s.items()) > IDLE_SHARE * interval_s
 
     def run(self) -> None:
-        """Look at the processes every few seconds until the first of them ends."""
         interval_s = min(5.0, self.limit_s / 10)
         while self.process.poll() is None:
             if self.has_worked(interval_s):
@@ -148,28 +138,18 @@ class SilenceWatch(threading.Thread):
             time.sleep(interval_s)
 
 
-def execution_order(notebook: Path, profile: str) -> list[tuple[int, nbformat.NotebookNode]]:
-    """Return (number in the notebook, cell) in the order in which papermill counts cells."""
-    order = list(enumerate(nbformat.read(notebook, 4).cells, 1))
-    if profile == "full":  # papermill injects its parameters as a cell after the one tagged "parameters"
-        (tagged,) = [i for i, (_, cell) in enumerate(order) if "parameters" in cell.metadata.get("tags", [])]
-        order.insert(tagged + 1, order[tagged])
-    return order
-
-
 def execute(
     notebook: Path, partial: Path, log: Path, profile: str, silence_min: float, show: Callable[[str, str], None]
 ) -> None:
-    """Run one notebook in its folder with papermill; write the executed copy to `partial` and its output to `log`.
-
-    `show` is called with ("cell 3/40", heading of the section) at the start of each cell. Raises Failure if a cell
-    fails, the kernel dies, or the notebook is stopped because it was silent for `silence_min` minutes.
-    """
+    """Run one notebook in its folder into `partial` and `log`. Failure: a cell fails, the kernel dies or is silent."""
     arguments = dict(input_path=str(notebook), output_path=str(partial), cwd=str(notebook.parent))
     arguments |= dict(kernel_name="python3", language="python", log_output=True, progress_bar=False)
     arguments |= dict(start_timeout=1800, iopub_timeout=1800)  # their defaults of 60 s and 4 s fail on a busy machine
-    if profile == "full":  # smoke passes no parameter, so the copy has no injected cell
+    order = list(enumerate(nbformat.read(notebook, 4).cells, 1))  # (number, cell) as papermill counts cells
+    if profile == "full":  # papermill injects its parameters as a cell after the one tagged "parameters"
         arguments["parameters"] = {"profile": "full"}
+        (tagged,) = [i for i, (_, cell) in enumerate(order) if "parameters" in cell.metadata.get("tags", [])]
+        order.insert(tagged + 1, order[tagged])
     process = subprocess.Popen(
         [sys.executable, "-c", EXECUTE, json.dumps(arguments)],
         env={**os.environ, **KERNEL_ENVIRONMENT},
@@ -178,7 +158,7 @@ def execute(
         text=True,
         start_new_session=True,  # Ctrl-C reaches this process only, which then ends papermill and its kernel
     )
-    order, heading, place, running = execution_order(notebook, profile), "", "before the first cell", True
+    heading, place, running = "", "before the first cell", True
     watch = SilenceWatch(process, 60 * silence_min)
     watch.start()
     try:
@@ -228,11 +208,9 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
         return time.monotonic() - self.started
 
     def show(self, cell: str, heading: str) -> None:
-        """Tell that a cell of a section starts."""
         if self.terminal:
             print(f"\r\x1b[K{self.title}  {self.seconds:4.0f} s  {cell}  {heading}"[:119], end="", flush=True)
         elif heading != self.heading:
@@ -240,7 +218,6 @@ class Progress:
             print(f"      {self.seconds:4.0f} s  {heading}", flush=True)
 
     def done(self) -> None:
-        """Tell that the notebook is done."""
         print(f"\r\x1b[K{self.title}" if self.terminal else "     ", f" done in {self.seconds:.0f} s", flush=True)
 
 
@@ -250,11 +227,9 @@ def run(root: Path, profile: str, only: str | None, force: bool, silence_min: fl
     chosen = choose_notebooks(list(prints), only)
     folder = root / "results" / "notebooks" / profile
     folder.mkdir(parents=True, exist_ok=True)
-    copies = []
     for number, notebook in enumerate(chosen, 1):
         copy, stamp = folder / notebook.name, folder / f"{notebook.stem}.json"
         title = f"[{number}/{len(chosen)}] {notebook.stem:<24} {profile}"
-        copies.append(copy)
         known = json.loads(stamp.read_text())["fingerprint"] if copy.exists() and stamp.exists() else None
         if known == prints[notebook] and not force:
             print(f"{title}  up to date")
@@ -269,11 +244,10 @@ def run(root: Path, profile: str, only: str | None, force: bool, silence_min: fl
             partial.unlink(missing_ok=True)
         stamp.write_text(json.dumps({"fingerprint": prints[notebook], "seconds": round(progress.seconds, 1)}))
         progress.done()
-    return copies
+    return [folder / notebook.name for notebook in chosen]
 
 
 def publish(copies: list[Path], notebooks: Path) -> None:
-    """Replace notebooks by their executed copies."""
     for copy in copies:
         partial = notebooks / f"{copy.stem}.partial.ipynb"
         partial.write_bytes(copy.read_bytes())

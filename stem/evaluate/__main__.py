@@ -15,8 +15,7 @@ r"""`python -m stem.evaluate`: lm-eval's command line with the model name `stem`
 Options of single layers need JSON: `--model_args '{"pretrained": "smollm2", "layers": {"3": {"density": 0.5}, "4":
 null}}'` gives layer 3 another density and makes layer 4 dense. `stem.evaluate.harness.StemLM` lists all options.
 
-lm-eval cuts a prompt that is longer than max_length minus the tokens to generate, on the left. Give `--model_args` a
-max_length that holds the prompts.
+lm-eval cuts prompts longer than max_length minus the tokens to generate on the left: give a max_length that holds them.
 """
 
 import argparse
@@ -32,10 +31,7 @@ from stem.evaluate.offline import provide_sentence_splitter
 
 
 def main() -> None:
-    """Run lm-eval's command line with the model `stem`, names of `stem.pretrained.load`, and one more option.
-
-    `--data_dir` names a folder with files that tasks would download, see `stem.evaluate.local_data`.
-    """
+    """Run lm-eval's command line with the model `stem`, names of `stem.pretrained.load`, and option `--data_dir`."""
     setup_logging()
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--data_dir")

@@ -35,16 +35,13 @@ REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 class StemLM(HFLM):
     """lm-eval's Hugging Face model with Stem attention in prefill.
 
-    It takes the arguments of `HFLM` and:
-        the fields of `StemConfig`.
-        preset: A name for `StemConfig.preset`.
+    `from_cache` counts the answers that `--use_cache` gave in place of the model. Arguments are those of `HFLM` and:
+        the fields of `StemConfig`, and preset, a name for `StemConfig.preset`.
         pattern: A name in `stem.patterns.names()` (default "stem"), with that pattern's own parameters beside it.
             "dense" is the model's own attention and takes no other option.
         dense_layers: Number of first layers that stay dense, or a list of layers; -1 is the last one.
         layers: Mapping from layer to the options that differ there, or to None for a dense layer.
         impl: See `stem.block_sparse_attention`.
-    Attributes:
-        from_cache: Number of answers that `--use_cache` gave in place of the model.
     """
 
     def __init__(self, pretrained: str | torch.nn.Module, tokenizer=None, **options) -> None:
@@ -65,10 +62,7 @@ class StemLM(HFLM):
         hf.enable(self.model, self._methods, given.get("impl"))
 
     def get_model_info(self) -> dict:
-        """Return the model's part of a results file: lm-eval's own entries and "stem".
-
-        "stem" holds the options, the resolved config, the density that was computed and `from_cache`.
-        """
+        """Return lm-eval's own entries and "stem": options, resolved config, computed density and `from_cache`."""
         densities, from_cache = zip(*(self._gathered or [self._counts()]), strict=True)
         computed = [density for density in densities if not isnan(density)]
         stem = {
@@ -80,10 +74,7 @@ class StemLM(HFLM):
         return {**super().get_model_info(), "stem": stem}
 
     def fingerprint(self) -> str:
-        """Hash of the options, the tokenizer's name and samples of the weights: 12 hexadecimal digits.
-
-        Models that answer differently have different fingerprints. Batch size and device do not enter.
-        """
+        """Hash of options (not batch size and device), tokenizer name and weight samples: 12 hexadecimal digits."""
         options = {name: value for name, value in self._options.items() if name not in NO_PART_IN_ANSWERS}
         weights = [each.flatten()[:4].tolist() for each in self.model.parameters() if not each.is_meta]
         about = [self._described, options, self.tokenizer.name_or_path, weights]
@@ -117,11 +108,7 @@ class StemLM(HFLM):
 
 
 class AnswerCache(CachingLM):
-    """lm-eval's cache of answers, whose file name ends in the fingerprint of a StemLM.
-
-    lm-eval looks answers up by the request alone: one file for two densities would answer for both from the first.
-    Other models are cached as lm-eval does it.
-    """
+    """lm-eval's cache, which looks up the request alone, in one file for each fingerprint of a StemLM."""
 
     def __init__(self, lm, cache_db: str) -> None:
         if isinstance(lm, StemLM):
@@ -149,14 +136,12 @@ class AnswerCache(CachingLM):
 def method_from_options(
     given: Mapping[str, object], inherited: Mapping[str, object] | None = None
 ) -> StemConfig | hf.Selector | None:
-    """Return the attention, as `stem.hf.enable` takes it, of options by name.
+    """Return a StemConfig for the pattern "stem", None (the model's own attention) for "dense", else a selector.
 
     Args:
         given: `METHOD_OPTIONS` by name, see StemLM. Other names are ignored.
         inherited: Options of all layers, for the options of one layer. A budget in `given` replaces their budget, and a
             pattern in `given` their pattern and its own parameters.
-    Returns:
-        A StemConfig for the pattern "stem", None (the model's own attention) for "dense", else a selector.
     Raises:
         ValueError, TypeError: If an option of `given` is unknown, has a wrong value, or has no effect.
     """
@@ -193,14 +178,9 @@ def per_layer(
     dense_layers: int | Collection[int] = 0,
     layers: Mapping[int, Mapping[str, object] | None] | None = None,
 ) -> list[StemConfig | hf.Selector | None]:
-    """Return the attention of each of `count` layers.
+    """Return the attention of each of `count` layers: `method_from_options` with StemLM's `dense_layers` and `layers`.
 
-    Args:
-        options: See `method_from_options`.
-        count: Number of layers.
-        dense_layers, layers: See StemLM. A layer number may be a text, as in JSON.
-    Raises:
-        ValueError, TypeError: If a layer does not exist or is named twice, and as in `method_from_options`.
+    A layer number may be a text, as in JSON. Raises ValueError if a layer does not exist or is named twice.
     """
     dense, method = _dense_layers(dense_layers, count), method_from_options(options)
     methods = [None if layer in dense else method for layer in range(count)]
@@ -226,7 +206,6 @@ def resolved(name):
 
 
 def _dense_layers(dense_layers: int | Collection[int], count: int) -> set[int]:
-    """Layers 0..count-1 that `dense_layers` keeps dense."""
     if isinstance(dense_layers, Collection) and not isinstance(dense_layers, str | Mapping):
         if all(_is_layer(layer, count) for layer in dense_layers):
             return {layer % count for layer in dense_layers}
@@ -244,12 +223,10 @@ def _follows_budget(select: partial, config: StemConfig) -> bool:
     """Whether a pattern keeps more blocks at density 1; its own checks of its parameters raise on the way."""
     q = torch.randn(1, 1, max(16 * config.block_size, 1024), 8, generator=torch.Generator().manual_seed(0))
     kept = select(q, q, q).density()
-    budget = dict(k_start=None, k_start_regimes=None, allocation="position_decay", threshold=None)
-    everything = config.replace(density=1.0, **budget)
-    return kept == 1 or kept < select(q, q, q, config=everything).density()
+    full = config.replace(density=1.0, k_start=None, k_start_regimes=None, allocation="position_decay", threshold=None)
+    return kept == 1 or kept < select(q, q, q, config=full).density()
 
 
 def _config(options: Mapping[str, object]) -> StemConfig:
-    fields_given = {name: value for name, value in options.items() if name in CONFIG_FIELDS}
-    preset = options.get("preset")
-    return StemConfig(**fields_given) if preset is None else StemConfig.preset(preset, **fields_given)
+    make = StemConfig if options.get("preset") is None else partial(StemConfig.preset, options["preset"])
+    return make(**{name: value for name, value in options.items() if name in CONFIG_FIELDS})

@@ -50,11 +50,7 @@ SUBSETS = {  # of recursal/longbench-v2 -> domain and sub_domain in LongBench v2
 def local_data(folder: str | Path | None) -> Iterator[None]:
     """Context in which lm-eval's tasks read their data from files in `folder`, and download the files it lacks.
 
-    Args:
-        folder: Folder with files of the table above, or None: tasks download everything.
-    Raises:
-        ValueError: If folder is no folder.
-        FileNotFoundError: While tasks load, if a file is missing and cannot be downloaded. The error names the file.
+    Raises ValueError if folder is no folder. FileNotFoundError, while tasks load, names a file that fails to download.
     """
     import datasets
 
@@ -96,7 +92,6 @@ def _file(folder: str | Path | None, place: str | None, source: str) -> Iterator
 
 
 def _rows(file: Path, path: str, name: str | None) -> list[dict]:
-    """Rows of a file, with the columns that lm-eval's tasks read."""
     text = file.read_text(encoding="utf-8")
     if path == ESSAYS:
         return [{"text": text}]

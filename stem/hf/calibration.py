@@ -40,16 +40,13 @@ def calibrate(
     because a sparse layer changes the inputs of the layers above it.
 
     Args:
-        model: As in stem.hf.enable.
-        prompts: Token ids, int [N] or [B, N] each, without padding, of the length that you will serve. One tensor [N]
-            is one prompt.
+        prompts: Token ids, int [N] or [B, N] each, unpadded, of your serving length. One tensor [N] is one prompt.
         density: Wanted share of the causal block pairs, in (0, 1).
         config: Every setting but the budget, default StemConfig().
         tolerance: Largest accepted |realised - wanted|, at least 0.
     Raises:
         TypeError: If prompts are no tensors of token ids, or density or tolerance is no number.
-        ValueError: If a prompt is empty or too short, density or tolerance is out of range, the forced blocks alone
-            exceed density, or no threshold fits.
+        ValueError: If a prompt is too short, a number out of range, density below the forced blocks', or nothing fits.
     """
     check_number("density", density, 0, 1, open_below=True)
     if density == 1:
@@ -96,7 +93,6 @@ def calibrate(
 
 
 def _token_ids(prompts: Iterable[Tensor]) -> list[Tensor]:
-    """The prompts as int [B, N] tensors, checked."""
     accepted = "tensors of token ids, int [N] or [B, N], for example [tokenizer(text, return_tensors='pt').input_ids]"
     if isinstance(prompts, Tensor) and prompts.ndim == 1:
         prompts = [prompts]

@@ -54,26 +54,23 @@ def stem_attention_forward(
             raise ValueError(f"{name}: Stem attention does not implement {meaning}; call stem.hf.disable(model)")
     layer: Layer | None = getattr(module, "stem_layer", None)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = attention_mask
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
-        mask = packed_mask(mask, kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key)
+        attention_mask = packed_mask(attention_mask, kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key)
     if not query.numel():  # an empty batch
         return _attend_densely(query, key, value, scaling).transpose(1, 2), None
     if layer is None or layer.own or layer.config is None or query.shape[2] == 1:
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-        return sdpa_attention_forward(module, query, key, value, token_mask(mask, query, key), **options)
+        return sdpa_attention_forward(module, query, key, value, token_mask(attention_mask, query, key), **options)
     if not is_causal:
         raise ValueError("is_causal=False: Stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: Stem attention has none; set the model's attention dropout to 0")
-    return _prefill(layer, query, key, value, mask, scaling), None
+    return _prefill(layer, query, key, value, attention_mask, scaling), None
 
 
 @autocast_once  # rotary positions leave q and k in fp32 where v is in autocast's dtype
 def _prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """`_sparse_prefill`, in a compiled graph without gradients as one operator."""
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if torch.compiler.is_compiling() and not differentiable:
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return torch.ops.stem.sparse_prefill(q, k, v, mask, scale, layer.handle)
     return _sparse_prefill(layer, q, k, v, mask, scale)
 
@@ -115,7 +112,6 @@ def _sparse_prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 def _sparse_prefill_op(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, handle: int
 ) -> Tensor:
-    """`_sparse_prefill` as one node of a compiled graph, which need not look inside; without gradients."""
     return _sparse_prefill(LAYERS[handle], q, k, v, mask, scale)
 
 
@@ -125,7 +121,6 @@ def _(q, k, v, mask, scale, handle):
 
 
 def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, prompt_length: int | None) -> Tensor:
-    """Attention of sequences without padding, counted; dense for a single query."""
     if q.shape[2] == 1:
         return _attend_densely(q, k, v, scale)
     if isinstance(layer.config, StemConfig):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,10 +14,7 @@ import torch
 
 
 def convert_once(find: Callable[[Path], Path], folder: Path) -> None:
-    """Make a model folder from the GGUF file that find(scratch folder) returns, unless another process makes it first.
-
-    The conversion runs in a temporary folder beside it, so `folder` is whole or not there.
-    """
+    """Convert the GGUF file that find(scratch folder) returns, unless another process does. `folder` appears whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     options = dict(dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True)
     with tempfile.TemporaryDirectory(**options) as scratch:
@@ -44,13 +40,11 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers has no option against the progress bar of its GGUF reader.
-    no_bar = mock.patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
-    with quiet_transformers(), no_bar:
+    with quiet_transformers(), mock.patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True)):
         where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation="sdpa")
-        # The weights are plain fp32 now. save_pretrained would refuse a model that is still marked as quantised.
-        del model.config.quantization_config
+        del model.config.quantization_config  # save_pretrained would refuse a model that is marked as quantised
         model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -58,7 +52,6 @@ def convert(source: Path, target: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Context without the log and the progress bars of transformers."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

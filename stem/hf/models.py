@@ -20,12 +20,7 @@ HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size")  # names in modules of the 
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Causal attention modules of a model by layer index.
-
-    Raises:
-        TypeError: If model is no torch module.
-        ValueError: If Stem cannot replace the model's attention; the message names the reason.
-    """
+    """Causal attention modules by layer index. TypeError: no module; ValueError: why Stem cannot serve it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "config")]
@@ -51,10 +46,9 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def own_attention(module: nn.Module) -> str | None:
-    """Reason why an attention module is not sparse whatever its config; None for full causal attention.
+    """Reason why a module is never sparse, "sliding_attention" or "dense: head_dim 512"; None for full attention.
 
-    The reason is the layer's type, such as "sliding_attention", or "dense: head_dim 512". A window that the model's
-    longest context cannot leave is full attention.
+    A window that the model's longest context cannot leave is full attention.
     """
     config, index = module.config, module.layer_idx
     window = getattr(config, "sliding_window", None) or float("inf")
@@ -77,10 +71,7 @@ def refuse_dense_models(model: nn.Module, own: Mapping[int, str | None]) -> None
 
 
 def give_own_configs(model: nn.Module) -> None:
-    """Replace the config objects of a model by copies, so that no other model shares them.
-
-    Configs that modules share, or that contain one another, still do so afterwards.
-    """
+    """Replace a model's config objects by copies that no other model shares; its modules still share them."""
     held = [(m, name, x) for m in model.modules() for name, x in vars(m).items() if isinstance(x, PreTrainedConfig)]
     for (module, name, _), own in zip(held, copy.deepcopy([config for *_, config in held]), strict=True):
         setattr(module, name, own)
@@ -106,7 +97,6 @@ def config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemC
 
 
 def _refusal(module: nn.Module) -> str | None:
-    """Reason why neither Stem nor SDPA can compute a module's attention, read from its attributes and its forward."""
     for name, expression in _special_arguments(type(module)).items():
         value = getattr(module, expression.removeprefix("self."), None) if expression.startswith("self.") else True
         if value is not None:

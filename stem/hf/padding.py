@@ -12,10 +12,9 @@ from transformers.masking_utils import sdpa_mask
 def stem_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, **options) -> Tensor | None:
     """Mask function of transformers: None for a causal prompt from key 0, spans for padding and later chunks.
 
-    Spans are int64 [B, 1, S, 3] on the CPU, in the place of a bool [B, 1, Nq, Nk]. Each of a row's S sequences (here 1)
-    has its first key, its last key + 1, and the key at the position of query 0. SDPA's mask is returned for decode, for
-    padding with gaps, for other masks than causality and padding, and in a compiled graph, which cannot look at the
-    padding. `options` are the other arguments of `sdpa_mask`.
+    Spans are int64 [B, 1, S, 3] on the CPU: first key, last key + 1 and the key at the position of query 0 of each of a
+    row's S sequences (here 1). SDPA's mask is returned for decode, padding with gaps, masks other than causality and
+    padding, and in a compiled graph, which cannot look at the padding. `options` are other arguments of `sdpa_mask`.
     """
     window = options.get("local_size") or float("inf")
     is_causal = options.get("allow_is_causal_skip", True) and options.get("kv_offset", 0) + kv_length <= window
@@ -27,14 +26,10 @@ def stem_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Te
 
 
 def packed_mask(mask: Tensor | None, ends_q: Tensor, ends_k: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The mask of one row of packed sequences, given where they end (cu_seq_lens_q and cu_seq_lens_k).
+    """Mask of a row of packed sequences, query and key [1, heads, N, D]; spans separate them already and are returned.
 
-    Args:
-        mask: As stem_attention_forward takes it. Spans already separate the sequences, and are returned.
-        ends_q, ends_k: int [S + 1], tokens before each of the S sequences and in all of them.
-        query, key: [1, heads, N, D].
-    Raises:
-        ValueError: If mask is None and the sequences are not those of one row without a cache.
+    `ends_q` and `ends_k` are cu_seq_lens_q and cu_seq_lens_k, int [S + 1]: tokens before each of S sequences, and in
+    total. Raises ValueError if mask is None and the sequences are not those of one row without a cache.
     """
     same = ends_k is None or ends_k is ends_q or torch.compiler.is_compiling() or torch.equal(ends_q, ends_k)
     fits = same and query.shape[0] == 1 and key.shape[2] == query.shape[2]
@@ -70,11 +65,8 @@ def as_bool(mask: Tensor) -> Tensor:
 def rows_by_span(mask: Tensor | None, query: Tensor) -> dict[tuple, list[int]]:
     """Batch rows by span (start, stop, offset), so that rows with the same span can be computed together.
 
-    A row with packed sequences has several spans. A row with padding between its tokens has the span
-    (start, stop, offset, True), from its first token to its last.
-
-    Raises:
-        ValueError: If the mask is more than causality, padding and packed sequences.
+    A row with packed sequences has several spans. One with padding between its tokens has (start, stop, offset, True).
+    Raises ValueError if the mask is more than causality, padding and packed sequences.
     """
     if mask is None:
         return {(0, query.shape[2], 0): list(range(query.shape[0]))}
@@ -110,10 +102,7 @@ def _token_mask_spans(mask: Tensor) -> list[list[tuple]]:
 
 
 def _row_spans(mask: Tensor, first: Tensor, last: Tensor, position: Tensor) -> list[tuple] | None:
-    """Spans of a bool mask [Nq, Nk] whose queries have the given first and last keys, and key positions, int64 [Nq].
-
-    None if the mask is more than causality, padding and packed sequences.
-    """
+    """Spans of a bool mask [Nq, Nk], or None; first and last keys and key positions of its queries, int64 [Nq]."""
     key, real, offset = torch.arange(mask.shape[1], device=mask.device), mask.any(0), int(position[0])
     causal, attends = key <= position[:, None], mask.any(1)
     token = attends & (last == position)

@@ -48,7 +48,6 @@ class Layer:
 
     @property
     def attention(self) -> str:
-        """The attention that prefill uses, see Report."""
         if self.settings._attn_implementation != NAME:
             return str(self.settings._attn_implementation)
         if self.own or self.config is None:
@@ -57,7 +56,6 @@ class Layer:
         return f"{name}; prompts dense because of gaps in their padding: {self.gaps}" if self.gaps else name
 
     def count(self, selection: BlockSelection) -> None:
-        """Add the kept and the causal block pairs of one call."""
         self.kept = self.kept + selection.kv_num_blocks.detach().sum((0, 2), dtype=torch.int64)
         self.causal += selection.kv_num_blocks.shape[0] * selection.causal_pairs
 
@@ -73,9 +71,8 @@ class Report(Sequence):
 
     Each row is a dict:
         layer: Index of the layer in the model. Linear layers of hybrid models have no row: see `layer`.
-        attention: "stem" or "selector", followed by the number of prompts that were dense because of gaps in their
-            padding. "dense" where the config is None, "dense: ..." with the reason why Stem cannot serve the layer. The
-            model's own type, such as "sliding_attention", or the user's later choice, such as "eager".
+        attention: "stem" or "selector", and how many prompts were dense because of gaps in their padding. "dense" for
+            config None, "dense: ..." with the limit. The model's "sliding_attention", or a later choice like "eager".
         density: Kept over causal block pairs in prefill since `enable`, in [0, 1]: the mean of head_density. 1.0 for
             dense layers. None for other attention, and before the first prefill.
         head_density: Density of each head, or None.
@@ -98,11 +95,7 @@ class Report(Sequence):
         return {"layer": layer.index, "attention": attention, "density": density, "head_density": heads}
 
     def layer(self, index: int) -> dict:
-        """Row of the layer with this index in the model.
-
-        Raises:
-            ValueError: If the model has no attention layer with this index.
-        """
+        """Row of the layer with this index in the model. Raises ValueError if the model has no such attention layer."""
         indices = [layer.index for layer in self._layers]
         if index not in indices:
             raise ValueError(f"index must be an attention layer of the model, one of {indices}, got {index!r}")

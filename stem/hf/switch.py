@@ -25,16 +25,13 @@ def enable(
     """Make a model's prefill sparse; a second call replaces the config and restarts the density counts.
 
     Args:
-        model: A causal language model of transformers, or a module that holds one. It gets copies of its config
-            objects, so that other models made from the same config keep their attention.
+        model: A causal language model of transformers, or a module that holds one. Its config objects are copied.
         config: For every layer (default StemConfig()), or per layer: a sequence, or a mapping from layer index. Layers
-            with None, or missing in the mapping, are dense. In place of a config, a Selector (q, k, v) ->
-            BlockSelection chooses the blocks, for example functools.partial(stem.patterns.select, "xattention"). Its q
-            is scaled so that the softmax scale is D**-0.5.
+            with None, or missing in the mapping, are dense. A Selector (q, k, v) -> BlockSelection, for example
+            functools.partial(stem.patterns.select, "xattention"), gets q scaled so that the softmax scale is D**-0.5.
         impl: See stem.block_sparse_attention.
-        prompt_length: Tokens of the whole prompt, left padding included, where the prompt is given in chunks, see
-            stem.stem_attention. Tokens after the prompt count as its end, and so does the last token before padding on
-            the right. Default: each call ends its prompt.
+        prompt_length: Tokens of a prompt given in chunks, left padding included, see stem.stem_attention. Tokens after
+            it, and the last token before right padding, count as its end. Default: each call ends its prompt.
     Raises:
         TypeError: If model is no torch module or a config is no StemConfig.
         ValueError: If Stem cannot replace the model's attention or would leave every layer dense, config does not fit
@@ -51,18 +48,14 @@ def enable(
     disable(model)
     give_own_configs(model)
     for index, module in modules.items():
-        previous = module.config._attn_implementation
-        previous = "sdpa" if previous == NAME else previous  # a model made from the config of an enabled one
+        previous = "sdpa" if (old := module.config._attn_implementation) == NAME else old  # config of an enabled model
         module.stem_layer = Layer(index, configs[index], impl, prompt_length, own[index], module.config, previous)
     for module in modules.values():
         _choose(module, NAME)
 
 
 def disable(model: nn.Module) -> None:
-    """Give a model back the attention that it had before `enable`; does nothing to a model without Stem.
-
-    An attention implementation that was chosen after `enable` stays.
-    """
+    """Give a model back its attention from before `enable`. Models without Stem and later choices stay as they are."""
     layers = _enabled_layers(model)
     for layer in layers.values():  # a report says from here on what it says now
         layer.settings = copy.copy(layer.settings)
@@ -78,8 +71,7 @@ def stem_prefill(
 ) -> Iterator[Report]:
     """`enable` for the length of a with block; yields the Report, which remains readable afterwards.
 
-    The model then has its earlier attention again (Stem with its earlier config included), unless another one was
-    chosen within the block.
+    The model then has its earlier attention (or Stem with its earlier config), unless the block chose another one.
     """
     before = _enabled_layers(model)
     paused = [module for module in before if module.config._attn_implementation == NAME]
@@ -96,11 +88,7 @@ def stem_prefill(
 
 
 def density(model: nn.Module) -> Report:
-    """Realised density of each layer since `enable`: a sequence of rows, see Report.
-
-    Raises:
-        ValueError: If Stem is not enabled on the model.
-    """
+    """Realised density of each layer since `enable`, see Report. Raises ValueError if Stem is not enabled."""
     layers = list(_enabled_layers(model).values())
     if not layers:
         raise ValueError(f"model {type(model).__name__} does not use Stem: call stem.hf.enable(model, config) first")
