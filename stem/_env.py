@@ -12,12 +12,10 @@ IMPORT_ORDER = (
 def ensure_triton_mode() -> str:
     """Choose Triton's mode before triton is imported; returns "compile" or "interpret".
 
-    Without CUDA, `TRITON_INTERPRET=1` is set unless the environment already says otherwise. Triton reads the variable
-    while it is imported: where something imported it before `import stem`, it stays in compile mode, in which
-    impl="triton" does not take CPU tensors (`check_triton_on_cpu`) and all else works.
+    Without CUDA, `TRITON_INTERPRET=1` is set unless the environment sets it. Triton reads it at its own import; if
+    that was before `import stem`, Triton compiles, and only impl="triton" on CPU tensors fails (`check_triton_on_cpu`).
 
-    Raises:
-        RuntimeError: If the environment says TRITON_INTERPRET=1, but only since after triton was imported.
+    Raises RuntimeError if TRITON_INTERPRET=1 was set after triton was imported.
     """
     import torch
 

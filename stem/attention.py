@@ -1,8 +1,4 @@
-"""The pipeline: check, plan, choose the blocks, attend to them.
-
-stem_attention          q, k, v -> Plan (stem.planning) -> BlockSelection (stem.choose) -> output (stem.impl)
-block_sparse_attention  q, k, v and a BlockSelection of the caller's -> output
-"""
+"""The pipeline: check, plan (stem.planning), choose the blocks (stem.choose), attend to them (stem.impl)."""
 
 from __future__ import annotations
 
@@ -41,12 +37,10 @@ def stem_attention(
         k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0, Nq <= Nkv, same dtype and device as q.
         config: Default StemConfig(), a quarter of the causal block pairs.
         scale: Softmax scale, default D**-0.5.
-        impl: See block_sparse_attention. With None, a dense kernel of torch attends if the budget keeps every block of
-            every row and that kernel is the faster one.
+        impl: See block_sparse_attention. None uses torch's dense kernel where every block is kept and it is faster.
         return_selection, return_lse: Also return the BlockSelection / the log-sum-exp, in this order.
-        prompt_length: Tokens of the whole prompt if these are a chunk of it, >= Nkv, default Nkv. Budgets and last
-            blocks are those of the whole prompt, so chunks of whole blocks together give the output of the whole
-            prompt; configs with a z-scored value term differ, because the z-score covers the values so far.
+        prompt_length: Tokens of the whole prompt if these are a chunk of it, >= Nkv, default Nkv. Whole-block chunks
+            give the output of the whole prompt, unless the value term is z-scored (over the values so far).
     Returns:
         [B, Hq, Nq, D] like q, or a tuple. Gradients flow through the attention, not through the selection.
     Raises:
@@ -54,9 +48,8 @@ def stem_attention(
     """
     options = DEFAULT if config is None else config, scale, impl, prompt_length
     if is_autocast(q):
-        wanted = dict(return_selection=return_selection, return_lse=return_lse)
-        named = dict(zip(("config", "scale", "impl", "prompt_length"), options, strict=True))
-        return autocast_once(stem_attention)(q, k, v, **named, **wanted)
+        others = dict(return_selection=return_selection, return_lse=return_lse, prompt_length=prompt_length)
+        return autocast_once(stem_attention)(q, k, v, options[0], scale=scale, impl=impl, **others)
     if torch.compiler.is_compiling():
         from stem.compiled import traced_attention  # imports torch's compiler
 
@@ -90,9 +83,9 @@ def block_sparse_attention(
         selection: Lists for Hq heads and these lengths, on q's device.
         impl: None chooses "hopper" if it covers the problem, else "triton" on CUDA and "torch" elsewhere (also for
             fp64); an explicit choice never falls back.
-            "reference": token mask and softmax in fp32 or fp64, memory O(N^2). "torch": gathers the kept blocks, a few
-            rows at a time. "triton": stem.kernels. "hopper": the same with a forward pass for sm_90, fp16 or bf16, D 64
-            or 128, block_size 128. "flex": torch's FlexAttention with the same lists, unfused on the CPU.
+            "reference": token mask, softmax in fp32 or fp64, memory O(N^2). "torch": gathers the kept blocks. "triton":
+            stem.kernels. "hopper": a forward pass for sm_90, fp16 or bf16, D 64 or 128, block_size 128; "triton"'s
+            backward. "flex": torch's FlexAttention, unfused on the CPU.
         return_lse: Also return the natural log-sum-exp, fp32 (fp64 for fp64 inputs) [B, Hq, Nq].
     Returns:
         [B, Hq, Nq, D] like q. A row without blocks gives 0. Differentiable; twice with "torch", "reference" and, on the

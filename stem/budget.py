@@ -23,7 +23,6 @@ def block_budget(num_kv_blocks: int, config: StemConfig) -> Tensor:
 
     Args:
         num_kv_blocks: Number of key blocks n of the prompt, >= 1 [blocks]. A chunk of query blocks uses the last rows.
-        config: Which schedule; see StemConfig.
     Returns:
         int32 [num_kv_blocks] on the CPU, entry i in 1..i + 1. Sink, local and diagonal blocks are inside it, except
         with `forced="on_top"`, where `select_blocks` adds them. With `allocation="adaptive"` it is the bound i + 1.
@@ -60,10 +59,7 @@ class BlockRows(NamedTuple):
         return _budget(self.prompt, config)[self.first : self.stop]
 
     def at_the_end(self, config: StemConfig) -> StemConfig:
-        """Config for a prompt that ends with these rows; it gives them the blocks that the whole prompt's gives them.
-
-        A chunk before the end has fewer or no last blocks, and is dense if the whole prompt is.
-        """
+        """Config for a prompt that ends with these rows, giving them the blocks that the whole prompt gives them."""
         if self.prompt == self.stop:
             return config
         dense = config.dense_blocks_of(self.prompt)
@@ -110,8 +106,7 @@ def kept_blocks(rows: BlockRows, config: StemConfig) -> int | None:
 def device_budget(rows: BlockRows, config: StemConfig, device: torch.device) -> tuple[Tensor, int]:
     """The budget of these query blocks, int32 [nq] on a device, and the length of the longest list it can give.
 
-    Cached: only the first call for a length waits for the copy to the device. A plan that a CUDA graph has recorded
-    keeps its budget alive.
+    Cached: only the first call waits for the copy. A plan that a CUDA graph has recorded keeps its budget alive.
     """
     budget = rows.of_these(config)
     with lasting_tensors():
@@ -126,12 +121,8 @@ def causal_pairs(num_kv_blocks: int) -> int:
 
 @lru_cache(maxsize=256)
 def _fewer_last_blocks(config: StemConfig, dense: int, missing: int, missing_half_full: int) -> StemConfig:
-    return config.replace(
-        dense_up_to=0,
-        dense_first_blocks=dense,
-        dense_last_blocks=max(0, config.dense_last_blocks - missing),
-        exact_last_blocks=max(0, config.exact_last_blocks - missing_half_full),
-    )
+    last, exact = max(0, config.dense_last_blocks - missing), max(0, config.exact_last_blocks - missing_half_full)
+    return config.replace(dense_up_to=0, dense_first_blocks=dense, dense_last_blocks=last, exact_last_blocks=exact)
 
 
 @lru_cache(maxsize=256)
@@ -147,7 +138,6 @@ def _budget(n: int, config: StemConfig) -> tuple[int, ...]:
 
 
 def _k_start(n: int, config: StemConfig) -> float:
-    """Budget of the first row for n key blocks [blocks]."""
     if config.k_start_regimes is not None:
         _, share, extra = max(regime for regime in config.k_start_regimes if regime[0] <= n)
         k_start = share * n + extra
@@ -160,22 +150,20 @@ def _k_start(n: int, config: StemConfig) -> float:
 def _rows(n: int, k_start: float, config: StemConfig) -> np.ndarray:
     """The schedule for a given k_start: int64 [n], row i in 1..i + 1."""
     row = np.arange(1, n + 1)
-    decay = config.decay
     if config.decay_from == "first_row":
-        budget = np.floor(k_start - (k_start * (1 - decay) / n) * row)
+        budget = np.floor(k_start - (k_start * (1 - config.decay) / n) * row)
     else:
         first = min(n, int(k_start))
         budget = np.full(n, float(first))
-        budget[first:] = np.floor(np.linspace(k_start, decay * k_start, n - first))
+        budget[first:] = np.floor(np.linspace(k_start, config.decay * k_start, n - first))
     is_dense = (row <= config.dense_first_blocks) | (row > n - config.dense_last_blocks)
     return np.where(is_dense, row, np.clip(budget, 1, row).astype(np.int64))
 
 
 def _solve_density(n: int, config: StemConfig) -> np.ndarray:
     """Largest schedule of at most `density` of the causal pairs; the earliest open rows get the remaining blocks."""
-    density = DEFAULT_DENSITY if config.density is None else config.density
     row = np.arange(1, n + 1)
-    target = round(density * causal_pairs(n))
+    target = round((DEFAULT_DENSITY if config.density is None else config.density) * causal_pairs(n))
     high = n / config.decay + 1  # every row is full
     low = min(max(1.0, config.min_blocks), high)
     for _ in range(60):

@@ -19,19 +19,15 @@ def cell_scores(
     """Log of each block's share of its row's attention, estimated from logits of cell pairs.
 
     Our choice; softmax before the sum: XAttention, arXiv 2503.16428. Without a peak, a pair's logit is the mean over
-    its antidiagonal samples, which hides a peak among them. With `score_peak`, a cell has two corners: its mean,
-    shifted that far towards the largest and towards the smallest value of each dimension. Positive coordinates of the
-    query multiply the key's upper corner, negative ones the lower. (Shifted all the way, with one query a cell, the
-    logit is the bound of Quest, arXiv 2406.10774.) The softmax runs over all key cells that a query cell sees. A
-    block's share is the sum over its key cells, and the mean or root mean square over its query cells, made to sum to 1
-    over the row. The last `exact_last_blocks` query blocks take cells of one token, which gives exact shares.
+    its antidiagonal samples. With `score_peak`, a cell has two corners (see `cell_features`): positive coordinates of
+    the query multiply the key's upper corner, negative ones the lower. (At peak 1 with one query a cell, the logit is
+    the bound of Quest, arXiv 2406.10774.) The softmax runs over all key cells that a query cell sees. A block's share
+    is the sum over its key cells, and the mean or root mean square over its query cells, made to sum to 1 over the row.
+    The last `exact_last_blocks` query blocks take cells of one token, which gives exact shares.
 
     Args:
-        q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), the last Nq positions.
-        k: [B, Hkv, Nkv, D].
+        q, k: [B, Hq, Nq, D], the last Nq positions, and [B, Hkv, Nkv, D]: fp16, bf16, fp32, or fp64 with "torch".
         bonus: [B, Hkv, nk], added to the logits of a key block's cells; None is zero.
-        config: block_size, exact_last_blocks and the fields that begin with score_ are used.
-        scale: Softmax scale, >= 0 if score_peak > 0.
         impl: "torch" or "triton".
     Returns:
         fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
@@ -96,16 +92,9 @@ def kernel_cells(q_len: int, kv_len: int, config: StemConfig):
     """Cells of a config for these lengths, as the kernels take them: stem.kernels.cell_scores.Cells."""
     from stem.kernels.cell_scores import Cells
 
-    return Cells(
-        block_size=config.block_size,
-        query_cells=config.score_query_cells or config.score_cells,
-        key_cells=config.score_cells,
-        stride=config.score_stride,
-        peak=config.score_peak,
-        rms=config.score_pooling == "rms",
-        q_len=q_len,
-        kv_len=kv_len,
-    )
+    grid = dict(block_size=config.block_size, q_len=q_len, kv_len=kv_len)
+    cells = dict(query_cells=config.score_query_cells or config.score_cells, key_cells=config.score_cells)
+    return Cells(**grid, **cells, stride=config.score_stride, peak=config.score_peak, rms=config.score_pooling == "rms")
 
 
 def cell_features(
@@ -119,8 +108,7 @@ def cell_features(
         x: [B, H, N, D]; row 0 stands `front` rows into cell 0, which has `cell` rows like all of the `num_cells`.
         stride: Groups of a cell; group g holds its rows g, g + stride, ... With a peak, stride is 1.
         peak: How far a corner lies from the mean (0) to the largest or smallest value of a dimension (1).
-        queries: Whether x holds queries: groups in reverse order, positive part of the upper corner, negative of the
-            lower.
+        queries: Reverse the groups; keep the positive part of the upper corner and the negative part of the lower one.
     Returns:
         fp32 (fp64 for fp64 inputs) [B, H, num_cells, stride * D], twice as wide if peak > 0; 0 for a cell without rows.
     """
@@ -143,8 +131,7 @@ def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offs
     """Sums of every `stride`-th row of each block, the factors of the antidiagonal score (exact by linearity).
 
     Args:
-        x: [B, H, N, D]; row 0 stands at position `offset` of the key grid.
-        size: Rows per block (or per cell); `stride` divides it.
+        x: [B, H, N, D]; row 0 stands at position `offset` of the key grid. `stride` divides `size`, the rows per block.
         reverse: Store group g at slot stride - 1 - g, as queries need it so that equal slots form antidiagonals.
     Returns:
         fp32 (fp64 for fp64 inputs) [B, H, blocks, stride * D]; rows that do not exist count as zeros.
@@ -155,10 +142,7 @@ def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offs
 
 
 def pad_to_grid(x: Tensor, size: int, offset: int = 0) -> Tensor:
-    """Zero rows in front and behind so that x [B, H, N, D], starting at `offset`, covers whole blocks of `size`.
-
-    x itself where none is missing.
-    """
+    """Pad x [B, H, N, D], which starts at `offset`, with zero rows to whole blocks; x itself where none is missing."""
     front = offset % size
     behind = -(front + x.shape[2]) % size
     return torch.nn.functional.pad(x, (0, 0, front, behind)) if front or behind else x

@@ -34,8 +34,7 @@ def choose_scores(
     """Scores of all block pairs in memory, then the selection; covers every config."""
     config_here = rows.at_the_end(config)
     scores = score(q, k, v, config_here, scale, impl)
-    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
-    return select_blocks(scores, rows.budget(config), config_here, impl=impl, **lengths)
+    return select_blocks(scores, rows.budget(config), config_here, impl=impl, q_len=q.shape[2], kv_len=k.shape[2])
 
 
 def choose_share(
@@ -64,9 +63,7 @@ def choose_topk(
 ) -> tuple[Tensor, Tensor]:
     """Lists of the best blocks by mean score, as many as the budget says, by Triton and some rows at a time.
 
-    Args:
-        budget, width: From `stem.budget.device_budget`.
-        at_once: Score and select in one launch, for prompts of at most score_select.MAX_KV_BLOCKS key blocks.
+    `device_budget` gives budget and width. `at_once` takes one launch, for up to score_select.MAX_KV_BLOCKS key blocks.
     """
     from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
     from stem.kernels.block_select import empty_lists, select_topk

@@ -26,10 +26,7 @@ def traced_attention(
     impl: str | None,
     prompt_length: int | None,
 ) -> tuple[Tensor, Tensor, BlockSelection]:
-    """Output, log-sum-exp and selection of stem.stem_attention; lists have room for every key block.
-
-    impl="reference" and "flex" stay what they are; the others become one operator.
-    """
+    """Output, log-sum-exp and selection of stem.stem_attention; lists have room for every key block."""
     check_qkv(q, k, v)
     check_config(config)
     check_prompt_length(prompt_length, k.shape[2])
@@ -43,7 +40,7 @@ def traced_attention(
 def traced_block_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of stem.block_sparse_attention in a graph."""
+    """Output and log-sum-exp of stem.block_sparse_attention; one operator except for "reference" and "flex"."""
     if impl in ("reference", "flex"):
         from stem.impl.attend import attend
 

@@ -29,36 +29,19 @@ SECTIONS = {
 PRESETS = {
     "paper": dict(k_start_regimes=((0, 0.2, 0), (129, 0.1, 0)), min_blocks=54),
     "angelslim": dict(
-        score_stride=8,
-        k_start_regimes=((0, 1.0, 0), (56, 0.2, 30), (160, 0.1, 30)),
-        decay_from="k_start",
-        value_norm="zscore",
-        forced="on_top",
+        k_start_regimes=((0, 1.0, 0), (56, 0.2, 30), (160, 0.1, 30)), decay_from="k_start", forced="on_top",
+        score_stride=8, value_norm="zscore",
     ),
     "hpc_ops": dict(
-        k_start_regimes=((0, 1.0, 0), (56, 0.2, 30), (160, 0.1, 30)),
-        decay=1.0,
-        decay_from="k_start",
-        routing_scale="raw",
-        value_norm="zscore_padded",
-        value_weight=0.3,
-        forced="on_top",
+        k_start_regimes=((0, 1.0, 0), (56, 0.2, 30), (160, 0.1, 30)), decay=1.0, decay_from="k_start", forced="on_top",
+        routing_scale="raw", value_norm="zscore_padded", value_weight=0.3,
     ),
     "adaptive": dict(
-        score_stride=1,
-        reduction="softmax",
-        score_cells=8,
-        score_peak=0.3,
-        score_pooling="rms",
-        allocation="adaptive",
-        threshold=0.005,
-        value_weight=0.0,
-        sink_blocks=1,
-        local_blocks=2,
+        allocation="adaptive", threshold=0.005, sink_blocks=1, local_blocks=2, dense_up_to=5120,
+        score_stride=1, reduction="softmax", score_cells=8, score_peak=0.3, score_pooling="rms", value_weight=0.0,
         exact_last_blocks=1,
-        dense_up_to=5120,
     ),
-}
+}  # fmt: skip
 
 
 class AlwaysKept(NamedTuple):
@@ -90,8 +73,6 @@ class ShareRules(NamedTuple):
 
 
 class ValueTerm(NamedTuple):
-    """Value term of the scores."""
-
     norm: str
     weight: float
 
@@ -102,47 +83,35 @@ class StemConfig:
 
     Grid
         block_size: Tokens per query and key block, B in the paper: 16, 32, 64 or 128 [tokens].
-
     Budget, from at most one of density, k_start and k_start_regimes; with none of them, density is 0.25
         density: Share of the causal block pairs to compute, in (0, 1]; k_start is solved for. Our choice.
         k_start: Budget of the first row: blocks if int (>= 1), share of the key blocks if float in (0, 1]. Eq. 3.
         k_start_regimes: k_start by length: triples (from this many key blocks, share of the key blocks, blocks added).
         min_blocks: Lower bound of k_start, 54 in the paper. A binding bound exceeds `density` [blocks].
-        allocation: "position_decay" is Eq. 3. "uniform" is another name for it with decay=1. "adaptive" has no budget:
-            a threshold decides about each block.
+        allocation: "position_decay" (Eq. 3), "uniform" (the same with decay=1) or "adaptive" (threshold, no budget).
         threshold: With "adaptive", a block is kept if its share of its row's mass exceeds this, in (0, 1].
-
     Decay
         decay: k_end / k_start, mu in Eq. 3, in (0, 1]; 1 keeps the budget constant.
         decay_from: Row in which the decay starts: "first_row" (Eq. 3) or row "k_start" (AngelSlim, hpc-ops).
-
     Always kept
         sink_blocks: First key blocks [blocks].
         local_blocks: Most recent key blocks; they include the diagonal block, which is kept even at 0 [blocks].
         forced: Sink and local blocks are "inside" the budget (paper) or "on_top" of it (AngelSlim, hpc-ops).
-        dense_first_blocks, dense_last_blocks: Query blocks at the start and at the end of the prompt that keep every
-            block [blocks]. Our choice.
-        dense_up_to: Prompts of at most this many tokens keep every block, because choosing blocks would take longer
-            than attending to all of them [tokens]. Our choice.
-
+        dense_first_blocks, dense_last_blocks: First and last query blocks that keep every block [blocks]. Our choice.
+        dense_up_to: Prompts up to this length keep every block, which is faster than choosing [tokens]. Our choice.
     Scores and cells; the fields from score_cells on need reduction="softmax"
         score_stride: Tokens between antidiagonal samples, S in AngelSlim: a divisor of block_size [tokens].
         value_weight: Weight of the value term, beta in Eq. 7, >= 0; 0 leaves the routing term alone.
-        value_norm: Value term: "log" of the block's largest norm (Eq. 7), or z-scored over the prompt as the public
-            code does, "zscore" (AngelSlim) or "zscore_padded" (hpc-ops).
+        value_norm: "log" of the largest norm (Eq. 7); over the prompt "zscore" (AngelSlim), "zscore_padded" (hpc-ops).
         routing_scale: "mean" averages q.k * scale over the samples (paper); "raw" drops the scale and 1/S (hpc-ops).
         reduction: Samples to block score: "mean" (paper), or "softmax" over the row's cells before the block sum.
         score_cells: Cells per key block; block_size / score_cells is a multiple of score_stride.
         score_query_cells: Cells per query block, as many as score_cells if None. Our choice.
-        score_peak: How far a cell is shifted from its mean (0) towards its largest and smallest value of each dimension
-            (1), in [0, 1]; above 0, score_stride is 1. Our choice.
-        score_pooling: A query block's share from its cells' shares: their "mean", or their root mean square ("rms"), in
-            which a block that one cell looks for counts for more. Our choice.
-        exact_last_blocks: Query blocks at the end of the prompt whose shares are exact, from cells of one token
-            [blocks]. A last block that is less than half full is exact too and does not count. The question is
-            expected there: a question that is longer than a block or stands elsewhere needs a larger value. A chunk
-            without prompt_length, a second turn and assisted decoding treat their own last block as the prompt's end.
-            Our choice.
+        score_peak: Shift of a cell from mean (0) to extremes (1), in [0, 1]; above 0, score_stride is 1. Our choice.
+        score_pooling: A query block's share is the "mean" or the root mean square ("rms") over its cells. Our choice.
+        exact_last_blocks: Last query blocks whose shares are exact, from cells of one token [blocks]. A last block less
+            than half full is exact too and does not count. A question longer than a block or elsewhere needs more. A
+            chunk without prompt_length, a second turn and assisted decoding use their own last block. Our choice.
     """
 
     block_size: BlockSize = 128
@@ -202,15 +171,11 @@ class StemConfig:
     def preset(cls, name: str, **overrides) -> StemConfig:
         """The settings of a source, "paper" (v1), "angelslim" or "hpc_ops", or this repository's extension, "adaptive".
 
-        Keyword arguments replace fields. Giving `density` or `k_start` replaces the preset's schedule and its floor.
-        "adaptive" has one threshold for all rows, heads and layers; `density` or `k_start` makes it a constant budget
-        at every length (`stem.calibrate` finds the threshold for a density instead). Up to 32K tokens use
-        block_size=64; blocks of 128 are for longer prompts. Cells of "adaptive" hold 4 tokens in blocks of 64, which
-        finds more, and 16 in blocks of 128, which is cheap at 128K tokens.
+        Keyword arguments replace fields. `density` or `k_start` replaces the preset's schedule and floor; "adaptive"
+        then has a constant budget at every length (`stem.calibrate` finds the threshold for a density instead). Use
+        block_size=64 up to 32K tokens, where cells of "adaptive" hold 4 tokens, and 128 above, where they hold 16.
 
-        Raises:
-            ValueError: If the name is unknown.
-            TypeError: If an override is no field of StemConfig.
+        Raises ValueError for an unknown name and TypeError for an unknown field.
         """
         check_choice("preset", name, tuple(PRESETS))
         unknown = set(overrides) - {field.name for field in fields(cls)}
@@ -232,12 +197,10 @@ class StemConfig:
 
     @cached_property
     def always_kept(self) -> AlwaysKept:
-        """Forced blocks and whether they are added to the budget."""
         return AlwaysKept(self.sink_blocks, self.local_blocks, self.forced == "on_top")
 
     @cached_property
     def value_term(self) -> ValueTerm:
-        """Norm and weight of the value term."""
         return ValueTerm(self.value_norm, self.value_weight)
 
     def share_rules(self, num_kv_blocks: int) -> ShareRules:
@@ -284,15 +247,13 @@ class StemConfig:
         for name in ("score_cells", "score_query_cells"):
             if is_softmax and self._is_given(name):
                 divides = self.block_size % (getattr(self, name) * self.score_stride) == 0
-                message = f"{name} * score_stride must divide block_size"
-                self._require(divides, message, "block_size", name, "score_stride")
-        if self.score_peak:
-            message = "score_peak > 0 needs reduction='softmax' and score_stride=1"
-            names = "score_peak", "reduction", "score_stride"
-            self._require(is_softmax and self.score_stride == 1, message, *names)
-        if self.exact_last_blocks:
-            message = "exact_last_blocks > 0 needs reduction='softmax'"
-            self._require(is_softmax, message, "exact_last_blocks", "reduction")
+                names = "block_size", name, "score_stride"
+                self._require(divides, f"{name} * score_stride must divide block_size", *names)
+        is_met = not self.score_peak or (is_softmax and self.score_stride == 1)
+        message = "score_peak > 0 needs reduction='softmax' and score_stride=1"
+        self._require(is_met, message, "score_peak", "reduction", "score_stride")
+        message = "exact_last_blocks > 0 needs reduction='softmax'"
+        self._require(is_softmax or not self.exact_last_blocks, message, "exact_last_blocks", "reduction")
 
     def _is_given(self, name: str) -> bool:
         """Whether a field has a value; None is no value where it is the default."""
@@ -313,12 +274,9 @@ INTEGERS = {  # lower bounds
     "exact_last_blocks": 0,
 }  # fmt: skip
 NUMBERS = {  # lower bound, upper bound, whether the lower bound is excluded
-    "density": (0.0, 1.0, True),
-    "threshold": (0.0, 1.0, True),
-    "decay": (0.0, 1.0, True),
-    "value_weight": (0.0, inf, False),
-    "score_peak": (0.0, 1.0, False),
-}
+    "density": (0.0, 1.0, True), "threshold": (0.0, 1.0, True), "decay": (0.0, 1.0, True),
+    "value_weight": (0.0, inf, False), "score_peak": (0.0, 1.0, False),
+}  # fmt: skip
 
 
 def check_config(config: StemConfig) -> None:

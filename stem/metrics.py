@@ -12,11 +12,8 @@ from stem.selection import BlockSelection
 def block_attention_mass(q: Tensor, k: Tensor, block_size: int, scale: float | None = None) -> Tensor:
     """True attention probability that each query block puts on each key block, averaged over its rows.
 
-    Args:
-        q: [B, Hq, Nq, D], the last Nq positions; k: [B, Hkv, Nkv, D].
-        block_size: Tokens per block; query blocks are aligned to the key grid.
-    Returns:
-        fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk] in [0, 1], rows summing to 1. Memory O(block_size * Nkv) per head.
+    q is [B, Hq, Nq, D], the last Nq positions, k is [B, Hkv, Nkv, D], and query blocks are aligned to the key grid.
+    Returns fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk] in [0, 1]; rows sum to 1. Memory O(block_size * Nkv) per head.
     """
     return _block_sums(q, k, None, block_size, scale)
 
@@ -39,10 +36,7 @@ def rel_l2_error(out: Tensor, dense: Tensor) -> float:
 
 
 def attention_flops(selection: BlockSelection, head_dim: int) -> int:
-    """Floating-point operations of QK^T and PV over the kept block pairs, the diagonal block counted half.
-
-    4 * head_dim per token pair: with every block kept and whole blocks this is 2 * N * (N + 1) * D per head.
-    """
+    """Operations of QK^T and PV over the kept token pairs, 4 * head_dim each; the diagonal block is counted half."""
     size, nq = selection.block_size, selection.num_q_blocks
     rows = selection.kv_num_blocks.shape[0] * selection.kv_num_blocks.shape[1] * nq
     full_pairs = int(selection.kv_num_blocks.sum(dtype=torch.int64)) - rows
@@ -55,8 +49,7 @@ def scoring_flops(num_q_blocks: int, num_kv_blocks: int, score_stride: int, head
 
 
 def _block_sums(q: Tensor, k: Tensor, v: Tensor | None, block_size: int, scale: float | None) -> Tensor:
-    q_len, kv_len = q.shape[2], k.shape[2]
-    offset = kv_len - q_len
+    kv_len, offset = k.shape[2], k.shape[2] - q.shape[2]
     first, nk = offset // block_size, -(-kv_len // block_size)
     kv_position = torch.arange(kv_len, device=q.device)
     blocks = []

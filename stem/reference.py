@@ -30,9 +30,8 @@ def masked_attention(
         [B, Hq, Nq, D] in q's dtype, computed in fp64 for fp64 inputs and in fp32 otherwise; with return_lse also the
         natural log-sum-exp [B, Hq, Nq] in that precision.
     """
-    compute = compute_dtype(q.dtype)
     probabilities, lse = attention_probabilities(q, k, token_mask, scale)
-    out = probabilities.unflatten(1, (k.shape[1], -1)) @ v.to(compute)[:, :, None]
+    out = probabilities.unflatten(1, (k.shape[1], -1)) @ v.to(probabilities.dtype)[:, :, None]
     out = out.flatten(1, 2).to(q.dtype)
     return (out, lse) if return_lse else out
 

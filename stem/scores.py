@@ -18,15 +18,11 @@ def block_scores(
 ) -> Tensor:
     """Routing term plus value term of every causal block pair (Eq. 7, pooled as in Algorithm 1).
 
-    The routing term is the mean of q.k * scale over the antidiagonal samples of the block pair, computed by the exact
-    factorisation into group sums; rows that do not exist count as zeros. With `reduction="softmax"` the score is the
-    logarithm of the block's share of the row after a softmax over cells.
+    The routing term is the mean of q.k * scale over the antidiagonal samples, by exact factorisation into group sums;
+    missing rows count as zeros. With `reduction="softmax"` the score is the logarithm of the block's share of the row.
 
     Args:
-        q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64; the last Nq positions.
-        k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0, Nq <= Nkv.
-        config: See StemConfig.
-        scale: Softmax scale, default D**-0.5; ignored by `routing_scale="raw"`.
+        q, k, v, scale: As in stem_attention; the scale is ignored by `routing_scale="raw"`.
         impl: "torch", "triton" or None (Triton on CUDA). fp64 inputs are scored in fp64 by "torch".
     Returns:
         fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk], larger = keep, -inf where the key block is in the future.

@@ -22,8 +22,7 @@ class BlockSelection:
     Attributes:
         kv_indices: int32 [B, Hq, nq, max], ascending key blocks; entries past the count are 0.
         kv_num_blocks: int32 [B, Hq, nq], how many entries of kv_indices count.
-        block_size: Tokens per block.
-        num_kv_blocks: Key blocks nk.
+        block_size, num_kv_blocks: Tokens per block; key blocks nk.
         q_len, kv_len: Query and key tokens; queries are the last q_len positions.
     """
 
@@ -38,9 +37,7 @@ class BlockSelection:
     def from_mask(cls, block_mask: Tensor, block_size: int, *, q_len: int | None = None, kv_len: int | None = None):
         """The selection of a bool mask [B, Hq, nq, nk], True = attend; lengths default to whole blocks.
 
-        Raises:
-            ValueError: If the mask is not 4-dimensional, keeps a future block, or does not fit the lengths.
-            TypeError: If the mask is not bool.
+        Raises TypeError unless it is bool; ValueError unless it is 4-dimensional, causal and fits the lengths.
         """
         if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool:
             raise TypeError(f"block_mask must be a bool tensor, got {getattr(block_mask, 'dtype', type(block_mask))}")
@@ -70,7 +67,6 @@ class BlockSelection:
 
     @property
     def num_q_blocks(self) -> int:
-        """Query blocks nq."""
         return self.kv_num_blocks.shape[-1]
 
     def to_mask(self) -> Tensor:
@@ -95,14 +91,12 @@ class BlockSelection:
 
     @property
     def causal_pairs(self) -> int:
-        """Causal block pairs of one head."""
         return self.num_q_blocks * (2 * self.num_kv_blocks - self.num_q_blocks + 1) // 2
 
     def to_block_mask(self):
         """torch FlexAttention BlockMask of the same lists; the diagonal block is partial, all others are full.
 
-        Its queries are the q_len rows preceded by (kv_len - q_len) % block_size padding rows, so that FlexAttention's
-        blocks start on the key grid; without such an offset they are simply the queries.
+        Its queries are (kv_len - q_len) % block_size padding rows, which align them to the key grid, and q_len rows.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -146,8 +140,7 @@ def select_blocks(
     Args:
         scores: fp32 or fp64 [B, Hq, nq, nk] from `block_scores`.
         budget: int32 [nk] from `block_budget`; the last nq rows are used.
-        config: The same config.
-        q_len, kv_len: Tokens, default whole blocks [tokens].
+        q_len, kv_len: Default whole blocks [tokens].
         impl: "torch", "triton" or None (Triton on CUDA).
     Raises:
         ValueError, TypeError: If shapes do not fit, a budget is below 1, or a name is unknown.
@@ -190,10 +183,7 @@ def _rank(x: Tensor) -> Tensor:
 
 
 def _forced_priority(nq: int, nk: int, config: StemConfig, device: torch.device) -> Tensor:
-    """int64 [nq, nk]: negative for forced blocks, smaller = kept first; 0 elsewhere.
-
-    Local blocks take the even places by distance from the diagonal, sink blocks the odd ones by index.
-    """
+    """int64 [nq, nk]: negative for forced blocks, smaller = kept first; 0 elsewhere."""
     row = torch.arange(nk - nq, nk, device=device)[:, None]
     column = torch.arange(nk, device=device)
     distance = row - column

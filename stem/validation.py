@@ -54,7 +54,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 @lru_cache(maxsize=4096)
 def _check_layouts(*layouts: tuple[torch.Size, torch.dtype, torch.device]) -> None:
-    """check_qkv of the shapes, dtypes and devices of q, k and v; cached."""
     (q_shape, q_dtype, q_device), (k_shape, _, _), (v_shape, _, _) = layouts
     for name, (shape, dtype, _) in zip("qkv", layouts, strict=True):
         if len(shape) != 4:
@@ -84,10 +83,9 @@ def _check_layouts(*layouts: tuple[torch.Size, torch.dtype, torch.device]) -> No
 
 
 def check_finite(**tensors: Tensor) -> None:
-    """Raise ValueError if a CPU tensor holds NaN or infinity.
+    """Raise ValueError if a CPU tensor holds NaN or infinity; on CUDA the check would synchronise.
 
-    On CUDA the check would synchronise, so nothing is raised there: a NaN score never selects a block, and NaN reaches
-    only the rows that attend to it.
+    A NaN score never selects a block, and NaN reaches only the rows that attend to it.
     """
     if torch.compiler.is_compiling():
         return

@@ -12,11 +12,7 @@ IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 
 
 def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
-    """Implementation that attends: an explicit one, else the fastest that covers the problem.
-
-    Raises:
-        ValueError, TypeError: If an explicit implementation is unknown or does not cover the problem.
-    """
+    """Implementation that attends: an explicit one, which must cover the problem, else the fastest that covers it."""
     chosen = check_impl(impl, IMPLS, device, dtype)
     if impl == "hopper" or (impl is None and chosen == "triton"):
         from stem.kernels.hopper_forward import unsupported

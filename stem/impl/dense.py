@@ -11,13 +11,8 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 def dense_kernel(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, return_lse: bool) -> str | None:
     """Fastest fused kernel of torch for dense causal attention of a whole prompt; None if none covers the problem.
 
-    The answer depends on shapes, strides, dtypes, the device and the two flags, not on values.
-
-    Args:
-        q, k, v: As in stem.stem_attention.
-        needs_grad, return_lse: The kernels lose the gradient of the log-sum-exp, so together they give None.
-    Returns:
-        "cudnn" or "flash" on CUDA, "cpu" or (with gradients) "sdpa" on the CPU, or None.
+    Returns "cudnn" or "flash" on CUDA, "cpu" or (with gradients) "sdpa" on the CPU, whatever the values of q, k and v.
+    The kernels lose the gradient of the log-sum-exp, so needs_grad with return_lse gives None.
     """
     if q.shape[2] != k.shape[2] or (needs_grad and return_lse):
         return None
@@ -36,14 +31,11 @@ def fused_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Output like q and log-sum-exp [B, Hq, N] (None unless `with_lse`) by a kernel that `dense_kernel` named.
 
-    SDPA neither returns the log-sum-exp nor prefers cuDNN, so the operators behind SDPA are called by name; functions
-    of torch take the host about 3 us less than those of torch.ops.
+    SDPA neither returns the log-sum-exp nor prefers cuDNN. Functions of torch cost about 3 us less than torch.ops.
     """
     if kernel == "cudnn":
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        out, lse, *_ = torch._scaled_dot_product_cudnn_attention(
-            q, k, v, None, with_lse or needs_grad, is_causal=True, scale=scale
-        )
+        keep = with_lse or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        out, lse, *_ = torch._scaled_dot_product_cudnn_attention(q, k, v, None, keep, is_causal=True, scale=scale)
     elif kernel == "flash":
         out, lse, *_ = torch._scaled_dot_product_flash_attention(q, k, v, is_causal=True, scale=scale)
     elif kernel == "cpu":

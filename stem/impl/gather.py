@@ -23,9 +23,7 @@ LARGEST_SUM = 2.0**64  # of a row's weights exp(logit); and its inverse is the s
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks, a few query blocks at a time; see stem.block_sparse_attention.
 
-    Without gradients on the CPU, most query blocks need no softmax; see _plain_attention. The others, and all of them
-    elsewhere, take one. With gradients each chunk is recomputed in the backward pass, except under torch.func, which
-    does not allow it.
+    With gradients each chunk is recomputed in the backward pass, except under torch.func, which does not allow it.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     transformed = is_transformed(q, k, v)
@@ -37,8 +35,7 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection,
             out[rest], lse[rest] = _softmax_attention(blocks, selection, kv_heads, scale, False, rest)
     else:
         everything = torch.arange(len(blocks[0]), device=q.device)
-        recompute = needs_grad and not transformed
-        out, lse = _softmax_attention(blocks, selection, kv_heads, scale, recompute, everything)
+        out, lse = _softmax_attention(blocks, selection, kv_heads, scale, needs_grad and not transformed, everything)
     heads_and_blocks = (*q.shape[:2], selection.num_q_blocks)
     queries = slice(offset % size, offset % size + q.shape[2])
     out, lse = (x.unflatten(0, heads_and_blocks).flatten(2, 3)[:, :, queries] for x in (out, lse))
@@ -50,8 +47,7 @@ def gather_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gather_attention's out and lse, by formula and chunk by chunk: dq, dk and dv like q, k and v.
 
-    For stem.impl.operators, below autograd. With weights P and dP = dO V^T, the gradient of the logits is
-    P (dP - sum(P dP) + dlse).
+    With weights P and dP = dO V^T, the gradient of the logits is P (dP - sum(P dP) + dlse).
     """
     size, offset = selection.block_size, k.shape[2] - q.shape[2]
     q_blocks, k_blocks, v_blocks = _blocks(q, size, offset) * scale, _blocks(k, size), _blocks(v, size)
@@ -75,13 +71,8 @@ def gather_gradients(
 def _plain_attention(
     all_blocks: tuple[Tensor, Tensor, Tensor], selection: BlockSelection, kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax without subtracting the row maximum: out and lse [M, size], and the query blocks where it overflows.
-
-    Without a maximum, a list can be read piece by piece. A sum of weights out of range marks its query block for
-    _softmax_attention. Rows with equally long lists go together without padding. Keys and values are gathered into one
-    buffer again and again, because fresh pages would cost several times the copy. exp2, because PyTorch's exp can take
-    three times as long on a CPU.
-    """
+    """Softmax without subtracting the row maximum: out and lse [M, size], and the query blocks where it overflows."""
+    # exp2: PyTorch's exp can take three times as long on a CPU. Reused buffers: fresh pages cost several copies.
     q_blocks, k_blocks, v_blocks = all_blocks
     size, dim = q_blocks.shape[1:]
     counts = selection.kv_num_blocks.flatten().long()
@@ -137,8 +128,7 @@ def _softmax_attention(
         args = (q_blocks[chunk] * scale, k_blocks, v_blocks, *kept)
         chunks.append(checkpoint(_attend, *args, use_reentrant=False) if recompute else _attend(*args))
     inverse = order.argsort()
-    out, lse = (torch.cat(x)[inverse] for x in zip(*chunks, strict=True))
-    return out, lse
+    return tuple(torch.cat(x)[inverse] for x in zip(*chunks, strict=True))
 
 
 def _attend(
@@ -164,8 +154,7 @@ def _masked_logits(q: Tensor, k: Tensor, future: Tensor, unused: Tensor | None) 
 
 def _blocks(x: Tensor, size: int, offset: int = 0) -> Tensor:
     """Blocks of x [B, H, N, D] on the key grid, zero-padded: fp32 (fp64 for fp64 inputs) [B * H * blocks, size, D]."""
-    compute = compute_dtype(x.dtype)
-    return pad_to_grid(x, size, offset).to(compute).unflatten(2, (-1, size)).flatten(0, 2)
+    return pad_to_grid(x, size, offset).to(compute_dtype(x.dtype)).unflatten(2, (-1, size)).flatten(0, 2)
 
 
 def _sorted_rows(selection: BlockSelection, rows: Tensor) -> tuple[Tensor, list[int]]:
@@ -178,10 +167,7 @@ def _sorted_rows(selection: BlockSelection, rows: Tensor) -> tuple[Tensor, list[
 def _chunked_lists(
     selection: BlockSelection, kv_heads: int, order: Tensor, widths: list[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Chunks of the query blocks that have a list: rows [R], their key blocks [R * W] and two masks, True = masked.
-
-    future [R, size, size] masks the last block of a row, unused [R, 1, W * size] (None if all are used) all blocks.
-    """
+    """Chunks of the query blocks with a list: rows [R], key blocks [R * W], masks [R, size, size], [R, 1, W * size]."""
     size, device = selection.block_size, selection.kv_indices.device
     lists, counts = selection.kv_indices.flatten(0, 2).long(), selection.kv_num_blocks.flatten().long()
     diagonal, kv_start = _rows(selection, kv_heads)

@@ -1,8 +1,5 @@
 """Attention over the kept blocks as operators of torch.library: for torch.compile, and for gradients of the kernels.
 
-    stem::block_sparse_attention             q, k, v, lists -> out, lse
-    stem::block_sparse_attention_backward    its gradient, which cannot be differentiated again
-
 `impl` is that of stem.block_sparse_attention, "" where it is None: the operator then chooses when it runs.
 """
 
@@ -22,20 +19,12 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks as one operator, differentiable once; see stem.block_sparse_attention."""
-    lists = selection.kv_indices, selection.kv_num_blocks
-    return attention_op(q, k, v, *lists, selection.block_size, scale, impl or "")
+    return attention_op(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale, impl or "")
 
 
 @custom_op("stem::block_sparse_attention", mutates_args=())
 def attention_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_indices: Tensor,
-    kv_num_blocks: Tensor,
-    block_size: int,
-    scale: float,
-    impl: str,
+    q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, kv_num_blocks: Tensor, block_size: int, scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     impl = resolve_impl(impl or None, q.device, q.dtype, q.shape[3], block_size)
     if impl == "torch":
@@ -71,8 +60,7 @@ def attention_backward_op(
     else:
         from stem.kernels.sparse_backward import sparse_backward
 
-        lists = kv_indices, kv_num_blocks
-        gradients = sparse_backward(q, k, v, out, lse, dout, dlse, *lists, block_size, scale)
+        gradients = sparse_backward(q, k, v, out, lse, dout, dlse, kv_indices, kv_num_blocks, block_size, scale)
     return tuple(_laid_out_like(gradient, x) for gradient, x in zip(gradients, (q, k, k), strict=True))
 
 
@@ -103,12 +91,10 @@ attention_backward_op.register_autograd(_refuse)
 
 
 def _selection(q: Tensor, k: Tensor, kv_indices: Tensor, kv_num_blocks: Tensor, block_size: int) -> BlockSelection:
-    num_kv_blocks = -(-k.shape[2] // block_size)
-    return BlockSelection(kv_indices, kv_num_blocks, block_size, num_kv_blocks, q.shape[2], k.shape[2])
+    return BlockSelection(kv_indices, kv_num_blocks, block_size, -(-k.shape[2] // block_size), q.shape[2], k.shape[2])
 
 
 def _empty_like(x: Tensor, **options) -> Tensor:
-    """Uninitialised, in the shape, dtype and order of strides of x, but contiguous if the last dimension is not."""
     layout = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
     return torch.empty_like(x, memory_format=layout, **options)
 
