@@ -8,7 +8,9 @@ import stem
 from stem import BlockSelection, StemConfig, metrics, patterns, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["reference", "torch", "triton", "flex"]
+IMPLS = ["reference", "torch", "triton"]
+if DEVICE == "cpu":  # compiled FlexAttention takes no blocks of 16
+    IMPLS.append("flex")
 CONFIG = StemConfig(block_size=16, score_stride=8, sink_blocks=1, local_blocks=1, density=0.5)
 SHARES = StemConfig.preset("adaptive", block_size=16, score_cells=4, threshold=0.1, dense_up_to=0)
 
@@ -25,7 +27,7 @@ def mean_error(out, exact):
     return (out.double() - exact).abs().mean().item()
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch", "flex"])  # Triton's interpreter truncates to bf16
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "triton"])  # its interpreter truncates to bf16
 def test_the_output_is_as_exact_as_that_of_sdpa(impl):
     q, k, v = draw()
     exact = reference.masked_attention(q.double(), k.double(), v.double(), everything().to_token_mask())

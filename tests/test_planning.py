@@ -220,7 +220,7 @@ def cached_tensors():
 
 
 def test_the_walk_of_caches_finds_their_tensors(fresh_plans):
-    q, k, v = draw()
+    q, k, v = draw(impl="triton")
     plan = plan_for(q, k, v, CONFIGS["density"], impl="triton")
     plan.recordings["stream"] = [q]
     held = plan.budget[0], *stem.choose.forced_lists(3, 4, CONFIGS["forced only"], plan.rows, CPU), q

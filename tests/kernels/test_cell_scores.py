@@ -72,6 +72,8 @@ def test_blocks_far_above_the_first_tile_are_kept_as_by_torch(kind, exact_last_b
     ids=["chunk", "GQA, one head has peaks", "value bonus", "means", "one-token cells", "query blocks in parts"],
 )
 def test_peaks_in_every_variant_of_the_kernels(programs, change, monkeypatch):
+    if DEVICE == "cuda":
+        pytest.skip("a compiled kernel cannot be given another number of programs")
     monkeypatch.setattr(cell_kernels, "PROGRAMS", cell_kernels.tl.constexpr(programs))
     monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", change.pop("buffer_bytes", cell_kernels.BUFFER_BYTES))
     config = CONFIG.replace(exact_last_blocks=1, **change.pop("config", {}))
