@@ -102,7 +102,7 @@ class StemConfig:
     Scores and cells; the fields from score_cells on need reduction="softmax"
         score_stride: Tokens between antidiagonal samples, S in AngelSlim: a divisor of block_size [tokens].
         value_weight: Weight of the value term, beta in Eq. 7, >= 0; 0 leaves the routing term alone.
-        value_norm: "log" of the largest norm (Eq. 7); over the prompt "zscore" (AngelSlim), "zscore_padded" (hpc-ops).
+        value_norm: "log" of the largest norm (Eq. 7); z-scored logs: "zscore" (AngelSlim), "zscore_padded" (hpc-ops).
         routing_scale: "mean" averages q.k * scale over the samples (paper); "raw" drops the scale and 1/S (hpc-ops).
         reduction: Samples to block score: "mean" (paper), or "softmax" over the row's cells before the block sum.
         score_cells: Cells per key block; block_size / score_cells is a multiple of score_stride.

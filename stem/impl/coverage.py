@@ -12,7 +12,7 @@ IMPLS = ("reference", "torch", "triton", "hopper", "flex")
 
 
 def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
-    """Implementation that attends: an explicit one, which must cover the problem, else the fastest that covers it."""
+    """The explicit implementation (ValueError or TypeError unless it covers the problem), else the fastest one."""
     chosen = check_impl(impl, IMPLS, device, dtype)
     if impl == "hopper" or (impl is None and chosen == "triton"):
         from stem.kernels.hopper_forward import unsupported
