@@ -7,12 +7,12 @@ from torch import Tensor
 
 from stem.autocast import autocast_once, is_autocast
 from stem.config import StemConfig
-from stem.impl.attend import attend
+from stem.impl.attend import attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.planning import plan_for
 from stem.selection import BlockSelection, fit_selection
 from stem.transforms import is_transformed, refuse_transforms
-from stem.validation import check_qkv, check_scale, compute_dtype
+from stem.validation import check_qkv, check_scale
 
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 
@@ -102,7 +102,8 @@ def block_sparse_attention(
 
         out, lse = traced_block_attention(q, k, v, selection, scale, impl)
     elif not q.shape[0]:
-        out, lse = q.clone(), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+        resolve_impl(impl, q.device, q.dtype, q.shape[3], selection.block_size)
+        out, lse = empty_attention(q, k, v)
     else:
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if is_transformed(q, k, v):

@@ -14,12 +14,12 @@ from torch.autograd import forward_ad
 from stem import choose
 from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, kept_blocks, scores_matter
 from stem.config import StemConfig, check_config
-from stem.impl.attend import attend
+from stem.impl.attend import attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
 from stem.selection import BlockSelection
 from stem.transforms import is_transformed
-from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale, compute_dtype
+from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale
 
 SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are cached: launches dominate there
 # With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 9 to 64 heads).
@@ -192,7 +192,7 @@ class Plan:
             CAPTURED.append(self)
         selection = None
         if self.path == "empty":
-            out, lse = q.clone(), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+            out, lse = empty_attention(q, k, v)
         elif self.path == "dense":
             out, lse = fused_attention(q, k, v, p.scale, p.dense_kernel, p.return_lse)
         elif self.path == "overlap":  # of scoring, selection and attention (programmatic dependent launch)

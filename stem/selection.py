@@ -12,7 +12,7 @@ from stem.config import StemConfig, check_config
 from stem.validation import check_impl
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockSelection:
     """The key blocks that each query block attends to.
 
@@ -85,9 +85,9 @@ class BlockSelection:
         return kept & (q_position[:, None] >= kv_position)
 
     def density(self) -> float:
-        """Kept over causal block pairs, pair-weighted over all rows, heads and batch entries, in (0, 1]."""
-        rows = self.kv_num_blocks.shape[0] * self.kv_num_blocks.shape[1]
-        return float(self.kv_num_blocks.sum(dtype=torch.int64)) / (rows * self.causal_pairs)
+        """Kept over causal block pairs of all rows, heads and batch entries, in (0, 1]; NaN for an empty batch."""
+        causal = self.kv_num_blocks.shape[0] * self.kv_num_blocks.shape[1] * self.causal_pairs
+        return float(self.kv_num_blocks.sum(dtype=torch.int64)) / causal if causal else float("nan")
 
     @property
     def causal_pairs(self) -> int:

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from functools import partial
@@ -74,11 +73,13 @@ class StemLM(HFLM):
         return {**super().get_model_info(), "stem": stem}
 
     def fingerprint(self) -> str:
-        """Hash of options (not batch size and device), tokenizer name and weight samples: 12 hexadecimal digits."""
+        """Hash of options (not batch size and device), tokenizer, config and weight samples: 12 hexadecimal digits."""
         options = {name: value for name, value in self._options.items() if name not in NO_PART_IN_ANSWERS}
-        weights = [each.flatten()[:4].tolist() for each in self.model.parameters() if not each.is_meta]
-        about = [self._described, options, self.tokenizer.name_or_path, weights]
-        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        parameters = [x.detach() for x in self.model.parameters() if not x.is_meta]
+        weights = [(*x.flatten()[:4].tolist(), float(x.float().sum())) for x in parameters]
+        config = self.model.config.to_dict()
+        about = [self._described, options, self.tokenizer.name_or_path, config, weights]
+        return hashlib.sha256(repr(_in_order(about)).encode()).hexdigest()[:12]
 
     def _counts(self) -> tuple[float, int]:
         return hf.density(self.model).density(), self.from_cache
@@ -206,6 +207,8 @@ def resolved(name):
 
 
 def _dense_layers(dense_layers: int | Collection[int], count: int) -> set[int]:
+    if getattr(dense_layers, "ndim", None) == 0:  # a NumPy or torch scalar
+        dense_layers = dense_layers.item()
     if isinstance(dense_layers, Collection) and not isinstance(dense_layers, str | Mapping):
         if all(_is_layer(layer, count) for layer in dense_layers):
             return {layer % count for layer in dense_layers}
@@ -217,6 +220,13 @@ def _dense_layers(dense_layers: int | Collection[int], count: int) -> set[int]:
 
 def _is_layer(layer: object, count: int) -> bool:
     return isinstance(layer, Integral) and not isinstance(layer, bool) and -count <= layer < count
+
+
+def _in_order(x):
+    """Settings with text keys in order, whatever the order and the type in which they were given."""
+    if isinstance(x, Mapping):
+        return sorted((str(key), _in_order(value)) for key, value in x.items())
+    return [*map(_in_order, x)] if isinstance(x, list | tuple) else str(x)
 
 
 def _follows_budget(select: partial, config: StemConfig) -> bool:

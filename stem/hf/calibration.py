@@ -54,6 +54,8 @@ def calibrate(
     check_number("tolerance", tolerance, 0)
     config = StemConfig() if config is None else config
     check_config(config)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     prompts = [prompt.to(next(model.parameters()).device) for prompt in _token_ids(prompts)]
     lengths = [prompt.shape[1] for prompt in prompts]
     if min(lengths) <= config.dense_up_to:
@@ -71,13 +73,15 @@ def calibrate(
         return Calibration(adaptive, report.density())
 
     forced = realised(1.0)
+    if math.isnan(forced.density):
+        raise ValueError(f"no layer of {type(model).__name__} computed sparse attention on these prompts")
     if forced.density > density + tolerance:
         raise ValueError(
             f"density must be at least that of the sink and local blocks, {forced.density:.3f} on these prompts, "
             f"got {density}; ask for more, or for fewer forced blocks"
         )
     low, high, best = (math.log(SMALLEST), 1.0), (0.0, forced.density), forced  # (log threshold, density)
-    guess = math.log(base.block_size / max(lengths))  # an even share of the last row
+    guess = min(0.0, math.log(base.block_size / max(lengths)))  # an even share of the last row
     for _ in range(ROUNDS):
         if abs(best.density - density) <= tolerance:
             return best

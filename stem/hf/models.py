@@ -58,7 +58,10 @@ def own_attention(module: nn.Module) -> str | None:
     if not wide and kind not in {"full_attention", "hybrid"}:
         return kind
     head_dim = next((x for name in HEAD_DIMS if isinstance(x := getattr(module, name, None), int)), 0)
-    return f"dense: head_dim {head_dim}" if head_dim > MAX_HEAD_DIM else None
+    if head_dim > MAX_HEAD_DIM:
+        return f"dense: head_dim {head_dim}"
+    value_dim, key_dim = (getattr(module, name, 0) for name in ("v_head_dim", "qk_head_dim"))
+    return f"dense: values of {value_dim} dimensions, keys of {key_dim}" if key_dim and value_dim > key_dim else None
 
 
 def refuse_dense_models(model: nn.Module, own: Mapping[int, str | None]) -> None:
@@ -79,7 +82,7 @@ def give_own_configs(model: nn.Module) -> None:
 
 def config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemConfig | Selector | None]:
     """The `config` argument of `enable` as one checked entry for each attention layer."""
-    if isinstance(config, StemConfig) or callable(config):
+    if _is_entry(config):
         return dict.fromkeys(modules, config)
     if isinstance(config, Sequence) and not isinstance(config, str):
         layers = next(iter(modules.values())).config.num_hidden_layers
@@ -91,9 +94,14 @@ def config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemC
     if unknown := sorted(set(config) - set(modules), key=repr):
         raise ValueError(f"config: layers {unknown} do not exist; attention layers are {sorted(modules)}")
     for index, entry in config.items():
-        if not (entry is None or isinstance(entry, StemConfig) or callable(entry)):
+        if entry is not None and not _is_entry(entry):
             raise TypeError(f"config of layer {index} must be a StemConfig, a Selector or None, got {entry!r}")
     return {index: config.get(index) for index in modules}
+
+
+def _is_entry(config) -> bool:
+    """Whether a config is a StemConfig or a Selector; a class, StemConfig itself for example, is neither."""
+    return isinstance(config, StemConfig) or (callable(config) and not isinstance(config, type))
 
 
 def _refusal(module: nn.Module) -> str | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
+MASKED = -1e4  # additive masks hold this or less where a key is masked
+
 
 def stem_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, **options) -> Tensor | None:
     """Mask function of transformers: None for a causal prompt from key 0, spans for padding and later chunks.
@@ -83,9 +85,11 @@ def rows_by_span(mask: Tensor | None, query: Tensor) -> dict[tuple, list[int]]:
 
 def _token_mask_spans(mask: Tensor) -> list[list[tuple]]:
     """Spans of each row of a token mask [B or 1, 1, Nq, Nk], bool (True = attend) or additive (0 = attend)."""
+    if mask.shape[1] > 1 and mask.stride(1) == 0:
+        mask = mask[:, :1]  # one mask for all heads
     known = mask.shape[1] == 1 and mask.dtype == torch.bool
     if mask.shape[1] == 1 and mask.is_floating_point():
-        known = not ((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()
+        known = not ((mask != 0) & (mask > MASKED)).any()
     spans = [None]
     if known:
         rows = as_bool(mask)[:, 0]

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from stem.config import StemConfig
 from stem.hf.models import attention_modules, config_by_layer, give_own_configs, own_attention, refuse_dense_models
 from stem.hf.report import NAME, Layer, Report, Selector
-from stem.impl.coverage import IMPLS
+from stem.impl.coverage import IMPLS, resolve_impl
 from stem.validation import check_choice, check_prompt_length
 
 
@@ -43,6 +44,9 @@ def enable(
     check_prompt_length(prompt_length, 1)
     if prompt_length is not None and any(map(callable, configs.values())):
         raise ValueError(f"prompt_length={prompt_length} is for a StemConfig, not for a Selector")
+    if impl is not None:  # dtype, heads and blocks are seen with the first prompt
+        device = next(model.parameters()).device
+        resolve_impl(impl, device, torch.bfloat16, 128, 128)
     own = {index: own_attention(module) for index, module in modules.items()}
     refuse_dense_models(model, {index: reason for index, reason in own.items() if configs[index] is not None})
     disable(model)

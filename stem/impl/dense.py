@@ -17,7 +17,8 @@ def dense_kernel(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, return_lse: 
     if q.shape[2] != k.shape[2] or (needs_grad and return_lse):
         return None
     if q.device.type == "cpu":
-        return "sdpa" if needs_grad else "cpu"
+        readable = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1  # the kernel assumes it without a check
+        return "sdpa" if needs_grad else "cpu" if readable else None
     if not q.is_cuda:
         return None
     params = SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])

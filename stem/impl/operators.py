@@ -19,7 +19,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks as one operator, differentiable once; see stem.block_sparse_attention."""
-    return attention_op(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale, impl or "")
+    lists = (selection.kv_indices, selection.kv_num_blocks)
+    if not torch.compiler.is_compiling():  # lists made in inference mode cannot be saved for the backward pass
+        lists = (x.clone() if x.is_inference() else x for x in lists)
+    return attention_op(q, k, v, *lists, selection.block_size, scale, impl or "")
 
 
 @custom_op("stem::block_sparse_attention", mutates_args=())
@@ -54,6 +57,8 @@ def attention_backward_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not q.shape[0]:
+        return tuple(_empty_like(x) for x in (q, k, k))
     if resolve_impl(impl or None, q.device, q.dtype, q.shape[3], block_size) == "torch":
         selection = _selection(q, k, kv_indices, kv_num_blocks, block_size)
         gradients = gather_gradients(q, k, v, selection, scale, dout, dlse)

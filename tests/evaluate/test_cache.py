@@ -72,12 +72,17 @@ def test_a_model_with_other_weights_has_another_fingerprint(tiny):
     fingerprints = [StemLM(model, tokenizer, k_start=2, block_size=16).fingerprint()]
     fingerprints.append(StemLM(model, tokenizer, k_start=2, block_size=16, batch_size=4).fingerprint())
     changes = [{"k_start": 3}, {"dense_layers": 1}, {"layers": {0: None}}, {"pattern": "a_shape"}, {"impl": "torch"}]
-    changes += [{"max_length": 99}, {"preset": "angelslim"}]
+    changes += [{"max_length": 99}, {"preset": "angelslim"}, {"layers": {0: {"density": 0.5}, "1": None}}]
     for change in changes:
         options = {"k_start": 2, "block_size": 16, **change}
         fingerprints.append(StemLM(model, tokenizer, **options).fingerprint())
-    model.model.layers[1].self_attn.q_proj.weight.data[0, 0] += 1
-    fingerprints.append(StemLM(model, tokenizer, k_start=2, block_size=16).fingerprint())
+    for change in (
+        lambda: model.model.layers[1].self_attn.q_proj.weight.data[0, 0].add_(1),
+        lambda: model.lm_head.weight.data[-1, -1].add_(1),
+        lambda: setattr(model.config, "rope_parameters", dict(rope_type="default", rope_theta=500.0)),
+    ):
+        change()
+        fingerprints.append(StemLM(model, tokenizer, k_start=2, block_size=16).fingerprint())
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == len(fingerprints) - 1
 
 
