@@ -118,3 +118,14 @@ def test_calibration_without_anything_to_calibrate_is_named():
         stem.calibrate(tiny(), [torch.arange(1)], 0.5, SMALL)
     with pytest.raises(ValueError, match="no layer of MistralForCausalLM computed sparse attention"):
         stem.calibrate(tiny("Mistral", num_key_value_heads=2, sliding_window=24), [torch.arange(40)], 0.5, SMALL)
+
+
+def test_sequence_lengths_that_repeat_the_rows_are_ignored():
+    model, ids = tiny(), torch.randint(50, (2, 60))
+    stem.hf.enable(model, SMALL)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for ends in (torch.tensor([0, 60, 120]), torch.tensor([0, 60, 120], dtype=torch.int32)):
+            assert torch.equal(model(ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, expected)
+        with pytest.raises(ValueError, match="cu_seq_lens_q: Stem attention takes sequences packed into one row"):
+            model(ids, cu_seq_lens_q=torch.tensor([0, 30, 120]), cu_seq_lens_k=torch.tensor([0, 30, 120]))

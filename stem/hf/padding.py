@@ -27,16 +27,23 @@ def stem_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Te
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
 
 
-def packed_mask(mask: Tensor | None, ends_q: Tensor, ends_k: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+def packed_mask(
+    mask: Tensor | None, ends_q: Tensor, ends_k: Tensor | None, query: Tensor, key: Tensor
+) -> Tensor | None:
     """Mask of a row of packed sequences, query and key [1, heads, N, D]; spans separate them already and are returned.
 
     `ends_q` and `ends_k` are cu_seq_lens_q and cu_seq_lens_k, int [S + 1]: tokens before each of S sequences, and in
-    total. Raises ValueError if mask is None and the sequences are not those of one row without a cache.
+    total. Raises ValueError if mask is None and they are neither in one row without a cache nor the rows themselves.
     """
     same = ends_k is None or ends_k is ends_q or torch.compiler.is_compiling() or torch.equal(ends_q, ends_k)
-    fits = same and query.shape[0] == 1 and key.shape[2] == query.shape[2]
+    same = same and key.shape[2] == query.shape[2]
+    fits = same and query.shape[0] == 1
     if mask is not None and (_is_spans(mask) or not fits):
         return mask
+    if same and not fits:
+        rows = torch.arange(query.shape[0] + 1, dtype=ends_q.dtype, device=ends_q.device) * query.shape[2]
+        if torch.equal(ends_q, rows):  # every row is one sequence, as without these lengths
+            return mask
     if not fits:
         raise ValueError(
             f"cu_seq_lens_q: Stem attention takes sequences packed into one row without a cache, with the same "
