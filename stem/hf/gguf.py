@@ -27,6 +27,27 @@ def convert_once(find: Callable[[Path], Path], folder: Path) -> None:
                 raise
 
 
+def local_file(name: str) -> Path | None:
+    """Return the GGUF file that a path names, or that lies in a folder without config.json; None for other names.
+
+    Raises:
+        FileNotFoundError: If the name ends in .gguf and is no file.
+        ValueError: If a folder holds several GGUF files and no config.json.
+    """
+    path = Path(name).expanduser().absolute()  # a link of the hub's cache keeps its name
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise ValueError(f"name={name!r} must be one GGUF file, got a folder with {[file.name for file in files]}")
+        return files[0] if files else None
+    if name.endswith(".gguf") and not path.is_file():
+        raise FileNotFoundError(f"name={name!r} ends in .gguf and must be an existing file, got none")
+    if path.is_file() and not name.endswith(".gguf"):
+        with path.open("rb") as file:
+            return path if file.read(4) == b"GGUF" else None
+    return path if path.is_file() else None
+
+
 def packaged_file(name: str, package: importlib.metadata.Distribution, scratch: Path) -> Path:
     """GGUF file of a package. Gemma's package has it in four parts and joins them into a file in `scratch`."""
     if name == "smollm2":
