@@ -63,7 +63,7 @@ def test_format(path, notebook):
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert notebook.metadata.kernelspec.name == "python3"
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
-    assert path.stat().st_size < 400_000
+    assert path.stat().st_size < 500_000
     assert len(notebook.cells) <= 60
 
 

@@ -1,5 +1,6 @@
 """Figures in the house style: the title is the claim, axes carry units, tokens on a log2 axis, dense attention grey."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,20 +19,68 @@ from stem.experiments import records
 from stem.experiments.markdown import tokens_label
 from stem.selection import BlockSelection
 
-PALETTE = sns.color_palette("colorblind")
+PALETTE = sns.color_palette("colorblind").as_hex()
+COLOURS = {  # one colour for each method in all notebooks
+    **dict.fromkeys(("dense", "sdpa_cudnn", "dense, SDPA cuDNN"), "0.35"),
+    **dict.fromkeys(("sdpa_flash", "sdpa_cpu", "random", "random blocks"), "0.65"),
+    **dict.fromkeys(("stem", "stem_hopper", "+ output-aware metric", "tuned with Stem"), PALETTE[0]),
+    **dict.fromkeys(("uniform_topk", "uniform", "stem_triton", "a budget per row"), PALETTE[9]),
+    **dict.fromkeys(("adaptive", "stem adaptive", "one threshold"), PALETTE[3]),
+    **dict.fromkeys(("stem adaptive, cells alone", "a threshold per head"), "#f0a57a"),
+    **dict.fromkeys(("stem adaptive, dense end",), "#8a3d00"),
+    **dict.fromkeys(("stem_softmax", "stem softmax", "stem_torch"), "#17807e"),
+    **dict.fromkeys(("+ position decay", "paper"), "#08519c"),
+    **dict.fromkeys(("xattention", "softmax before the sum"), PALETTE[1]),
+    **dict.fromkeys(("vertical_slash", "flex"), PALETTE[2]),
+    "flexprefill": PALETTE[4],
+    "flashprefill": PALETTE[5],
+    **dict.fromkeys(("sliding_window", "window"), "#e377c2"),
+    "longformer": "#7b4173",
+    "bigbird": "#8c6d31",
+    "sparse_transformer_strided": "#e7969c",
+    "sparse_transformer_fixed": "#843c39",
+    "a_shape": "#637939",
+    "tri_shape": "#9c9ede",
+    **dict.fromkeys(("oracle_mass", "oracle", "oracle_output"), "black"),
+}
 FAINTEST = 5  # shares of attention below 10**-FAINTEST are drawn white
+LINE_LABEL = "line label"  # gid of a text at the end of a line
 STYLE = {
     "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "axes.labelsize": "small",
-    "xtick.labelsize": "small",
-    "ytick.labelsize": "small",
-    "legend.fontsize": "small",
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
     "legend.frameon": False,
-    "figure.dpi": 72,
+    "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "svg.hashsalt": "stem",
 }
+
+
+def use_in_notebook() -> None:
+    """Show a notebook's figures at the resolution of the house style, with `describe` as their alternative text."""
+    plt.rcParams["figure.dpi"] = STYLE["figure.dpi"]
+    ipython = sys.modules.get("IPython")  # every kernel has imported it
+    shell = ipython and ipython.get_ipython()
+    if hasattr(shell, "kernel"):
+        from IPython.core.pylabtools import print_figure
+
+        plt.close(plt.figure())  # the backend sets its own formatter with the first figure
+        png = shell.display_formatter.formatters["image/png"]
+        png.for_type(Figure, lambda figure: (print_figure(figure, "png", base64=True), {"alt": describe(figure)}))
+
+
+def describe(figure: Figure) -> str:
+    """Alternative text of a figure: titles, axes and named lines of each panel, read from the figure itself."""
+    told = [figure.get_suptitle()]
+    for ax in figure.axes:
+        title, names = ax.get_title(loc="left") or ax.get_title(), [text.get_text() for text in ax.texts]
+        names += ax.get_legend_handles_labels()[1] if ax.get_legend() else []
+        axes = f"{ax.get_ylabel()} over {ax.get_xlabel()}" if ax.get_xlabel() and ax.get_ylabel() else ax.get_xlabel()
+        told.append(": ".join(part for part in (title, axes, ", ".join(names)) if part))
+    return " ".join(". ".join(part for part in told if part).split())
 
 
 @contextmanager
@@ -70,6 +119,7 @@ def tokens_axis(ax: Axes, tokens) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [tokens_label(n) for n in ticks], minor=False)
     ax.set_xlabel("tokens")
+    _move_labels(ax)
 
 
 def log_y(ax: Axes) -> None:
@@ -79,6 +129,37 @@ def log_y(ax: Axes) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+    _move_labels(ax)
+
+
+def label_lines(ax: Axes) -> None:
+    """Write the name of each named line beside its right end, in its colour, moved apart where names would overlap.
+
+    Call it after the limits and scales of the axes are set; `log_y` and `tokens_axis` call it again.
+    """
+    for text in [text for text in ax.texts if text.get_gid() == LINE_LABEL]:
+        text.remove()
+    ends = []
+    for line in ax.get_lines():
+        x, y = (np.asarray(values, float) for values in line.get_data())
+        if not str(line.get_label()).startswith("_") and np.isfinite(y).any():
+            last = np.flatnonzero(np.isfinite(y))[-1]
+            ends.append((ax.transAxes.inverted().transform(ax.transData.transform((x[last], y[last])))[1], line))
+    ends.sort(key=lambda end: end[0])
+    gap = 1.3 * STYLE["legend.fontsize"] / 72 / (0.75 * ax.figure.get_figheight())
+    places = [min(max(place, 0.0), 1.0) for place, _ in ends]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], 1.0 - gap * (len(places) - 1 - i))
+    for place, (_, line) in zip(places, ends, strict=True):
+        style = dict(color=line.get_color(), fontsize=STYLE["legend.fontsize"], va="center", gid=LINE_LABEL)
+        ax.text(1.02, place, line.get_label(), transform=ax.transAxes, **style)
+
+
+def _move_labels(ax: Axes) -> None:
+    if any(text.get_gid() == LINE_LABEL for text in ax.texts):
+        label_lines(ax)
 
 
 @styled()
@@ -96,17 +177,19 @@ def lines(
     labels: dict[str, str] | None = None,
     colours: dict[str, object] | None = None,
 ) -> Axes:
-    """Draw one line with markers per value of `by`, in order of appearance, shaded between the columns of `band`."""
+    """Draw one line with markers per value of `by`, in order of appearance, shaded between the columns of `band`.
+
+    A name of COLOURS has the same colour everywhere; `colours` may add others. Names stand at the ends of the lines.
+    """
     fresh = iter(PALETTE * 4)
     for name, group in frame.groupby(by, sort=False):
         group = group.sort_values(x)
-        default = "0.4" if str(name).startswith("dense") else next(fresh)
-        colour = (colours or {}).get(name, default)
+        colour = (COLOURS | (colours or {})).get(name) or next(fresh)
         ax.plot(group[x], group[y], "o-", color=colour, markersize=4, label=(labels or {}).get(name, name))
         if band:
             ax.fill_between(group[x], group[band[0]], group[band[1]], color=colour, alpha=0.2, linewidth=0)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    ax.legend()
+    label_lines(ax)
     return ax
 
 

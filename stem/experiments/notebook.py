@@ -5,14 +5,14 @@ import dataclasses
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 
-from stem.experiments import records
+from stem.experiments import figures, records
+from stem.experiments.exercises import difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def setup(profile: str, seed: int) -> Run:
     facts, cuda = records.provenance(profile), torch.cuda.is_available()
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(seed)
-    matplotlib.rcParams["figure.dpi"] = 72  # committed notebooks stay small
+    figures.use_in_notebook()
     print(f"{profile} profile on {facts['device']}, commit {facts['git_commit']}")
     print(", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers")))
     return Run(profile, seed, torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32)
@@ -47,23 +47,24 @@ def check(claim: str, condition: Any) -> None:
     print(f"ok: {claim}")
 
 
-def exercise(fn: Callable, against: Callable, args: tuple = ()) -> None:
-    """Compare a reader's solution `fn` with the library's answer on the same arguments, to 1e-4.
+def exercise(fn: Callable, against: Callable, args: tuple = (), mistakes: Mapping[str, Callable] | None = None) -> None:
+    """Compare a reader's solution `fn` with the answer of `against` on the same arguments, and print the result.
 
-    A solution that returns None is not attempted.
+    A solution is not attempted if it returns None, or a tensor of NaN only, into which no kernel has written.
 
+    Args:
+        mistakes: Hint -> function that makes this mistake; a solution with the same result gets the hint.
     Raises:
-        AssertionError: If the solution was attempted and differs from the answer.
+        AssertionError: If the solution was attempted and differs from the answer; the text says how.
     """
     expected, found = against(*args), fn(*args)
-    if found is None:
+    if found is None or (isinstance(found, torch.Tensor) and found.numel() and bool(found.isnan().all())):
         print("not attempted")
         return
-    if dataclasses.is_dataclass(expected) and type(found) is type(expected):
-        found, expected = vars(found), vars(expected)
-    torch.testing.assert_close(
-        found, expected, rtol=1e-4, atol=1e-5, check_dtype=False, check_device=False, equal_nan=True
-    )
+    reason = difference(found, expected)
+    if reason:
+        hints = [hint for hint, mistake in (mistakes or {}).items() if difference(found, mistake(*args)) is None]
+        raise AssertionError(f"not yet: {'; '.join(hints) or reason}")
     print("correct")
 
 

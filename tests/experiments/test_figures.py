@@ -47,7 +47,39 @@ def test_lines_shade_a_band_and_keep_the_order():
         title="dense learns faster", xlabel="step", ylabel="loss [nats]", band=("low", "high"),
     )  # fmt: skip
     assert [line.get_label() for line in ax.get_lines()] == ["dense", "Stem"]
-    assert ax.get_lines()[0].get_color() == "0.4" and len(ax.collections) == 2
+    assert ax.get_lines()[0].get_color() == figures.COLOURS["dense"] and len(ax.collections) == 2
+    labels = {text.get_text(): text for text in ax.texts}
+    assert set(labels) == {"dense", "Stem"} and labels["dense"].get_color() == figures.COLOURS["dense"]
+    assert labels["Stem"].get_position()[1] > labels["dense"].get_position()[1]  # Stem ends above dense
+
+
+def test_labels_stand_at_the_ends_of_lines_without_overlap_and_follow_the_scale():
+    frame = pd.DataFrame([dict(step=x, loss=y, run=f"run {y}") for y in (10, 10.1, 10.2, 1000) for x in (1, 2)])
+    ax = figures.lines(frame, "step", "loss", "run", figures.new()[1], title="t", xlabel="step", ylabel="loss")
+
+    def places():
+        return {text.get_text(): text.get_position()[1] for text in ax.texts}
+
+    linear = places()
+    heights = sorted(linear.values())
+    assert len(linear) == 4 and min(np.diff(heights)) > 0.04 and 0 <= heights[0] and heights[-1] <= 1
+    ax.set_ylim(0.1, 1e6)
+    figures.log_y(ax)
+    assert len(places()) == 4 and places()["run 1000"] == pytest.approx(4 / 7)
+
+
+def test_a_method_has_one_colour_and_no_two_methods_share_one():
+    methods = [name for name in stem.patterns.names() if not name.startswith("oracle")]
+    assert len({figures.COLOURS[name] for name in methods}) == len(methods)
+    for order in (["stem", "xattention"], ["xattention", "stem"]):
+        frame = pd.DataFrame([dict(step=x, loss=1.0, run=name) for name in order for x in (1, 2)])
+        ax = figures.lines(frame, "step", "loss", "run", figures.new()[1], title="t", xlabel="step", ylabel="loss")
+        for line in ax.get_lines():
+            assert line.get_color() == figures.COLOURS[line.get_label()]
+
+
+def test_the_alternative_text_reads_the_figure():
+    assert figures.describe(drawn()) == "falls: loss [nats] over step: Stem"
 
 
 @pytest.mark.parametrize(("measured", "labels"), [((4096, 1024, 1500), ["1K", "4K"]), ((1500, 300), ["300", "1500"])])

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stem.experiments import records
-from stem.experiments.figures import PALETTE, lines, log_y, new, styled, tokens_axis, tokens_label
+from stem.experiments.figures import COLOURS, PALETTE, label_lines, lines, log_y, new, styled, tokens_axis, tokens_label
 from stem.experiments.speed.report import over_dense, wins_from
 
 ACCEPTED_LOSS = 0.03  # of speed against the fastest dense back end
@@ -23,8 +23,6 @@ LABELS = {
     "stem": "Stem",
 }
 PARTS = ("scores", "selection", "attention", "operator")  # operations of one forward pass
-COLOURS = dict(zip(("stem_triton", "flex", "stem_torch", "stem_hopper"), PALETTE, strict=False))
-COLOURS |= dict(stem=COLOURS["stem_hopper"], sdpa_cudnn="0.25", sdpa_flash="0.6", sdpa_cpu="0.4")
 
 
 @styled()
@@ -37,7 +35,7 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     claim = f"{last.device_label}: Stem takes {_ms(last.latency_ms)} at {tokens_label(last.tokens)} tokens"
     lines(
         shown, "tokens", "latency_ms", "provider", left, title=claim, xlabel="tokens", ylabel="time [ms]",
-        band=("latency_ms_p20", "latency_ms_p80"), labels=LABELS, colours=COLOURS,
+        band=("latency_ms_p20", "latency_ms_p80"), labels=LABELS,
     )  # fmt: skip
     log_y(left)
     tokens_axis(left, shown.tokens)
@@ -79,7 +77,7 @@ def memory(rows: pd.DataFrame, config: str | None = None) -> Figure:
     title = f"{tokens_label(last.tokens)} tokens: Stem needs {last.peak_memory_mib / 1024:.1f} GiB beyond its inputs"
     lines(
         shown, "tokens", "peak_memory_mib", "provider", ax, title=title, xlabel="tokens",
-        ylabel="peak memory beyond the inputs [MiB]", labels=LABELS, colours=COLOURS,
+        ylabel="peak memory beyond the inputs [MiB]", labels=LABELS,
     )  # fmt: skip
     log_y(ax)
     tokens_axis(ax, shown.tokens)
@@ -98,14 +96,14 @@ def roofline(rows: pd.DataFrame, config: str | None = None) -> Figure:
     share = f"{100 * sparse.tflops / peak:.0f} %"
     claim = f"{tokens_label(sparse.tokens)} tokens: Stem's attention at {share} of a matmul's rate"
     lines(
-        shown, "intensity", "tflops", "provider", ax, title=claim, labels=LABELS, colours=COLOURS,
+        shown, "intensity", "tflops", "provider", ax, title=claim, labels=LABELS,
         xlabel="operations per byte that must move [FLOP/B]", ylabel="kept pairs computed [TFLOP/s]",
     )  # fmt: skip
     x = np.geomspace(min(shown.intensity.min() / 2, peak / bandwidth / 2), shown.intensity.max() * 2, 200)
     ax.plot(x, np.minimum(peak, bandwidth * x), color="black", linewidth=1, label="measured ceilings")
     ax.set_xscale("log")
     log_y(ax)
-    ax.legend()
+    label_lines(ax)
     return figure
 
 

@@ -17,6 +17,7 @@ from stem.experiments.training import tasks
 
 T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # number of seeds -> two-sided 95 % quantile of Student's t
 LATE = 2048  # position from which the cost of Stem is read: before it, a row has few blocks to drop [tokens]
+SWITCHED = {"dense → stem": "#5fb0e5", "stem → dense": "#8c6bb1"}  # models that read with another attention
 PANELS = {"loss_text": "text loss [nats]", "loss_recall": "recall loss [nats]", "grad_norm": "gradient norm"}
 
 
@@ -120,18 +121,29 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
     axes[1].axhline(np.log(tasks.NUM_VALUES), color="black", linestyle=":")
     axes[1].set_ylim(0, 2)
     axes[2].set_ylim(0, None)
+    for axis in axes[:2]:
+        for text in axis.texts[:]:
+            text.remove()  # the names beside the last panel serve all three
+    figures.label_lines(axes[2])
     return figure
 
 
 def draw_positions(rows: pd.DataFrame) -> Figure:
-    """Draw text loss by position at the training length (left) and at the longest one: a line for each arm."""
+    """Draw text loss above that of dense by position, at the training length (left) and at the longest one.
+
+    A line is an arm; the windows that were read are the same for all arms, so their own ups and downs cancel.
+    """
     text = rows[(rows.measure == "loss") & (rows.task == "text") & (rows.trained == rows.inferred)]
     lengths = sorted(text.seq_len.unique())
+    losses = text.pivot_table(index=["seq_len", "seed", "start"], columns="trained", values="value", sort=False)
+    gaps = losses.drop(columns="dense").sub(losses["dense"], axis=0)
+    gaps = gaps.melt(ignore_index=False, var_name="trained").reset_index()
     figure, axes = figures.new(2, width=5.2)
     for axis, length in zip(axes, (lengths[0], lengths[-1]), strict=True):
-        style = dict(xlabel="position, from [tokens]", ylabel="text loss [nats]")
+        style = dict(xlabel="position, from [tokens]", ylabel="text loss above dense [nats]")
         style["title"] = f"Rows of {tokens_label(length)} tokens, trained on {tokens_label(lengths[0])}"
-        _lines(text[text.seq_len == length], "start", "trained", axis, **style)
+        _lines(gaps[gaps.seq_len == length], "start", "trained", axis, **style)
+        axis.axhline(0, color=figures.COLOURS["dense"], linewidth=1)
     return figure
 
 
@@ -142,8 +154,8 @@ def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]]) -> F
     asked = asked.assign(reading=asked.trained + " → " + asked.inferred)
     wanted = [f"{trained} → {inferred}" for trained, inferred in readings]
     asked = asked[(asked.seq_len == 2 * trained_on) & asked.reading.isin(wanted)]
-    fixed = {"dense → dense": "0.4", "dense → sliding_window": "black"}
-    colours = fixed | dict(zip([name for name in wanted if name not in fixed], figures.PALETTE, strict=False))
+    colours = {f"{one} → {other}": figures.COLOURS[other if one == "dense" else one] for one, other in readings}
+    colours |= {name: colour for name, colour in SWITCHED.items() if name in wanted}
     figure, axis = figures.new(width=7.5)
     style = dict(title="A window cannot answer from outside itself", xlabel="", ylabel="right answers")
     _lines(asked, "start", "reading", axis, colours=colours, **style)

@@ -104,8 +104,10 @@ def test_figures_hold_every_arm(adaptation, tmp_path, monkeypatch):
                 ]
     rows = pd.concat([pd.DataFrame(rows), adaptation])
     assert report.save_figures(rows) == ["curves.svg", "position.svg", "distance.svg", "adaptation.svg"]
-    text = report.draw_curves(rows).axes[0].get_legend().get_texts()
+    text = report.draw_curves(rows).axes[2].texts
     assert [label.get_text() for label in text] == ["dense", "stem"]
+    (above, _) = report.draw_positions(rows.assign(value=rows.value + 0.5 * (rows.trained == "stem"))).axes[0].lines
+    assert above.get_label() == "stem" and above.get_ydata() == pytest.approx(0.5)
     axis = report.draw_adaptation(rows).axes[0]
     assert axis.get_title(loc="left") == "Tuning with Stem removes 60 % of its cost from position 2048 on"
     gap = axis.lines[1]

@@ -1,0 +1,74 @@
+"""stem.experiments.exercises and notebook.exercise: a wrong answer is told what is wrong with it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from stem.experiments import notebook
+from stem.experiments.exercises import difference
+
+SQUARE = torch.arange(1.0, 26).view(5, 5) ** 1.5
+
+
+@dataclasses.dataclass
+class Pair:
+    first: torch.Tensor
+    second: int
+
+
+def changed(x: torch.Tensor, where, value: float) -> torch.Tensor:
+    x = x.clone()
+    x[where] = value
+    return x
+
+
+DIAGONAL, FUTURE = torch.eye(5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (SQUARE[:4], r"the shape is \[4, 5\], expected \[5, 5\]"),
+        (0.125 * SQUARE, "every entry is 0.125 times the expected one"),
+        (-SQUARE, "every entry is -1 times"),
+        (SQUARE.T, "transposed"),
+        (SQUARE.flip(0), "dimension 0 is reversed"),
+        (SQUARE.roll(1, 1), "dimension 1 is shifted by one"),
+        (changed(SQUARE, DIAGONAL, 0), "only the diagonal is wrong"),
+        (changed(SQUARE, FUTURE, 0), "above the diagonal, which lie in the future"),
+        (changed(SQUARE, 4, torch.nan), "5 of 25 entries are NaN.*at indices 4 to 4 of dimension 0"),
+        (changed(SQUARE, (slice(None), 3), 7), r"5 of 25.*indices 3 to 3 of dimension 1.*first is \[0, 3\]: got 7"),
+        (3.0, r"a tensor of shape \[5, 5\] is expected, got float"),
+    ],
+    ids=lambda x: "" if isinstance(x, torch.Tensor) else str(x)[:20],
+)
+def test_the_reason_names_the_mistake(found, told):
+    import re
+
+    assert difference(SQUARE.double(), SQUARE) is None
+    assert re.search(told, difference(found, SQUARE))
+
+
+def test_items_are_named():
+    pair = Pair(torch.ones(2), 3)
+    assert difference(Pair(torch.ones(2), 3), pair) is None
+    assert difference(Pair(torch.ones(2), 4), pair) == "item 'second': got 4, expected 3"
+    assert difference((1, 2), (1, 2, 3)) == "a tuple of 3 is expected, got tuple"
+    assert difference({"a": 1}, {"b": 1}) == "the keys are ['a'], expected ['b']"
+    assert difference([1, [2, 5]], [1, [2, 4]]) == "item 1: item 1: got 5, expected 4"
+    assert difference("a", "b") == "got 'a', expected 'b'"
+
+
+def test_a_wrong_answer_raises_and_a_known_mistake_is_named(capsys):
+    def spec(x):
+        return x.exp()
+
+    for nothing in (None, torch.full((3,), torch.nan)):
+        notebook.exercise(lambda x, nothing=nothing: nothing, against=spec, args=(torch.ones(3),))
+    assert capsys.readouterr().out == "not attempted\n" * 2
+    with pytest.raises(AssertionError, match="not yet: every entry is 2 times"):
+        notebook.exercise(lambda x: 2 * x.exp(), against=spec, args=(torch.ones(3),))
+    mistakes = {"the base is 2, not e": torch.exp2, "no exponential": lambda x: x}
+    with pytest.raises(AssertionError, match="not yet: the base is 2, not e$"):
+        notebook.exercise(torch.exp2, against=spec, args=(torch.randn(9),), mistakes=mistakes)
