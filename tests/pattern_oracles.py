@@ -148,11 +148,89 @@ def flashprefill(q, k, size, alpha, sinks=2, window=4, last=2):
     return result
 
 
-def top_share(shares, i, forced, share):
+def flashprefill_v2(q, k, size, alpha, sinks=2, window=4, last=8):
+    """Return the blocks of FlashPrefill V2; q, k are lists of vectors."""
+    scale, result, offset = len(q[0]) ** -0.5, [], len(k) - len(q)
+    key_means = [mean_rows(k, j * size, (j + 1) * size) for j in range(math.ceil(len(k) / size))]
+    grid = rows(len(q), len(k), size)
+    for i in grid:
+        energy = [0.0] * (i + 1)
+        for query in q[max(0, i * size - offset) : (i + 1) * size - offset]:
+            logits = [dot(query, key) * scale for key in key_means[: i + 1]]
+            energy = [e + math.exp(x - max(logits)) for e, x in zip(energy, logits, strict=True)]
+        near = {j for j in range(i + 1) if energy[j] >= alpha * max(energy)}
+        near |= {j for j in range(i + 1) if j < sinks or i - j < window or i == j}
+        result.append(set(range(i + 1)) if i >= grid[-1] + 1 - last else near)
+    return result
+
+
+def subblock_scores(q, k, size, cells):
+    """Return {(i, j): ln of the sum over cell pairs of exp(mean q . mean k * scale)} of one head."""
+    offset, step, scale = len(k) - len(q), size // cells, len(q[0]) ** -0.5
+    scores = {}
+    for i in rows(len(q), len(k), size):
+        spans = [(max(i * size + a * step - offset, 0), i * size + (a + 1) * step - offset) for a in range(cells)]
+        queries = [mean_rows(q, *span) for span in spans if q[span[0] : max(span[1], 0)]]
+        for j in range(i + 1):
+            spans = [(j * size + b * step, j * size + (b + 1) * step) for b in range(cells)]
+            keys = [mean_rows(k, *span) for span in spans if k[slice(*span)]]
+            scores[i, j] = math.log(sum(math.exp(dot(x, y) * scale) for x in queries for y in keys))
+    return scores
+
+
+def cosa(q, k, size, stride):
+    """Return {(i, j): (if it holds the largest logit of some row of stride tokens, mass)} of one head."""
+    offset, scale = len(k) - len(q), len(q[0]) ** -0.5
+    result = {}
+
+    def logit(a, b):  # of query cell a and key cell b, tokens that do not exist count as zeros
+        total = 0.0
+        for step in range(stride):
+            query, key = a * stride + stride - 1 - step, b * stride + step
+            if offset <= query < len(k) and key < len(k):
+                total += dot(q[query - offset], k[key])
+        return total * scale / stride
+
+    for i in rows(len(q), len(k), size):
+        held, mass = set(), [0.0] * (i + 1)
+        for a in range(i * size // stride, (i + 1) * size // stride):
+            if (a + 1) * stride <= offset or a * stride >= len(k):
+                continue
+            of_block = [-math.inf] * (i + 1)
+            for b in range(a + 1):
+                j = b * stride // size
+                of_block[j] = max(of_block[j], logit(a, b))
+            held.add(max(range(i + 1), key=of_block.__getitem__))
+            mass = [m + math.exp(x - max(of_block)) for m, x in zip(mass, of_block, strict=True)]
+        result |= {(i, j): (j in held, mass[j]) for j in range(i + 1)}
+    return result
+
+
+def blasst(q, k, size, threshold, keep=lambda i, j: True):
+    """Return the blocks of the lists `keep` that a kernel with skipped softmax does not skip, and the diagonal."""
+    offset, scale = len(k) - len(q), len(q[0]) ** -0.5
+
+    def row(i):
+        queries = range(max(i * size, offset), min((i + 1) * size, len(k)))
+        running, kept = dict.fromkeys(queries, -math.inf), {i} if keep(i, i) else set()
+        for j in filter(lambda j: keep(i, j), range(i + 1)):
+            skipped = True
+            for t in queries:
+                seen = range(j * size, min((j + 1) * size, t + 1))
+                largest = max((dot(q[t - offset], k[s]) * scale for s in seen), default=-math.inf)
+                running[t] = max(running[t], largest)
+                skipped = skipped and math.exp(largest - running[t]) < threshold
+            kept |= set() if skipped else {j}
+        return kept
+
+    return [row(i) for i in rows(len(q), len(k), size)]
+
+
+def top_share(shares, i, forced, share, order=None):
     """Return one row: forced blocks, then others in descending order until `share` of the row's sum is kept."""
     kept = {j for j in forced if j <= i}
     total, mass = sum(shares[: i + 1]), sum(shares[j] for j in kept)
-    for j in descending(shares[: i + 1]):
+    for j in order or descending(shares[: i + 1]):
         if mass >= share * total:
             break
         if j not in kept:

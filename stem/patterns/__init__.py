@@ -19,12 +19,19 @@
 | flexprefill | flexprefill.py | such columns and diagonals, or the best pairs of pooled scores |
 | xattention | xattention.py | the best by a softmax over antidiagonal sums |
 | flashprefill | flashprefill.py | blocks near the row's largest sum against mean keys |
+| flashprefill_v2 | flashprefill.py | the same with equal weight for every query, and more dense rows |
+| subblock | subblock.py | the best by a log-sum-exp over pairs of cells, constant budget |
+| cosa | cosa.py | blocks that hold a row's maximum of antidiagonal sums, then the best by mass |
+| blasst | blasst.py | blocks that a dense kernel with skipped softmax would not skip |
 | oracle_mass | oracle.py | the best by true attention mass |
 | oracle_output | oracle.py | the best by true attention mass times value norms |
 
 All methods but "dense" and "stem" solve one of their own parameters, so that they keep as many block pairs as the
 config's schedule and can be compared at equal density. A parameter that is given is not solved. Density can be higher
 than requested where a method always keeps more blocks; its docstring then gives the least density.
+
+`reuse` gives the layers of a model the selections of anchor layers (Kascade). `skip_negligible` removes the blocks that
+BLASST skips from any selection.
 
 In the docstrings row i is a query block, j a key block, and i - j = 0 the diagonal. Windows include the diagonal.
 """
@@ -39,18 +46,25 @@ from stem.autocast import autocast_once
 from stem.config import StemConfig, check_config
 from stem.patterns import (
     bigbird,
+    blasst,
+    cosa,
     flashprefill,
     flexprefill,
     oracle,
     sparse_transformer,
     stem,
+    subblock,
     vertical_slash,
     window,
     xattention,
 )
+from stem.patterns.blasst import skip_negligible
 from stem.patterns.common import Prompt
+from stem.patterns.reuse import reuse
 from stem.selection import BlockSelection
 from stem.validation import check_choice, check_finite, check_qkv
+
+__all__ = ["keywords", "names", "reuse", "select", "skip_negligible"]
 
 _SELECT = {
     "dense": window.select_dense,
@@ -67,6 +81,10 @@ _SELECT = {
     "flexprefill": flexprefill.select,
     "xattention": xattention.select,
     "flashprefill": flashprefill.select,
+    "flashprefill_v2": flashprefill.select_v2,
+    "subblock": subblock.select,
+    "cosa": cosa.select,
+    "blasst": blasst.select,
     "random": bigbird.select_random,
     "oracle_mass": oracle.select_mass,
     "oracle_output": oracle.select_output,

@@ -82,15 +82,31 @@ def select_even(prompt: Prompt, scores: Tensor, *, sink_blocks: int, local_block
     return select_best(with_even_rows(prompt, sink_blocks=sink_blocks, local_blocks=local_blocks), scores)
 
 
-def select_share(prompt: Prompt, shares: Tensor, least: float, *, sink_blocks: int) -> BlockSelection:
+def select_levels(prompt: Prompt, levels: Tensor) -> BlockSelection:
+    """Keep the blocks above one level for all heads of a prompt, which gives the rows of q the config's density.
+
+    Args:
+        levels: [B, Hq, nq, nk], larger = keep, +inf = forced, -inf in the future.
+    """
+    count = max(1, round(target_of_rows(prompt)))
+    least = levels.flatten(1).sort(-1, descending=True)[0][:, count - 1, None, None, None]
+    return select_mask(prompt, levels >= least)
+
+
+def select_share(
+    prompt: Prompt, shares: Tensor, least: float, *, sink_blocks: int, priority: Tensor | None = None
+) -> BlockSelection:
     """Keep sink blocks, the diagonal, and blocks in descending order until they hold the share `least` of their row.
 
     Args:
         shares: [B, Hq, nq, nk], >= 0, zero in the future. Rows need not sum to 1. Ties go to the lower index.
         least: In [0, 1]. The block that reaches it is kept.
+        priority: Like shares, its order is taken instead of theirs.
     """
     forced = prompt.local_and_first(first_blocks=sink_blocks)[-prompt.nq :]
-    order = torch.where(forced, torch.inf, shares).argsort(dim=-1, descending=True, stable=True)
+    order = torch.where(forced, torch.inf, shares if priority is None else priority).argsort(
+        dim=-1, descending=True, stable=True
+    )
     ordered = shares.gather(-1, order)
     before = ordered.cumsum(-1) - ordered
     kept = torch.zeros_like(shares, dtype=torch.bool)

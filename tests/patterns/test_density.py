@@ -10,6 +10,7 @@ import stem
 from stem import StemConfig, patterns
 
 LIKE_THE_PAPER = "dense", "stem"  # their budget is their own
+BY_THE_VALUES = "blasst"  # keeps every block that raises a running maximum
 
 
 def constant_rows(nk):
@@ -66,6 +67,7 @@ LEAST = {  # blocks that a pattern keeps whatever the density, at n blocks of 64
     "tri_shape": lambda i, j, n: j < 2 or i >= n - 2,
     "vertical_slash": lambda i, j, n: i - j < 2 or j < 1,
     "flashprefill": lambda i, j, n: i - j < 4 or j < 2 or i >= n - 2,
+    "flashprefill_v2": lambda i, j, n: i - j < 4 or j < 2 or i >= n - 8,
 }
 
 
@@ -78,7 +80,7 @@ def least_density(name, n):
 
 
 @pytest.mark.parametrize("blocks", [64, 100])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "dense"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dense", BY_THE_VALUES)])
 def test_density_is_the_requested_one_or_the_least(name, blocks):
     size = BLOCK if name.startswith("oracle") else 64
     q, k, v = draw(size * blocks - 3, size * blocks - 3, 2, 1, torch.float32)
@@ -97,7 +99,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in LIKE_THE_PAPER])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*LIKE_THE_PAPER, BY_THE_VALUES)])
 def test_methods_spend_what_the_schedule_of_the_config_costs(name, schedule):
     q, k, v = draw(64 * BLOCK, 64 * BLOCK, 1, 1, torch.float32)
     pairs = int(stem.block_budget(64, SCHEDULES[schedule]).sum())
@@ -149,10 +151,17 @@ def test_random_blocks_beside_the_forced_ones():
         assert 0.1 < (other != mask).float().mean() < 0.4  # and so do seeds
 
 
-@pytest.mark.parametrize("name", ["flexprefill", "flashprefill"])
+@pytest.mark.parametrize("name", ["flexprefill", "flashprefill", "flashprefill_v2"])
 def test_a_density_holds_in_the_rows_of_a_chunk(name):
     q, k, v = draw(400, 1600)
     assert patterns.select(name, q, k, v, CONFIG).density() == pytest.approx(0.45, abs=0.01)
+
+
+def test_blasst_spends_a_density_above_its_least():
+    q, k, v = draw(64 * BLOCK, 64 * BLOCK, 2, 1, torch.float32)
+    least = patterns.select("blasst", q, k, v, CONFIG, skip_threshold=1.0).density()
+    found = [patterns.select("blasst", q, k, v, CONFIG.replace(density=x)).density() for x in (0.01, 0.9, 1.0)]
+    assert found == pytest.approx([least, 0.9, 1.0], abs=0.01)
 
 
 def test_oracles_keep_the_most_mass():

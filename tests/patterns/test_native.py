@@ -8,6 +8,7 @@ import pytest
 import torch
 from pattern_inputs import BLOCK, CONFIG, LENGTHS, as_mask, draw, heads
 
+import stem
 from stem import patterns
 
 RULES = {  # name, keywords, and what row i keeps of n blocks
@@ -86,15 +87,37 @@ def native_oracle(name, q, k, v, native):
             [pattern_oracles.flexprefill(*head, BLOCK, **settings)[0] for head in zip(queries, keys, p, strict=True)],
             nk,
         )
-    if name == "flashprefill":
+    if name.startswith("flashprefill"):
+        rule = getattr(pattern_oracles, name)
         settings = {"alpha": native["alpha"]} | {
             short: native[long]
             for short, long in (("sinks", "sink_blocks"), ("window", "window_blocks"), ("last", "dense_last_blocks"))
             if long in native
         }
-        return as_mask(
-            [pattern_oracles.flashprefill(*head, BLOCK, **settings) for head in zip(queries, keys, strict=True)], nk
-        )
+        return as_mask([rule(*head, BLOCK, **settings) for head in zip(queries, keys, strict=True)], nk)
+    if name == "subblock":
+        found = []
+        for head in zip(queries, keys, strict=True):
+            scores, kept = pattern_oracles.subblock_scores(*head, BLOCK, native.get("cells", 4)), []
+            for i in pattern_oracles.rows(len(head[0]), len(head[1]), BLOCK):
+                row = [scores[i, j] for j in range(i + 1)]
+                kept.append(oracles.row_selection(row, i, native["row_blocks"], 2, 2))
+            found.append(kept)
+        return as_mask(found, nk)
+    if name == "blasst":
+        per_head = zip(queries, keys, strict=True)
+        return as_mask([pattern_oracles.blasst(*head, BLOCK, native["skip_threshold"]) for head in per_head], nk)
+    if name == "cosa":
+        found = []
+        for head in zip(queries, keys, strict=True):
+            of, kept = pattern_oracles.cosa(*head, BLOCK, 4), []
+            for i in pattern_oracles.rows(len(head[0]), len(head[1]), BLOCK):
+                row = [of[i, j] for j in range(i + 1)]
+                order = sorted(range(i + 1), key=lambda j: (not row[j][0], -row[j][1]))
+                mass = [x[1] for x in row]
+                kept.append(pattern_oracles.top_share(mass, i, {0, i}, native["top_p"], order))
+            found.append(kept)
+        return as_mask(found, nk)
     if name == "uniform_topk":
         counts = [min(i + 1, native["row_blocks"]) for i in range(nk)]
         scores = oracles.hide_future(oracles.antidiagonal_sums(q, k, BLOCK, 4))
@@ -131,6 +154,18 @@ NATIVE = {
     "flashprefill": ("flashprefill", dict(alpha=0.2)),
     "flashprefill-free": ("flashprefill", dict(alpha=0.4, sink_blocks=0, window_blocks=0, dense_last_blocks=0)),
     "flashprefill-dense-rows": ("flashprefill", dict(alpha=1.0, sink_blocks=1, window_blocks=2, dense_last_blocks=3)),
+    "flashprefill_v2": ("flashprefill_v2", dict(alpha=0.1, dense_last_blocks=2)),
+    "flashprefill_v2-free": (
+        "flashprefill_v2",
+        dict(alpha=0.5, sink_blocks=0, window_blocks=0, dense_last_blocks=0),
+    ),
+    "flashprefill_v2-dense-rows": ("flashprefill_v2", dict(alpha=1.0, sink_blocks=1)),
+    "subblock": ("subblock", dict(row_blocks=5)),
+    "subblock-two-cells": ("subblock", dict(row_blocks=6, cells=2)),
+    "cosa": ("cosa", dict(top_p=0.7)),
+    "cosa-most": ("cosa", dict(top_p=0.95)),
+    "blasst": ("blasst", dict(skip_threshold=0.3)),
+    "blasst-everything": ("blasst", dict(skip_threshold=0.0)),
     "oracle_mass": ("oracle_mass", dict(tau=0.7)),
     "oracle_output": ("oracle_output", dict(tau=0.7)),
 }
@@ -172,3 +207,48 @@ def test_a_rows_random_blocks_depend_on_no_length_and_no_other_head(native):
     short = patterns.select("bigbird", *draw(320, 320, 2, 1), CONFIG, **native).to_mask()
     long = patterns.select("bigbird", *draw(640, 640, 4, 2), CONFIG, **native).to_mask()
     assert torch.equal(short, long[:, :2, :20, :20])
+
+
+def test_cosa_at_equal_cost_keeps_the_holders_of_maxima_first():
+    q, k, v = draw()
+    even = oracles.constant_rows(int(stem.block_budget(12, CONFIG).sum()), 12)
+    found = patterns.select("cosa", q, k, v, CONFIG).to_mask()[0]
+    order_matters = False
+    for head, of in enumerate(pattern_oracles.cosa(*x, BLOCK, 4) for x in zip(heads(q, 4), heads(k, 4), strict=True)):
+        for i in range(12):
+            by_mass = sorted(range(i + 1), key=lambda j: -of[i, j][1])
+            order = sorted(by_mass, key=lambda j: not of[i, j][0])
+            forced = [i, 0][: even[i]]
+            expected, others = (list(dict.fromkeys(forced + x))[: even[i]] for x in (order, by_mass))
+            assert found[head, i].nonzero()[:, 0].tolist() == sorted(expected)
+            order_matters |= set(expected) != set(others)
+    assert order_matters
+
+
+def test_blasst_skips_within_any_lists():
+    q, k, v = draw(75, 187)
+    lists = patterns.select("random", q, k, v, CONFIG.replace(sink_blocks=0, local_blocks=0, density=0.8))
+    mask = lists.to_mask()[0]
+    first = (187 - 75) // BLOCK
+    expected = [
+        pattern_oracles.blasst(*x, BLOCK, 0.8, lambda i, j, head=head: bool(mask[head, i - first, j]))
+        for head, x in enumerate(zip(heads(q, 4), heads(k, 4), strict=True))
+    ]
+    found = patterns.skip_negligible(lists, q, k, 0.8)
+    assert torch.equal(found.to_mask(), as_mask(expected, 12)) and found.density() < lists.density()
+    assert torch.equal(patterns.skip_negligible(lists, q, k, 0.0).to_mask(), lists.to_mask())
+    sharper = patterns.skip_negligible(lists, q, k, 0.8, scale=3.0)
+    assert sharper.density() < found.density()
+
+
+def test_what_blasst_skips_hardly_matters():
+    q, k, v = draw(dtype=torch.float32)
+    dense = patterns.select("dense", q, k, v, CONFIG)
+    errors, densities = [], []
+    for threshold in (0.0, 0.1, 0.5, 0.9):
+        selection = patterns.select("blasst", q, k, v, CONFIG, skip_threshold=threshold)
+        difference = stem.block_sparse_attention(q, k, v, selection) - stem.block_sparse_attention(q, k, v, dense)
+        errors.append(float(difference.norm()))
+        densities.append(selection.density())
+    assert densities == sorted(densities, reverse=True) and densities[0] == 1.0 > densities[-1]
+    assert errors == sorted(errors) and errors[0] == 0.0

@@ -36,11 +36,12 @@ def test_prompts_of_a_batch_do_not_know_each_other(name):
 
 
 BY_THE_CHUNK = {"flexprefill": dict(gamma=0.4, tau=0.0, min_budget=16), "flashprefill": dict(alpha=0.3)}
+BY_THE_CHUNK |= {"flashprefill_v2": dict(alpha=0.3, dense_last_blocks=0), "blasst": dict(skip_threshold=0.3)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_chunk_are_those_of_the_whole_prompt(name):
-    """FlexPrefill and FlashPrefill get their parameters, since they solve them over the rows that they see."""
+    """Methods that solve a parameter over the rows that they see get it."""
     native = BY_THE_CHUNK.get(name, {})
     q, k, v = draw()
     whole = patterns.select(name, q, k, v, CONFIG, **native).to_mask()
@@ -89,7 +90,11 @@ def test_a_model_reads_a_prompt_whole_and_in_chunks(name, model):
     method = partial(patterns.select, name, config=CONFIG)
     with torch.no_grad(), hf.stem_prefill(model, method) as report:
         first = model(ids[:, :160])
-        assert report.density() < 1 or name in ("dense", "tri_shape")  # all rows of so short a prompt are its last
+        assert report.density() < 1 or name in (
+            "dense",
+            "tri_shape",
+            "flashprefill_v2",
+        )  # all rows of so short a prompt are its last
         second = model(ids[:, 160:], past_key_values=first.past_key_values)
     assert second.logits.isfinite().all() and second.logits.shape[1] == 90
 
@@ -131,6 +136,15 @@ CHANGES = {  # name and keywords, each of which changes what is kept
         dict(window_blocks=6),
         dict(dense_last_blocks=0),
     ],
+    "flashprefill_v2": [
+        dict(alpha=0.9, dense_last_blocks=1),
+        dict(alpha=0.9, sink_blocks=0),
+        dict(alpha=0.9, window_blocks=6),
+        dict(dense_last_blocks=0),
+    ],
+    "subblock": [dict(row_blocks=3), dict(cells=1)],
+    "cosa": [dict(top_p=0.3)],
+    "blasst": [dict(skip_threshold=0.9)],
     "random": [dict(seed=1)],
     "oracle_mass": [dict(tau=0.3)],
     "oracle_output": [dict(tau=0.3)],
