@@ -60,8 +60,8 @@ STYLE = {
 
 
 def use_in_notebook() -> None:
-    """Show a notebook's figures at the resolution of the house style, with `describe` as their alternative text."""
-    plt.rcParams["figure.dpi"] = STYLE["figure.dpi"]
+    """Show a notebook's figures in the house style, with `describe` as their alternative text."""
+    plt.rcParams.update(STYLE)
     ipython = sys.modules.get("IPython")  # every kernel has imported it
     shell = ipython and ipython.get_ipython()
     if hasattr(shell, "kernel"):

@@ -1,0 +1,112 @@
+"""Solutions in notebooks/solutions pass the notebooks' own checks, and wrong answers are told what is wrong.
+
+A notebook becomes a module: its first three code cells, then the solutions, then its exercises without their stubs. So
+an exercise depends on the first three code cells, on earlier exercises, and on cells tagged "specification".
+"""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from stem.experiments import notebook
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+SOLVED = sorted(path.stem for path in (NOTEBOOKS / "solutions").glob("*.py"))
+
+
+def functions(source: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+
+def without(source: str, names: set[str]) -> str:
+    """The source with the functions `names` and their decorators blanked out."""
+    lines = source.split("\n")
+    for name, node in functions(source).items():
+        if name in names:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            lines[first - 1 : node.end_lineno] = [""] * (node.end_lineno - first + 1)
+    return "\n".join(lines)
+
+
+def run(folder: Path, name: str, solution: str) -> None:
+    """Import the notebook as a module with `solution`, the text of a solution file, in place of the stubs."""
+    cells = [cell for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    stubs = [cell.source for cell in cells if {"exercise", "specification"} & set(cell.metadata.get("tags", []))]
+    stubs = [without(source, set(functions(solution))) for source in stubs]
+    path = folder / f"solved_{name}.py"
+    path.write_text("\n\n".join([*(cell.source for cell in cells[:3]), solution, *stubs]))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and Triton look their module up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[path.stem]
+
+
+def solution_of(name: str) -> str:
+    return (NOTEBOOKS / "solutions" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_the_solutions_are_correct_and_linked_and_not_shown(name, tmp_path, capsys):
+    run(tmp_path, name, solution_of(name))
+    printed = capsys.readouterr().out
+    assert printed.count("correct\n") == 3 and "not attempted" not in printed
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
+    assert f"](solutions/{name}.py)" in "\n".join(cell.source for cell in cells)
+    solved = {name: ast.unparse(node.body) for name, node in functions(solution_of(name)).items() if "my_" in name}
+    shown = functions("\n".join(cell.source for cell in cells if "exercise" in cell.metadata.get("tags", [])))
+    assert solved and all(ast.unparse(shown[name].body) != body for name, body in solved.items())
+
+
+def spoiled(answer):
+    """An answer of the same type and shape with other values."""
+    if isinstance(answer, tuple | list):
+        return type(answer)([*answer[:-1], spoiled(answer[-1])])
+    if isinstance(answer, dict):
+        return {key: spoiled(value) for key, value in answer.items()}
+    if isinstance(answer, torch.Tensor) and answer.dtype == torch.bool:
+        return ~answer
+    return answer + 1
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_every_exercise_refuses_another_answer(name, tmp_path, monkeypatch):
+    honest, refused = notebook.exercise, []
+
+    def exercise(fn, **kwargs):
+        with pytest.raises(AssertionError, match="not yet") as error:
+            honest(lambda *args: spoiled(fn(*args)), **kwargs)
+        refused.append(str(error.value))
+
+    monkeypatch.setattr(notebook, "exercise", exercise)
+    run(tmp_path, name, solution_of(name))
+    assert len(refused) == 3
+
+
+K02 = "02_kernel_derivation"
+WRONG = [  # notebook, text of the solution, its wrong replacement, part of the message
+    (K02, "tl.max(tile, axis=1)", "tl.max(-tile, axis=1)", "200 of 200 entries are wrong"),
+    (K02, "mask=rows < num_tokens)\n\n", "mask=rows < 190)\n\n", "10 of 200 entries are NaN"),
+    (K02, " * scale_log2\n        visible", "\n        visible", "the scale is missing"),
+    (K02, "2(logits_log2 - new_max[:, None]), tl.exp2(", "(logits_log2 - new_max[:, None]), tl.exp(", "of exp2"),
+    (K02, '= tl.where(visible, logits_log2, float("-inf"))', "= logits_log2", "sees its future"),
+    (K02, "tl.maximum(q_block - window + 1, 1)", "tl.maximum(q_block - window + 1, 0)", "indices 16 to 47"),
+    (K02, ') - delta[:, None])', "))", "delta is missing"),
+    (K02, "scale * dq,", "dq,", "the scale of dQ is missing"),
+    (K02, "<= rows[:, None], weights, 0.0)", "< rows[:, None], weights, 0.0)", "entries are wrong"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "right", "wrong", "message"), WRONG)
+def test_wrong_answers_are_told_what_is_wrong(name, right, wrong, message, tmp_path):
+    solution = solution_of(name)
+    assert solution.count(right) == 1
+    with pytest.raises(AssertionError, match=f"not yet: .*{message}"):
+        run(tmp_path, name, solution.replace(right, wrong))
