@@ -7,12 +7,12 @@ from torch import Tensor
 
 from stem.autocast import autocast_once, is_autocast
 from stem.config import StemConfig
-from stem.impl.attend import attend, empty_attention
+from stem.impl.attend import apply_sinks, attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.planning import plan_for
 from stem.selection import BlockSelection, fit_selection
 from stem.transforms import is_transformed, refuse_transforms
-from stem.validation import check_qkv, check_scale
+from stem.validation import check_qkv, check_scale, check_sinks
 
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 
@@ -24,6 +24,7 @@ def stem_attention(
     config: StemConfig | None = None,
     *,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     impl: str | None = None,
     return_selection: bool = False,
     return_lse: bool = False,
@@ -37,6 +38,8 @@ def stem_attention(
         k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0, Nq <= Nkv, same dtype and device as q.
         config: Default StemConfig(), a quarter of the causal block pairs.
         scale: Softmax scale, default D**-0.5.
+        sinks: Attention sinks, finite [Hq] of any float dtype on q's device: the logit of one more key of each query
+            head, with the value 0 (gpt-oss). They change output and log-sum-exp, not the selection.
         impl: See block_sparse_attention. None uses torch's dense kernel where every block is kept and it is faster.
         return_selection, return_lse: Also return the BlockSelection / the log-sum-exp, in this order.
         prompt_length: Tokens of the whole prompt if these are a chunk of it, >= Nkv, default Nkv. Whole-block chunks
@@ -49,18 +52,21 @@ def stem_attention(
     options = DEFAULT if config is None else config, scale, impl, prompt_length
     if is_autocast(q):
         others = dict(return_selection=return_selection, return_lse=return_lse, prompt_length=prompt_length)
-        return autocast_once(stem_attention)(q, k, v, options[0], scale=scale, impl=impl, **others)
+        return autocast_once(stem_attention)(q, k, v, options[0], scale=scale, sinks=sinks, impl=impl, **others)
     if torch.compiler.is_compiling():
         from stem.compiled import traced_attention  # imports torch's compiler
 
         out, lse, selection = traced_attention(q, k, v, *options)
     else:
         try:
-            plan = plan_for(q, k, v, *options, return_selection, return_lse)
+            plan = plan_for(q, k, v, *options, return_selection, return_lse or sinks is not None)
             out, lse, selection = plan.run(q, k, v)
         except RuntimeError as error:
             refuse_transforms(error, q, k, v)
             raise
+    if sinks is not None:
+        check_sinks(sinks, q)
+        out, lse = apply_sinks(out, lse, sinks)
     if not (return_selection or return_lse):
         return out
     return out, *((selection,) if return_selection else ()), *((lse,) if return_lse else ())
@@ -75,11 +81,13 @@ def block_sparse_attention(
     scale: float | None = None,
     impl: str | None = None,
     return_lse: bool = False,
+    *,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact causal softmax attention over the kept blocks only.
 
     Args:
-        q, k, v, scale: As in stem_attention.
+        q, k, v, scale, sinks: As in stem_attention.
         selection: Lists for Hq heads and these lengths, on q's device.
         impl: None chooses "hopper" if it covers the problem, else "triton" on CUDA and "torch" elsewhere (also for
             fp64); an explicit choice never falls back.
@@ -114,4 +122,7 @@ def block_sparse_attention(
         except RuntimeError as error:
             refuse_transforms(error, q, k, v)
             raise
+    if sinks is not None:
+        check_sinks(sinks, q)
+        out, lse = apply_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

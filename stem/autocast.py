@@ -15,7 +15,10 @@ def is_autocast(x: object) -> bool:
 
 
 def autocast_once(function: Callable) -> Callable:
-    """The function with its tensors cast as autocast casts those of SDPA (fp64 stays), and with autocast off inside."""
+    """The function with its tensors cast as autocast casts those of SDPA (fp64 stays), and with autocast off inside.
+
+    The keyword argument `sinks` stays: autocast leaves the other logits of a softmax in fp32 too.
+    """
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -30,6 +33,6 @@ def autocast_once(function: Callable) -> Callable:
             return x.to(dtype) if low and x.device.type == kind else x
 
         with torch.autocast(kind, enabled=False):
-            return function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+            return function(*map(cast, args), **{k: x if k == "sinks" else cast(x) for k, x in kwargs.items()})
 
     return call

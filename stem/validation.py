@@ -105,6 +105,19 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """Raise unless sinks are one finite number for each head of q [B, Hq, Nq, D], on its device."""
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
+    if sinks.dtype not in DTYPES:
+        raise TypeError(f"sinks must be one of {', '.join(map(str, DTYPES))}, got {sinks.dtype}")
+    if sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must be [{q.shape[1]}], one for each head of q, got shape {tuple(sinks.shape)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
+    check_finite(sinks=sinks)
+
+
 def check_prompt_length(prompt_length: int | None, kv_len: int) -> None:
     """Raise unless prompt_length is None or an int that the keys so far do not exceed."""
     if prompt_length is None:

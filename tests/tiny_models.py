@@ -45,6 +45,8 @@ FAMILIES = {
     "GPT2": dict(n_positions=512, n_embd=64, n_layer=3, n_head=4),
     "Gemma": dict(head_dim=40, num_key_value_heads=1),
     "Granite": dict(attention_multiplier=0.1),
+    "GptOss": dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, **SLIDING),
+    "GraniteSWA": dict(head_dim=16, attention_multiplier=0.25, **SLIDING),
 }
 SPARSE = stem.StemConfig(density=0.4, block_size=16, score_stride=4, sink_blocks=1, local_blocks=1)
 FIXED = SPARSE.replace(density=None, k_start=3, decay=1.0)  # the budget of a row does not depend on the prompt's length
@@ -61,6 +63,9 @@ def build(family="Llama", seed=0, **overrides):
     for parameter in model.parameters():  # far from the tiny initial values, so that attention is far from uniform
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=1.2 / math.sqrt(parameter.shape[1]))
+    for module in model.modules():  # sinks that take a part of the softmax, another one in each head
+        if getattr(module, "sinks", None) is not None:
+            nn.init.normal_(module.sinks, std=2.0)
     return model
 
 
@@ -73,7 +78,7 @@ def logits(model, ids, **kwargs):
         return model(ids, **kwargs).logits
 
 
-def masked_forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def masked_forward(module, query, key, value, attention_mask, scaling=None, s_aux=None, **kwargs):
     """Attention through a token mask in fp64, which sparse layers are compared with."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     token_mask, value_dim = attention_mask, value.shape[3]
@@ -86,7 +91,8 @@ def masked_forward(module, query, key, value, attention_mask, scaling=None, **kw
     if token_mask is None:
         token_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     token_mask = token_mask.expand(query.shape[0], query.shape[1], -1, -1)
-    out = stem.reference.masked_attention(query.double(), key.double(), value.double(), token_mask, scale)
+    doubles = query.double(), key.double(), value.double()
+    out = stem.reference.masked_attention(*doubles, token_mask, scale, sinks=s_aux)
     return out[..., :value_dim].to(query.dtype).transpose(1, 2).contiguous(), None
 
 

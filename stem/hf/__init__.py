@@ -10,12 +10,14 @@
 
 A call with several queries is prefill and sparse. A call with one query is decode and dense (SDPA). These stay dense in
 prefill: layers whose config is None, layers whose heads have more than 256 dimensions, and prompts with padding between
-their tokens. Sliding-window layers keep their own attention. The report tells which attention ran.
+their tokens. Sliding-window layers keep their own attention. The report tells which attention ran. Attention sinks
+(`s_aux`) are kept in all of these calls; a decode step of such a model copies the layer's keys and values once.
 
 `enable` accepts every causal model that attends through transformers' AttentionInterface. Small random models of these
 families are tested: Llama, Qwen2, Qwen3 and its MoE, Mistral, Mixtral, Gemma 1 and 3, Phi-1 to 3, GPT-NeoX, GPT-2,
-OLMo-2, SmolLM3, StarCoder2, Cohere, GLM, Ernie 4.5, Granite, DeepSeek-V3, and the attention layers of Qwen3-Next. At
-density 1 their logits are the model's own; below it they equal a reference that attends through a token mask.
+OLMo-2, SmolLM3, StarCoder2, Cohere, GLM, Ernie 4.5, Granite, gpt-oss, MiMo-V2-Flash, DeepSeek-V3, and the attention
+layers of Qwen3-Next. At density 1 their logits are the model's own; below it they equal a reference that attends
+through a token mask.
 Tests also cover padded batches, chunked prefill, cached prefixes, dynamic, static, hybrid and quantised caches, LoRA,
 gradient checkpointing, device_map, and torch.compile(model, fullgraph=True) under torch.no_grad().
 

@@ -13,11 +13,11 @@ from stem.autocast import autocast_once
 from stem.config import StemConfig
 from stem.hf.padding import as_bool, packed_mask, rows_by_span, stem_mask, token_mask
 from stem.hf.report import LAYERS, NAME, Layer
+from stem.hf.sinks import with_sink_key
 
 UNSUPPORTED = {  # arguments of an attention call: what a value other than None or False asks for
     "output_attentions": "attention weights, which are never materialised",
-    "s_aux": "attention sinks in the softmax",
-    "sinks": "attention sinks in the softmax",
+    "sinks": "attention sinks other than one for each head (s_aux)",
     "softcap": "soft-capped scores",
     "position_bias": "an additive position bias",
     "cache": "a paged cache, as generate_batch (continuous batching) uses it",
@@ -43,7 +43,7 @@ def stem_attention_forward(
         query, key, value: [B, Hq, Nq, D] and [B, Hkv, Nk, D]; values may have fewer dimensions (latent attention).
         attention_mask: From stem_mask, or a causal token mask [B or 1, 1, Nq, Nk], bool or additive.
         scaling: Softmax scale, default D**-0.5.
-        kwargs: `cu_seq_lens_q` and `cu_seq_lens_k` separate packed sequences.
+        kwargs: `cu_seq_lens_q` and `cu_seq_lens_k` separate packed sequences; `s_aux` [Hq] are attention sinks.
     Returns:
         [B, Nq, Hq, value dim], zeros for padding queries, and None in the place of attention weights.
     Raises:
@@ -53,33 +53,43 @@ def stem_attention_forward(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: Stem attention does not implement {meaning}; call stem.hf.disable(model)")
     layer: Layer | None = getattr(module, "stem_layer", None)
+    sinks = kwargs.pop("s_aux", None)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
         attention_mask = packed_mask(attention_mask, kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key)
     if not query.numel():  # an empty batch
         return _attend_densely(query, key, value, scaling).transpose(1, 2), None
+    q_len, value_dim = query.shape[2], value.shape[3]
     if layer is None or layer.own or layer.config is None or query.shape[2] == 1:
+        problem = query, key, value, token_mask(attention_mask, query, key), scaling
+        *tensors, scaling = problem if sinks is None else with_sink_key(*problem, sinks)
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-        return sdpa_attention_forward(module, query, key, value, token_mask(attention_mask, query, key), **options)
+        out, _ = sdpa_attention_forward(module, *tensors, **options)
+        return out if sinks is None else out[:, -q_len:, :, :value_dim], None
     if not is_causal:
         raise ValueError("is_causal=False: Stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: Stem attention has none; set the model's attention dropout to 0")
-    return _prefill(layer, query, key, value, attention_mask, scaling), None
+    return _prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
 
 
 @autocast_once  # rotary positions leave q and k in fp32 where v is in autocast's dtype
-def _prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        return torch.ops.stem.sparse_prefill(q, k, v, mask, scale, layer.handle)
-    return _sparse_prefill(layer, q, k, v, mask, scale)
+def _prefill(
+    layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, sinks: Tensor | None
+) -> Tensor:
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return torch.ops.stem.sparse_prefill(q, k, v, mask, scale, sinks, layer.handle)
+    return _sparse_prefill(layer, q, k, v, mask, scale, sinks)
 
 
 AttentionInterface.register(NAME, stem_attention_forward)
 AttentionMaskInterface.register(NAME, stem_mask)
 
 
-def _sparse_prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def _sparse_prefill(
+    layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None
+) -> Tensor:
     """Stem attention of each sequence by itself, [B, Nq, Hq, value dim]; padding queries give zeros."""
     value_dim = v.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
     v = pad(v, (0, q.shape[3] - value_dim)) if value_dim < q.shape[3] else v
@@ -94,11 +104,12 @@ def _sparse_prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
         with torch.cuda.device_of(q):  # layers of one model can be on several GPUs
             if gaps:
                 row_masks = as_bool(mask).expand(q.shape[0], -1, -1, -1)[index, :, queries, start:last]
-                attended = _attend_densely(*tensors, scale, row_masks)
+                attended = _attend_densely(*tensors, scale, row_masks, sinks)
                 layer.count_gaps(*tensors[:2])
             else:
                 ended = layer.prompt_length is None or last < offset + q.shape[2]  # by padding on the right
-                attended = _attend(layer, *tensors, scale, None if ended else max(layer.prompt_length, last) - start)
+                prompt_length = None if ended else max(layer.prompt_length, last) - start
+                attended = _attend(layer, *tensors, scale, prompt_length, sinks)
         if attended.shape == q.shape:
             out = attended
             break
@@ -110,29 +121,47 @@ def _sparse_prefill(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
 @torch.library.custom_op("stem::sparse_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _sparse_prefill_op(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, handle: int
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None, handle: int
 ) -> Tensor:
-    return _sparse_prefill(LAYERS[handle], q, k, v, mask, scale)
+    return _sparse_prefill(LAYERS[handle], q, k, v, mask, scale, sinks)
 
 
 @_sparse_prefill_op.register_fake
-def _(q, k, v, mask, scale, handle):
+def _(q, k, v, mask, scale, sinks, handle):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, prompt_length: int | None) -> Tensor:
+def _attend(
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    prompt_length: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
     if q.shape[2] == 1:
-        return _attend_densely(q, k, v, scale)
+        return _attend_densely(q, k, v, scale, sinks=sinks)
     if isinstance(layer.config, StemConfig):
-        options = dict(scale=scale, impl=layer.impl, prompt_length=prompt_length)
+        options = dict(scale=scale, sinks=sinks, impl=layer.impl, prompt_length=prompt_length)
         out, selection = stem_attention(q, k, v, layer.config, return_selection=True, **options)
     else:
         selection = layer.config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
-        out = block_sparse_attention(q, k, v, selection, scale=scale, impl=layer.impl)
+        out = block_sparse_attention(q, k, v, selection, scale=scale, impl=layer.impl, sinks=sinks)
     layer.count(selection)
     return out
 
 
-def _attend_densely(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
+def _attend_densely(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    q_len, value_dim = q.shape[2], v.shape[3]
+    if sinks is not None:
+        q, k, v, mask, scale = with_sink_key(q, k, v, mask, scale, sinks)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # masks and enable_gqa: no fused kernel
-    return scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return scaled_dot_product_attention(q, k, v, mask, scale=scale)[:, :, -q_len:, :value_dim]

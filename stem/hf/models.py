@@ -111,6 +111,8 @@ def _refusal(module: nn.Module) -> str | None:
             return f"it passes {name}={expression} to its attention, and Stem does not implement {UNSUPPORTED[name]}"
     if getattr(module, "indexer", None) is not None or hasattr(module, "skip_topk"):
         return "its attention selects keys by an indexer of its own"
+    if hasattr(module, "compressor"):
+        return "its attention reads compressed keys of its own"
     return None
 
 
@@ -121,5 +123,5 @@ def _special_arguments(attention: type) -> dict[str, str]:
         calls = re.findall(r"attention_interface\((.*?)\*\*kwargs", inspect.getsource(attention.forward), re.DOTALL)
     except (OSError, TypeError):  # no source: such a call is refused when it comes
         return {}
-    names = ("s_aux", "sinks", "softcap", "position_bias")
+    names = ("sinks", "softcap", "position_bias")
     return {name: found[1] for name in names for call in calls if (found := re.search(rf"\b{name}=([\w.]+)", call))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stem.impl.coverage import sparse_kernel
@@ -9,7 +10,7 @@ from stem.impl.flex import flex_attention
 from stem.impl.gather import gather_attention
 from stem.reference import masked_attention
 from stem.selection import BlockSelection
-from stem.transforms import refuse_transforms
+from stem.transforms import is_transformed, refuse_transforms
 from stem.validation import compute_dtype
 
 
@@ -17,6 +18,17 @@ def empty_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of an empty batch, empty themselves, through which empty gradients flow."""
     nothing = 0 * (k.sum() + v.sum())
     return q + nothing, (q.sum(-1) + nothing).to(compute_dtype(q.dtype))
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, Nq, D] and log-sum-exp [B, Hq, Nq] with one more key of value 0, whose logits are sinks [Hq].
+
+    Without gradients the output is overwritten.
+    """
+    sinks = sinks.to(lse.dtype)[:, None]
+    share = torch.sigmoid(lse - sinks)[..., None]  # of the softmax that the other keys keep
+    keeps = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(out, lse, sinks)
+    return (out * share).to(out.dtype) if keeps else out.mul_(share), torch.logaddexp(lse, sinks)
 
 
 def attend(

@@ -14,7 +14,7 @@ from stem import hf
 CLOSE = dict(atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "GPTNeoX"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "GPTNeoX", "GptOss"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_equal_unpadded_rows(family, side):
     model, lengths, width = build(family), (150, 97, 33, 1), 150
@@ -243,7 +243,7 @@ def test_gradients_reach_the_weights():
 
 @pytest.mark.parametrize(
     "name, value",
-    [("s_aux", torch.zeros(4)), ("softcap", 30.0), ("position_bias", torch.zeros(1)), ("cache", object())],
+    [("sinks", torch.zeros(4)), ("softcap", 30.0), ("position_bias", torch.zeros(1)), ("cache", object())],
 )
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_arguments_that_are_not_implemented_are_named(name, value, q_len):
@@ -316,7 +316,7 @@ def test_layers_on_several_devices(tmp_path, monkeypatch):
     assert seen == [torch.device("cpu")] * 3  # around the kernels of every layer
 
 
-def test_attention_weights_sinks_dropout_and_custom_masks_are_refused():
+def test_attention_weights_dropout_and_custom_masks_are_refused():
     model, ids = build(), tokens(40)
     hf.enable(model, SPARSE)
     with pytest.raises(ValueError, match="output_attentions"):

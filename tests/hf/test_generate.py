@@ -12,7 +12,7 @@ import stem
 from stem import hf
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3", "GptOss"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_prefills_sparsely_and_decodes_densely(family, cache):
     model, ids = build(family), tokens(70)
@@ -43,7 +43,7 @@ def test_batched_generation_equals_one_by_one():
         assert torch.equal(batched[i, 90:], model.generate(row, **options)[0, row.shape[1] :])
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "GptOss"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", [0, 22])
 def test_chunks_equal_the_whole_prompt(family, cache, padding):

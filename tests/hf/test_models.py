@@ -33,7 +33,9 @@ def test_values_narrower_than_keys_and_hybrid_models():
     deepseek = dict(num_key_value_heads=4, first_k_dense_replace=1, **experts, **latent)
     linear = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
     qwen = dict(num_hidden_layers=4, head_dim=16, shared_expert_intermediate_size=32, **MOE, **linear)
-    for family, settings, layers in (("DeepseekV3", deepseek, [0, 1, 2]), ("Qwen3Next", qwen, [3])):
+    mimo = dict(num_key_value_heads=1, head_dim=16, v_head_dim=8, **SLIDING, **experts)  # sinks in sliding layers only
+    families = ("DeepseekV3", deepseek, [0, 1, 2]), ("Qwen3Next", qwen, [3]), ("MiMoV2Flash", mimo, [0, 1, 2])
+    for family, settings, layers in families:
         model, ids = build(family, **settings), tokens(100)
         expected = logits(model, ids)
         hf.enable(model, DENSE)
@@ -93,12 +95,9 @@ def test_a_window_wider_than_the_model_is_no_window():
     assert torch.equal(sparse, logits(plain, ids))
 
 
-def test_sinks_of_gpt_oss_and_soft_caps_of_gemma2_are_refused():
-    experts = dict(num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3, head_dim=16)
-    for family, overrides, match in (("GptOss", experts, "sinks"), ("Gemma2", dict(head_dim=16), "softcapping")):
-        model = build(family, **overrides)
-        with pytest.raises(ValueError, match=f"{family}ForCausalLM cannot use Stem attention: .*{match}"):
-            hf.enable(model, SPARSE)
+def test_soft_caps_of_gemma2_are_refused():
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM cannot use Stem attention: .*softcapping"):
+        hf.enable(build("Gemma2", head_dim=16), SPARSE)
     model = build("Gemma2", head_dim=16, attn_logit_softcapping=None)
     expected = logits(model, tokens())
     hf.enable(model, DENSE)
@@ -144,13 +143,19 @@ def test_a_model_of_which_every_layer_would_stay_dense_is_refused():
     "family, overrides, match",
     [
         ("DeepseekV32", LATENT | EXPERTS | dict(num_key_value_heads=4, index_head_dim=16, index_topk=16), "indexer"),
-        ("MiMoV2Flash", EXPERTS | dict(head_dim=16, v_head_dim=16), "s_aux=self.sinks .*sinks in the softmax"),
         ("VaultGemma", dict(head_dim=16), "softcap=self.attn_logit_softcapping .*soft-capped scores"),
     ],
 )
 def test_special_attention_is_refused_before_the_first_prompt(family, overrides, match):
     with pytest.raises(ValueError, match=f"cannot use Stem attention: .*{match}"):
         hf.enable(build(family, **overrides), SPARSE)
+
+
+def test_compressed_keys_are_refused_before_the_first_prompt():
+    with torch.device("meta"):
+        model = transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="DeepseekV4ForCausalLM cannot use Stem attention: .*compressed keys"):
+        hf.enable(model, SPARSE)
 
 
 def test_position_biases_are_refused_before_the_first_prompt():
