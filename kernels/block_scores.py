@@ -432,6 +432,23 @@ def score_inputs(
     Returns:
         q_sums, k_sums: As from `block_sums`. value_bonus: fp32 [B, Hkv, nk].
     """
+    blocks = first_q_block, num_q_blocks
+    *sums, values = raw_inputs(q, k, v, block_size, stride, value_norm, value_weight, *blocks)
+    return *sums, standardize(values, stride, value_norm, value_weight, k.shape[2])
+
+
+def raw_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_size: int,
+    stride: int,
+    value_norm: str,
+    value_weight: float,
+    first_q_block: int = 0,
+    num_q_blocks: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """score_inputs without z-scores: the values are the largest norm of each group, fp32 [B, Hkv, nk, groups]."""
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     num_kv_blocks = -(-num_keys // block_size)
@@ -441,10 +458,9 @@ def score_inputs(
     constants = group_constants(head_dim, block_size, stride, q.dtype)
     q_sums = empty_sums(batch, num_q_heads, num_q_blocks, stride * head_dim, q)
     k_sums = empty_sums(batch, num_kv_heads, num_kv_blocks, stride * head_dim, k)
-    value_bonus = v.new_empty(batch, num_kv_heads, num_kv_blocks, dtype=torch.float32)
     log_term = value_norm == "log"
-    groups_per_block = block_size // stride
-    values = value_bonus if log_term else value_bonus.new_empty(*value_bonus.shape, groups_per_block)
+    value_shape = (batch, num_kv_heads, num_kv_blocks, *(() if log_term else (block_size // stride,)))
+    values = v.new_empty(value_shape, dtype=torch.float32)
     num_kv_programs = batch * num_kv_heads * num_kv_blocks
     grid = (2 * num_kv_programs + batch * num_q_heads * num_q_blocks, stride // constants["GROUPS"])
     sizes = num_q_heads, num_kv_heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, num_kv_programs
@@ -458,17 +474,25 @@ def score_inputs(
         CAN_OVERLAP=at_least_sm90(q.device),
         **constants,
     )
-    if not log_term:
-        sample_size = num_kv_blocks * groups_per_block if value_norm == "zscore_padded" else -(-num_keys // stride)
-        launch(
-            standardize_kernel,
-            (batch * num_kv_heads,),
-            (values, value_bonus),
-            (num_kv_blocks, sample_size, float(value_weight)),
-            GROUPS_PER_BLOCK=groups_per_block,
-            BLOCKS_PER_TILE=NORM_TILE // groups_per_block,
-        )
-    return q_sums, k_sums, value_bonus
+    return q_sums, k_sums, values
+
+
+def standardize(values: torch.Tensor, stride: int, value_norm: str, value_weight: float, num_keys: int) -> torch.Tensor:
+    """Weighted value term fp32 [B, Hkv, nk] from the values of `raw_inputs`; "log" is one already."""
+    if value_norm == "log":
+        return values
+    num_kv_blocks, groups_per_block = values.shape[2:]
+    value_bonus = values.new_empty(values.shape[:3])
+    sample_size = num_kv_blocks * groups_per_block if value_norm == "zscore_padded" else -(-num_keys // stride)
+    launch(
+        standardize_kernel,
+        (values.shape[0] * values.shape[1],),
+        (values, value_bonus),
+        (num_kv_blocks, sample_size, float(value_weight)),
+        GROUPS_PER_BLOCK=groups_per_block,
+        BLOCKS_PER_TILE=NORM_TILE // groups_per_block,
+    )
+    return value_bonus
 
 
 def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, offset: int = 0) -> torch.Tensor:
@@ -546,6 +570,7 @@ def score_blocks(
     value_bonus: torch.Tensor,
     scale: float,
     first_q_block: int | None = None,
+    num_tile_rows: int | None = None,
 ) -> torch.Tensor:
     """Block scores: scale * <q_sums, k_sums> + value_bonus, one small GEMM for each KV head.
 
@@ -555,6 +580,7 @@ def score_blocks(
         value_bonus: fp32 [B, Hkv, nk], added to every score of its key block.
         scale: Factor of the dot products.
         first_q_block: Position of the first query block on the key grid; by default the last ones match.
+        num_tile_rows: Query blocks by which the tile is chosen, so that parts of a prompt have the bits of the whole.
     Returns:
         fp32 [B, Hq, nq, nk], -inf where the key block is in the future of the query block.
     """
@@ -565,7 +591,7 @@ def score_blocks(
     num_rows = num_q_blocks * heads_per_kv_head
     shape = (batch, num_q_heads, num_q_blocks, num_kv_blocks)
     scores = torch.empty(shape, dtype=torch.float32, device=q_sums.device)
-    tiles = score_tiles(parts, num_rows)
+    tiles = score_tiles(parts, num_rows if num_tile_rows is None else num_tile_rows * heads_per_kv_head)
     grid = (-(-num_kv_blocks // tiles["TILE_N"]), -(-num_rows // tiles["TILE_M"]), batch * num_kv_heads)
     first_q_block = num_kv_blocks - num_q_blocks if first_q_block is None else first_q_block
     launch(

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cell_features import Cells, cell_features
+from .cell_features import Cells
 from .common import LARGEST_SUM, LOG2_E, SMALLEST_DOT, operand_dtype
 from .launch import launch
 
@@ -171,19 +171,19 @@ def pair_cells_kernel(
 
 
 def pair_cells(
-    q: torch.Tensor, k: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells, scale: float
+    q_features: torch.Tensor, k_features: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells
 ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
     """Sums of the weights of all cell pairs, some query blocks at a time.
 
     Args:
-        q, k, value_bonus, scale: As in `cell_scores`.
+        q_features, k_features: From `cell_features`; those of queries may end before the last query block.
+        value_bonus, cells: As in `cell_scores`.
     Yields:
         How many query blocks the chunk has; sums, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; and
         the numbers that pool_shares takes for it.
     """
-    (batch, num_q_heads), num_kv_heads = q.shape[:2], k.shape[1]
-    num_q_blocks, num_kv_blocks = cells.num_q_blocks, cells.num_kv_blocks
-    q_features, k_features = cell_features(q, k, cells, scale)
+    (batch, num_q_heads), num_kv_heads = q_features.shape[:2], k_features.shape[1]
+    num_rows, num_kv_blocks = q_features.shape[2] // cells.query_cells, cells.num_kv_blocks
     depth = q_features.shape[-1]
     operand = operand_dtype(q_features.dtype)
     depth_tile, item_bytes = triton.next_power_of_2(depth), operand.primitive_bitwidth // 8
@@ -193,12 +193,12 @@ def pair_cells(
     columns = max(cells.key_cells, SMALLEST_DOT, min(COLUMN_TILE, BLOCK_TILE * cells.key_cells))
     sums_dtype = torch.float32 if q_features.dtype == torch.float32 else torch.bfloat16
     row_bytes = sums_dtype.itemsize * heads * cells.query_cells * num_kv_blocks
-    chunk_rows = max(1, min(num_q_blocks, BUFFER_BYTES // row_bytes))
+    chunk_rows = max(1, min(num_rows, BUFFER_BYTES // row_bytes))
     chunk_cells = chunk_rows * cells.query_cells
-    sums = q.new_empty(heads, chunk_cells, num_kv_blocks, dtype=sums_dtype)
+    sums = q_features.new_empty(heads, chunk_cells, num_kv_blocks, dtype=sums_dtype)
     num_columns = -(-k_features.shape[2] // columns)
-    for first_row in range(0, num_q_blocks, chunk_rows):
-        rows = min(chunk_rows, num_q_blocks - first_row)
+    for first_row in range(0, num_rows, chunk_rows):
+        rows = min(chunk_rows, num_rows - first_row)
         row_tiles = -(-rows * cells.query_cells // ROW_TILE)
         num_splits, columns_per_split = split_keys(num_columns, heads * row_tiles)
         launch_twice(
@@ -230,7 +230,7 @@ def pair_cells(
             num_warps=WARPS,
             num_stages=2,
         )
-        numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells
+        numbers = cells.num_q_blocks, num_kv_blocks, first_row, chunk_cells
         yield rows, sums, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
 
 

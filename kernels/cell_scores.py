@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cell_features import Cells
+from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
 from .common import LN_2
 from .launch import launch
@@ -111,6 +111,7 @@ def cell_scores(
     cells: Cells,
     scale: float,
     exact_last_blocks: int = 0,
+    features: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Log of each key block's estimated share of its query block's attention.
 
@@ -121,16 +122,18 @@ def cell_scores(
         cells: Cells for these lengths.
         scale: Softmax scale, >= 0 if peak > 0.
         exact_last_blocks: Query blocks at the end that are read token by token.
+        features: From `cell_features`, by default computed; scores of query blocks without any are not written.
     Returns:
         fp32 [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
     heads = q.shape[0] * q.shape[1]
     scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
+    features = cell_features(q, k, cells, scale) if features is None else features
 
     def pool(rows: int, sums: torch.Tensor, numbers: tuple, constants: dict) -> None:
         launch(pool_shares_kernel, (rows, heads), (sums, scores), numbers, **constants)
 
-    for chunk in pair_cells(q, k, value_bonus, cells, scale):
+    for chunk in pair_cells(*features, value_bonus, cells):
         pool(*chunk, cell_constants(cells))
     if exact_last_blocks:  # overwrites the scores of these rows
         pool(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells))

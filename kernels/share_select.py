@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .block_select import empty_lists, is_forced
-from .cell_features import Cells
+from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
 from .cell_scores import cell_constants, pool_shares, token_constants
 from .common import LOG2_E
@@ -177,9 +177,11 @@ def pool_select(
     dense_first_blocks: int,
     dense_last_blocks: int,
     exact_last_blocks: int,
+    features: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of select_above for the scores of cell_scores, which are not stored; the arguments are those of both."""
     batch, num_heads = q.shape[:2]
+    features = cell_features(q, k, cells, scale) if features is None else features
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
 
@@ -187,7 +189,7 @@ def pool_select(
         grid = rows, batch * num_heads
         launch(pool_select_kernel, grid, (sums, *lists), (*numbers, *rules), **constants)
 
-    for chunk in pair_cells(q, k, value_bonus, cells, scale):
+    for chunk in pair_cells(*features, value_bonus, cells):
         select(*chunk, cell_constants(cells))
     if exact_last_blocks:  # overwrites the lists of these rows
         select(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells))

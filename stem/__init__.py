@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in {"evaluate", "hf", "pretrained"}:  # they import transformers or lm-eval
+    if name in {"distributed", "evaluate", "hf", "pretrained"}:  # they import more than torch, or much of it
         return import_module(f"stem.{name}")
     if name == "calibrate":
         return import_module("stem.hf.calibration").calibrate

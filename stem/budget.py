@@ -58,6 +58,11 @@ class BlockRows(NamedTuple):
         """Budget of these rows only."""
         return _budget(self.prompt, config)[self.first : self.stop]
 
+    def kept_by_row(self, config: StemConfig) -> tuple[int, ...]:
+        """Kept key blocks of each of these rows in one head, where scores do not decide their number."""
+        counts, least = range(self.first + 1, self.stop + 1), config.always_kept.added
+        return tuple(min(n, max(kept, least)) for n, kept in zip(counts, self.of_these(config), strict=True))
+
     def at_the_end(self, config: StemConfig) -> StemConfig:
         """Config for a prompt that ends with these rows, giving them the blocks that the whole prompt gives them."""
         if self.prompt == self.stop:
@@ -93,13 +98,10 @@ def scores_matter(rows: BlockRows, config: StemConfig) -> bool:
 @lru_cache(maxsize=4096)
 def kept_blocks(rows: BlockRows, config: StemConfig) -> int | None:
     """Key blocks that these query blocks keep in one head, the same for all finite inputs; None if scores decide it."""
-    counts = range(rows.first + 1, rows.stop + 1)
-    if keeps_every_block(rows, config):
-        return sum(counts)
-    if config.allocation == "adaptive" or (config.forced == "on_top" and scores_matter(rows, config)):
-        return None
-    least = config.always_kept.added
-    return sum(min(count, max(kept, least)) for count, kept in zip(counts, rows.of_these(config), strict=True))
+    if not keeps_every_block(rows, config):
+        if config.allocation == "adaptive" or (config.forced == "on_top" and scores_matter(rows, config)):
+            return None
+    return sum(rows.kept_by_row(config))
 
 
 @lru_cache(maxsize=4096)

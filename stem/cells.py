@@ -39,27 +39,51 @@ def cell_scores(
 
         cells = kernel_cells(q.shape[2], k.shape[2], config)
         return score_cells(q, k, bonus, cells, scale, config.exact_last_blocks)
+    scores = pair_features(*prompt_features(q, k, config, scale), bonus, config, q.shape[2], k.shape[2])
+    if config.exact_last_blocks:
+        size, q_start = config.block_size, k.shape[2] - q.shape[2]
+        first = q_start // size
+        block = max(first, blocks_at_least_half_full(k.shape[2], size) - config.exact_last_blocks)  # where they begin
+        one_token = config.replace(
+            exact_last_blocks=0, score_cells=size, score_query_cells=None, score_stride=1, score_peak=0.0
+        )
+        last_q = q[:, :, max(0, block * size - q_start) :]
+        scores[:, :, block - first :] = cell_scores(last_q, k, bonus, one_token, scale)
+    return scores
+
+
+def prompt_features(q: Tensor, k: Tensor, config: StemConfig, scale: float) -> tuple[Tensor, Tensor]:
+    """Cell features of queries, times the scale, and of keys; see cell_features."""
     size, stride, peak = config.block_size, config.score_stride, config.score_peak
     key_cells, query_cells = config.score_cells, config.score_query_cells or config.score_cells
-    kv_len, q_cell, k_cell = k.shape[2], size // query_cells, size // key_cells
-    q_start, nk = kv_len - q.shape[2], -(-kv_len // size)
+    q_start, nk = k.shape[2] - q.shape[2], -(-k.shape[2] // size)
+    grid = size // query_cells, stride, q_start % size, (nk - q_start // size) * query_cells
+    q_rows = cell_features(q, *grid, peak, queries=True) * (scale * stride)
+    return q_rows, cell_features(k, size // key_cells, stride, 0, nk * key_cells, peak)
+
+
+def pair_features(
+    q_rows: Tensor, k_rows: Tensor, bonus: Tensor | None, config: StemConfig, q_len: int, kv_len: int
+) -> Tensor:
+    """cell_scores without exact blocks, from prompt_features [B, H, cells, features] of q_len queries, kv_len keys."""
+    size, key_cells = config.block_size, config.score_cells
+    query_cells = config.score_query_cells or key_cells
+    q_cell, k_cell = size // query_cells, size // key_cells
+    q_start, nk = kv_len - q_len, -(-kv_len // size)
     first = q_start // size  # key block at which the query blocks begin
-    front = q_start - first * size
-    q_rows = cell_features(q, q_cell, stride, front, (nk - first) * query_cells, peak, queries=True) * (scale * stride)
-    k_rows = cell_features(k, k_cell, stride, 0, nk * key_cells, peak)
-    starts = torch.arange(nk * key_cells, device=k.device) * k_cell
-    begins = torch.arange(first * query_cells, nk * query_cells, device=q.device) * q_cell
+    starts = torch.arange(nk * key_cells, device=k_rows.device) * k_cell
+    begins = torch.arange(first * query_cells, nk * query_cells, device=k_rows.device) * q_cell
     ends = (begins + q_cell).clamp_max(kv_len)  # of the query cells
     counts = (ends > q_start) & (ends > begins)  # cells that hold a query
     if bonus is not None:
         bonus_of_cells = bonus.repeat_interleave(key_cells, -1)[:, :, None, None]  # [B, Hkv, 1, 1, cells]
 
-    scores = q_rows.new_full((*q.shape[:2], nk - first, nk), -torch.inf)
-    step = max(1, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * query_cells * key_cells * nk))
+    scores = q_rows.new_full((*q_rows.shape[:2], nk - first, nk), -torch.inf)
+    step = max(1, CHUNK_LOGITS // (q_rows.shape[0] * q_rows.shape[1] * query_cells * key_cells * nk))
     for row in range(0, nk - first, step):
         rows, last = slice(row * query_cells, (row + step) * query_cells), min(row + step, nk - first) + first
         seen = slice(0, last * key_cells)
-        logits = q_rows[:, :, rows].unflatten(1, (k.shape[1], -1)) @ k_rows[:, :, None, seen].mT
+        logits = q_rows[:, :, rows].unflatten(1, (k_rows.shape[1], -1)) @ k_rows[:, :, None, seen].mT
         logits = logits if bonus is None else logits + bonus_of_cells[..., seen]
         logits = logits.flatten(1, 2).masked_fill_(starts[seen] >= ends[rows, None], -torch.inf)
         shares = logits.softmax(-1).unflatten(-1, (-1, key_cells)).sum(-1)  # [B, Hq, query cells, blocks]
@@ -71,15 +95,7 @@ def cell_scores(
         else:
             shares = shares.sum(3) / counted.sum(1)[:, None]
         scores[:, :, row : row + step, :last] = shares.log()
-    mask_future(scores)
-    if config.exact_last_blocks:
-        block = max(first, blocks_at_least_half_full(kv_len, size) - config.exact_last_blocks)  # where they begin
-        one_token = config.replace(
-            exact_last_blocks=0, score_cells=size, score_query_cells=None, score_stride=1, score_peak=0.0
-        )
-        last_q = q[:, :, max(0, block * size - q_start) :]
-        scores[:, :, block - first :] = cell_scores(last_q, k, bonus, one_token, scale)
-    return scores
+    return mask_future(scores)
 
 
 def blocks_at_least_half_full(tokens: int, size: int) -> int:

@@ -117,7 +117,7 @@ class Plan:
         if self.choice == "all":
             return BlockSelection.every_block(p.batch, p.q_heads, p.q_len, p.kv_len, p.config.block_size, p.device)
         if self.choice == "topk":
-            return self._selection(choose.choose_topk(q, k, v, p.config, rows, p.scale, *self.budget, self._is_short))
+            return self._selection(choose.choose_topk(q, k, v, p.config, rows, p.scale, *self.budget, self.is_short))
         if self.choice == "share":
             return self._selection(choose.choose_share(q, k, v, p.config, rows, p.scale))
         return choose.choose_scores(q, k, v, p.config, rows, p.scale, self.choose_impl)
@@ -175,12 +175,12 @@ class Plan:
             is_long = p.kv_len >= LISTS_TOKENS and p.batch * p.q_heads * p.q_len >= LISTS_ROWS
             if not (is_long and self.impl == "hopper" and not p.needs_grad):
                 return "dense"
-        if self.impl == "hopper" and self.choice == "topk" and not p.needs_grad and self._is_short:
+        if self.impl == "hopper" and self.choice == "topk" and not p.needs_grad and self.is_short:
             return "overlap" if full_rows(rows, p.config) else "lists"
         return "lists"
 
     @property
-    def _is_short(self) -> bool:
+    def is_short(self) -> bool:
         from stem.kernels.score_select import MAX_KV_BLOCKS
 
         return self.rows.stop <= MAX_KV_BLOCKS

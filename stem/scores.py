@@ -54,8 +54,13 @@ def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, imp
         return score_blocks(*inputs, scale)
     bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
     grid = config.block_size, config.score_stride
-    q_sums = group_sums(q, *grid, reverse=True, offset=k.shape[2] - q.shape[2]).unflatten(1, (k.shape[1], -1))
-    routing = q_sums @ group_sums(k, *grid)[:, :, None].mT * scale  # [B, Hkv, G, nq, nk]
+    q_sums = group_sums(q, *grid, reverse=True, offset=k.shape[2] - q.shape[2])
+    return pair_sums(q_sums, group_sums(k, *grid), bonus, scale)
+
+
+def pair_sums(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, scale: float) -> Tensor:
+    """Scores [B, Hq, nq, nk] from sums of queries and of keys, [B, H, blocks, S * D], and bonus [B, Hkv, nk]."""
+    routing = q_sums.unflatten(1, (k_sums.shape[1], -1)) @ k_sums[:, :, None].mT * scale  # [B, Hkv, G, nq, nk]
     return mask_future((routing + bonus[:, :, None, None]).flatten(1, 2))
 
 
@@ -86,11 +91,15 @@ def value_term(v: Tensor, config: StemConfig, *, impl: str = "torch") -> Tensor:
         from stem.kernels.block_scores import value_norms
     else:
         value_norms = group_value_norms
-    norms = value_norms(v, config.block_size, config.score_stride)  # [B, Hkv, nk, block / stride], 0 where no row
+    return norms_term(value_norms(v, config.block_size, config.score_stride), v.shape[2], config)
+
+
+def norms_term(norms: Tensor, kv_len: int, config: StemConfig) -> Tensor:
+    """value_term from the largest norm of each group, [B, Hkv, nk, block_size / score_stride], 0 where no row."""
     if config.value_norm == "log":
         return norms.amax(-1).log().clamp_min(0)
     groups = norms.shape[2] * norms.shape[3]
-    valid = groups if config.value_norm == "zscore_padded" else -(-v.shape[2] // config.score_stride)
+    valid = groups if config.value_norm == "zscore_padded" else -(-kv_len // config.score_stride)
     log_norms = (norms + LOG_EPS).log().flatten(2)  # [B, Hkv, groups]
     sample = log_norms[..., :valid]
     deviation = sample.std(-1, correction=min(1, valid - 1), keepdim=True)

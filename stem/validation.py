@@ -48,12 +48,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     # torch.compile reads through the cache, and would warn
-    check = _check_layouts.__wrapped__ if torch.compiler.is_compiling() else _check_layouts
+    check = check_layouts.__wrapped__ if torch.compiler.is_compiling() else check_layouts
     check((q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device))
 
 
 @lru_cache(maxsize=4096)
-def _check_layouts(*layouts: tuple[torch.Size, torch.dtype, torch.device]) -> None:
+def check_layouts(*layouts: tuple[torch.Size, torch.dtype, torch.device]) -> None:
+    """check_qkv from shape, dtype and device of q, k and v."""
     (q_shape, q_dtype, q_device), (k_shape, _, _), (v_shape, _, _) = layouts
     for name, (shape, dtype, _) in zip("qkv", layouts, strict=True):
         if len(shape) != 4:

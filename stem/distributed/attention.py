@@ -1,0 +1,276 @@
+"""stem.stem_attention for prompts that several ranks share: choose, fetch, attend, merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from stem.attention import DEFAULT, block_sparse_attention
+from stem.autocast import autocast_once
+from stem.config import StemConfig, check_config
+from stem.distributed import shards
+from stem.distributed.choose import choose_rows
+from stem.distributed.exchange import Peers
+from stem.distributed.layout import Layout
+from stem.impl.attend import apply_sinks
+from stem.planning import Plan, Problem
+from stem.validation import check_finite, check_layouts, check_prompt_length, check_scale, check_sinks, compute_dtype
+
+TIMEOUT = 120.0  # of each collective [s]
+
+
+class RowSelection(NamedTuple):
+    """Kept key blocks of the query blocks that a rank attended from."""
+
+    q_blocks: Tensor  # int64 [rows], query blocks of the prompt, ascending, on the CPU
+    kv_indices: Tensor  # int32 [B, Hq, rows, max], key blocks of the prompt, ascending; 0 past the count
+    kv_num_blocks: Tensor  # int32 [B, Hq, rows]
+
+
+@torch.compiler.disable
+@autocast_once
+def stem_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig | None = None,
+    *,
+    mesh: DeviceMesh,
+    layout: Layout | None = None,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    impl: str | None = None,
+    return_selection: bool = False,
+    return_lse: bool = False,
+    prompt_length: int | None = None,
+    timeout: float = TIMEOUT,
+) -> Tensor | tuple:
+    """stem.stem_attention of a prompt whose tokens are spread over the ranks of a mesh dimension; all ranks call it.
+
+    Every rank chooses the blocks of its own query blocks from gathered summaries of all key blocks: the choice of one
+    process, to the last bit. It fetches the keys and values of the blocks that its lists name, while it attends to the
+    blocks that it has. Whole blocks move to other ranks first if a rank would compute 5 % more than the mean.
+
+    Args:
+        q, k, v: [B, Hq, nq, D], [B, Hkv, nkv, D]: the tokens of this rank, in the layout's order. Or DTensors with
+            Shard(2) in the mesh dimension, whose global order is that of the layout, rank after rank.
+        config, scale, sinks, impl, prompt_length: As in stem.stem_attention, the same on every rank. The gradient of
+            sinks is that of the rank's queries.
+        mesh: One dimension, for example init_device_mesh("cuda", (2,)) or mesh["context"]. Other dimensions can share
+            the heads.
+        layout: Layout of the keys, default `Layout.zigzag(tokens, ranks, config.block_size)`, and `chunked()` for
+            DTensors. Any layout works; zigzags of whole blocks save an exchange. Without one, the numbers of tokens
+            are exchanged first, for which the host waits.
+        return_selection, return_lse: Also return the RowSelection / the log-sum-exp, in this order.
+        timeout: Of each collective [s]. With NCCL it is that of the group's watchdog and of the host's waits.
+    Returns:
+        [B, Hq, nq, D] like q, or a tuple; the log-sum-exp is sharded like q. Gradients flow once, as in stem_attention.
+    Raises:
+        PeerError: If another rank ends or does not answer; it names the rank.
+        ValueError, TypeError: As stem.stem_attention, and for a mesh or layout that does not fit.
+    """
+    config = DEFAULT if config is None else config
+    check_config(config)
+    peers = Peers.of(mesh, timeout)
+    wrap = None
+    if isinstance(q, DTensor):
+        wrap, (q, k, v), lengths = _local(mesh, q, k, v)
+        layout = layout or Layout.zigzag(lengths[1], peers.world_size, config.block_size).chunked()
+    elif layout is None:
+        counts = torch.tensor([q.shape[2], k.shape[2]], device=q.device)
+        counts = peers.to_host(peers.gather(counts, "the exchange of lengths")(), "the exchange of lengths").tolist()
+        layout = Layout.zigzag(sum(count for _, count in counts), peers.world_size, config.block_size)
+    if layout.world_size != peers.world_size:
+        raise ValueError(f"layout must have the {peers.world_size} ranks of the mesh, got {layout.world_size} ranks")
+    plan = _plan(q, k, v, config, layout, peers.rank, scale, impl, prompt_length)
+    call = _Call(plan, layout, peers)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out, lse = _Differentiable.apply(q, k, v, call) if needs_grad else call.forward(q, k, v)
+    selection = call.selection
+    if sinks is not None:
+        check_sinks(sinks, q)
+        out, lse = apply_sinks(out, lse, sinks)
+    if wrap:
+        out, lse = wrap(out), wrap(lse)
+    if not (return_selection or return_lse):
+        return out
+    return out, *((selection,) if return_selection else ()), *((lse,) if return_lse else ())
+
+
+def _plan(q, k, v, config, layout, rank, scale, impl, prompt_length) -> Plan:
+    """Plan of the whole prompt; raises unless the tensors are a rank's part of one."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise ValueError(f"{name} must be a tensor [batch, heads, tokens, head_dim], got {getattr(x, 'shape', x)}")
+    positions = layout.positions(rank)
+    tokens = int((positions >= layout.start).sum()), len(positions)
+    if (q.shape[2], k.shape[2], v.shape[2]) != (*tokens, tokens[1]):
+        raise ValueError(
+            f"q, k and v must have the {tokens[0]}, {tokens[1]} and {tokens[1]} tokens that the layout gives rank "
+            f"{rank}, got {q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
+        )
+    kv_len, q_len = layout.num_tokens, layout.num_tokens - layout.start
+    lengths = zip((q, k, v), (q_len, kv_len, kv_len), strict=True)
+    check_layouts(*((torch.Size((*x.shape[:2], n, x.shape[3])), x.dtype, x.device) for x, n in lengths))
+    check_prompt_length(prompt_length, kv_len)
+    check_finite(q=q, k=k, v=v)
+    sizes = q.shape[0], q.shape[1], k.shape[1], q_len, kv_len, q.shape[3]
+    options = check_scale(scale, q.shape[3]), impl, prompt_length
+    return Plan(Problem(*sizes, q.dtype, q.device, config, *options, is_plain=False))
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call on one rank; `forward` keeps what `backward` needs."""
+
+    plan: Plan
+    layout: Layout
+    peers: Peers
+    selection: RowSelection | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of the rank's queries in the caller's layout."""
+        size, peers = self.plan.problem.config.block_size, self.peers
+        self.final = self.layout.aligned(size)
+        if self.plan.kept_blocks is not None:
+            self.final = self.final.balanced(self.plan.rows.kept_by_row(self.plan.problem.config), size)
+        q, k, v = self._moved((q, k, v), self.layout, self.final)
+        shard = shards.Shard.of(self.final, peers.rank, size)
+        lists, counts = choose_rows(q, k, v, self.plan, shard, peers)
+        self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts)
+        if self.plan.kept_blocks is None:
+            work, width = self._work(shard, lists, counts)
+            lists = torch.nn.functional.pad(lists, (0, width - lists.shape[3]))
+            before, self.final = self.final, self.final.balanced(work, size)
+            rows = before.of_blocks(size), self.final.of_blocks(size)
+            lists, counts = (peers.reshard(x, *rows, "the balance of lists") for x in (lists, counts))
+            q, k, v = self._moved((q, k, v), before, self.final)
+            shard = shards.Shard.of(self.final, peers.rank, size)
+        self.fetch = shards.Fetch(shard, peers, self._needed(lists, counts))
+        with torch.set_grad_enabled(needs_grad):
+            self.leaves = [x.detach().requires_grad_(needs_grad) for x in (q, k, v)]
+            out, lse = self._attended(*self.leaves, lists, counts, shard)
+        if needs_grad:
+            self.results = out, lse
+        return self._returned(out.detach(), lse.detach())
+
+    def backward(self, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the rank's q, k and v."""
+        layouts = self.layout.of_queries(), self.final.of_queries()
+        gradients = [self.peers.reshard(x, *layouts, "the exchange of gradients") for x in (dout, dlse)]
+        found = torch.autograd.grad(self.results, self.leaves, gradients, allow_unused=True)
+        inputs = zip(self.leaves, found, strict=True)
+        dq, dk, dv, *dfetched = (torch.zeros_like(x) if dx is None else dx for x, dx in inputs)
+        if dfetched:
+            others = self.fetch.back(*dfetched, self.leaves[1])
+            dk, dv = ((dx + other).to(dx.dtype) for dx, other in zip((dk, dv), others, strict=True))
+        return self._moved((dq, dk, dv), self.final, self.layout)
+
+    def _moved(self, qkv: tuple[Tensor, ...], source: Layout, target: Layout) -> tuple[Tensor, ...]:
+        """q, k and v (or their gradients) in another layout."""
+        q, kv = qkv[0], torch.cat(qkv[1:], 1) if source != target else None
+        if kv is None:
+            return qkv
+        q = self.peers.reshard(q, source.of_queries(), target.of_queries(), "the balance of queries")
+        kv = self.peers.reshard(kv, source, target, "the balance of keys and values")
+        return q, *kv.chunk(2, 1)
+
+    def _work(self, shard: shards.Shard, lists: Tensor, counts: Tensor) -> tuple[np.ndarray, int]:
+        """Kept blocks of each query block of the prompt, all heads together, and the width of the widest lists."""
+        what, rows = "the exchange of kept blocks", self.plan.rows
+        sums = counts.new_zeros(rows.stop - rows.first + 1, dtype=torch.int64)
+        sums[-1] = lists.shape[3]
+        sums[torch.from_numpy(shard.q_blocks - rows.first).to(counts.device)] = counts.sum((0, 1))
+        found = self.peers.to_host(self.peers.gather(sums, what)(), what).numpy()
+        return found[:, :-1].sum(0), int(found[:, -1].max())
+
+    def _needed(self, lists: Tensor, counts: Tensor) -> np.ndarray:
+        """Key blocks that the lists of each rank name, bool [world_size, B * Hkv, nk]."""
+        what, p, num_blocks = "the exchange of named blocks", self.plan.problem, self.plan.rows.stop
+        unused = torch.arange(lists.shape[3], device=lists.device) >= counts[..., None]
+        columns = lists.masked_fill(unused, num_blocks).flatten(2).long()
+        named = columns.new_zeros(p.batch, p.q_heads, num_blocks + 1, dtype=torch.uint8).scatter_(2, columns, 1)
+        named = named[..., :num_blocks].unflatten(1, (p.kv_heads, -1)).amax(2).flatten(0, 1)
+        return self.peers.to_host(self.peers.gather(named, what)(), what).numpy().astype(bool)
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, shard: shards.Shard
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the rank's own blocks while others travel, then to these, merged by their log-sum-exps."""
+        p, fetch = self.plan.problem, self.fetch
+        finish = None if fetch.is_empty else fetch.start(k.detach(), v.detach())
+        table = torch.full((self.plan.rows.stop,), -1, device=q.device)
+        table[torch.from_numpy(shard.blocks).to(q.device)] = torch.arange(len(shard.blocks), device=q.device)
+        used, own = torch.arange(lists.shape[3], device=q.device) < counts[..., None], table[lists.long()]
+        here = shard.selection(*_compact(own, used & (own >= 0)))
+        out, lse = self._attend(q, k, v, here)
+        if finish is None:
+            return out, lse
+        slots = torch.from_numpy(fetch.slots.copy()).to(q.device).unflatten(0, (p.batch, p.kv_heads))
+        slots = slots.repeat_interleave(p.q_heads // p.kv_heads, 1)[:, :, None].expand(-1, -1, lists.shape[2], -1)
+        there = _compact(slots.gather(3, lists.long()), used & (own < 0))
+        fetched = finish().detach().requires_grad_(q.requires_grad)
+        self.leaves.append(fetched)
+        keys = slice(0, shard.selection(*there, fetch.num_slots).kv_len)
+        far, far_lse = self._attend(
+            q, fetched[0][:, :, keys], fetched[1][:, :, keys], shard.selection(*there, fetch.num_slots)
+        )
+        total = torch.logaddexp(lse, far_lse)
+        parts = ((out, lse), (far, far_lse))
+        merged = sum(x.to(total.dtype) * (part - total).exp()[..., None] for x, part in parts)
+        return merged.to(q.dtype), total
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, selection) -> tuple[Tensor, Tensor]:
+        if not q.shape[2]:
+            return q * 1, q.sum(-1).to(compute_dtype(q.dtype))
+        p = self.plan.problem
+        return block_sparse_attention(q, k, v, selection, p.scale, self.plan.impl, return_lse=True)
+
+    def _returned(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        layouts = self.final.of_queries(), self.layout.of_queries()
+        return tuple(self.peers.reshard(x, *layouts, "the return of outputs") for x in (out, lse))
+
+
+class _Differentiable(torch.autograd.Function):
+    """A call with gradients; its collectives run in the same order on every rank."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, call):
+        ctx.call = call
+        return call.forward(q, k, v, needs_grad=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        return *ctx.call.backward(dout, dlse), None
+
+
+def _compact(values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries to keep of lists [..., width], at the front and in their order, and their counts; int32."""
+    width = values.shape[-1]
+    places = (keep.cumsum(-1) - 1).masked_fill(~keep, width)
+    lists = values.new_zeros(*values.shape[:-1], width + 1).scatter_(-1, places, values)[..., :width]
+    return lists.int().contiguous(), keep.sum(-1, dtype=torch.int32)
+
+
+def _local(mesh: DeviceMesh, *tensors: Tensor):
+    """A function that gives results the placements of q, the local tensors, and the tokens of q and of k."""
+    for name, x in zip("qkv", tensors, strict=True):
+        dims = [i for i, placement in enumerate(getattr(x, "placements", ())) if placement == Shard(2)]
+        if len(dims) != 1 or x.device_mesh.size(dims[0]) != mesh.size():
+            raise ValueError(f"{name} must be a DTensor with Shard(2) in the mesh dimension, as q is, got {type(x)}")
+    q = tensors[0]
+
+    def wrap(x: Tensor) -> DTensor:
+        shape = q.shape[: x.ndim]
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(x, q.device_mesh, q.placements, run_check=False, shape=shape, stride=strides)
+
+    return wrap, [x.to_local() for x in tensors], [x.shape[2] for x in tensors[:2]]

@@ -1,0 +1,222 @@
+"""Lists of a rank's query blocks, chosen from summaries of all key blocks: to the last bit those of one process."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stem.cells import blocks_at_least_half_full, cell_scores, group_sums, kernel_cells, pair_features, prompt_features
+from stem.choose import CHUNK_SCORES
+from stem.config import StemConfig
+from stem.distributed.exchange import Peers
+from stem.distributed.shards import Fetch, Shard
+from stem.planning import Plan
+from stem.scores import group_value_norms, norms_term, pair_sums, routing_scale
+from stem.selection import select_blocks
+
+
+def choose_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers: Peers) -> tuple[Tensor, Tensor]:
+    """Lists of the rank's query blocks: int32 [B, Hq, rows, max] and counts [B, Hq, rows].
+
+    The summaries of key blocks are gathered, and with `exact_last_blocks` all keys travel to the ranks of the last
+    blocks. impl="torch" pairs the rank's query blocks in products of the whole prompt's shape, in which the rows of
+    other ranks are zero: the bits of a row of a product depend on the product's shape.
+    """
+    rows, config = plan.rows, plan.rows.at_the_end(plan.problem.config)
+    mine = torch.from_numpy(shard.q_blocks).to(q.device)
+    if plan.choice == "all":
+        blocks, counts = torch.arange(rows.stop, device=q.device), (mine + 1).int()
+        lists = torch.where(blocks < counts[:, None], blocks, 0).int()
+        return tuple(x.expand(*q.shape[:2], *x.shape) for x in (lists, counts))
+    if plan.choice == "forced":
+        return tuple(x.index_select(2, mine - rows.first) for x in plan.forced)
+    q_features, k_features, bonus = _summaries(q, k, v, plan, shard, peers, config)
+    choose = {"topk": _topk, "share": _share, "scores": _scores}[plan.choice]
+    lists, counts = choose(q_features, k_features, bonus, plan, shard, config)
+    exact = _exact_rows(plan, config)
+    if exact < rows.stop:
+        keys = _keys_for_rows(k, exact, shard, peers)
+        if keys is not None:
+            before = int((shard.q_blocks < exact).sum())
+            last = _exact_lists(q, keys, bonus, exact, plan, shard, config)
+            last = tuple(x[:, :, mine[before:] - exact] for x in last)
+            lists, counts = _joined([(lists[:, :, :before], counts[:, :, :before]), last])
+    return lists, counts
+
+
+def _summaries(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers: Peers, config: StemConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Features of the rank's query blocks, those of all key blocks, and the value term of all key blocks."""
+    p, blocks = plan.problem, (len(shard.q_blocks), len(shard.blocks))
+    q, k, v = (x.detach() if x.shape[2] else x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (q, k, v))
+    size, stride = config.block_size, config.score_stride
+    softmax, triton = config.reduction == "softmax", plan.choose_impl == "triton"
+    weighs_values = config.value_weight > 0 or not softmax
+    if triton:
+        from stem.kernels.block_scores import raw_inputs, standardize, value_norms
+        from stem.kernels.cell_features import cell_features
+    if softmax:
+        if triton:
+            q_rows, k_rows = cell_features(q, k, kernel_cells(q.shape[2], k.shape[2], config), p.scale)
+        else:
+            q_rows, k_rows = prompt_features(q, k, config, p.scale)
+        k_rows = k_rows.unflatten(2, (-1, config.score_cells))
+        values = (value_norms if triton else group_value_norms)(v, size, stride) if weighs_values else None
+    elif triton:
+        q_rows, k_rows, values = raw_inputs(q, k, v, size, stride, *config.value_term)
+    else:
+        q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
+        k_rows, values = group_sums(k, size, stride), group_value_norms(v, size, stride)
+    q_rows = q_rows if blocks[0] else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
+    k_rows = _gathered(k_rows[:, :, : blocks[1]], shard, peers)
+    k_rows = k_rows.flatten(2, 3) if softmax else k_rows
+    if values is None:
+        return q_rows, k_rows, None
+    values = _gathered(values[:, :, : blocks[1]], shard, peers)
+    if triton and not softmax:
+        return q_rows, k_rows, standardize(values, stride, *config.value_term, p.kv_len)
+    return q_rows, k_rows, config.value_weight * norms_term(values, p.kv_len, config)
+
+
+def _gathered(x: Tensor, shard: Shard, peers: Peers) -> Tensor:
+    """Summaries of all key blocks, [B, Hkv, nk, ...], from those of the rank's own."""
+    blocks = [Shard.of(shard.layout, rank, shard.block_size).blocks for rank in range(peers.world_size)]
+    x = x.movedim(2, 0)
+    room = x.new_zeros(max(map(len, blocks)), *x.shape[1:])
+    room[: len(x)] = x
+    out = x.new_empty(sum(map(len, blocks)), *x.shape[1:])
+    for of_rank, found in zip(blocks, peers.gather(room, "the exchange of block summaries")(), strict=True):
+        out[torch.from_numpy(of_rank).to(x.device)] = found[: len(of_rank)]
+    return out.movedim(0, 2).contiguous()
+
+
+def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shard, config: StemConfig):
+    """stem.choose.choose_topk for the rank's rows, with the tiles that the whole prompt takes."""
+    from stem.kernels.block_scores import score_blocks
+    from stem.kernels.block_select import empty_lists, select_topk
+    from stem.kernels.score_select import score_select
+
+    p, rows, (budget, width) = plan.problem, plan.rows, plan.budget
+    scale = routing_scale(p.head_dim, config, p.scale)
+    step = max(1, CHUNK_SCORES // (p.batch * p.q_heads * rows.stop))
+    found = []
+    for index, first, count in shard.runs:
+        for row in range(0, count, step):
+            sums, begin = q_sums[:, :, index + row : index + min(row + step, count)], first + row
+            here = budget[begin - rows.first :]  # down to the prompt's last row, from which the kernels count
+            if plan.is_short:
+                sums = torch.cat([sums, sums.new_zeros(*sums.shape[:2], len(here) - sums.shape[2], *sums.shape[3:])], 2)
+                lists = empty_lists(p.batch, p.q_heads, len(here), width, q_sums.device)
+                lists = score_select(sums.contiguous(), k_sums, bonus, scale, here, *config.always_kept, lists)
+            else:
+                scores = score_blocks(sums, k_sums, bonus, scale, begin, rows.stop - rows.first)
+                lists = select_topk(scores, here, *config.always_kept, width)
+            found.append(tuple(x[:, :, : min(step, count - row)] for x in lists))
+    return _joined(found or [_nothing(plan, q_sums)])
+
+
+def _share(q_features: Tensor, k_features: Tensor, bonus: Tensor | None, plan: Plan, shard: Shard, config: StemConfig):
+    """stem.choose.choose_share for the rank's rows."""
+    from stem.kernels.share_select import pool_select
+
+    p, size, found = plan.problem, config.block_size, []
+    for index, first, count in shard.runs:
+        cells = kernel_cells(p.kv_len - max(first * size, p.kv_len - p.q_len), p.kv_len, config)
+        features = q_features[:, :, index * cells.query_cells : (index + count) * cells.query_cells].contiguous()
+        rules = config.share_rules(cells.num_kv_blocks)
+        lists = pool_select(features, None, bonus, cells, p.scale, *rules, 0, (features, k_features))
+        found.append(tuple(x[:, :, :count] for x in lists))
+    return _joined(found or [_nothing(plan, q_features)])
+
+
+def _scores(q_features: Tensor, k_features: Tensor, bonus: Tensor | None, plan: Plan, shard: Shard, config: StemConfig):
+    """stem.choose.choose_scores: scores of the whole prompt's shape, in which other ranks' rows mean nothing."""
+    p, rows, softmax = plan.problem, plan.rows, config.reduction == "softmax"
+    num_rows, cells = rows.stop - rows.first, (config.score_query_cells or config.score_cells) if softmax else 1
+    mine = torch.from_numpy(shard.q_blocks - rows.first).to(q_features.device)
+    q_rows = q_features.new_zeros(*q_features.shape[:2], num_rows, cells, *q_features.shape[3:])
+    q_rows[:, :, mine] = q_features.unflatten(2, (-1, cells))
+    q_rows = q_rows.flatten(2, 3)
+    scale = routing_scale(p.head_dim, config, p.scale)
+    if plan.choose_impl == "triton":
+        from stem.kernels.block_scores import score_blocks
+        from stem.kernels.cell_scores import cell_scores as score_cells
+
+        if softmax:
+            whole = kernel_cells(p.q_len, p.kv_len, config)
+            scores = score_cells(q_rows, None, bonus, whole, p.scale, 0, (q_rows, k_features))
+        else:
+            scores = score_blocks(q_rows, k_features, bonus, scale)
+    elif softmax:
+        scores = pair_features(q_rows, k_features, bonus, config, p.q_len, p.kv_len)
+    else:
+        scores = pair_sums(q_rows, k_features, bonus, scale)
+    lengths = dict(q_len=p.q_len, kv_len=p.kv_len)
+    selection = select_blocks(scores, rows.budget(p.config), config, impl=plan.choose_impl, **lengths)
+    return selection.kv_indices[:, :, mine], selection.kv_num_blocks[:, :, mine]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Lists and counts of several runs of rows, side by side."""
+    width = max(lists.shape[3] for lists, _ in parts)
+    lists = [torch.nn.functional.pad(lists, (0, width - lists.shape[3])) for lists, _ in parts]
+    return torch.cat(lists, 2), torch.cat([counts for _, counts in parts], 2)
+
+
+def _nothing(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    empty = x.new_empty(*x.shape[:2], 0, 1, dtype=torch.int32)
+    return empty, empty[..., 0]
+
+
+def _exact_rows(plan: Plan, config: StemConfig) -> int:
+    """First of the query blocks that are scored by single tokens; the prompt's last block + 1 if none is."""
+    if not config.exact_last_blocks:
+        return plan.rows.stop
+    half_full = blocks_at_least_half_full(plan.problem.kv_len, config.block_size)
+    return max(plan.rows.first, half_full - config.exact_last_blocks)
+
+
+def _keys_for_rows(k: Tensor, first: int, shard: Shard, peers: Peers) -> Tensor | None:
+    """All keys, [B, Hkv, Nkv, D], on the ranks that have a query block from `first` on; None on the others."""
+    owners = shard.layout.owners[:: shard.block_size]
+    needed = np.zeros((peers.world_size, k.shape[0] * k.shape[1], len(owners)), dtype=bool)
+    needed[np.unique(owners[first:])] = True
+    fetch = Fetch(shard, peers, needed)
+    found = fetch.start(k.detach())()[0]
+    if not needed[peers.rank].any():
+        return None
+    size, keys = shard.block_size, k.new_zeros(*k.shape[:2], shard.layout.num_tokens, k.shape[3])
+    blocks = np.flatnonzero(owners != peers.rank)
+    slots = fetch.slots[0, blocks]
+    positions = lambda blocks: (blocks[:, None] * size + np.arange(size)).ravel()  # noqa: E731
+    targets = positions(blocks)
+    exist = targets < shard.layout.num_tokens
+    keys[:, :, torch.from_numpy(targets[exist]).to(k.device)] = found[
+        :, :, torch.from_numpy(positions(slots)[exist]).to(k.device)
+    ]
+    keys[:, :, torch.from_numpy(shard.layout.positions(peers.rank)).to(k.device)] = k.detach()
+    return keys
+
+
+def _exact_lists(
+    q: Tensor, keys: Tensor, bonus: Tensor | None, first: int, plan: Plan, shard: Shard, config: StemConfig
+) -> tuple[Tensor, Tensor]:
+    """Lists of the query blocks from `first` on, of which those of other ranks mean nothing."""
+    p = plan.problem
+    begin = max(first * config.block_size, p.kv_len - p.q_len)
+    positions = torch.from_numpy(shard.layout.positions(shard.rank)).to(q.device)[-q.shape[2] :]
+    last_q = q.new_zeros(*q.shape[:2], p.kv_len - begin, q.shape[3])
+    late = positions >= begin
+    last_q[:, :, positions[late] - begin] = q.detach()[:, :, late]
+    if plan.choice == "share":
+        from stem.kernels.share_select import pool_select
+
+        cells = kernel_cells(last_q.shape[2], p.kv_len, config)
+        rules = config.share_rules(cells.num_kv_blocks)
+        return pool_select(last_q, keys, bonus, cells, p.scale, *rules, config.exact_last_blocks)
+    scores = cell_scores(last_q, keys, bonus, config, p.scale, impl=plan.choose_impl)
+    lengths = dict(q_len=last_q.shape[2], kv_len=p.kv_len)
+    selection = select_blocks(scores, plan.rows.budget(p.config), config, impl=plan.choose_impl, **lengths)
+    return selection.kv_indices, selection.kv_num_blocks

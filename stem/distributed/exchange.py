@@ -1,0 +1,155 @@
+"""Collectives of the ranks that share a prompt: each has a time-out, and an error names the rank that is missing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from stem.distributed.layout import Layout, moves
+
+PATIENCE = 5.0  # seconds in which the other ranks must notice a failure, too; those that do not are named
+_PEERS: dict[tuple[dist.ProcessGroup, float], Peers] = {}
+
+
+class PeerError(RuntimeError):
+    """A rank ended, raised an error or was busy for longer than the time-out; `ranks` are the missing global ranks."""
+
+    def __init__(self, message: str, ranks: list[int]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class Peers:
+    """The ranks of a mesh dimension.
+
+    Attributes:
+        rank, world_size: Of this process in the mesh dimension.
+        received: Bytes that came from other ranks so far.
+    """
+
+    def __init__(self, mesh: DeviceMesh, timeout: float) -> None:
+        self.rank, self.world_size, self.timeout = mesh.get_local_rank(), mesh.size(), timeout
+        self.ranks = dist.get_process_group_ranks(mesh.get_group())
+        self.received, self.name = 0, f"stem-{mesh.get_group().group_name}"
+        with self._named("the first call"):
+            limit = timedelta(seconds=timeout)
+            self.group = dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True)
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, timeout: float) -> Peers:
+        """Peers of a one-dimensional mesh, made once; raises unless it is one and timeout is a positive number."""
+        if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
+            raise TypeError(f"mesh must be a DeviceMesh of one dimension, for example mesh['context'], got {mesh!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive [s], got {timeout!r}")
+        key = mesh.get_group(), float(timeout)
+        if key not in _PEERS:
+            _PEERS[key] = cls(mesh, float(timeout))
+        return _PEERS[key]
+
+    def gather(self, x: Tensor, what: str) -> Callable[[], Tensor]:
+        """Start to gather tensors of one shape; the result waits and gives them, [world_size, *x.shape]."""
+        out, x = x.new_empty(self.world_size, *x.shape), x.contiguous()
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+        self.received += x.nbytes * (self.world_size - 1)
+        return self._started(lambda: gather(_bytes(out), _bytes(x), group=self.group, async_op=True), out, what)
+
+    def exchange(
+        self, rows: Tensor, send_counts: list[int], receive_counts: list[int], what: str
+    ) -> Callable[[], Tensor]:
+        """Start to send rows [n, ...], ordered by receiver; the result waits and gives those received, by sender."""
+        rows = rows.contiguous()
+        out = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        size = rows[:1].nbytes if len(rows) else out[:1].nbytes
+        splits = ([count * size for count in counts] for counts in (receive_counts, send_counts))
+        tensors = _bytes(out), _bytes(rows)
+        self.received += out.nbytes
+        start = lambda: dist.all_to_all_single(*tensors, *splits, group=self.group, async_op=True)  # noqa: E731
+        return self._started(start, out, what)
+
+    def reshard(self, x: Tensor, source: Layout, target: Layout, what: str) -> Tensor:
+        """Move tokens (dimension 2 of x) from one layout to another; x itself if no rank has a token to move."""
+        if source == target:
+            return x
+        move = moves(source, target, self.rank)
+        stay, place, sent, received = (
+            torch.from_numpy(index).to(x.device) for index in (*move.stay, move.sent, move.received)
+        )
+        rows = x.movedim(2, 0)
+        out = rows.new_empty(len(place) + len(received), *rows.shape[1:])
+        finish = self.exchange(rows[sent], move.send_counts, move.receive_counts, what)
+        out[place] = rows[stay]
+        out[received] = finish()
+        return out.movedim(0, 2).contiguous()
+
+    def to_host(self, x: Tensor, what: str) -> Tensor:
+        """Copy to the CPU, with the time-out for the collectives that x depends on."""
+        if not x.is_cuda:
+            return x
+        copy, done = (
+            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True),
+            torch.cuda.Event(),
+        )
+        done.record()
+        deadline = time.monotonic() + self.timeout
+        with self._named(what):
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("time-out")
+        return copy
+
+    def _started(self, start: Callable[[], dist.Work], out: Tensor, what: str) -> Callable[[], Tensor]:
+        """Start a collective; the result waits for it. With gloo the host waits, up to the time-out.
+
+        With NCCL the stream waits. Then to_host has the time-out, and the group's watchdog.
+        """
+        with self._named(what):
+            work = start()
+
+        def finish() -> Tensor:
+            with self._named(what):
+                work.wait(*(() if out.is_cuda else (timedelta(seconds=self.timeout),)))
+            return out
+
+        return finish
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Turn the failure of a collective into a PeerError that names the ranks that did not notice it, too."""
+        try:
+            yield
+        except RuntimeError as error:
+            missing = self._missing()
+            who = f"rank {', '.join(map(str, missing))}" if missing else "a rank"
+            raise PeerError(
+                f"{who} did not take part in {what}: it ended, raised an error, or was busy for {self.timeout:g} s "
+                f"(seen by rank {self.ranks[self.rank]}; {error})",
+                missing,
+            ) from error
+
+    def _missing(self) -> list[int]:
+        """Global ranks that do not say within PATIENCE that they are waiting, too."""
+        keys = {rank: f"{self.name}/waiting/{rank}" for rank in self.ranks}
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(keys[self.ranks[self.rank]], "1")
+            deadline = time.monotonic() + PATIENCE
+            while missing := [rank for rank in keys if not store.check([keys[rank]])]:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+            return missing
+        except RuntimeError:  # the process that holds the store has ended: rank 0, unless a launcher holds it
+            return [0]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Memory of a contiguous tensor as bytes; gloo does not know all dtypes."""
+    return x.view(-1).view(torch.uint8)

@@ -1,0 +1,186 @@
+"""Which tokens of a prompt each rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stem.validation import check_integer
+
+IMBALANCE = 1.05  # largest over mean work of a rank, above which blocks move to other ranks; our choice
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Token ranges of each rank, in the order in which the rank stores them.
+
+    A layout is a load balancer for torch.distributed.tensor.experimental, too: `_context_parallel_shard` and
+    `context_parallel_unshard` call its `_generate_indices`. Their shards have the layout `chunked()`.
+
+    Attributes:
+        pieces: Ranges (start, stop) of positions for each rank; every position belongs to one rank.
+        start: Position of the first query; all later positions are queries too.
+    """
+
+    pieces: tuple[tuple[tuple[int, int], ...], ...]
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        ends = sorted(piece for pieces in self.pieces for piece in pieces)
+        if not ends or [first for first, _ in ends] != [0, *(stop for _, stop in ends[:-1])]:
+            raise ValueError(f"pieces must cover the positions from 0 on, each once, got {self.pieces}")
+        if not 0 <= self.start < ends[-1][1]:
+            raise ValueError(f"start must be a position of the prompt, in 0..{ends[-1][1] - 1}, got {self.start}")
+
+    @classmethod
+    def zigzag(cls, num_tokens: int, world_size: int, block_size: int = 128) -> Layout:
+        """Two pieces of whole blocks for each rank, one early and one late, so that causal work is even.
+
+        These are the shards of torch's `context_parallel` where num_tokens is a multiple of 2 * world_size * block_size
+        (block_size=1 gives them for every length that it takes). With few blocks, a rank can be empty.
+        """
+        check_integer("world_size", world_size, 1)
+        check_integer("num_tokens", num_tokens, 1)
+        check_integer("block_size", block_size, 1)
+        return cls(_zigzag(0, num_tokens, world_size, block_size))
+
+    def extended(self, num_tokens: int, block_size: int = 128) -> Layout:
+        """Layout after the next chunk of num_tokens queries: each rank keeps its tokens and gets two more pieces."""
+        check_integer("num_tokens", num_tokens, 1)
+        chunk = _zigzag(self.num_tokens, self.num_tokens + num_tokens, self.world_size, block_size)
+        pieces = (_ranges(_positions(a + b)) for a, b in zip(self.pieces, chunk, strict=True))
+        return Layout(tuple(pieces), self.num_tokens)
+
+    def chunked(self) -> Layout:
+        """Layout of a DTensor whose global order is this one's, rank after rank: shards of torch.chunk's sizes."""
+        order = np.concatenate([self.positions(rank) for rank in range(self.world_size)])
+        size = -(-self.num_tokens // self.world_size)
+        return Layout(tuple(_ranges(order[rank * size :][:size]) for rank in range(self.world_size)), self.start)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.pieces)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Keys of all ranks."""
+        return max(stop for pieces in self.pieces for _, stop in pieces)
+
+    def positions(self, rank: int) -> np.ndarray:
+        """Positions of a rank's tokens in the order in which it stores them, int64 [n]."""
+        return _positions(self.pieces[rank])
+
+    def shard(self, x: Tensor, rank: int, dim: int = 2) -> Tensor:
+        """Tokens of a rank from the tensor of the whole prompt, or of its queries, along a dimension."""
+        positions = self.positions(rank)
+        if x.shape[dim] == self.num_tokens - self.start < self.num_tokens:
+            positions = positions[positions >= self.start] - self.start
+        elif x.shape[dim] != self.num_tokens:
+            raise ValueError(f"x must have {self.num_tokens} tokens in dimension {dim}, got {x.shape[dim]}")
+        return x.index_select(dim, torch.from_numpy(positions).to(x.device))
+
+    def _generate_indices(self, restore: bool = False) -> Tensor:
+        order = np.concatenate([self.positions(rank) for rank in range(self.world_size)])
+        return torch.from_numpy(order.argsort() if restore else order)[None]
+
+    @cached_property
+    def owners(self) -> np.ndarray:
+        """Rank of each position, int64 [N]."""
+        owners = np.empty(self.num_tokens, dtype=np.int64)
+        for rank in range(self.world_size):
+            owners[self.positions(rank)] = rank
+        return owners
+
+    def of_queries(self) -> Layout:
+        """Layout of the queries alone, whose positions count from `start`."""
+        if not self.start:
+            return self
+        pieces = (self.positions(rank) - self.start for rank in range(self.world_size))
+        return Layout(tuple(_ranges(x[x >= 0]) for x in pieces))
+
+    def of_blocks(self, block_size: int) -> Layout:
+        """Layout of the query blocks of a layout of whole blocks, counted from the one that holds `start`."""
+        first = self.start // block_size
+        return of_owners(self.owners[::block_size][first:], self.world_size)
+
+    @lru_cache(maxsize=1024)  # noqa: B019  layouts are few
+    def aligned(self, block_size: int) -> Layout:
+        """Nearest layout of whole blocks in ascending order; a block stays with its first token."""
+        owners = self.owners[::block_size].repeat(block_size)[: self.num_tokens]
+        aligned = of_owners(owners, self.world_size, self.start)
+        return self if aligned == self else aligned
+
+    def balanced(self, work: Sequence[int], block_size: int) -> Layout:
+        """A layout of whole blocks in which ranks have about the same work; self if no rank has 5 % above the mean.
+
+        Args:
+            work: Kept key blocks of each query block, all heads together; the queries begin at `start`.
+        """
+        owners, first = self.owners[::block_size].copy(), self.start // block_size
+        work = np.asarray(work, dtype=np.int64)
+        loads = np.bincount(owners[first:], work, self.world_size)
+        if loads.max() <= IMBALANCE * loads.mean():
+            return self
+        for row in reversed(range(len(work))):
+            giver, taker = owners[first + row], loads.argmin()
+            if min(loads[giver] - loads.mean(), loads.mean() - loads[taker]) >= work[row] / 2:
+                owners[first + row] = taker
+                loads[giver], loads[taker] = loads[giver] - work[row], loads[taker] + work[row]
+        tokens = owners.repeat(block_size)[: self.num_tokens]
+        return of_owners(tokens, self.world_size, self.start)
+
+
+def of_owners(owners: np.ndarray, world_size: int, start: int = 0) -> Layout:
+    """Layout in ascending order from the rank of each position."""
+    return Layout(tuple(_ranges(np.flatnonzero(owners == rank)) for rank in range(world_size)), start)
+
+
+class Moves(NamedTuple):
+    """Tokens of a rank that change their place between two layouts: indices of its tokens before and after."""
+
+    stay: tuple[np.ndarray, np.ndarray]  # indices before and after
+    sent: np.ndarray  # in the order of the receivers
+    send_counts: list[int]  # tokens for each rank
+    received: np.ndarray  # in the order of the senders
+    receive_counts: list[int]
+
+
+@lru_cache(maxsize=1024)
+def moves(source: Layout, target: Layout, rank: int) -> Moves:
+    """Moves of a rank's tokens from one layout to another."""
+
+    def by_peer(mine: Layout, other: Layout) -> list[np.ndarray]:
+        positions = mine.positions(rank)
+        order, peers = positions.argsort(), other.owners[positions]
+        return [order[peers[order] == peer] for peer in range(mine.world_size)]
+
+    sent, received = by_peer(source, target), by_peer(target, source)
+    stay, nothing = (sent[rank], received[rank]), np.arange(0)
+    sent[rank] = received[rank] = nothing
+    parts = (([len(part) for part in parts], np.concatenate(parts)) for parts in (sent, received))
+    (send_counts, sent), (receive_counts, received) = parts
+    return Moves(stay, sent, send_counts, received, receive_counts)
+
+
+def _zigzag(first: int, stop: int, world_size: int, block_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Ranges of each rank for positions first .. stop - 1, cut at multiples of block_size."""
+    begin, end, halves = first // block_size, -(-stop // block_size), 2 * world_size
+    edges = [min(max(first, (begin + (end - begin) * i // halves) * block_size), stop) for i in range(halves + 1)]
+    pairs = list(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(_ranges(np.r_[slice(*pairs[rank]), slice(*pairs[-1 - rank])]) for rank in range(world_size))
+
+
+def _positions(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.concatenate([np.arange(0), *(np.arange(*one) for one in ranges)])
+
+
+def _ranges(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Runs of consecutive positions as ranges (start, stop)."""
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs if len(run))

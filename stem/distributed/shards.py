@@ -1,0 +1,141 @@
+"""One rank's part of a prompt as a prompt of its own, and the key blocks that it fetches from other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stem.cells import pad_to_grid
+from stem.distributed.exchange import Peers
+from stem.distributed.layout import Layout
+from stem.selection import BlockSelection
+from stem.validation import compute_dtype
+
+FETCH = "the exchange of keys and values"
+GATHER_SHARE = 0.5  # of the key blocks of other ranks; where more are named, all travel, without being packed
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Blocks of a rank in a layout of whole blocks; side by side, they are a prompt whose last tokens are its queries.
+
+    Causality among them is that of the whole prompt, because they ascend. Only the prompt's last block can be ragged.
+    """
+
+    layout: Layout
+    rank: int
+    block_size: int
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def of(cls, layout: Layout, rank: int, block_size: int) -> Shard:
+        return cls(layout, rank, block_size)
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """Key blocks of the rank, ascending."""
+        return np.flatnonzero(self.layout.owners[:: self.block_size] == self.rank)
+
+    @cached_property
+    def q_blocks(self) -> np.ndarray:
+        """Query blocks of the rank, the last of its key blocks."""
+        return self.blocks[self.blocks >= self.layout.start // self.block_size]
+
+    @cached_property
+    def num_keys(self) -> int:
+        return len(self.layout.positions(self.rank))
+
+    @cached_property
+    def num_queries(self) -> int:
+        return int((self.layout.positions(self.rank) >= self.layout.start).sum())
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Consecutive query blocks: index of the first in q_blocks, the first query block, and the count."""
+        starts = np.flatnonzero(np.diff(self.q_blocks, prepend=-2) != 1)
+        stops = [*starts[1:], len(self.q_blocks)]
+        return [(int(i), int(self.q_blocks[i]), int(j - i)) for i, j in zip(starts, stops, strict=True)]
+
+    def selection(self, kv_indices: Tensor, kv_num_blocks: Tensor, fetched: int | None = None) -> BlockSelection:
+        """Lists of the rank's rows as a selection of its own blocks, or of `fetched` blocks in front of its rows."""
+        before = len(self.blocks) - len(self.q_blocks) if fetched is None else fetched
+        keys = self.num_keys - (len(self.blocks) - len(self.q_blocks) - before) * self.block_size
+        num_kv_blocks = before + len(self.q_blocks)
+        return BlockSelection(kv_indices, kv_num_blocks, self.block_size, num_kv_blocks, self.num_queries, keys)
+
+
+class Fetch:
+    """Key and value blocks that lists of all ranks name, on their way from their owners; gradients go the way back."""
+
+    def __init__(self, shard: Shard, peers: Peers, needed: np.ndarray) -> None:
+        """`needed`: bool [world_size, B * Hkv, nk], the blocks that each rank names; the same on every rank."""
+        owners = shard.layout.owners[:: shard.block_size]
+        self.shard, self.peers = shard, peers
+        remote = needed & (owners != np.arange(peers.world_size)[:, None])[:, None]
+        heads, num_blocks = needed.shape[1:]
+        self.is_empty = not remote.any()
+        self.gathers_all = remote.sum() > GATHER_SHARE * heads * num_blocks * (peers.world_size - 1)
+        mine = remote[peers.rank]
+        self.slots = np.broadcast_to(np.arange(num_blocks), mine.shape) if self.gathers_all else mine.cumsum(1) - 1
+        self.num_slots = num_blocks if self.gathers_all else int(mine.sum(1).max(initial=0))
+        sent, places = [], []
+        for rank in range(peers.world_size):
+            head, block = remote[rank][:, shard.blocks].nonzero()
+            sent.append(head * len(shard.blocks) + block)
+            head, block = (mine & (owners == rank)).nonzero()
+            places.append(np.stack([head, self.slots[head, block]]))
+        self.send_counts, self.receive_counts = [len(x) for x in sent], [x.shape[1] for x in places]
+        self.sent, self.places = torch.from_numpy(np.concatenate(sent)), torch.from_numpy(np.concatenate(places, 1))
+
+    def start(self, *tensors: Tensor) -> Callable[[], Tensor]:
+        """Begin to fetch blocks of k and v (or of k); the result waits and gives [2, B, Hkv, slots and rows, D].
+
+        The rows are zeros behind the slots, as many as the rank's own queries: every slot is in the past of these.
+        """
+        k, shard, size = tensors[0], self.shard, self.shard.block_size
+        heads = k.shape[0] * k.shape[1]
+        rows = torch.stack([_blocks(x, size) for x in tensors], 1)  # [B * Hkv * blocks, 2, size, D]
+        fetched = k.new_zeros(len(tensors), heads, self.num_slots + len(shard.q_blocks), *rows.shape[2:])
+        if self.gathers_all:
+            all_blocks = [Shard.of(shard.layout, rank, size).blocks for rank in range(self.peers.world_size)]
+            rows = rows.unflatten(0, (heads, -1)).movedim(1, 0)
+            finish = self.peers.gather(_grown(rows, max(map(len, all_blocks))), FETCH)
+        else:
+            finish = self.peers.exchange(rows[self.sent.to(k.device)], self.send_counts, self.receive_counts, FETCH)
+
+        def result() -> Tensor:
+            found = finish()
+            if self.gathers_all:
+                for blocks, of_rank in zip(all_blocks, found, strict=True):
+                    fetched[:, :, torch.from_numpy(blocks).to(k.device)] = of_rank[: len(blocks)].movedim(
+                        (2, 0), (0, 2)
+                    )
+            else:
+                fetched[:, *self.places.to(k.device)] = found.movedim(1, 0)
+            return fetched.unflatten(1, k.shape[:2]).flatten(3, 4)
+
+        return result
+
+    def back(self, gradients: Tensor, k: Tensor) -> Tensor:
+        """Gradients of the rank's own tokens, fp32 or fp64, from those of all ranks' results of `start`."""
+        size, heads = self.shard.block_size, k.shape[0] * k.shape[1]
+        rows = gradients.flatten(1, 2).unflatten(2, (-1, size))[:, *self.places.to(k.device)].movedim(0, 1)
+        found = self.peers.exchange(rows, self.receive_counts, self.send_counts, "the exchange of gradients")()
+        total = found.new_zeros(heads * len(self.shard.blocks), *rows.shape[1:], dtype=compute_dtype(k.dtype))
+        total.index_add_(0, self.sent.to(k.device), found.to(total.dtype))
+        return total.movedim(1, 0).unflatten(1, (*k.shape[:2], -1)).flatten(3, 4)[:, :, :, : k.shape[2]]
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """Blocks of x [B, H, N, D], padded with zeros: [B * H * blocks, size, D]."""
+    return pad_to_grid(x, size).unflatten(2, (-1, size)).flatten(0, 2)
+
+
+def _grown(x: Tensor, length: int) -> Tensor:
+    """x with zero rows at the end of dimension 0, up to a length."""
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])

@@ -1,0 +1,336 @@
+"""Cases that several gloo processes run together; tests/distributed/ starts the processes and reads the outcome."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+import stem
+from stem.distributed import Layout, PeerError, attention, layout, shards, stem_attention
+from stem.distributed.exchange import Peers
+
+SIZE = 16
+GRID = dict(block_size=SIZE, sink_blocks=1, local_blocks=2)
+REGIMES = dict(k_start_regimes=((0, 0.3, 1),))
+ADAPTIVE = stem.StemConfig.preset("adaptive", block_size=SIZE, score_cells=4, dense_up_to=0, threshold=0.03)
+PLAIN = stem.StemConfig(density=0.4, score_stride=4, **GRID)
+CONFIGS = {
+    "plain": PLAIN,
+    "paper": stem.StemConfig.preset("paper", score_stride=4, min_blocks=3, **GRID),
+    "angelslim": stem.StemConfig.preset("angelslim", **REGIMES, **GRID),
+    "hpc_ops": stem.StemConfig.preset("hpc_ops", score_stride=8, **REGIMES, **GRID),
+    "adaptive": ADAPTIVE,
+    "exact": ADAPTIVE.replace(exact_last_blocks=5, value_weight=0.3, value_norm="zscore", dense_first_blocks=2),
+    "last": PLAIN.replace(dense_last_blocks=3, dense_first_blocks=1),
+    "cells": stem.StemConfig(reduction="softmax", density=0.3, score_stride=2, score_cells=4, **GRID),
+    "shares": PLAIN.replace(density=None, allocation="adaptive", threshold=0.05),
+    "dense": PLAIN.replace(density=1.0),
+    "forced": PLAIN.replace(density=None, k_start=3, decay=1.0),
+}
+LENGTHS = (400, 333, 20)  # 25 blocks; a ragged last block; fewer blocks than pieces
+CASES = {}
+
+
+def case(function):
+    """Register a function of (rank, mesh) as a case."""
+    CASES[function.__name__] = function
+    return function
+
+
+def inputs(tokens, q_heads=4, kv_heads=2, dim=16, batch=1, dtype=torch.float32):
+    """The same random q, k and v on every rank."""
+    generator = torch.Generator().manual_seed(tokens)
+    return [torch.randn(batch, h, tokens, dim, generator=generator).to(dtype) for h in (q_heads, kv_heads, kv_heads)]
+
+
+def assert_same_lists(selection, expected):
+    """The lists of a RowSelection are those of the rows of a BlockSelection, bit by bit."""
+    rows = selection.q_blocks - (expected.num_kv_blocks - expected.num_q_blocks)
+    indices, counts = expected.kv_indices[:, :, rows], expected.kv_num_blocks[:, :, rows]
+    assert torch.equal(selection.kv_num_blocks, counts)
+    width = int(counts.max()) if counts.numel() else 0
+    assert torch.equal(selection.kv_indices[..., :width], indices[..., :width])
+
+
+def compare(rank, mesh, config, q, k, v, where=None, **options):
+    """Compare a call of all ranks with a call of one process: lists, output and log-sum-exp."""
+    where = where or Layout.zigzag(k.shape[2], mesh.size(), config.block_size)
+    everything = dict(return_selection=True, return_lse=True, **options)
+    out, selection, lse = stem.stem_attention(q, k, v, config, **everything)
+    mine = (where.shard(x, rank) for x in (q, k, v))
+    found = stem_attention(*mine, config, mesh=mesh, layout=where, timeout=20, **everything)
+    assert_same_lists(found[1], selection)
+    tolerance = dict(atol=2e-2, rtol=2e-2) if q.dtype == torch.bfloat16 else dict(atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(found[0], where.shard(out, rank), **tolerance)
+    torch.testing.assert_close(found[2], where.shard(lse, rank), atol=1e-5, rtol=1e-5)
+    return found
+
+
+@contextmanager
+def changed(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def register_configs():
+    for name, config in CONFIGS.items():
+
+        def run(rank, mesh, config=config):
+            for tokens in LENGTHS:
+                compare(rank, mesh, config, *inputs(tokens), impl="torch")
+
+        CASES[f"lists_and_outputs_{name}"] = run
+    for name in ("plain", "angelslim", "hpc_ops", "adaptive", "cells", "shares"):
+
+        def run_kernels(rank, mesh, config=CONFIGS[name]):
+            compare(rank, mesh, config, *inputs(90, 2, 1), impl="triton")
+
+        CASES[f"triton_{name}"] = run_kernels
+
+
+register_configs()
+
+
+@case
+def triton_of_long_rows(rank, mesh):
+    """More than 32 key blocks take other kernels."""
+    compare(rank, mesh, PLAIN, *inputs(32 * SIZE + 3, 1, 1), impl="triton")
+
+
+@case
+def implementations_dtypes_and_batches(rank, mesh):
+    compare(rank, mesh, PLAIN, *inputs(200), impl="reference")
+    compare(rank, mesh, PLAIN, *inputs(200), impl="flex")
+    compare(rank, mesh, PLAIN, *inputs(200, batch=2), scale=0.4, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    compare(rank, mesh, ADAPTIVE, *inputs(200, dtype=torch.float64))
+    compare(rank, mesh, ADAPTIVE, *inputs(200, dtype=torch.bfloat16))
+
+
+@case
+def chunks(rank, mesh):
+    """Chunks of a prompt: budgets and last blocks are those of the whole prompt; also a chunk inside a block."""
+    world = mesh.size()
+    for config in (PLAIN, ADAPTIVE, CONFIGS["last"]):
+        q, k, v = inputs(368)
+        where = Layout.zigzag(128, world, SIZE)
+        compare(rank, mesh, config, q[:, :, :128], k[:, :, :128], v[:, :, :128], where, prompt_length=368)
+        for start, stop in ((128, 272), (272, 368)):
+            where = where.extended(stop - start, SIZE)
+            part = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
+            compare(rank, mesh, config, *part, where, prompt_length=368)
+        where = Layout.zigzag(100, world, SIZE).extended(150, SIZE)
+        compare(rank, mesh, config, q[:, :, 100:250], k[:, :, :250], v[:, :, :250], where)
+
+
+@case
+def gradients(rank, mesh):
+    for config, share in ((PLAIN, 0.5), (PLAIN, 0.0), (ADAPTIVE, 1.0)):
+        with changed(shards, "GATHER_SHARE", share), changed(layout, "IMBALANCE", 1.0):
+            tensors = [x.requires_grad_() for x in inputs(333)]
+            out, lse = stem.stem_attention(*tensors, config, impl="torch", return_lse=True)
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+            ((out * weights).sum() + (lse * weights[..., 0]).sum()).backward()
+            where = Layout.zigzag(333, mesh.size(), SIZE).chunked()
+            mine = [where.shard(x.detach(), rank).requires_grad_() for x in tensors]
+            here, there = stem_attention(*mine, config, mesh=mesh, layout=where, impl="torch", return_lse=True)
+            part = where.shard(weights, rank)
+            ((here * part).sum() + (there * part[..., 0]).sum()).backward()
+            for x, expected in zip(mine, tensors, strict=True):
+                torch.testing.assert_close(x.grad, where.shard(expected.grad, rank), atol=1e-5, rtol=1e-4)
+
+
+@case
+def dtensors(rank, mesh):
+    """DTensors with Shard(2), of even and ragged lengths, give DTensors whose full tensor is the prompt's."""
+    for tokens in (64 * mesh.size(), 333):
+        q, k, v = inputs(tokens)
+        out, lse = stem.stem_attention(q, k, v, PLAIN, return_lse=True)
+        where = Layout.zigzag(tokens, mesh.size(), SIZE)
+        order = where._generate_indices()[0]
+        split = where.chunked()
+        mine = [
+            DTensor.from_local(split.shard(x, rank), mesh, [Shard(2)], shape=x.shape, stride=x.stride())
+            for x in (q, k, v)
+        ]
+        found, found_lse = stem_attention(*mine, PLAIN, mesh=mesh, return_lse=True)
+        assert found.placements == (Shard(2),) and found.shape == q.shape and found_lse.shape == q.shape[:3]
+        torch.testing.assert_close(found.full_tensor(), out[:, :, order], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(found_lse.full_tensor(), lse[:, :, order], atol=1e-5, rtol=1e-5)
+
+
+@case
+def layout_is_found_from_lengths(rank, mesh):
+    q, k, v = inputs(333)
+    where = Layout.zigzag(333, mesh.size(), SIZE)
+    out = stem_attention(*(where.shard(x, rank) for x in (q, k, v)), PLAIN, mesh=mesh)
+    torch.testing.assert_close(out, where.shard(stem.stem_attention(q, k, v, PLAIN), rank), atol=2e-6, rtol=1e-5)
+
+
+@case
+def torch_context_parallel(rank, mesh):
+    """Shards of torch's context_parallel, its load balancers, and its way back."""
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import _context_parallel_shard, context_parallel_unshard
+
+    tokens = 2 * mesh.size() * 51  # not whole blocks
+    q, k, v = inputs(tokens)
+    expected = stem.stem_attention(q, k, v, PLAIN)
+    where = Layout.zigzag(tokens, mesh.size(), 1)
+    buffers = [x.clone() for x in (q, k, v)]
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]):
+        for x, buffer in zip((q, k, v), buffers, strict=True):
+            assert torch.equal(buffer, where.shard(x, rank))
+        out = stem_attention(*buffers, PLAIN, mesh=mesh, layout=where)
+    (out,) = context_parallel_unshard(mesh, [out], [2], load_balancer=where)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    mine = _context_parallel_shard(mesh, [q, k, v], [2, 2, 2], load_balancer=where)
+    assert all(torch.equal(a, where.chunked().shard(b, rank)) for a, b in zip(mine, (q, k, v), strict=True))
+
+
+@case
+def any_layout(rank, mesh):
+    """Contiguous shards and single tokens: outputs come back where the queries were."""
+    tokens, world = 150, mesh.size()
+    edges = [tokens * i // world for i in range(world + 1)]
+    contiguous = Layout(tuple(((a, b),) for a, b in zip(edges[:-1], edges[1:], strict=True)))
+    compare(rank, mesh, PLAIN, *inputs(tokens), contiguous)
+    dealt = Layout(tuple(tuple((i, i + 1) for i in range(r, tokens, world)) for r in range(world)))
+    compare(rank, mesh, ADAPTIVE, *inputs(tokens), dealt)
+
+
+@case
+def kept_blocks_are_balanced(rank, mesh):
+    """Late queries that attend to everything, early ones to little: blocks move until ranks compute about the same."""
+    q, k, v = inputs(640)
+    q[:, :, :560] *= 6
+    q[:, :, 560:] *= 0.1
+    where = Layout.zigzag(640, mesh.size(), SIZE)
+    work = stem.stem_attention(q, k, v, ADAPTIVE, return_selection=True)[1].kv_num_blocks.sum((0, 1))
+    before = [int(work[where.owners[::SIZE] == r].sum()) for r in range(mesh.size())]
+    assert max(before) > 1.2 * sum(before) / mesh.size()
+    computed = []
+
+    def counted(*args, **options):
+        computed.append(int(args[3].kv_num_blocks.sum()))
+        return stem.block_sparse_attention(*args, **options)
+
+    with changed(attention, "block_sparse_attention", counted):
+        compare(rank, mesh, ADAPTIVE, q, k, v, where)
+    loads = Peers.of(mesh, 20.0).gather(torch.tensor(computed).sum()[None], "the test")()
+    assert loads.sum() == work.sum() and loads.max() <= 1.06 * loads.float().mean(), loads
+
+
+@case
+def only_named_blocks_travel(rank, mesh):
+    """A row that keeps one sink and its diagonal fetches one block; where most are named, all travel."""
+    config = stem.StemConfig(k_start=2, decay=1.0, block_size=SIZE, sink_blocks=1, local_blocks=1)
+    peers, world = Peers.of(mesh, 20.0), mesh.size()
+    q, k, v = inputs(20 * SIZE * world)
+    where = Layout.zigzag(k.shape[2], world, SIZE)
+    received = []
+    for share in (1.0, 0.0):
+        with changed(shards, "GATHER_SHARE", share):
+            before = peers.received
+            compare(rank, mesh, config, q, k, v, where)
+            received.append(peers.received - before)
+    block = 2 * SIZE * 16 * 4  # bytes of keys and values of one block of a head
+    sinks = 0 if rank == 0 else 2 * block
+    everything = 20 * (world - 1) * 2 * block
+    assert received[1] - received[0] == everything - sinks
+    for x, index in ((q, 0), (k, 20)):  # what nobody names does not matter, and what somebody names does
+        x[:, :, 24 * SIZE : 25 * SIZE] += index
+    compare(rank, mesh, config, q, k, v, where)
+
+
+@case
+def bad_arguments(rank, mesh):
+    q, k, v = inputs(64)
+    good = Layout.zigzag(64, mesh.size(), SIZE)
+    q, k, v = (good.shard(x, rank) for x in (q, k, v))
+
+    def refused(kind, words, *args, **options):
+        try:
+            stem_attention(*args, **{"mesh": mesh, "layout": good, **options})
+        except kind as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"no {kind.__name__} with {words!r}")
+
+    refused(ValueError, "tokens that the layout gives rank", q[:, :, 1:], k, v, PLAIN)
+    refused(TypeError, "config must be a StemConfig", q, k, v, 0.5)
+    refused(TypeError, "mesh must be a DeviceMesh of one dimension", q, k, v, PLAIN, mesh=None)
+    refused(ValueError, "timeout must be positive", q, k, v, PLAIN, timeout=0)
+    refused(ValueError, "q must be finite", q * float("nan"), k, v, PLAIN)
+    refused(ValueError, "impl must be", q, k, v, PLAIN, impl="fast")
+    refused(ValueError, "prompt_length must be at least", q, k, v, PLAIN, prompt_length=10)
+    refused(ValueError, "ranks", q, k, v, PLAIN, layout=Layout.zigzag(64, mesh.size() + 1, SIZE))
+
+
+@case
+def a_late_rank_is_named(rank, mesh):
+    """The others wait as long as the time-out says, not longer, and say who is missing."""
+    q, k, v = inputs(64)
+    where = Layout.zigzag(64, mesh.size(), SIZE)
+    mine = [where.shard(x, rank) for x in (q, k, v)]
+    stem_attention(*mine, PLAIN, mesh=mesh, layout=where, timeout=1.5)
+    begin = time.monotonic()
+    if rank == 1:
+        time.sleep(9)
+        return
+    try:
+        stem_attention(*mine, PLAIN, mesh=mesh, layout=where, timeout=1.5)
+    except PeerError as error:
+        assert error.ranks == [1] and "rank 1 did not take part in" in str(error), error
+        assert 1 < time.monotonic() - begin < 9
+    else:
+        raise AssertionError("no PeerError")
+
+
+@case
+def z_a_dead_rank_is_named(rank, mesh):
+    """The last case, because a rank dies in it."""
+    q, k, v = inputs(64)
+    where = Layout.zigzag(64, mesh.size(), SIZE)
+    if rank == 1:
+        os._exit(13)
+    begin = time.monotonic()
+    try:
+        stem_attention(*(where.shard(x, rank) for x in (q, k, v)), PLAIN, mesh=mesh, layout=where, timeout=20)
+    except PeerError as error:
+        assert error.ranks == [1] and "rank 1 did not take part in" in str(error), error
+        assert time.monotonic() - begin < 15
+    else:
+        raise AssertionError("no PeerError")
+
+
+def main(rank, world, folder):
+    """Run all cases on one rank; the outcome of each, null or a traceback, goes to a file of JSON lines."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("context",))
+    with Path(folder, f"{rank}.jsonl").open("w", buffering=1) as file:
+        for name in sorted(CASES):
+            torch.manual_seed(0)
+            begin, outcome = time.monotonic(), None
+            try:
+                CASES[name](rank, mesh)
+            except Exception:
+                outcome = traceback.format_exc()[-3000:]
+            file.write(json.dumps([name, outcome, round(time.monotonic() - begin, 2)]) + "\n")
+    os._exit(0)  # a rank is missing; torch would wait for it
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
