@@ -300,7 +300,7 @@ def a_late_rank_is_named(rank, mesh):
 
 @case
 def z_a_dead_rank_is_named(rank, mesh):
-    """The last case, because a rank dies in it."""
+    """The last case, because a rank dies in it; it dies before the first call if no other case has run."""
     q, k, v = inputs(64)
     where = Layout.zigzag(64, mesh.size(), SIZE)
     if rank == 1:

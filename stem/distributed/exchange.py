@@ -40,6 +40,8 @@ class Peers:
         self.received, self.name = 0, f"stem-{mesh.get_group().group_name}"
         with self._named("the first call"):
             limit = timedelta(seconds=timeout)
+            if dist.get_backend(mesh.get_group()) == "gloo":  # whose connections tell at once if a rank has ended
+                dist.barrier(mesh.get_group(), async_op=True).wait(limit)
             self.group = dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True)
 
     @classmethod
