@@ -58,12 +58,8 @@ def stem_attention(
 
         out, lse, selection = traced_attention(q, k, v, *options)
     else:
-        try:
-            plan = plan_for(q, k, v, *options, return_selection, return_lse or sinks is not None)
-            out, lse, selection = plan.run(q, k, v)
-        except RuntimeError as error:
-            refuse_transforms(error, q, k, v)
-            raise
+        plan = plan_for(q, k, v, *options, return_selection, return_lse or sinks is not None)
+        out, lse, _, selection = plan.run(q, k, v)
     if sinks is not None:
         check_sinks(sinks, q)
         out, lse = apply_sinks(out, lse, sinks)

@@ -18,7 +18,7 @@ from stem.impl.attend import attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
 from stem.selection import BlockSelection
-from stem.transforms import is_transformed
+from stem.transforms import is_transformed, refuse_transforms
 from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale
 
 SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are cached: launches dominate there
@@ -39,6 +39,7 @@ WHY = {  # choice -> reason, for Plan.explain
 PLANS: dict[tuple, Plan] = {}  # the oldest goes first
 CAPTURED: list[Plan] = []  # a CUDA graph may read their tables
 LOCK = Lock()  # of PLANS, while it changes
+Results = tuple[Tensor, Tensor | None, Tensor | None, BlockSelection | None]  # of Plan.run
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Problem:
     prompt_length: int | None = None  # as in stem.stem_attention [tokens]
     return_selection: bool = False
     return_lse: bool = False
+    return_counts: bool = False  # of kept blocks, where the data decide them
     needs_grad: bool = False  # gradient mode is on and an input requires a gradient, or has a tangent
     is_plain: bool = True  # plain tensors, whose launches may be recorded and replayed
     dense_kernel: str | None = None  # torch's fused kernel for the problem, see stem.impl.dense.dense_kernel
@@ -96,18 +98,25 @@ class Plan:
             self.choose_impl = "torch"
         self.choice = self._choice()
         self.path = self._path()
-        kernels_alone = p.impl in (None, "triton", "hopper") and not p.needs_grad
+        kernels_alone = p.impl in (None, "triton", "hopper") and not p.needs_grad and self.path in ("lists", "overlap")
         self.is_repeatable = p.is_plain and p.device.type == "cuda" and kernels_alone and not p.return_selection
         if self.is_repeatable:
             from stem.kernels.replay import replay
 
             self.replay = replay
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, BlockSelection | None]:
-        """Output, log-sum-exp and selection for tensors of this problem; None for what was not asked for."""
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
+        """Output, log-sum-exp, counts and selection for tensors of this problem; None for what was not asked for.
+
+        Counts are the kv_num_blocks of the selection, int32 [B, Hq, nq]; None too where `kept_blocks` is known.
+        """
         if self.is_repeatable:
-            return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:2]), None
-        return self._run(q, k, v)
+            return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:3]), None
+        try:
+            return self._run(q, k, v)
+        except RuntimeError as error:
+            refuse_transforms(error, q, k, v)
+            raise
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
         """The kept blocks, read only; see the functions of stem.choose."""
@@ -139,7 +148,7 @@ class Plan:
             how += " through an operator that holds the backward pass"
         return f"{call}: {how}{'; repeated calls replay the launches' if self.is_repeatable else ''}."
 
-    @property
+    @cached_property
     def kept_blocks(self) -> int | None:
         """Kept block pairs of one head, the same for finite q, k and v of any value; None where they decide it."""
         return kept_blocks(self.rows, self.problem.config)
@@ -185,7 +194,7 @@ class Plan:
 
         return self.rows.stop <= MAX_KV_BLOCKS
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, BlockSelection | None]:
+    def _run(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         p = self.problem
         check_finite(q=q, k=k, v=v)
         if q.is_cuda and torch.cuda.is_current_stream_capturing() and self not in CAPTURED:
@@ -206,7 +215,8 @@ class Plan:
             out, lse = attend(q, k, v, selection, p.scale, self.impl, p.needs_grad)
         if p.return_selection and selection is None:
             selection = self.choose(q, k, v)
-        return out, lse if p.return_lse else None, selection if p.return_selection else None
+        counts = selection.kv_num_blocks if p.return_counts and self.kept_blocks is None else None
+        return out, lse if p.return_lse else None, counts, selection if p.return_selection else None
 
     def _selection(self, lists: tuple[Tensor, Tensor]) -> BlockSelection:
         p = self.problem
@@ -223,13 +233,14 @@ def plan_for(
     prompt_length: int | None = None,
     return_selection: bool = False,
     return_lse: bool = False,
+    return_counts: bool = False,
 ) -> Plan:
-    """Plan for these arguments of stem.stem_attention, cached by everything that it depends on.
+    """Plan for these arguments of stem.stem_attention and Plan.run's counts, cached by everything that it depends on.
 
     Autocast and torch.compile never reach the cache. Plans of torch.func and of forward-mode AD, whose tensors look
     like plain ones, are not cached. A miss raises the errors of Problem.of and resolve_impl.
     """
-    args = config, scale, impl, prompt_length, return_selection, return_lse
+    args = config, scale, impl, prompt_length, return_selection, return_lse, return_counts
     if not (
         type(q) is type(k) is type(v) is Tensor
         and type(config) is StemConfig

@@ -40,11 +40,11 @@ def problem(tokens, config, device=CUDA, **changes):
 
 
 TABLE = [  # tokens, config, changes -> path, choice, impl, repeatable
-    (512, DENSE, {}, "dense", "forced", "hopper", True),
+    (512, DENSE, {}, "dense", "forced", "hopper", False),
     (1024, DENSE, {}, "lists", "forced", "hopper", True),
     (1024, StemConfig(), {}, "lists", "forced", "hopper", True),
     (1024, PAPER, {}, "lists", "forced", "hopper", True),
-    (1024, DENSE, dict(q_heads=8), "dense", "forced", "hopper", True),
+    (1024, DENSE, dict(q_heads=8), "dense", "forced", "hopper", False),
     (1536, PAPER, {}, "overlap", "topk", "hopper", True),
     (1536, PAPER, dict(return_selection=True), "overlap", "topk", "hopper", False),
     (1536, PAPER, dict(needs_grad=True), "lists", "topk", "hopper", False),
@@ -65,7 +65,7 @@ TABLE = [  # tokens, config, changes -> path, choice, impl, repeatable
     (2**15, ADAPTIVE, {}, "lists", "share", "hopper", True),
     (2**15, ADAPTIVE, dict(impl="torch"), "lists", "scores", "torch", False),
     (2**15, StemConfig(density=1.0), dict(dense_kernel=None), "lists", "all", "hopper", True),
-    (2**15, PAPER, dict(batch=0), "empty", "scores", "hopper", True),
+    (2**15, PAPER, dict(batch=0), "empty", "scores", "hopper", False),
     (1024, StemConfig(density=1.0), dict(device=CPU), "dense", "forced", "torch", False),
     (1024, StemConfig(density=1.0), dict(device=CPU, impl="torch"), "lists", "forced", "torch", False),
     (2**15, PAPER, dict(device=CPU), "lists", "scores", "torch", False),
@@ -275,3 +275,31 @@ def test_a_graph_outlives_the_plans_it_recorded(name, fresh_plans):
     garbage = [torch.full((1 << 16,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
     graph.replay()
     assert len(garbage) == 64 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["density", "everything", "share"])
+def test_counts_are_returned_where_the_data_decide_them(name):
+    q, k, v = draw()
+    config = CONFIGS[name]
+    plan = plan_for(q, k, v, config, return_counts=True)
+    out, lse, counts, selection = plan.run(q, k, v)
+    expected, kept = stem.stem_attention(q, k, v, config, return_selection=True)
+    assert torch.equal(out, expected) and lse is None and selection is None
+    assert (counts is None) == (name != "share") == (plan.kept_blocks is not None)
+    if counts is None:
+        assert set(kept.kv_num_blocks.sum(2).flatten().tolist()) == {plan.kept_blocks}
+    else:
+        assert torch.equal(counts, kept.kv_num_blocks)
+    assert plan_for(q, k, v, config).run(q, k, v)[2] is None
+
+
+@NEEDS_CUDA
+def test_replayed_calls_return_their_counts():
+    config = ADAPTIVE.replace(dense_up_to=0, threshold=0.02)
+    for _ in range(5):
+        q, k, v = (torch.randn(1, heads, 2000, 128, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+        plan = plan_for(q * 3, k, v, config, return_counts=True)
+        out, _, counts, _ = plan.run(q * 3, k, v)
+        expected, kept = stem.stem_attention(q * 3, k, v, config, return_selection=True)
+        assert torch.equal(counts, kept.kv_num_blocks) and torch.equal(out, expected)
+    assert type(next(iter(plan.recordings.values()))).__name__ == "Recording"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -9,11 +11,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stem.attention import block_sparse_attention, stem_attention
-from stem.autocast import autocast_once
+from stem.autocast import autocast_once, is_autocast
 from stem.config import StemConfig
-from stem.hf.padding import as_bool, packed_mask, rows_by_span, stem_mask, token_mask
+from stem.hf.padding import as_bool, once, packed_mask, rows_by_span, stem_mask, token_mask
 from stem.hf.report import LAYERS, NAME, Layer
 from stem.hf.sinks import with_sink_key
+from stem.impl.attend import apply_sinks
+from stem.planning import plan_for
+from stem.validation import check_sinks
 
 UNSUPPORTED = {  # arguments of an attention call: what a value other than None or False asks for
     "output_attentions": "attention weights, which are never materialised",
@@ -49,14 +54,16 @@ def stem_attention_forward(
     Raises:
         ValueError: For arguments in UNSUPPORTED, and for dropout or is_causal=False in a sparse prefill.
     """
-    for name, meaning in UNSUPPORTED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+    for name, asked in kwargs.items():
+        if name in UNSUPPORTED and asked is not None and asked is not False:
+            meaning = UNSUPPORTED[name]
             raise ValueError(f"{name}: Stem attention does not implement {meaning}; call stem.hf.disable(model)")
     layer: Layer | None = getattr(module, "stem_layer", None)
     sinks = kwargs.pop("s_aux", None)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
-        attention_mask = packed_mask(attention_mask, kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key)
+        ends = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+        attention_mask = _packed(layer, attention_mask, query, key, *ends)
     if not query.numel():  # an empty batch
         return _attend_densely(query, key, value, scaling).transpose(1, 2), None
     q_len, value_dim = query.shape[2], value.shape[3]
@@ -70,10 +77,10 @@ def stem_attention_forward(
         raise ValueError("is_causal=False: Stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: Stem attention has none; set the model's attention dropout to 0")
-    return _prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
+    prefill = autocast_once(_prefill) if is_autocast(query) else _prefill  # q and k may be fp32, v in autocast's dtype
+    return prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
 
 
-@autocast_once  # rotary positions leave q and k in fp32 where v is in autocast's dtype
 def _prefill(
     layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, sinks: Tensor | None
 ) -> Tensor:
@@ -94,16 +101,17 @@ def _sparse_prefill(
     value_dim = v.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
     v = pad(v, (0, q.shape[3] - value_dim)) if value_dim < q.shape[3] else v
     out = None
-    for (start, stop, offset, *gaps), rows in rows_by_span(mask, q).items():
+    for (start, stop, offset, *gaps), rows in _rows(layer, mask, q).items():
         first, last = max(start, offset), min(stop, offset + q.shape[2])
         if first >= last:
             continue
-        queries = slice(first - offset, last - offset)
-        index = slice(None) if len(rows) == q.shape[0] else rows
-        tensors = q[index, :, queries], k[index, :, start:last], v[index, :, start:last]
-        with torch.cuda.device_of(q):  # layers of one model can be on several GPUs
+        index = None if len(rows) == q.shape[0] else rows
+        queries, keys = (first - offset, last - offset), (start, last)
+        tensors = _part(q, index, *queries), _part(k, index, *keys), _part(v, index, *keys)
+        with on_device_of(q):  # layers of one model can be on several GPUs
             if gaps:
-                row_masks = as_bool(mask).expand(q.shape[0], -1, -1, -1)[index, :, queries, start:last]
+                row_masks = as_bool(mask).expand(q.shape[0], -1, -1, -1)
+                row_masks = _part(row_masks, index, *queries)[..., start:last]
                 attended = _attend_densely(*tensors, scale, row_masks, sinks)
                 layer.count_gaps(*tensors[:2])
             else:
@@ -114,9 +122,30 @@ def _sparse_prefill(
             out = attended
             break
         out = torch.zeros_like(q) if out is None else out
-        out[index, :, queries] = attended
+        out[slice(None) if index is None else index, :, slice(*queries)] = attended
     out = torch.zeros_like(q) if out is None else out
-    return out[..., :value_dim].transpose(1, 2).contiguous()
+    return (out if value_dim == q.shape[3] else out[..., :value_dim]).transpose(1, 2).contiguous()
+
+
+def _rows(layer: Layer, mask: Tensor | None, q: Tensor) -> dict[tuple, list[int]]:
+    return once(layer.handle, mask, q.shape[0], lambda: rows_by_span(mask, q))
+
+
+def _packed(
+    layer: Layer | None, mask: Tensor | None, q: Tensor, k: Tensor, ends_q: Tensor, ends_k: Tensor | None
+) -> Tensor | None:
+    def look() -> Tensor | None:
+        return packed_mask(mask, ends_q, ends_k, q, k)
+
+    if layer is None or mask is not None:
+        return look()
+    return once(layer.handle, ends_q, (q.shape[0], q.shape[2], k.shape[2], id(ends_k)), look)
+
+
+def _part(x: Tensor, rows: list[int] | None, start: int, stop: int) -> Tensor:
+    """Tokens start .. stop - 1 of some rows of x [B, H, N, D], or of all; x itself where that is everything."""
+    x = x if rows is None else x[rows]
+    return x if (start, stop) == (0, x.shape[2]) else x[:, :, start:stop]
 
 
 @torch.library.custom_op("stem::sparse_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -142,14 +171,29 @@ def _attend(
 ) -> Tensor:
     if q.shape[2] == 1:
         return _attend_densely(q, k, v, scale, sinks=sinks)
-    if isinstance(layer.config, StemConfig):
-        options = dict(scale=scale, sinks=sinks, impl=layer.impl, prompt_length=prompt_length)
-        out, selection = stem_attention(q, k, v, layer.config, return_selection=True, **options)
+    config, impl = layer.config, layer.impl
+    if isinstance(config, StemConfig) and not torch.compiler.is_compiling():
+        plan = plan_for(q, k, v, config, scale, impl, prompt_length, return_lse=sinks is not None, return_counts=True)
+        out, lse, counts, _ = plan.run(q, k, v)
+        layer.count(q, k, config.block_size, plan.kept_blocks if counts is None else counts)
+        if sinks is None:
+            return out
+        check_sinks(sinks, q)
+        return apply_sinks(out, lse, sinks)[0]
+    if isinstance(config, StemConfig):  # in a compiled graph with gradients
+        options = dict(scale=scale, sinks=sinks, impl=impl, prompt_length=prompt_length)
+        out, selection = stem_attention(q, k, v, config, return_selection=True, **options)
     else:
-        selection = layer.config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
-        out = block_sparse_attention(q, k, v, selection, scale=scale, impl=layer.impl, sinks=sinks)
-    layer.count(selection)
+        selection = config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
+        out = block_sparse_attention(q, k, v, selection, scale=scale, impl=impl, sinks=sinks)
+    counts = selection.kv_num_blocks.sum((0, 2), keepdim=True, dtype=torch.int64)  # the lists may change later
+    layer.count(q, k, selection.block_size, counts)
     return out
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Context in which the device of x is the current CUDA device; an empty one if it is, or on the CPU."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
 def _attend_densely(

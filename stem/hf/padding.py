@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import sdpa_mask
 
+LOOKED_AT = WeakTensorKeyDictionary()  # mask -> (what about it, result, layers that have asked), see `once`
 MASKED = -1e4  # additive masks hold this or less where a key is masked
 
 
@@ -64,6 +68,21 @@ def token_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
     real = ((position >= start) & (position < stop)).any(-2)  # [B, 1, Nk]
     q_sequence, k_sequence = ((x >= start).sum(-2) for x in (last[:, :, None], position))  # 1..S, 0 before the first
     return (q_sequence[..., None] == k_sequence[..., None, :]) & real[..., None, :] & (position <= last[..., None])
+
+
+def once(handle: int, x: Tensor | None, about: Hashable, look: Callable[[], Any]) -> Any:
+    """look(), remembered for a mask x and a hashable `about` from the first layer of a forward pass to the last.
+
+    A layer, named by its handle, that asks again begins another pass, for which x may have been rewritten.
+    """
+    if x is None or torch.compiler.is_compiling():
+        return look()
+    known, found, asked = LOOKED_AT.get(x, (None, None, ()))
+    if known != about or handle in asked:
+        found, asked = look(), set()
+        LOOKED_AT[x] = about, found, asked
+    asked.add(handle)
+    return found
 
 
 def as_bool(mask: Tensor) -> Tensor:

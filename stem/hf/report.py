@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from stem.budget import BlockRows, causal_pairs
 from stem.config import StemConfig
 from stem.selection import BlockSelection
 
@@ -18,6 +19,7 @@ NAME = "stem"  # the attention implementation that `enable` chooses in the model
 
 Selector = Callable[[Tensor, Tensor, Tensor], BlockSelection]
 
+MOST_COUNTS = 1 << 18  # counts of rows that a layer keeps before it sums them: 1 MiB
 _HANDLES = count(1)
 LAYERS: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 
@@ -33,8 +35,10 @@ class Layer:
     own: str | None  # why the layer is not sparse whatever its config: "sliding_attention", "dense: head_dim 512", ...
     settings: PreTrainedConfig  # the module's config, in which the user may choose another attention implementation
     previous: str  # the implementation that `disable` restores
-    kept: Tensor | int = 0  # int64 [Hq], kept block pairs of each head since `enable`
+    heads: int = 0  # query heads Hq
     causal: int = 0  # causal block pairs of one head since `enable`
+    known: int = 0  # block pairs that each head kept since `enable` in calls where the data do not decide how many
+    counts: list[Tensor] = field(default_factory=list)  # of other calls, int [B or 1, Hq, rows]: blocks of each row
     gaps: int = 0  # prompts attended to densely since `enable`, because their padding has gaps
     handle: int = 0  # its key in LAYERS, by which a compiled graph names it
 
@@ -55,15 +59,33 @@ class Layer:
         name = "stem" if isinstance(self.config, StemConfig) else "selector"
         return f"{name}; prompts dense because of gaps in their padding: {self.gaps}" if self.gaps else name
 
-    def count(self, selection: BlockSelection) -> None:
-        self.kept = self.kept + selection.kv_num_blocks.detach().sum((0, 2), dtype=torch.int64)
-        self.causal += selection.kv_num_blocks.shape[0] * selection.causal_pairs
+    def count(self, q: Tensor, k: Tensor, block_size: int, kept: Tensor | int | None = None) -> None:
+        """Add a call with q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D]; nothing here waits for the device.
+
+        `kept` is how many blocks each row keeps, int [B or 1, Hq, rows], or how many pairs one head keeps; default all.
+        """
+        rows = BlockRows.of(q.shape[2], k.shape[2], block_size)
+        causal = causal_pairs(rows.stop) - causal_pairs(rows.first)
+        self.heads = q.shape[1]
+        self.causal += q.shape[0] * causal
+        if not isinstance(kept, Tensor):
+            self.known += q.shape[0] * (causal if kept is None else kept)
+            return
+        self.counts.append(kept)  # summed later: two launches in every call would cost more than this whole function
+        if len(self.counts) * kept.numel() > MOST_COUNTS:
+            self.counts = [self._counted()]
 
     def count_gaps(self, q: Tensor, k: Tensor) -> None:
-        """Add a dense call, q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D], as one that kept every causal block pair."""
-        size = (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size
-        self.count(BlockSelection.every_block(*q.shape[:3], k.shape[2], size, q.device))
+        """Add a dense call as one that kept every causal block pair; arguments as in `count`."""
+        self.count(q, k, (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size)
         self.gaps += q.shape[0]
+
+    def kept(self) -> Tensor:
+        """Kept block pairs of each head since `enable`, int64 [Hq]."""
+        return torch.full((self.heads,), self.known) + (self._counted().flatten().cpu() if self.counts else 0)
+
+    def _counted(self) -> Tensor:
+        return sum(counts.sum((0, 2), keepdim=True, dtype=torch.int64) for counts in self.counts)  # [1, Hq, 1]
 
 
 class Report(Sequence):
@@ -90,7 +112,7 @@ class Report(Sequence):
             return [self[i] for i in range(*position.indices(len(self)))]
         layer = self._layers[position]
         attention = layer.attention
-        heads = (layer.kept.double() / layer.causal).tolist() if layer.causal else None
+        heads = (layer.kept().double() / layer.causal).tolist() if layer.causal else None
         density = sum(heads) / len(heads) if heads else 1.0 if attention.startswith("dense") else None
         return {"layer": layer.index, "attention": attention, "density": density, "head_density": heads}
 

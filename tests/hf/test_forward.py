@@ -1,5 +1,6 @@
 """stem.hf.forward: sparse prefill of padded and packed batches, gradients, dtypes, compilation."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -206,10 +207,8 @@ def test_continuous_batching_is_refused_by_name():
 def test_impl_is_passed_on(impl, monkeypatch):
     device = "cuda" if stem.TRITON_MODE == "compile" else "cpu"
     seen, model, ids = [], build().to(device), tokens(40).to(device)
-    original = hf.forward.stem_attention
-    monkeypatch.setattr(
-        hf.forward, "stem_attention", lambda *args, **kw: seen.append(kw["impl"]) or original(*args, **kw)
-    )
+    original = hf.forward.plan_for
+    monkeypatch.setattr(hf.forward, "plan_for", lambda *args, **kw: seen.append(args[5]) or original(*args, **kw))
     hf.enable(model, SPARSE)
     expected = logits(model, ids)
     hf.enable(model, SPARSE, impl=impl)
@@ -309,8 +308,7 @@ def test_layers_on_several_devices(tmp_path, monkeypatch):
     options = dict(device_map=places, offload_folder=tmp_path / "offloaded")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options).eval()
     assert model.hf_device_map["model.layers.2"] == "disk"
-    device_of = torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: seen.append(tensor.device) or device_of(tensor))
+    monkeypatch.setattr(hf.forward, "on_device_of", lambda tensor: seen.append(tensor.device) or nullcontext())
     hf.enable(model, DENSE)
     torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-4)
     assert seen == [torch.device("cpu")] * 3  # around the kernels of every layer

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from tiny_models import SPARSE, build, logits, tokens
 from transformers.masking_utils import sdpa_mask
 
+from stem import hf
 from stem.hf import padding
 
 
@@ -117,3 +119,46 @@ def test_decode_gets_the_mask_of_sdpa():
     mask = padded(12, slice(3, 12))
     arguments = sizes(mask, 1, 11)
     assert torch.equal(padding.stem_mask(**arguments), sdpa_mask(**arguments))
+
+
+def test_padding_is_looked_at_once_in_a_forward_pass(monkeypatch):
+    model, ids, looks = build(), tokens(90, batch=2), []
+    monkeypatch.setattr(hf.forward, "rows_by_span", lambda *args: looks.append(args) or padding.rows_by_span(*args))
+    hf.enable(model, SPARSE)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    for passes in (1, 2):
+        logits(model, ids, attention_mask=mask)
+        assert len(looks) == passes
+    token_mask = torch.ones(1, 1, 90, 90).tril().bool()
+    expected = logits(model, ids)
+    looks.clear()
+    assert torch.equal(logits(model, ids, attention_mask=token_mask), expected) and len(looks) == 1
+    token_mask[..., :20] = False  # the same tensor with other values
+    with torch.inference_mode():  # where torch counts no versions
+        padded = model(ids, attention_mask=token_mask, position_ids=(torch.arange(90) - 20).clamp_min(0)[None]).logits
+    assert len(looks) == 2
+    torch.testing.assert_close(padded[:, 20:], logits(model, ids[:, 20:]), atol=2e-5, rtol=1e-4)
+
+
+def test_ends_of_packed_sequences_are_looked_at_once(monkeypatch):
+    model, ids, looks = build(), tokens(90), []
+    monkeypatch.setattr(hf.forward, "packed_mask", lambda *args: looks.append(args) or padding.packed_mask(*args))
+    hf.enable(model, SPARSE)
+    ends = torch.tensor([0, 40, 90], dtype=torch.int32)
+    first = logits(model, ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    assert len(looks) == 1
+    torch.testing.assert_close(first[:, :40], logits(model, ids[:, :40]), atol=2e-5, rtol=1e-4)
+    ends[1] = 50
+    second = logits(model, ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    assert len(looks) == 2 and not torch.allclose(first, second, atol=1e-3)
+
+
+def test_what_was_seen_is_remembered_until_the_same_layer_asks_again():
+    answers, mask = iter(range(9)), torch.ones(1)
+    asked = [(1, 2), (2, 2), (3, 2), (1, 2), (2, 2), (2, 2), (3, 4), (1, 4), (1, 4)]
+    found = [padding.once(handle, mask, about, lambda: next(answers)) for handle, about in asked]
+    assert found == [0, 0, 0, 1, 1, 2, 3, 3, 4]
+    before = len(padding.LOOKED_AT)
+    del mask
+    assert len(padding.LOOKED_AT) == before - 1

@@ -1,5 +1,6 @@
 """stem.hf.report: realised density and the attention that runs, layer by layer."""
 
+import copy
 from functools import partial
 
 import pandas as pd
@@ -24,6 +25,66 @@ def test_the_report_counts_what_was_computed():
     assert list(pd.DataFrame(list(report)).columns) == ["layer", "attention", "density", "head_density"]
     with pytest.raises(ValueError, match="stem.hf.enable"):
         hf.density(model)
+
+
+BUDGETS = {
+    "budget": SPARSE,
+    "every block": SPARSE.replace(density=1.0),
+    "forced": SPARSE.replace(sink_blocks=9, local_blocks=9),
+    "on top": SPARSE.replace(forced="on_top", sink_blocks=2),
+    "adaptive": stem.StemConfig.preset("adaptive", block_size=16, dense_up_to=0, threshold=0.1, score_cells=4),
+    "short prompts dense": SPARSE.replace(dense_up_to=140),
+}
+
+
+@pytest.mark.parametrize("config", BUDGETS.values(), ids=BUDGETS)
+def test_the_densities_are_those_of_the_lists(config):
+    """Also after more calls than a layer keeps counts of, and in batches with padding, which split the rows."""
+    model, mask = build(), torch.ones(2, 150, dtype=torch.long)
+    mask[0, :61] = 0
+    found = []
+    for attention in (config, partial(stem.patterns.select, "stem", config=config)):
+        with hf.stem_prefill(model, attention) as report:
+            for length in (150, 97, 130):
+                logits(model, tokens(length))
+            logits(model, tokens(150, batch=2), attention_mask=mask)
+        found.append([row["head_density"] for row in report])
+    assert found[0] == found[1]
+    assert (found[0][0] == [1.0] * 4) == (config == BUDGETS["every block"])
+
+
+def test_counts_that_the_data_decide_are_summed_now_and_then(monkeypatch):
+    model, ids = build(), tokens(150)
+    hf.enable(model, BUDGETS["adaptive"])
+    logits(model, ids)
+    once, layer = hf.density(model)[0]["head_density"], model.model.layers[0].self_attn.stem_layer
+    assert len(layer.counts) == 1 and len(set(once)) > 1
+    monkeypatch.setattr(hf.report, "MOST_COUNTS", 3 * 4 * 10)
+    for _ in range(6):
+        logits(model, ids)
+        assert hf.density(model)[0]["head_density"] == pytest.approx(once) and len(layer.counts) <= 3
+    with torch.inference_mode():
+        model(ids)
+    assert copy.deepcopy(model.model.layers[0].self_attn.stem_layer).kept().tolist() == layer.kept().tolist()
+
+
+def test_no_lists_are_made_where_the_plan_is_dense(monkeypatch):
+    model, ids = build(), tokens(150)
+    expected = logits(model, ids)
+    monkeypatch.setattr(stem.planning.Plan, "choose", lambda *args: pytest.fail("blocks were chosen"))
+    with hf.stem_prefill(model, SPARSE.replace(dense_up_to=160)) as report:
+        torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-4)
+    assert report.density() == 1.0 and not model.model.layers[0].self_attn.__dict__.get("stem_layer")
+
+
+def test_all_layers_share_one_plan(monkeypatch):
+    model, ids, made = build(), tokens(143), []
+    original = stem.planning.Plan.__post_init__
+    monkeypatch.setattr(stem.planning.Plan, "__post_init__", lambda plan: made.append(plan) or original(plan))
+    hf.enable(model, SPARSE)
+    for _ in range(2):
+        logits(model, ids)
+    assert len(made) == 1 and made[0].problem.return_counts and not made[0].problem.return_selection
 
 
 def test_rows_by_layer_in_a_hybrid_model():
