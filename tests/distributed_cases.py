@@ -46,7 +46,7 @@ def case(function):
 
 
 def inputs(tokens, q_heads=4, kv_heads=2, dim=16, batch=1, dtype=torch.float32):
-    """The same random q, k and v on every rank."""
+    """Random q, k and v, equal on all ranks."""
     generator = torch.Generator().manual_seed(tokens)
     return [torch.randn(batch, h, tokens, dim, generator=generator).to(dtype) for h in (q_heads, kv_heads, kv_heads)]
 
@@ -276,6 +276,62 @@ def bad_arguments(rank, mesh):
     refused(ValueError, "impl must be", q, k, v, PLAIN, impl="fast")
     refused(ValueError, "prompt_length must be at least", q, k, v, PLAIN, prompt_length=10)
     refused(ValueError, "ranks", q, k, v, PLAIN, layout=Layout.zigzag(64, mesh.size() + 1, SIZE))
+
+
+@case
+def models(rank, mesh):
+    """Logits, caches, chunks, decoding and the report of transformers models."""
+    import tiny_models
+    import transformers
+
+    for family in ("Llama", "Qwen3", "GptOss"):
+        overrides = {"layer_types": ["full_attention"] * 3} if family == "GptOss" else {}
+        model, ids = tiny_models.build(family, **overrides), tiny_models.tokens(150)
+        for config in (tiny_models.SPARSE, [ADAPTIVE, None, tiny_models.SPARSE]):
+            with stem.hf.stem_prefill(model, config, impl="torch") as report:
+                expected = tiny_models.logits(model, ids)
+                kept = [row["head_density"] for row in report if config is tiny_models.SPARSE]
+                text = model.generate(ids, max_new_tokens=4, do_sample=False)
+            stem.hf.enable(model, config, impl="torch", mesh=mesh)
+            torch.testing.assert_close(tiny_models.logits(model, ids), expected, atol=2e-4, rtol=1e-4)
+            assert [row["head_density"] for row in stem.hf.density(model)][: len(kept)] == kept
+            few = tiny_models.logits(model, ids, logits_to_keep=5)
+            torch.testing.assert_close(few, expected[:, -5:], atol=2e-4, rtol=1e-4)
+            assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), text)
+            stem.hf.disable(model)
+    model = tiny_models.build("Llama")
+    config = tiny_models.FIXED
+    with stem.hf.stem_prefill(model, config, impl="torch"):
+        expected = tiny_models.logits(model, ids)
+    hooks = len(model._forward_hooks)
+    with stem.hf.stem_prefill(model, config, impl="torch", mesh=mesh):
+        cache = transformers.DynamicCache(config=model.config)
+        parts = [tiny_models.logits(model, part, past_key_values=cache) for part in ids.split(64, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), expected, atol=2e-4, rtol=1e-4)
+        held = torch.tensor([cache.get_seq_length()])
+        assert Peers.of(mesh, attention.TIMEOUT).gather(held, "the test")().sum() == 150
+        for bad, words in (
+            (dict(labels=ids), "labels"),
+            (dict(attention_mask=torch.arange(150)[None] > 3), "padding"),
+            (dict(logits_to_keep=torch.tensor([1])), "logits_to_keep"),
+        ):
+            try:
+                model(ids, **bad)
+            except ValueError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(f"{words} was not refused")
+    assert len(model._forward_hooks) == hooks
+    for family, options, words in (
+        ("Gemma3Text", {}, "sliding_attention"),
+        ("Llama", dict(config=lambda q, k, v: None), "a Selector"),
+    ):
+        try:
+            stem.hf.enable(tiny_models.build(family), mesh=mesh, **options)
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{family} was not refused")
 
 
 @case

@@ -32,6 +32,7 @@ class RowSelection(NamedTuple):
     q_blocks: Tensor  # int64 [rows], query blocks of the prompt, ascending, on the CPU
     kv_indices: Tensor  # int32 [B, Hq, rows, max], key blocks of the prompt, ascending; 0 past the count
     kv_num_blocks: Tensor  # int32 [B, Hq, rows]
+    head_kept: Tensor  # int64 [Hq], kept block pairs of each head on all ranks, on the CPU
 
 
 @torch.compiler.disable
@@ -144,7 +145,7 @@ class _Call:
         q, k, v = self._moved((q, k, v), self.layout, self.final)
         shard = shards.Shard.of(self.final, peers.rank, size)
         lists, counts = choose_rows(q, k, v, self.plan, shard, peers)
-        self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts)
+        chosen = torch.from_numpy(shard.q_blocks), lists, counts
         if self.plan.kept_blocks is None:
             work, width = self._work(shard, lists, counts)
             lists = torch.nn.functional.pad(lists, (0, width - lists.shape[3]))
@@ -153,7 +154,9 @@ class _Call:
             lists, counts = (peers.reshard(x, *rows, "the balance of lists") for x in (lists, counts))
             q, k, v = self._moved((q, k, v), before, self.final)
             shard = shards.Shard.of(self.final, peers.rank, size)
-        self.fetch = shards.Fetch(shard, peers, self._needed(lists, counts))
+        needed, head_kept = self._needed(lists, counts)
+        self.selection = RowSelection(*chosen, head_kept)
+        self.fetch = shards.Fetch(shard, peers, needed)
         with torch.set_grad_enabled(needs_grad):
             self.leaves = [x.detach().requires_grad_(needs_grad) for x in (q, k, v)]
             out, lse = self._attended(*self.leaves, lists, counts, shard)
@@ -191,14 +194,19 @@ class _Call:
         found = self.peers.to_host(self.peers.gather(sums, what)(), what).numpy()
         return found[:, :-1].sum(0), int(found[:, -1].max())
 
-    def _needed(self, lists: Tensor, counts: Tensor) -> np.ndarray:
-        """Key blocks that the lists of each rank name, bool [world_size, B * Hkv, nk]."""
+    def _needed(self, lists: Tensor, counts: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Key blocks that the lists of each rank name, bool [world_size, B * Hkv, nk], and RowSelection.head_kept."""
         what, p, num_blocks = "the exchange of named blocks", self.plan.problem, self.plan.rows.stop
         unused = torch.arange(lists.shape[3], device=lists.device) >= counts[..., None]
         columns = lists.masked_fill(unused, num_blocks).flatten(2).long()
         named = columns.new_zeros(p.batch, p.q_heads, num_blocks + 1, dtype=torch.uint8).scatter_(2, columns, 1)
-        named = named[..., :num_blocks].unflatten(1, (p.kv_heads, -1)).amax(2).flatten(0, 1)
-        return self.peers.to_host(self.peers.gather(named, what)(), what).numpy().astype(bool)
+        named = named[..., :num_blocks].unflatten(1, (p.kv_heads, -1)).amax(2)
+        kept = counts.sum((0, 2), dtype=torch.int64)
+        found = self.peers.gather(torch.cat([named.flatten(), kept.view(torch.uint8)]), what)()
+        found = self.peers.to_host(found, what)
+        named, kept = found.split([named.numel(), kept.nbytes], 1)
+        named = named.unflatten(1, (p.batch * p.kv_heads, num_blocks)).numpy().astype(bool)
+        return named, kept.contiguous().view(torch.int64).sum(0)
 
     def _attended(
         self, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, shard: shards.Shard

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt each rank holds."""
+"""Layout: the token ranges of a prompt that each rank holds."""
 
 from __future__ import annotations
 

@@ -64,6 +64,8 @@ def stem_attention_forward(
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
         ends = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
         attention_mask = _packed(layer, attention_mask, query, key, *ends)
+    if layer is not None and layer.shared is not None:
+        return layer.shared.attend(layer, query, key, value, scaling, sinks), None
     if not query.numel():  # an empty batch
         return _attend_densely(query, key, value, scaling).transpose(1, 2), None
     q_len, value_dim = query.shape[2], value.shape[3]

@@ -39,6 +39,7 @@ class Layer:
     causal: int = 0  # causal block pairs of one head since `enable`
     known: int = 0  # block pairs that each head kept since `enable` in calls where the data do not decide how many
     counts: list[Tensor] = field(default_factory=list)  # of other calls, int [B or 1, Hq, rows]: blocks of each row
+    shared: object = None  # stem.hf.shared.SharedPrompt, if several ranks share the model's prompts
     gaps: int = 0  # prompts attended to densely since `enable`, because their padding has gaps
     handle: int = 0  # its key in LAYERS, by which a compiled graph names it
 
@@ -74,6 +75,11 @@ class Layer:
         self.counts.append(kept)  # summed later: two launches in every call would cost more than this whole function
         if len(self.counts) * kept.numel() > MOST_COUNTS:
             self.counts = [self._counted()]
+
+    def add(self, kept: Tensor, causal: int) -> None:
+        """Add kept block pairs of each head, int [Hq], and causal block pairs of one head."""
+        self.heads, self.causal = len(kept), self.causal + causal
+        self.counts = [*self.counts, kept[None, :, None]]
 
     def count_gaps(self, q: Tensor, k: Tensor) -> None:
         """Add a dense call as one that kept every causal block pair; arguments as in `count`."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from stem.config import StemConfig
 from stem.hf.models import attention_modules, config_by_layer, give_own_configs, own_attention, refuse_dense_models
@@ -22,6 +23,7 @@ def enable(
     impl: str | None = None,
     *,
     prompt_length: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> None:
     """Make a model's prefill sparse; a second call replaces the config and restarts the density counts.
 
@@ -33,10 +35,13 @@ def enable(
         impl: See stem.block_sparse_attention.
         prompt_length: Tokens of a prompt given in chunks, left padding included, see stem.stem_attention. Tokens after
             it, and the last token before right padding, count as its end. Default: each call ends its prompt.
+        mesh: One dimension of ranks that share each prompt. Every rank calls the model with the whole prompt, computes
+            its part, keeps its part of the cache, and gets the logits of one process: ask for few by logits_to_keep, as
+            `generate` does. Inference only, without padding; see stem.distributed.
     Raises:
         TypeError: If model is no torch module or a config is no StemConfig.
         ValueError: If Stem cannot replace the model's attention or would leave every layer dense, config does not fit
-            the layers, or a Selector is given a prompt_length.
+            the layers, a Selector is given a prompt_length, or a layer cannot share prompts.
     """
     check_choice("impl", impl, (None, *IMPLS))
     modules = attention_modules(model)
@@ -49,13 +54,17 @@ def enable(
         resolve_impl(impl, device, torch.bfloat16, 128, 128)
     own = {index: own_attention(module) for index, module in modules.items()}
     refuse_dense_models(model, {index: reason for index, reason in own.items() if configs[index] is not None})
+    shared = _shared_prompt(mesh, configs, own)
     disable(model)
     give_own_configs(model)
     for index, module in modules.items():
         previous = "sdpa" if (old := module.config._attn_implementation) == NAME else old  # config of an enabled model
         module.stem_layer = Layer(index, configs[index], impl, prompt_length, own[index], module.config, previous)
+        module.stem_layer.shared = shared
     for module in modules.values():
         _choose(module, NAME)
+    if shared is not None:
+        shared.install(model)
 
 
 def disable(model: nn.Module) -> None:
@@ -63,6 +72,8 @@ def disable(model: nn.Module) -> None:
     layers = _enabled_layers(model)
     for layer in layers.values():  # a report says from here on what it says now
         layer.settings = copy.copy(layer.settings)
+        if layer.shared is not None:
+            layer.shared.remove()
     for module, layer in layers.items():
         if module.config._attn_implementation == NAME:
             _choose(module, layer.previous)
@@ -71,7 +82,12 @@ def disable(model: nn.Module) -> None:
 
 @contextmanager
 def stem_prefill(
-    model: nn.Module, config=None, impl: str | None = None, *, prompt_length: int | None = None
+    model: nn.Module,
+    config=None,
+    impl: str | None = None,
+    *,
+    prompt_length: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Iterator[Report]:
     """`enable` for the length of a with block; yields the Report, which remains readable afterwards.
 
@@ -79,7 +95,7 @@ def stem_prefill(
     """
     before = _enabled_layers(model)
     paused = [module for module in before if module.config._attn_implementation == NAME]
-    enable(model, config, impl, prompt_length=prompt_length)
+    enable(model, config, impl, prompt_length=prompt_length, mesh=mesh)
     try:
         yield density(model)
     finally:
@@ -87,6 +103,8 @@ def stem_prefill(
         disable(model)
         for module, layer in before.items():
             module.stem_layer, layer.settings = layer, module.config
+        for shared in {layer.shared for layer in before.values()} - {None}:
+            shared.install(model)
         for module in paused:
             _choose(module, NAME)
 
@@ -97,6 +115,19 @@ def density(model: nn.Module) -> Report:
     if not layers:
         raise ValueError(f"model {type(model).__name__} does not use Stem: call stem.hf.enable(model, config) first")
     return Report(layers)
+
+
+def _shared_prompt(mesh: DeviceMesh | None, configs: Mapping, own: Mapping[int, str | None]):
+    """SharedPrompt of a mesh, None without one; ValueError if a layer cannot share prompts."""
+    if mesh is None:
+        return None
+    from stem.hf.shared import SharedPrompt
+
+    for index, config in configs.items():
+        if own[index] is not None or callable(config):
+            reason = own[index] or "a Selector"
+            raise ValueError(f"mesh: layer {index} cannot share prompts, because its attention is {reason}")
+    return SharedPrompt(mesh)
 
 
 def _choose(module: nn.Module, implementation: str) -> None:
