@@ -79,7 +79,8 @@ class Layer:
     def add(self, kept: Tensor, causal: int) -> None:
         """Add kept block pairs of each head, int [Hq], and causal block pairs of one head."""
         self.heads, self.causal = len(kept), self.causal + causal
-        self.counts = [*self.counts, kept[None, :, None]]
+        self.counts.append(kept[None, :, None])
+        self.counts = [self._counted()]
 
     def count_gaps(self, q: Tensor, k: Tensor) -> None:
         """Add a dense call as one that kept every causal block pair; arguments as in `count`."""
