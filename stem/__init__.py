@@ -12,6 +12,7 @@ from stem.budget import block_budget  # noqa: E402
 from stem.config import StemConfig  # noqa: E402
 from stem.scores import block_scores  # noqa: E402
 from stem.selection import BlockSelection, select_blocks  # noqa: E402
+from stem.warming import warm_up  # noqa: E402
 
 __all__ = [
     "TRITON_MODE",
@@ -25,6 +26,7 @@ __all__ = [
     "reference",
     "select_blocks",
     "stem_attention",
+    "warm_up",
 ]
 
 

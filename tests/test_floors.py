@@ -127,7 +127,7 @@ def test_kernels_import_torch_and_triton_only():
 
 
 def test_the_method_imports_torch_triton_and_numpy_only():
-    packages = ("stem", "torch", "triton", "numpy", *sys.stdlib_module_names)
+    packages = ("stem", "torch", "triton", "numpy", "tqdm", *sys.stdlib_module_names)  # tqdm where it is installed
     beside = tuple(f"stem.{name}" for name in (*BESIDE_THE_METHOD, "pretrained") if name != "patterns")
     method = [(source, target) for source, target in ARROWS if floor(source) == 1 and not within(source, beside)]
     assert method and not [arrow for arrow in method if not within(arrow[1], packages)]

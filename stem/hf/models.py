@@ -57,11 +57,21 @@ def own_attention(module: nn.Module) -> str | None:
     wide = kind == "sliding_attention" and window >= getattr(config, "max_position_embeddings", float("inf"))
     if not wide and kind not in {"full_attention", "hybrid"}:
         return kind
-    head_dim = next((x for name in HEAD_DIMS if isinstance(x := getattr(module, name, None), int)), 0)
-    if head_dim > MAX_HEAD_DIM:
+    if (head_dim := _head_dim(module)) > MAX_HEAD_DIM:
         return f"dense: head_dim {head_dim}"
     value_dim, key_dim = (getattr(module, name, 0) for name in ("v_head_dim", "qk_head_dim"))
     return f"dense: values of {value_dim} dimensions, keys of {key_dim}" if key_dim and value_dim > key_dim else None
+
+
+def attention_shape(module: nn.Module) -> tuple[int, int, int]:
+    """Query heads, key-value heads and head_dim of an attention module."""
+    config, heads = module.config, module.config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, _head_dim(module) or config.hidden_size // heads
+
+
+def _head_dim(module: nn.Module) -> int:
+    return next((x for name in HEAD_DIMS if isinstance(x := getattr(module, name, None), int)), 0)
 
 
 def refuse_dense_models(model: nn.Module, own: Mapping[int, str | None]) -> None:

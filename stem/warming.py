@@ -1,0 +1,133 @@
+"""Compilation ahead of the first prompt."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from stem.attention import block_sparse_attention, stem_attention
+from stem.config import StemConfig, check_config
+from stem.impl.coverage import resolve_impl
+from stem.validation import check_integer
+
+
+class WarmUp(NamedTuple):
+    """Result of `warm_up`."""
+
+    kernels: int  # compiled now; kernels loaded from Triton's cache on disk do not count
+    seconds: float
+
+
+def warm_up(
+    model: nn.Module | tuple[int, int, int],
+    config: StemConfig | None = None,
+    lengths: Iterable[int] = (),
+    *,
+    impl: str | None = None,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backward: bool = False,
+) -> WarmUp:
+    """Compile the kernels that prompts of these lengths need, by attention on random tensors (no paper source).
+
+    They stay in Triton's cache on disk (TRITON_CACHE_DIR). A length also serves the others whose number of blocks has
+    the same next power of two. The progress bar needs tqdm. impl="torch", a CPU's default, compiles nothing; a line on
+    stderr says so.
+
+    Args:
+        model: A model of transformers, or the shape (Hq, Hkv, D): query heads, key-value heads and head_dim.
+        config, impl: As in stem_attention. Default: those of each layer if Stem is enabled on the model.
+        lengths: Tokens of the prompts, >= 1 each.
+        batch_size: Prompts at once.
+        dtype, device: Default: the model's; for a shape bf16, and CUDA where there is one.
+        backward: Whether to compile for training too.
+    Raises:
+        TypeError, ValueError: For a bad model, shape, config or length, or an impl that does not cover them.
+    """
+    start, compiled = time.perf_counter(), []
+    lengths = sorted({lengths} if isinstance(lengths, int) else set(lengths))
+    if not lengths:
+        raise ValueError("lengths must hold at least one number of tokens, got none")
+    for name, value in (("batch_size", batch_size), *(("lengths", tokens) for tokens in lengths)):
+        check_integer(name, value, 1)
+    layers = _layers(model, config, impl, dtype, device)
+    if all(_runs_torch(*layer) for layer in layers):
+        print("stem.warm_up: impl='torch' compiles nothing", file=sys.stderr)
+        return WarmUp(0, 0.0)
+    from triton import knobs
+
+    def note(*, cache_hit: bool, **others) -> None:
+        compiled.extend([] if cache_hit else [others])
+
+    before, knobs.compilation.listener = knobs.compilation.listener, note
+    try:
+        for layer, tokens in _with_progress([(layer, tokens) for layer in layers for tokens in lengths]):
+            _run(*layer, tokens, batch_size, backward)
+    finally:
+        knobs.compilation.listener = before
+    return WarmUp(len(compiled), time.perf_counter() - start)
+
+
+def _run(shape, config, impl, dtype, device, tokens: int, batch_size: int, backward: bool) -> None:
+    q_heads, kv_heads, head_dim = shape
+    sizes = [(batch_size, tokens, heads, head_dim) for heads in (q_heads, kv_heads, kv_heads)]  # as projections give
+    options = dict(dtype=dtype, device=device)
+    q, k, v = (torch.randn(size, **options).transpose(1, 2).requires_grad_(backward) for size in sizes)
+    with torch.set_grad_enabled(backward):
+        if isinstance(config, StemConfig):
+            out = stem_attention(q, k, v, config, impl=impl)
+        else:
+            out = block_sparse_attention(q, k, v, config(q, k, v), impl=impl)
+    if backward:
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    if out.is_cuda:
+        torch.cuda.synchronize(out.device)
+
+
+def _layers(model, config, impl, dtype, device) -> list[tuple]:
+    """Shape, config (or Selector), impl, dtype and device of the layers that may be sparse; equal ones count once."""
+    if config is not None:
+        check_config(config)
+    if not isinstance(model, nn.Module):
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return [(_shape(model), config or StemConfig(), impl, dtype or torch.bfloat16, device)]
+    from stem.hf.models import attention_modules, attention_shape, own_attention
+
+    layers = {}
+    for module in attention_modules(model).values():
+        layer, weight = getattr(module, "stem_layer", None), next(module.parameters())
+        entry = config or (layer.config if layer else StemConfig())
+        if entry is not None and not own_attention(module):
+            kind = dtype or (weight.dtype if weight.is_floating_point() else torch.bfloat16)
+            chosen = impl or (layer.impl if layer else None)
+            layers[attention_shape(module), entry, chosen, kind, torch.device(device or weight.device)] = None
+    return list(layers)
+
+
+def _shape(shape) -> tuple[int, int, int]:
+    if not isinstance(shape, tuple | list) or len(shape) != 3:
+        raise TypeError(f"model must be a transformers model or (Hq, Hkv, D), got {shape!r}")
+    for name, value in zip(("Hq", "Hkv", "D"), shape, strict=True):
+        check_integer(name, value, 1)
+    if shape[0] % shape[1]:
+        raise ValueError(f"Hq must be a multiple of Hkv, got {shape!r}")
+    return tuple(shape)
+
+
+def _runs_torch(shape, config, impl, dtype, device) -> bool:
+    block_size = getattr(config, "block_size", 128)
+    return resolve_impl(impl, device, dtype, shape[2], block_size) in ("torch", "reference")
+
+
+def _with_progress(calls: list) -> Iterable:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return calls
+    return tqdm(calls, desc="stem.warm_up", unit="length")
