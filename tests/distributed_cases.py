@@ -335,6 +335,32 @@ def models(rank, mesh):
 
 
 @case
+def tensor_parallel(rank, mesh):
+    """Two ranks hold half of the heads each: logits, text and the report of all heads are those of one process."""
+    if mesh.size() != 2:
+        return
+    import tiny_models
+    import transformers
+
+    model, ids = tiny_models.build("Llama"), tiny_models.tokens(150)
+    folder = Path(sys.argv[3], "model")
+    if rank == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    split = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    assert split.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] == 32
+    for config in (tiny_models.SPARSE, ADAPTIVE):
+        with stem.hf.stem_prefill(model, config) as report:
+            expected, heads = tiny_models.logits(model, ids), [row["head_density"] for row in report]
+            text = model.generate(ids, max_new_tokens=4, do_sample=False)
+        with stem.hf.stem_prefill(split, config) as report:
+            torch.testing.assert_close(tiny_models.logits(split, ids), expected, atol=2e-4, rtol=1e-4)
+            assert [row["head_density"] for row in report] == heads
+            assert torch.equal(split.generate(ids, max_new_tokens=4, do_sample=False), text)
+
+
+@case
 def a_late_rank_is_named(rank, mesh):
     """The others wait as long as the time-out says, not longer, and say who is missing."""
     q, k, v = inputs(64)

@@ -36,6 +36,7 @@ class Peers:
 
     def __init__(self, mesh: DeviceMesh, timeout: float) -> None:
         self.rank, self.world_size, self.timeout = mesh.get_local_rank(), mesh.size(), timeout
+        self.device_type = mesh.device_type
         self.ranks = dist.get_process_group_ranks(mesh.get_group())
         self.received, self.name = 0, f"stem-{mesh.get_group().group_name}"
         with self._named("the first call"):

@@ -20,6 +20,7 @@ NAME = "stem"  # the attention implementation that `enable` chooses in the model
 Selector = Callable[[Tensor, Tensor, Tensor], BlockSelection]
 
 MOST_COUNTS = 1 << 18  # counts of rows that a layer keeps before it sums them: 1 MiB
+WHAT = "the report of densities, which all ranks read together"
 _HANDLES = count(1)
 LAYERS: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 
@@ -40,6 +41,7 @@ class Layer:
     known: int = 0  # block pairs that each head kept since `enable` in calls where the data do not decide how many
     counts: list[Tensor] = field(default_factory=list)  # of other calls, int [B or 1, Hq, rows]: blocks of each row
     shared: object = None  # stem.hf.shared.SharedPrompt, if several ranks share the model's prompts
+    peers: object = None  # stem.distributed.exchange.Peers of tensor parallelism, each with a part of the heads
     gaps: int = 0  # prompts attended to densely since `enable`, because their padding has gaps
     handle: int = 0  # its key in LAYERS, by which a compiled graph names it
 
@@ -88,8 +90,12 @@ class Layer:
         self.gaps += q.shape[0]
 
     def kept(self) -> Tensor:
-        """Kept block pairs of each head since `enable`, int64 [Hq]."""
-        return torch.full((self.heads,), self.known) + (self._counted().flatten().cpu() if self.counts else 0)
+        """Kept block pairs of each head since `enable`, int64 [Hq]; of all ranks with tensor parallelism."""
+        kept = torch.full((self.heads,), self.known) + (self._counted().flatten().cpu() if self.counts else 0)
+        if self.peers is None or len(kept) == self.settings.num_attention_heads:
+            return kept
+        found = self.peers.gather(kept.to(self.peers.device_type), WHAT)()
+        return self.peers.to_host(found, WHAT).flatten()
 
     def _counted(self) -> Tensor:
         return sum(counts.sum((0, 2), keepdim=True, dtype=torch.int64) for counts in self.counts)  # [1, Hq, 1]
@@ -104,7 +110,8 @@ class Report(Sequence):
             config None, "dense: ..." with the limit. The model's "sliding_attention", or a later choice like "eager".
         density: Kept over causal block pairs in prefill since `enable`, in [0, 1]: the mean of head_density. 1.0 for
             dense layers. None for other attention, and before the first prefill.
-        head_density: Density of each head, or None.
+        head_density: Density of each head, or None. With tensor parallelism of all ranks' heads: all ranks read a row
+            together.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:

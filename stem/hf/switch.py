@@ -54,13 +54,13 @@ def enable(
         resolve_impl(impl, device, torch.bfloat16, 128, 128)
     own = {index: own_attention(module) for index, module in modules.items()}
     refuse_dense_models(model, {index: reason for index, reason in own.items() if configs[index] is not None})
-    shared = _shared_prompt(mesh, configs, own)
+    shared, peers = _shared_prompt(mesh, configs, own), _tensor_parallel(model)
     disable(model)
     give_own_configs(model)
     for index, module in modules.items():
         previous = "sdpa" if (old := module.config._attn_implementation) == NAME else old  # config of an enabled model
         module.stem_layer = Layer(index, configs[index], impl, prompt_length, own[index], module.config, previous)
-        module.stem_layer.shared = shared
+        module.stem_layer.shared, module.stem_layer.peers = shared, peers
     for module in modules.values():
         _choose(module, NAME)
     if shared is not None:
@@ -128,6 +128,17 @@ def _shared_prompt(mesh: DeviceMesh | None, configs: Mapping, own: Mapping[int, 
             reason = own[index] or "a Selector"
             raise ValueError(f"mesh: layer {index} cannot share prompts, because its attention is {reason}")
     return SharedPrompt(mesh)
+
+
+def _tensor_parallel(model: nn.Module):
+    """Peers that hold the other heads of a model with a tensor parallel plan; None without one."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or "tp" not in (mesh.mesh_dim_names or ("tp",)):
+        return None
+    from stem.distributed.attention import TIMEOUT
+    from stem.distributed.exchange import Peers
+
+    return Peers.of(mesh["tp"] if mesh.ndim > 1 else mesh, TIMEOUT)
 
 
 def _choose(module: nn.Module, implementation: str) -> None:
