@@ -8,7 +8,7 @@ LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(f
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint theory correctness speed training long_context evaluation quality extend tables notebooks lab lab-test clean
+.PHONY: help env reproduce test serve-test lint theory correctness speed training long_context evaluation quality extend tables notebooks lab lab-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,6 +28,10 @@ reproduce: $(INSTALLED) ## run notebooks 01-06 into results/notebooks/  [PROFILE
 test: $(INSTALLED) ## unit, kernel and repository tests, then the committed notebooks through nbval
 	$(BIN)/python -m pytest -q tests
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
+
+serve-test: $(INSTALLED) ## install vLLM's CPU build beside the pinned packages and test serving with it
+	$(BIN)/python scripts/install_vllm.py
+	$(BIN)/python -m pytest -q tests/serving
 
 lint: $(INSTALLED) ## ruff over code and notebooks
 	$(BIN)/ruff check .

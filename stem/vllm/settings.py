@@ -1,0 +1,121 @@
+"""Config of each attention layer: from the settings in additional_config, and from what the layers themselves are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from stem.config import StemConfig
+from stem.patterns.options import CONFIG_FIELDS, per_layer
+from stem.validation import check_integer
+
+PLACES = ("dense_layers", "layers", "min_tokens")
+OPTIONS = (*CONFIG_FIELDS, "preset", *PLACES)
+MOST_DIMENSIONS = 256  # of a head
+
+
+class Layer(NamedTuple):
+    """One attention layer of a model."""
+
+    index: int
+    config: StemConfig | None  # None keeps vLLM's own attention
+    reason: str = ""  # why it does
+
+
+def stem_settings(vllm_config) -> Mapping | None:
+    """The dict "stem" of additional_config; None without one. Raises TypeError if it is no dict."""
+    additional = vllm_config.additional_config
+    options = additional.get("stem") if isinstance(additional, Mapping) else None
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f'additional_config["stem"] must be a dict of options, got {options!r}')
+    return options
+
+
+def configs_by_layer(options: Mapping, count: int) -> list[StemConfig | None]:
+    """Config of each of `count` layers; raises TypeError or ValueError naming the option that is wrong."""
+    changes = options.get("layers")
+    mappings = [options, *filter(None, changes.values() if isinstance(changes, Mapping) else ())]
+    for given in mappings:
+        known = OPTIONS if given is options else (*CONFIG_FIELDS, "preset")
+        if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(known))):
+            raise TypeError(f"unknown option {unknown[0]}={given[unknown[0]]!r}; the options are {', '.join(known)}")
+    check_integer("min_tokens", options.get("min_tokens", 0), 0)
+    shared = {name: value for name, value in options.items() if name not in PLACES}
+    return per_layer(shared, count, options.get("dense_layers", 0), changes)
+
+
+def refuse_unsupported(vllm_config) -> None:
+    """Raise ValueError for settings of the engine that sparse prefill does not cover."""
+    parallel = vllm_config.parallel_config
+    refused = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+    }
+    for name, is_on in refused.items():
+        if is_on:
+            raise ValueError(f"stem.vllm does not support {name}: turn it off, or remove 'stem' from additional_config")
+
+
+def sparse_layers(vllm_config, layers: Mapping[str, object]) -> dict[str, Layer]:
+    """Every attention layer by name. Raises ValueError if none would be sparse, or if blocks do not fit the pages."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    count = vllm_config.model_config.hf_text_config.num_hidden_layers
+    configs = configs_by_layer(stem_settings(vllm_config), count)
+    found = {}
+    for name, layer in layers.items():
+        index = extract_layer_index(name)
+        config, reason = configs[index], own_attention(layer)
+        if config is None:
+            reason = "dense in the settings"
+        found[name] = Layer(index, None if reason else config, reason)
+    sparse = [layer.config for layer in found.values() if layer.config]
+    if not sparse:
+        reasons = ", ".join(sorted({layer.reason for layer in found.values()})) or "no attention layers"
+        raise ValueError(f"stem.vllm would leave every layer to vLLM's own attention: {reasons}")
+    page = vllm_config.cache_config.block_size
+    for config in sparse:
+        if page % config.block_size:
+            raise ValueError(
+                f"vLLM's pages must hold whole blocks of {config.block_size} tokens, got pages of {page}: add "
+                f"--block-size {config.block_size} to vLLM, or choose a block_size of Stem that divides {page}"
+            )
+    return found
+
+
+def own_attention(layer) -> str:
+    """Reason why a layer of vLLM keeps vLLM's own attention whatever the settings say; empty if it need not."""
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+    from vllm.v1.attention.backend import AttentionType
+
+    impl = layer.impl
+    if not hasattr(impl, "stem_config"):
+        return f"attention of {type(impl).__name__}"
+    reasons = {
+        "not causal": layer.attn_type != AttentionType.DECODER,
+        "sliding window": layer.sliding_window is not None,
+        "attention sinks": getattr(impl, "sinks", None) is not None,
+        "ALiBi": impl.alibi_slopes is not None,
+        "soft-capped scores": bool(impl.logits_soft_cap),
+        f"{impl.kv_cache_dtype} cache": is_quantized_kv_cache(impl.kv_cache_dtype),
+        f"head dimension {impl.head_size}": impl.head_size > MOST_DIMENSIONS,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def require_custom_backend(platform) -> None:
+    """Let a GPU's choice of attention raise ValueError if there are settings for Stem but another back end runs."""
+    choose = platform.get_attn_backend_cls
+
+    def checked(selected_backend, *args, **kwargs):
+        from vllm.config import get_current_vllm_config
+
+        name = getattr(selected_backend, "name", None)
+        if name != "CUSTOM" and stem_settings(get_current_vllm_config()) is not None:
+            raise ValueError(f"additional_config has 'stem', but the attention back end is {name}: choose CUSTOM")
+        return choose(selected_backend, *args, **kwargs)
+
+    if not hasattr(choose, "is_checked"):
+        checked.is_checked = True
+        type(platform).get_attn_backend_cls = staticmethod(checked)

@@ -1,0 +1,193 @@
+"""Parts of the plug-in by themselves: settings, names of vLLM that it relies on, pages, versions."""
+
+import ast
+import inspect
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from serving_engine import SETTINGS
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backend import AttentionType
+
+import stem
+import stem.vllm
+from stem.vllm import settings
+from stem.vllm.cpu import gather_packed
+from stem.vllm.pages import gather
+
+PAGE = 128
+
+
+def definitions(module):
+    """Text of each class and of each method of a module of vLLM, by dotted name; the module is not imported."""
+    with open(find_spec(module).origin) as file:
+        text = file.read()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = ast.get_source_segment(text, node)
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    found[f"{node.name}.{member.name}"] = ast.get_source_segment(text, member)
+    return found
+
+
+def test_vllm_has_the_private_names_that_hand_over_the_prompt_lengths():
+    v1 = definitions("vllm.v1.worker.gpu_model_runner")["GPUModelRunner._build_attention_metadata"]
+    assert "query_start_loc_cpu=" in v1 and "build_metadata" in v1
+    assert "self.num_prompt_tokens = " in definitions("vllm.v1.worker.gpu_input_batch")["InputBatch"]
+    assert "InputBatch" in definitions("vllm.v1.worker.gpu.model_runner")["GPUModelRunner.prepare_inputs"]
+    assert "self.prompt_len = " in definitions("vllm.v1.worker.gpu.states")["RequestState"]
+    batch = definitions("vllm.v1.worker.gpu.input_batch")["InputBatch"]
+    assert "idx_mapping_np: np.ndarray" in batch and "query_start_loc_np: np.ndarray" in batch
+
+
+def test_vllm_has_the_private_names_of_the_scheduler():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert list(inspect.signature(Scheduler._mamba_block_aligned_split).parameters)[:5] == [
+        "self", "request", "num_new_tokens", "num_new_local_computed_tokens", "num_external_computed_tokens",
+    ]  # fmt: skip
+    assert "if self.need_mamba_block_aligned_split:" in inspect.getsource(Scheduler.schedule)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0", "0.32.0.unknown+x"])
+def test_other_versions_of_vllm_are_refused(version, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(RuntimeError, match=rf"0\.26\.0 to 0\.32\.0, found vLLM {version.replace('+', '.')}"):
+        stem.vllm.register()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa, head_dim", [("vec", 64), ("vec16", 80), ("amx", 64)])
+def test_rows_are_read_from_packed_pages(dtype, isa, head_dim):
+    if isa == "amx" and (dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()):
+        pytest.skip("AMX is for bfloat16, on machines that have it")
+    pages, tokens = torch.tensor([5, 2, 7, 0]), 300
+    k, v = torch.randn(2, tokens, 2, head_dim).to(dtype)
+    cache = torch.zeros(8, 2, PAGE, 2 * head_dim, dtype=dtype)
+    slots = pages[torch.arange(tokens) // PAGE] * PAGE + torch.arange(tokens) % PAGE
+    halves = cache.view(8, 2, 2 * PAGE, head_dim).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(k, v, *halves, slots, isa)
+    for found, wanted in zip(gather_packed(cache, pages, 290, isa), (k, v), strict=True):
+        assert torch.equal(found, wanted[None, :290].transpose(1, 2))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_rows_are_read_from_pages_of_a_gpu(layout):
+    pages, tokens, head_dim = torch.tensor([3, 1, 6]), 300, 32
+    k, v = torch.randn(2, tokens, 2, head_dim)
+    shape = (8, PAGE, 2, 2 * head_dim) if layout == "NHD" else (8, 2, PAGE, 2 * head_dim)
+    cache = torch.zeros(shape).transpose(1, 2) if layout == "NHD" else torch.zeros(shape)
+    for position in range(tokens):
+        cache[pages[position // PAGE], :, position % PAGE] = torch.cat([k[position], v[position]], -1)
+    for found, wanted in zip(gather(cache, pages, 290), (k, v), strict=True):
+        assert torch.equal(found, wanted[None, :290].transpose(1, 2))
+
+
+def layer(**changes):
+    impl = dict(stem_config=None, sinks=None, alibi_slopes=None, logits_soft_cap=0, kv_cache_dtype="auto", head_size=64)
+    own = dict(attn_type=AttentionType.DECODER, sliding_window=None)
+    own |= {name: value for name, value in changes.items() if name in own}
+    return SimpleNamespace(impl=SimpleNamespace(**impl | {k: v for k, v in changes.items() if k in impl}), **own)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(), ""),
+        (dict(attn_type=AttentionType.ENCODER_ONLY), "not causal"),
+        (dict(sliding_window=128), "sliding window"),
+        (dict(sinks=torch.zeros(2)), "attention sinks"),
+        (dict(alibi_slopes=[0.5]), "ALiBi"),
+        (dict(logits_soft_cap=30.0), "soft-capped scores"),
+        (dict(kv_cache_dtype="fp8"), "fp8 cache"),
+        (dict(head_size=512), "head dimension 512"),
+    ],
+)
+def test_layers_that_keep_the_attention_of_vllm(changes, reason):
+    assert settings.own_attention(layer(**changes)) == reason
+
+
+def vllm_config(options, layers=2, page=128, **changes):
+    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
+    return SimpleNamespace(
+        additional_config={"stem": options},
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=layers)),
+        cache_config=SimpleNamespace(block_size=page),
+        **{"speculative_config": None, "parallel_config": parallel, **changes},
+    )
+
+
+def test_every_layer_gets_its_config_or_a_reason():
+    layers = {f"model.layers.{i}.self_attn.attn": layer(sliding_window=64 if i == 1 else None) for i in range(3)}
+    found = settings.sparse_layers(vllm_config({**SETTINGS, "dense_layers": [-1]}, layers=3), layers)
+    assert [x.reason for x in found.values()] == ["", "sliding window", "dense in the settings"]
+    assert [x.config for x in found.values()] == [stem.StemConfig(**SETTINGS), None, None]
+    with pytest.raises(ValueError, match="every layer to vLLM's own attention: sliding window"):
+        settings.sparse_layers(vllm_config(SETTINGS, layers=1), {"layers.0": layer(sliding_window=64)})
+
+
+def test_every_option_of_stem_evaluate():
+    configs = settings.configs_by_layer(
+        {"preset": "paper", "decay": 0.5, "layers": {"1": {"density": 0.5}, "-1": None}, "dense_layers": 1}, 4
+    )
+    paper = stem.StemConfig.preset("paper", decay=0.5)
+    assert configs == [None, stem.StemConfig.preset("paper", decay=0.5, density=0.5), paper, None]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pattern": "xattention"}, "unknown option pattern='xattention'"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"dense_layers": 3}, "dense_layers must be"),
+        ({"layers": {"0": {"min_tokens": 5}}}, "unknown option min_tokens=5"),
+        ({"layers": {"7": None}}, "layers must map"),
+        ({"layers": {"0": 3}}, "layers must map"),
+        ({"density": 0}, "density"),
+        ({"preset": "fast"}, "preset"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        settings.configs_by_layer(options, 2)
+
+
+def test_settings_must_be_a_dict():
+    with pytest.raises(TypeError, match="must be a dict of options, got 0.25"):
+        settings.stem_settings(vllm_config(0.25))
+    assert settings.stem_settings(SimpleNamespace(additional_config={})) is None
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(speculative_config=object()), "speculative decoding"),
+        (dict(parallel_config=SimpleNamespace(decode_context_parallel_size=2)), "decode context parallelism"),
+    ],
+)
+def test_unsupported_engines_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=f"does not support {reason}"):
+        settings.refuse_unsupported(vllm_config(SETTINGS, **changes))
+
+
+def test_a_gpu_engine_must_choose_the_back_end(monkeypatch):
+    class Platform:
+        @classmethod
+        def get_attn_backend_cls(cls, selected_backend, *args, **kwargs):
+            return "path"
+
+    wanted = vllm_config(SETTINGS)
+    monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: wanted)
+    settings.require_custom_backend(Platform())
+    settings.require_custom_backend(Platform())  # the plug-in may be loaded twice
+    assert Platform.get_attn_backend_cls(SimpleNamespace(name="CUSTOM"), 64) == "path"
+    with pytest.raises(ValueError, match="back end is None: choose CUSTOM"):
+        Platform.get_attn_backend_cls(None)
+    wanted.additional_config = {}
+    assert Platform.get_attn_backend_cls(None) == "path"
