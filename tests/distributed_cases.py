@@ -361,6 +361,30 @@ def tensor_parallel(rank, mesh):
 
 
 @case
+def measurement(rank, mesh):
+    """Rows of stem.experiments.speed.shared hold the density, the bytes and the agreement with one rank."""
+    from stem.experiments.speed import shared
+    from stem.experiments.speed.candidates import Shape
+
+    shape = Shape(640, q_heads=2, kv_heads=1, head_dim=16, dtype="float32")
+    few = stem.StemConfig(k_start=2, decay=1.0, block_size=SIZE, sink_blocks=1, local_blocks=1)
+    row, dense = (shared.operator_row(shape, config, mesh) for config in (few, PLAIN.replace(density=1.0)))
+    ring = 2 * 640 * 16 * 4 * (mesh.size() - 1) / mesh.size() / 2**20
+    assert (
+        row["ring_mib"] == dense["ring_mib"] == ring
+        and row["received_mib"] < 0.2 * ring < ring <= dense["received_mib"]
+    )
+    assert dense["density"] == 1 and row["density"] < 0.1 and max(row["error"], dense["error"]) < 1e-5
+    assert row["latency_ms"] > 0 and row["speedup"] == row["one_rank_ms"] / row["latency_ms"]
+    gather, exchange = shared.bandwidth_rows(mesh, (2**16,))
+    assert gather["received_mib"] == exchange["received_mib"] == (mesh.size() - 1) / 16 and gather["gb_per_s"] > 0
+    settings = dict(shared.TINY, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    model = shared.random_llama(settings, "cpu", torch.float32)
+    row = shared.model_row(model, 200, PLAIN, mesh)
+    assert row["operation"] == "ttft" and row["error"] < 1e-4 and 0 < row["received_mib"] and row["density"] < 0.45
+
+
+@case
 def a_late_rank_is_named(rank, mesh):
     """The others wait as long as the time-out says, not longer, and say who is missing."""
     q, k, v = inputs(64)
