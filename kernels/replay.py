@@ -78,6 +78,10 @@ class Recorder(TorchDispatchMode):
         self.launches: list[tuple] = []
         self.complete, self.bytes = True, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler for that, which takes seconds
+
     def __enter__(self) -> Recorder:
         self._token = ON_LAUNCH.set(self.note)
         return super().__enter__()
