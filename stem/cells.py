@@ -152,7 +152,7 @@ def group_sums(x: Tensor, size: int, stride: int, *, reverse: bool = False, offs
     Returns:
         fp32 (fp64 for fp64 inputs) [B, H, blocks, stride * D]; rows that do not exist count as zeros.
     """
-    x = pad_to_grid(x, size, offset).to(compute_dtype(x.dtype))
+    x = pad_to_grid(x, size, offset).to(compute_dtype(x.dtype)).contiguous()  # the bits of sums depend on strides
     sums = x.unflatten(2, (-1, size // stride, stride)).sum(3)  # [B, H, blocks, stride, D]
     return (sums.flip(3) if reverse else sums).flatten(3)
 

@@ -171,6 +171,22 @@ def dtensors(rank, mesh):
 
 
 @case
+def a_mesh_of_two_dimensions(rank, mesh):
+    """The sequence over one dimension, the heads over another, as DTensors."""
+    mesh = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("context", "heads"))
+    q, k, v = inputs(333)
+    split = Layout.zigzag(333, mesh.size(0), SIZE).chunked()
+    placements = [Shard(2), Shard(1)]
+    mine = [
+        DTensor.from_local(split.shard(x, rank), mesh, placements, shape=x.shape, stride=x.stride()) for x in (q, k, v)
+    ]
+    out = stem_attention(*mine, PLAIN, mesh=mesh["context"])
+    assert list(out.placements) == placements
+    expected = split.shard(stem.stem_attention(q, k, v, PLAIN), rank)
+    torch.testing.assert_close(out.to_local(), expected, atol=2e-6, rtol=1e-5)
+
+
+@case
 def layout_is_found_from_lengths(rank, mesh):
     q, k, v = inputs(333)
     where = Layout.zigzag(333, mesh.size(), SIZE)

@@ -298,3 +298,10 @@ def test_a_peak_far_above_the_first_tile_stays_finite_in_the_kernels():
     torch.testing.assert_close(kernel.exp().sum(-1), torch.ones_like(kernel[..., 0]))
     for scores in (kernel, expected):
         assert (scores[:, :, 10:].argmax(-1) == 10).all()
+
+
+def test_sums_have_the_same_bits_in_every_memory_layout():
+    x = torch.randn(1, 512, 2, 16).transpose(1, 2)
+    whole = group_sums(x, 128, 16)
+    assert torch.equal(whole, group_sums(x.contiguous(), 128, 16))
+    assert torch.equal(whole[:, :, 1:3], group_sums(x[:, :, 128:384], 128, 16))

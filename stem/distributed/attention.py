@@ -185,14 +185,14 @@ class _Call:
         kv = self.peers.reshard(kv, source, target, "the balance of keys and values")
         return q, *kv.chunk(2, 1)
 
-    def _work(self, shard: shards.Shard, lists: Tensor, counts: Tensor) -> tuple[np.ndarray, int]:
+    def _work(self, shard: shards.Shard, lists: Tensor, counts: Tensor) -> tuple[tuple[int, ...], int]:
         """Kept blocks of each query block of the prompt, all heads together, and the width of the widest lists."""
         what, rows = "the exchange of kept blocks", self.plan.rows
         sums = counts.new_zeros(rows.stop - rows.first + 1, dtype=torch.int64)
         sums[-1] = lists.shape[3]
         sums[torch.from_numpy(shard.q_blocks - rows.first).to(counts.device)] = counts.sum((0, 1))
         found = self.peers.to_host(self.peers.gather(sums, what)(), what).numpy()
-        return found[:, :-1].sum(0), int(found[:, -1].max())
+        return tuple(found[:, :-1].sum(0).tolist()), int(found[:, -1].max())
 
     def _needed(self, lists: Tensor, counts: Tensor) -> tuple[np.ndarray, Tensor]:
         """Key blocks that the lists of each rank name, bool [world_size, B * Hkv, nk], and RowSelection.head_kept."""

@@ -6,7 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stem.cells import blocks_at_least_half_full, cell_scores, group_sums, kernel_cells, pair_features, prompt_features
+from stem.cells import (
+    blocks_at_least_half_full,
+    cell_scores,
+    group_sums,
+    kernel_cells,
+    pad_to_grid,
+    pair_features,
+    prompt_features,
+)
 from stem.choose import CHUNK_SCORES
 from stem.config import StemConfig
 from stem.distributed.exchange import Peers
@@ -70,26 +78,20 @@ def _summaries(
         q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
         k_rows, values = group_sums(k, size, stride), group_value_norms(v, size, stride)
     q_rows = q_rows if blocks[0] else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
-    k_rows = _gathered(k_rows[:, :, : blocks[1]], shard, peers)
+    k_rows = _of_all_blocks(k_rows[:, :, : blocks[1]], shard, peers)
     k_rows = k_rows.flatten(2, 3) if softmax else k_rows
     if values is None:
         return q_rows, k_rows, None
-    values = _gathered(values[:, :, : blocks[1]], shard, peers)
+    values = _of_all_blocks(values[:, :, : blocks[1]], shard, peers)
     if triton and not softmax:
         return q_rows, k_rows, standardize(values, stride, *config.value_term, p.kv_len)
     return q_rows, k_rows, config.value_weight * norms_term(values, p.kv_len, config)
 
 
-def _gathered(x: Tensor, shard: Shard, peers: Peers) -> Tensor:
+def _of_all_blocks(x: Tensor, shard: Shard, peers: Peers) -> Tensor:
     """Summaries of all key blocks, [B, Hkv, nk, ...], from those of the rank's own."""
-    blocks = [Shard.of(shard.layout, rank, shard.block_size).blocks for rank in range(peers.world_size)]
-    x = x.movedim(2, 0)
-    room = x.new_zeros(max(map(len, blocks)), *x.shape[1:])
-    room[: len(x)] = x
-    out = x.new_empty(sum(map(len, blocks)), *x.shape[1:])
-    for of_rank, found in zip(blocks, peers.gather(room, "the exchange of block summaries")(), strict=True):
-        out[torch.from_numpy(of_rank).to(x.device)] = found[: len(of_rank)]
-    return out.movedim(0, 2).contiguous()
+    found = peers.collect(x.movedim(2, 0), shard.all_blocks, "the exchange of block summaries")()
+    return found.movedim(0, 2).contiguous()
 
 
 def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shard, config: StemConfig):
@@ -180,24 +182,18 @@ def _exact_rows(plan: Plan, config: StemConfig) -> int:
 
 def _keys_for_rows(k: Tensor, first: int, shard: Shard, peers: Peers) -> Tensor | None:
     """All keys, [B, Hkv, Nkv, D], on the ranks that have a query block from `first` on; None on the others."""
-    owners = shard.layout.owners[:: shard.block_size]
+    owners, size = shard.layout.owners[:: shard.block_size], shard.block_size
     needed = np.zeros((peers.world_size, k.shape[0] * k.shape[1], len(owners)), dtype=bool)
     needed[np.unique(owners[first:])] = True
     fetch = Fetch(shard, peers, needed)
-    found = fetch.start(k.detach())()[0]
+    found = fetch.start(k.detach())()[0].unflatten(2, (-1, size))
     if not needed[peers.rank].any():
         return None
-    size, keys = shard.block_size, k.new_zeros(*k.shape[:2], shard.layout.num_tokens, k.shape[3])
-    blocks = np.flatnonzero(owners != peers.rank)
-    slots = fetch.slots[0, blocks]
-    positions = lambda blocks: (blocks[:, None] * size + np.arange(size)).ravel()  # noqa: E731
-    targets = positions(blocks)
-    exist = targets < shard.layout.num_tokens
-    keys[:, :, torch.from_numpy(targets[exist]).to(k.device)] = found[
-        :, :, torch.from_numpy(positions(slots)[exist]).to(k.device)
-    ]
-    keys[:, :, torch.from_numpy(shard.layout.positions(peers.rank)).to(k.device)] = k.detach()
-    return keys
+    keys = k.new_empty(*k.shape[:2], len(owners), size, k.shape[3])
+    others = np.flatnonzero(owners != peers.rank)
+    keys[:, :, torch.from_numpy(others)] = found[:, :, torch.from_numpy(fetch.slots[0, others])]
+    keys[:, :, torch.from_numpy(shard.blocks)] = pad_to_grid(k.detach(), size).unflatten(2, (-1, size))
+    return keys.flatten(2, 3)[:, :, : shard.layout.num_tokens]
 
 
 def _exact_lists(

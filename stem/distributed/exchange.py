@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -63,6 +64,20 @@ class Peers:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
         self.received += x.nbytes * (self.world_size - 1)
         return self._started(lambda: gather(_bytes(out), _bytes(x), group=self.group, async_op=True), out, what)
+
+    def collect(self, rows: Tensor, places: Sequence[np.ndarray], what: str) -> Callable[[], Tensor]:
+        """Start to gather rows [n, ...]; the result waits and gives one tensor, with those of rank r at places[r]."""
+        room = rows.new_zeros(max(map(len, places)), *rows.shape[1:])
+        room[: len(rows)] = rows
+        finish = self.gather(room, what)
+
+        def placed() -> Tensor:
+            out = rows.new_empty(sum(map(len, places)), *rows.shape[1:])
+            for place, found in zip(places, finish(), strict=True):
+                out[torch.from_numpy(place).to(out.device)] = found[: len(place)]
+            return out
+
+        return placed
 
     def exchange(
         self, rows: Tensor, send_counts: list[int], receive_counts: list[int], what: str

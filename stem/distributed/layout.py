@@ -113,27 +113,26 @@ class Layout:
     def aligned(self, block_size: int) -> Layout:
         """Nearest layout of whole blocks in ascending order; a block stays with its first token."""
         owners = self.owners[::block_size].repeat(block_size)[: self.num_tokens]
-        aligned = of_owners(owners, self.world_size, self.start)
-        return self if aligned == self else aligned
+        return of_owners(owners, self.world_size, self.start)
 
-    def balanced(self, work: Sequence[int], block_size: int) -> Layout:
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def balanced(self, work: tuple[int, ...], block_size: int) -> Layout:
         """A layout of whole blocks in which ranks have about the same work; self if no rank has 5 % above the mean.
 
         Args:
             work: Kept key blocks of each query block, all heads together; the queries begin at `start`.
         """
-        owners, first = self.owners[::block_size].copy(), self.start // block_size
-        work = np.asarray(work, dtype=np.int64)
-        loads = np.bincount(owners[first:], work, self.world_size)
-        if loads.max() <= IMBALANCE * loads.mean():
+        owners, first = self.owners[::block_size].tolist(), self.start // block_size
+        loads = np.bincount(owners[first:], work, self.world_size).tolist()
+        mean = sum(loads) / len(loads)
+        if max(loads) <= IMBALANCE * mean:
             return self
         for row in reversed(range(len(work))):
-            giver, taker = owners[first + row], loads.argmin()
-            if min(loads[giver] - loads.mean(), loads.mean() - loads[taker]) >= work[row] / 2:
+            giver, taker = owners[first + row], loads.index(min(loads))
+            if min(loads[giver] - mean, mean - loads[taker]) >= work[row] / 2:
                 owners[first + row] = taker
                 loads[giver], loads[taker] = loads[giver] - work[row], loads[taker] + work[row]
-        tokens = owners.repeat(block_size)[: self.num_tokens]
-        return of_owners(tokens, self.world_size, self.start)
+        return of_owners(np.repeat(owners, block_size)[: self.num_tokens], self.world_size, self.start)
 
 
 def of_owners(owners: np.ndarray, world_size: int, start: int = 0) -> Layout:
@@ -157,7 +156,7 @@ def moves(source: Layout, target: Layout, rank: int) -> Moves:
 
     def by_peer(mine: Layout, other: Layout) -> list[np.ndarray]:
         positions = mine.positions(rank)
-        order, peers = positions.argsort(), other.owners[positions]
+        order, peers = positions.argsort(kind="stable"), other.owners[positions]
         return [order[peers[order] == peer] for peer in range(mine.world_size)]
 
     sent, received = by_peer(source, target), by_peer(target, source)

@@ -36,10 +36,16 @@ class Shard:
     def of(cls, layout: Layout, rank: int, block_size: int) -> Shard:
         return cls(layout, rank, block_size)
 
-    @cached_property
+    @property
     def blocks(self) -> np.ndarray:
         """Key blocks of the rank, ascending."""
-        return np.flatnonzero(self.layout.owners[:: self.block_size] == self.rank)
+        return self.all_blocks[self.rank]
+
+    @cached_property
+    def all_blocks(self) -> list[np.ndarray]:
+        """Key blocks of every rank."""
+        owners = self.layout.owners[:: self.block_size]
+        return [np.flatnonzero(owners == rank) for rank in range(self.layout.world_size)]
 
     @cached_property
     def q_blocks(self) -> np.ndarray:
@@ -97,26 +103,21 @@ class Fetch:
 
         The rows are zeros behind the slots, as many as the rank's own queries: every slot is in the past of these.
         """
-        k, shard, size = tensors[0], self.shard, self.shard.block_size
+        k, size = tensors[0], self.shard.block_size
         heads = k.shape[0] * k.shape[1]
         rows = torch.stack([_blocks(x, size) for x in tensors], 1)  # [B * Hkv * blocks, 2, size, D]
-        fetched = k.new_zeros(len(tensors), heads, self.num_slots + len(shard.q_blocks), *rows.shape[2:])
         if self.gathers_all:
-            all_blocks = [Shard.of(shard.layout, rank, size).blocks for rank in range(self.peers.world_size)]
-            rows = rows.unflatten(0, (heads, -1)).movedim(1, 0)
-            finish = self.peers.gather(_grown(rows, max(map(len, all_blocks))), FETCH)
+            blocks = rows.unflatten(0, (heads, -1)).movedim(1, 0)
+            finish = self.peers.collect(blocks, self.shard.all_blocks, FETCH)
         else:
             finish = self.peers.exchange(rows[self.sent.to(k.device)], self.send_counts, self.receive_counts, FETCH)
+        fetched = k.new_zeros(len(tensors), heads, self.num_slots + len(self.shard.q_blocks), size, k.shape[3])
 
         def result() -> Tensor:
-            found = finish()
             if self.gathers_all:
-                for blocks, of_rank in zip(all_blocks, found, strict=True):
-                    fetched[:, :, torch.from_numpy(blocks).to(k.device)] = of_rank[: len(blocks)].movedim(
-                        (2, 0), (0, 2)
-                    )
+                fetched[:, :, : self.num_slots] = finish().movedim((2, 0), (0, 2))
             else:
-                fetched[:, *self.places.to(k.device)] = found.movedim(1, 0)
+                fetched[:, *self.places.to(k.device)] = finish().movedim(1, 0)
             return fetched.unflatten(1, k.shape[:2]).flatten(3, 4)
 
         return result
@@ -134,8 +135,3 @@ class Fetch:
 def _blocks(x: Tensor, size: int) -> Tensor:
     """Blocks of x [B, H, N, D], padded with zeros: [B * H * blocks, size, D]."""
     return pad_to_grid(x, size).unflatten(2, (-1, size)).flatten(0, 2)
-
-
-def _grown(x: Tensor, length: int) -> Tensor:
-    """x with zero rows at the end of dimension 0, up to a length."""
-    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])

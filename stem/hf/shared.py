@@ -117,12 +117,8 @@ class SharedPrompt:
         """Rows [B, n, ...] of all ranks in the prompt's order: of all queries, or of those of logits_to_keep."""
         first = self.first_kept if is_kept else self.layout.start
         parts = [self.layout.positions(rank) for rank in range(self.peers.world_size)]
-        parts = [torch.from_numpy(part[part >= first] - first) for part in parts]
-        room = pad(x.movedim(1, 0).contiguous(), (0, 0) * (x.ndim - 1) + (0, max(map(len, parts)) - x.shape[1]))
-        out = x.new_empty(sum(map(len, parts)), *room.shape[1:])
-        for part, found in zip(parts, self.peers.gather(room, "the exchange of logits")(), strict=True):
-            out[part.to(x.device)] = found[: len(part)]
-        return out.movedim(0, 1)
+        parts = [part[part >= first] - first for part in parts]
+        return self.peers.collect(x.movedim(1, 0), parts, "the exchange of logits")().movedim(0, 1)
 
     def attend(
         self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
