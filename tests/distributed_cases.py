@@ -18,6 +18,7 @@ from stem.distributed import Layout, PeerError, attention, layout, shards, stem_
 from stem.distributed.exchange import Peers
 
 SIZE = 16
+TIMEOUT = 60.0  # of the collectives, long enough for a busy machine [s]
 GRID = dict(block_size=SIZE, sink_blocks=1, local_blocks=2)
 REGIMES = dict(k_start_regimes=((0, 0.3, 1),))
 ADAPTIVE = stem.StemConfig.preset("adaptive", block_size=SIZE, score_cells=4, dense_up_to=0, threshold=0.03)
@@ -66,7 +67,7 @@ def compare(rank, mesh, config, q, k, v, where=None, **options):
     everything = dict(return_selection=True, return_lse=True, **options)
     out, selection, lse = stem.stem_attention(q, k, v, config, **everything)
     mine = (where.shard(x, rank) for x in (q, k, v))
-    found = stem_attention(*mine, config, mesh=mesh, layout=where, timeout=20, **everything)
+    found = stem_attention(*mine, config, mesh=mesh, layout=where, timeout=TIMEOUT, **everything)
     assert_same_lists(found[1], selection)
     tolerance = dict(atol=2e-2, rtol=2e-2) if q.dtype == torch.bfloat16 else dict(atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(found[0], where.shard(out, rank), **tolerance)
@@ -244,15 +245,38 @@ def kept_blocks_are_balanced(rank, mesh):
 
     with changed(attention, "block_sparse_attention", counted):
         compare(rank, mesh, ADAPTIVE, q, k, v, where)
-    loads = Peers.of(mesh, 20.0).gather(torch.tensor(computed).sum()[None], "the test")()
+    loads = Peers.of(mesh, TIMEOUT).gather(torch.tensor(computed).sum()[None], "the test")()
     assert loads.sum() == work.sum() and loads.max() <= 1.06 * loads.float().mean(), loads
+
+
+@case
+def a_layout_for_a_config_moves_nothing(rank, mesh):
+    """Budgets that do not depend on the data are balanced before the call, for which no queries travel."""
+    peers = Peers.of(mesh, TIMEOUT)
+    config = PLAIN.replace(density=0.3)
+    where = Layout.for_config(config, 100 * SIZE, mesh.size())
+    assert where != Layout.zigzag(100 * SIZE, mesh.size(), SIZE)
+    work = stem.block_budget(100, config)
+    loads = torch.tensor([float(work[where.owners[::SIZE] == r].sum()) for r in range(mesh.size())])
+    assert loads.max() <= 1.05 * loads.mean()
+    asked = []
+    real = peers.exchange
+
+    def exchange(*args):
+        asked.append(args[-1])
+        return real(*args)
+
+    with changed(peers, "exchange", exchange):
+        compare(rank, mesh, config, *inputs(100 * SIZE), where)
+    assert not [what for what in asked if "balance" in what or "return" in what], asked
+    assert Layout.for_config(ADAPTIVE, 640, 2) == Layout.zigzag(640, 2, SIZE)
 
 
 @case
 def only_named_blocks_travel(rank, mesh):
     """A row that keeps one sink and its diagonal fetches one block; where most are named, all travel."""
     config = stem.StemConfig(k_start=2, decay=1.0, block_size=SIZE, sink_blocks=1, local_blocks=1)
-    peers, world = Peers.of(mesh, 20.0), mesh.size()
+    peers, world = Peers.of(mesh, TIMEOUT), mesh.size()
     q, k, v = inputs(20 * SIZE * world)
     where = Layout.zigzag(k.shape[2], world, SIZE)
     received = []
@@ -429,7 +453,7 @@ def z_a_dead_rank_is_named(rank, mesh):
         os._exit(13)
     begin = time.monotonic()
     try:
-        stem_attention(*(where.shard(x, rank) for x in (q, k, v)), PLAIN, mesh=mesh, layout=where, timeout=20)
+        stem_attention(*(where.shard(x, rank) for x in (q, k, v)), PLAIN, mesh=mesh, layout=where, timeout=TIMEOUT)
     except PeerError as error:
         assert error.ranks == [1] and "rank 1 did not take part in" in str(error), error
         assert time.monotonic() - begin < 15

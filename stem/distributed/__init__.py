@@ -4,7 +4,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import stem, stem.distributed
 
 mesh = init_device_mesh("cuda", (2,))
-layout = stem.distributed.Layout.zigzag(num_tokens, mesh.size())
+layout = stem.distributed.Layout.for_config(config, num_tokens, mesh.size())
 q, k, v = (layout.shard(x, mesh.get_local_rank()) for x in (q, k, v))  # or computed there
 out = stem.distributed.stem_attention(q, k, v, config, mesh=mesh, layout=layout)
 """

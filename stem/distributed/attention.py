@@ -67,8 +67,8 @@ def stem_attention(
         mesh: One dimension, for example init_device_mesh("cuda", (2,)) or mesh["context"]. Other dimensions can share
             the heads.
         layout: Layout of the keys, default `Layout.zigzag(tokens, ranks, config.block_size)`, and `chunked()` for
-            DTensors. Any layout works; zigzags of whole blocks save an exchange. Without one, the numbers of tokens
-            are exchanged first, for which the host waits.
+            DTensors. Any layout works; `Layout.for_config` saves exchanges. Without one, the numbers of tokens are
+            exchanged first, for which the host waits.
         return_selection, return_lse: Also return the RowSelection / the log-sum-exp, in this order.
         timeout: Of each collective [s]. With NCCL it is that of the group's watchdog and of the host's waits.
     Returns:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stem.budget import BlockRows, kept_blocks
+from stem.config import StemConfig
 from stem.validation import check_integer
 
 IMBALANCE = 1.05  # largest over mean work of a rank, above which blocks move to other ranks; our choice
@@ -49,6 +51,18 @@ class Layout:
         check_integer("num_tokens", num_tokens, 1)
         check_integer("block_size", block_size, 1)
         return cls(_zigzag(0, num_tokens, world_size, block_size))
+
+    @classmethod
+    def for_config(cls, config: StemConfig, num_tokens: int, world_size: int) -> Layout:
+        """A zigzag of whole blocks that is balanced for a config: with it, no blocks move before the attention.
+
+        With `allocation="adaptive"` the data decide how many blocks a row keeps, and this is the plain zigzag.
+        """
+        zigzag = cls.zigzag(num_tokens, world_size, config.block_size)
+        rows = BlockRows.of(num_tokens, num_tokens, config.block_size)
+        if kept_blocks(rows, config) is None:
+            return zigzag
+        return zigzag.balanced(rows.kept_by_row(config), config.block_size)
 
     def extended(self, num_tokens: int, block_size: int = 128) -> Layout:
         """Layout after the next chunk of num_tokens queries: each rank keeps its tokens and gets two more pieces."""
@@ -129,7 +143,7 @@ class Layout:
             return self
         for row in reversed(range(len(work))):
             giver, taker = owners[first + row], loads.index(min(loads))
-            if min(loads[giver] - mean, mean - loads[taker]) >= work[row] / 2:
+            if loads[giver] > mean and loads[taker] + work[row] < loads[giver]:
                 owners[first + row] = taker
                 loads[giver], loads[taker] = loads[giver] - work[row], loads[taker] + work[row]
         return of_owners(np.repeat(owners, block_size)[: self.num_tokens], self.world_size, self.start)

@@ -29,12 +29,13 @@ class SharedPrompt:
     rank's cache keeps its own keys and values. A call with one token runs on every rank, and each attends to its part.
 
     Attributes:
+        config: Of the first sparse layer, for which the layout is balanced.
         layout: Of the keys in the caches.
         decoded: Tokens after the prompt. All caches hold them; the rank of the prompt's end attends to them.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh, self.peers = mesh, Peers.of(mesh, TIMEOUT)
+    def __init__(self, mesh: DeviceMesh, config: StemConfig) -> None:
+        self.mesh, self.peers, self.config = mesh, Peers.of(mesh, TIMEOUT), config
         self.layout, self.decoded, self.handles = None, 0, []
 
     def install(self, model: nn.Module) -> None:
@@ -93,7 +94,12 @@ class SharedPrompt:
             raise ValueError("a second prompt after decoding: start it with a new cache, which holds all tokens")
         while size > 1 and num_tokens < 2 * world * size:  # every rank needs a token
             size //= 2
-        self.layout = self.layout.extended(num_tokens, size) if self.layout else Layout.zigzag(num_tokens, world, size)
+        if self.layout:
+            self.layout = self.layout.extended(num_tokens, size)
+        elif size == LARGEST_BLOCK == self.config.block_size:
+            self.layout = Layout.for_config(self.config, num_tokens, world)
+        else:
+            self.layout = Layout.zigzag(num_tokens, world, size)
 
     def _kept(self, kwargs: dict, positions: Tensor) -> dict:
         """logits_to_keep as the places of these tokens among the rank's own."""

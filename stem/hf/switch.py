@@ -127,7 +127,7 @@ def _shared_prompt(mesh: DeviceMesh | None, configs: Mapping, own: Mapping[int, 
         if own[index] is not None or callable(config):
             reason = own[index] or "a Selector"
             raise ValueError(f"mesh: layer {index} cannot share prompts, because its attention is {reason}")
-    return SharedPrompt(mesh)
+    return SharedPrompt(mesh, next((config for config in configs.values() if config is not None), StemConfig()))
 
 
 def _tensor_parallel(model: nn.Module):

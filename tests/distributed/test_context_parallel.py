@@ -9,7 +9,7 @@ from pathlib import Path
 import distributed_cases
 import pytest
 
-LIMIT = 300  # seconds of one start of processes; it catches hangs only
+LIMIT = 900  # seconds of one start of processes; it catches hangs only
 CASES = Path(distributed_cases.__file__)
 
 

@@ -53,7 +53,7 @@ def operator_row(shape: Shape, config: stem.StemConfig, mesh: DeviceMesh, seed: 
         )
         for h in heads
     )
-    layout = Layout.zigzag(shape.tokens, mesh.size(), config.block_size)
+    layout = Layout.for_config(config, shape.tokens, mesh.size())
     mine = [layout.shard(x, peers.rank) for x in (q, k, v)]
     with torch.no_grad():
         whole, selection = stem.stem_attention(q, k, v, config, return_selection=True)
