@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import stem
-from stem.experiments import records
+from stem.experiments import figures, records
 
 TOKENS, HEAD_DIM, BLOCK_SIZE = 4096, 64, 64
 
@@ -38,13 +38,18 @@ def main() -> None:
     weights = (q[0, 0] @ k[0, 0].T * HEAD_DIM**-0.5).masked_fill(~causal, -torch.inf).softmax(-1)
     mass = weights.view(blocks, BLOCK_SIZE, blocks, BLOCK_SIZE).sum((1, 3)) / BLOCK_SIZE
     future = torch.ones(blocks, blocks).triu(1).bool()
-    figure, (left, mid, right) = plt.subplots(1, 3, figsize=(11, 3.7), width_ratios=(1, 0.8, 1), layout="constrained")
+    figure, (left, mid, right) = plt.subplots(1, 3, figsize=(11, 3.8), width_ratios=(1, 0.8, 1), layout="constrained")
     left.imshow(mass.masked_fill(future, torch.nan).sqrt(), cmap="Greys")
     left.set(title="what dense attention computes", xlabel="key block", ylabel="query block")
     rows = torch.arange(blocks)
     mid.barh(rows, rows + 1, color="0.85", label="dense")
-    mid.barh(rows, stem.block_budget(blocks, config), color="C0", label="Stem's budget")
-    mid.set(title="early rows keep all, later rows less", xlabel="key blocks [blocks]", ylim=(blocks - 0.5, -0.5))
+    mid.barh(rows, stem.block_budget(blocks, config), color=figures.COLOURS["stem"], label="Stem's budget")
+    mid.set(
+        title="early rows keep all, later rows less",
+        xlabel="number of key blocks",
+        ylabel="query block",
+        ylim=(blocks - 0.5, -0.5),
+    )
     mid.legend(frameon=False, loc="upper right")
     shown = torch.where(selection.to_mask()[0, 0], 1.0, 0.12).masked_fill(future, torch.nan)
     right.imshow(shown, cmap="Blues", vmin=0, vmax=1.3)

@@ -90,8 +90,11 @@ def test_every_exercise_refuses_another_answer(name, tmp_path, monkeypatch):
     assert len(refused) == 3
 
 
-K02 = "02_kernel_derivation"
+K01, K02, K07 = "01_theory", "02_kernel_derivation", "07_better_selection"
 WRONG = [  # notebook, text of the solution, its wrong replacement, part of the message
+    (K01, "n * k - k * (k - 1) // 2", "n * k - k * k / 2", "this is Eq. 2"),
+    (K01, ".log().clamp_min(0)", ".log()", "never below 0"),
+    (K01, "k * (1 - decay) * row / n", "0 * row", "the decay is missing"),
     (K02, "tl.max(tile, axis=1)", "tl.max(-tile, axis=1)", "200 of 200 entries are wrong"),
     (K02, "mask=rows < num_tokens)\n\n", "mask=rows < 190)\n\n", "10 of 200 entries are NaN"),
     (K02, " * scale_log2\n        visible", "\n        visible", "the scale is missing"),
@@ -101,6 +104,9 @@ WRONG = [  # notebook, text of the solution, its wrong replacement, part of the 
     (K02, ') - delta[:, None])', "))", "delta is missing"),
     (K02, "scale * dq,", "dq,", "the scale of dQ is missing"),
     (K02, "<= rows[:, None], weights, 0.0)", "< rows[:, None], weights, 0.0)", "entries are wrong"),
+    (K07, " + q.clamp_max(0) @ cell.amin(0)", "", "got .*, expected"),
+    (K07, "topk(count).values", "topk(count + 1).values", "one place too far"),
+    (K07, ".masked_fill(diagonal, torch.inf)", "", "entries are wrong"),
 ]  # fmt: skip
 
 

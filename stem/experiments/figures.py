@@ -34,6 +34,10 @@ COLOURS = {  # one colour for each method in all notebooks
     **dict.fromkeys(("vertical_slash", "flex"), PALETTE[2]),
     "flexprefill": PALETTE[4],
     "flashprefill": PALETTE[5],
+    "flashprefill_v2": "#6b3f1d",
+    "subblock": "#2ca25f",
+    "cosa": "#c51b8a",
+    "blasst": "#bcbd22",
     **dict.fromkeys(("sliding_window", "window"), "#e377c2"),
     "longformer": "#7b4173",
     "bigbird": "#8c6d31",
@@ -144,7 +148,8 @@ def label_lines(ax: Axes) -> None:
         x, y = (np.asarray(values, float) for values in line.get_data())
         if not str(line.get_label()).startswith("_") and np.isfinite(y).any():
             last = np.flatnonzero(np.isfinite(y))[-1]
-            ends.append((ax.transAxes.inverted().transform(ax.transData.transform((x[last], y[last])))[1], line))
+            place = ax.transAxes.inverted().transform(ax.transData.transform((x[last], y[last])))[1]
+            ends.append((round(place, 2), line))  # lines that end together keep their order
     ends.sort(key=lambda end: end[0])
     gap = 1.3 * STYLE["legend.fontsize"] / 72 / (0.75 * ax.figure.get_figheight())
     places = [min(max(place, 0.0), 1.0) for place, _ in ends]
@@ -194,18 +199,32 @@ def lines(
 
 
 @styled()
-def selections(chosen: Mapping[str, BlockSelection], *, head: int = 0, columns: int = 6) -> Figure:
-    """Grid with the block pairs of one head per method: kept dark, skipped light, future blank; name and density."""
+def selections(
+    chosen: Mapping[str, BlockSelection], *, head: int = 0, columns: int = 4, mass: Tensor | None = None
+) -> Figure:
+    """Grid with the block pairs of one head per method: kept dark, skipped light, future blank; name and density.
+
+    With `mass`, the head's shares of attention [rows, columns], the true attention is drawn beside the grid.
+    """
     lines = -(-len(chosen) // columns)
-    figure = plt.figure(figsize=(1.7 * columns, 2.1 * lines))
+    beside = 0.0 if mass is None else 4.2  # inches
+    figure = plt.figure(figsize=(1.75 * columns + beside, max(2.0 * lines, beside)))
+    grid = figure
+    if mass is not None:
+        left, grid = figure.subfigures(1, 2, width_ratios=(beside, 1.75 * columns))
+        shares = np.log10(mass.cpu().numpy().clip(10.0**-FAINTEST))
+        ax = left.add_subplot(xticks=[], yticks=[], xlabel="key block", ylabel="query block")
+        ax.imshow(shares, cmap="Greys", vmin=-FAINTEST, vmax=0, interpolation="nearest")
+        ax.set_title("true attention, dark is much")
+        ax.grid(False)
     colours = ListedColormap(["white", "0.88", PALETTE[0]])
     for place, (name, selection) in enumerate(chosen.items(), 1):
         kept = selection.to_mask()[0, head].cpu().numpy()
         nq, nk = kept.shape
         causal = np.tri(nq, nk, nk - nq, dtype=bool)
-        ax = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
+        ax = grid.add_subplot(lines, columns, place, xticks=[], yticks=[])
         ax.imshow(causal.astype(int) + kept, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
-        ax.set_title(f"{name}\n{selection.density():.2f}", fontsize=7)
+        ax.set_title(f"{name}\n{selection.density():.2f}", fontsize=8.5)
     return figure
 
 

@@ -1,6 +1,6 @@
-"""Explorer of notebook 01: the blocks that a method keeps, drawn over a real head's attention, with their error.
+"""Explorers of notebook 01: the budget of every row, and the blocks that a method keeps of a real head's attention.
 
-`explore` returns widgets in a notebook that a person has open, and a static grid of pictures everywhere else.
+`explore` and `explore_budget` return widgets in a notebook that a person has open, and pictures everywhere else.
 """
 
 import io
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from typing import NamedTuple, get_args
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from stem import hf, metrics, patterns
 from stem.attention import block_sparse_attention
+from stem.budget import block_budget, causal_pairs
 from stem.config import BlockSize, StemConfig
 from stem.experiments import figures
 from stem.experiments.theory import flow
@@ -196,3 +198,42 @@ def panel(explorer: Explorer, start: Choice):
         control.observe(update, names="value")
     update()
     return ipywidgets.HBox([ipywidgets.VBox([*controls.values(), text]), picture])
+
+
+def draw_budget(ax: Axes, blocks: int, k_start: int, decay: float) -> None:
+    """Draw the key blocks that each of `blocks` query blocks keeps under position decay, over all of its key blocks."""
+    config = StemConfig(k_start=min(k_start, blocks), decay=decay)
+    budget, rows = block_budget(blocks, config), torch.arange(blocks)
+    ax.fill_between(rows, rows + 1, color="0.9", step="mid")
+    ax.fill_between(rows, budget, color=figures.COLOURS["stem"], step="mid")
+    density = int(budget.sum()) / causal_pairs(blocks)
+    ax.set(title=f"k_start {config.k_start}, μ {decay:g}: density {density:.0%}", xlabel="query block")
+    ax.set(ylabel="key blocks", xlim=(0, blocks - 1), ylim=(0, blocks))
+
+
+@figures.styled()
+def explore_budget(blocks: int = 256, k_starts: Sequence[int] = (64, 128), decays: Sequence[float] = (1.0, 0.7, 0.3)):
+    """Show what Token Position-Decay (Eq. 3) keeps of every row: sliders if `live()`, else a grid over both options."""
+    if not live():
+        figure = _Picture(figsize=(3.3 * len(decays), 2.6 * len(k_starts)), layout="constrained")
+        panels = figure.subplots(len(k_starts), len(decays), squeeze=False).flat
+        for ax, (k_start, decay) in zip(panels, product(k_starts, decays), strict=True):
+            draw_budget(ax, blocks, k_start, decay)
+            ax.label_outer()
+        return figure
+    import ipywidgets
+
+    slider = partial(ipywidgets.FloatSlider, min=0.05, max=1.0, step=0.05, continuous_update=False)
+    start = ipywidgets.IntSlider(description="k_start", value=k_starts[0], min=1, max=blocks, continuous_update=False)
+    mu, picture = slider(description="μ", value=decays[1]), ipywidgets.Image(format="png")
+
+    def update(_=None) -> None:
+        with figures.styled():
+            figure = _Picture(figsize=(5.5, 4.0), layout="constrained")
+            draw_budget(figure.subplots(), blocks, start.value, mu.value)
+            picture.value = figure._repr_png_()
+
+    for control in (start, mu):
+        control.observe(update, names="value")
+    update()
+    return ipywidgets.HBox([ipywidgets.VBox([start, mu]), picture])

@@ -96,6 +96,21 @@ def test_with_widgets_the_picture_follows_them(model, ids, monkeypatch):
     assert not by_name["decay"].disabled
 
 
+def test_the_budget_is_a_grid_of_pictures_or_follows_sliders(monkeypatch):
+    monkeypatch.setenv("STEM_WIDGETS", "0")
+    figure = explorer.explore_budget(16, k_starts=(4, 99), decays=(1.0, 0.5))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    kept = sum(min(i + 1, 4) for i in range(16)) / (16 * 17 / 2)
+    assert titles[0] == f"k_start 4, μ 1: density {kept:.0%}" and titles[2] == "k_start 16, μ 1: density 100%"
+    monkeypatch.setenv("STEM_WIDGETS", "1")
+    panel = explorer.explore_budget(16)
+    (start, mu), picture = panel.children[0].children, panel.children[1]
+    for control, value in ((start, 3), (mu, 0.2)):
+        before = bytes(picture.value)
+        control.value = value
+        assert bytes(picture.value) != before and bytes(picture.value[:4]) == b"\x89PNG"
+
+
 class Shell:
     """Stands for the shell that IPython.get_ipython returns in a kernel."""
 
