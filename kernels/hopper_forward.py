@@ -205,14 +205,6 @@ def load_block(kv_list, place):
 
 
 @gluon.jit
-def first_row_of(kv_block, pages_ptr, PAGED: gl.constexpr, BLOCK: gl.constexpr):
-    """Row of K and V at which a key block begins; PAGED: pages_ptr holds the place of each key block in memory."""
-    if PAGED:
-        kv_block = gl.load(pages_ptr + kv_block)
-    return kv_block * BLOCK
-
-
-@gluon.jit
 def write_number(number, place, WARPS: gl.constexpr):
     """Store an int32 in shared memory."""
     place.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])))
@@ -241,25 +233,23 @@ def wait_for_task(q_inbox, parity, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def feed(
-    q_desc, k_desc, v_desc, pages_ptr, PAGED: gl.constexpr, q_inbox, k_ring, v_ring, task, parity, steps_before, problem
-):
+def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem):
     """Copy the halves of a query block, then K and V of its listed blocks, last one first; returns their number."""
     q_full, _, q_tiles, _ = q_inbox
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
     _batch_head, batch, head, kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
     num_blocks = kv_list[1]
-    first_key = first_row_of(load_block(kv_list, num_blocks - 1), pages_ptr, PAGED, BLOCK)
+    kv_block = load_block(kv_list, num_blocks - 1)
     for consumer in gl.static_range(NUM_CONSUMERS):
         announce_task(q_inbox, parity, task, consumer)
         first_row = first_query + consumer * ROWS
         copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
     for step in range(num_blocks):
-        next_key = first_row_of(load_block(kv_list, num_blocks - 2 - step), pages_ptr, PAGED, BLOCK)
+        first_key = kv_block * BLOCK
+        kv_block = load_block(kv_list, num_blocks - 2 - step)  # arrives while the rings are full
         fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, first_key)
         fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, first_key)
-        first_key = next_key  # has arrived while the rings were full
     return num_blocks
 
 
@@ -273,10 +263,7 @@ def announce_end(q_inbox, parity, num_tasks):
 
 
 @gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, counters_ptr, pages_ptr, PAGED: gl.constexpr,
-    q_inbox, k_ring, v_ring, redo, num_tasks, problem,
-):  # fmt: skip
+def produce(q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo, num_tasks, problem):
     """Feed task after task to the consumers, then again every task that they have noted."""
     _, q_empty, _, _ = q_inbox
     last_noted, redo_ptr = redo
@@ -284,9 +271,7 @@ def produce(
     steps_before = 0  # of all tasks so far
     task = gl.program_id(0)
     while task < num_tasks:
-        steps_before += feed(
-            q_desc, k_desc, v_desc, pages_ptr, PAGED, q_inbox, k_ring, v_ring, task, parity, steps_before, problem
-        )
+        steps_before += feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem)
         parity ^= 1
         task = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
     announce_end(q_inbox, parity, num_tasks)
@@ -296,9 +281,7 @@ def produce(
     for consumer in gl.static_range(NUM_CONSUMERS):
         task = read_number(last_noted.index(consumer), PRODUCER_WARPS)
         while task >= 0:
-            steps_before += feed(
-                q_desc, k_desc, v_desc, pages_ptr, PAGED, q_inbox, k_ring, v_ring, task, parity, steps_before, problem
-            )
+            steps_before += feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem)
             parity ^= 1
             task = gl.load(redo_ptr + consumer * num_tasks + task)
     announce_end(q_inbox, parity, num_tasks)
@@ -430,16 +413,16 @@ VARYING += ["max_blocks", "full_rows", "rows_ahead", "num_tasks"]
 
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr, pages_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
-    num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, scale, PAGED: gl.constexpr,
+    num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, scale,
 ):  # fmt: skip
     """One persistent program computes one task after another. Grid: any number of programs, one for a multiprocessor.
 
     Tiles of q_desc are half a query block, those of k_desc and v_desc a key block of BLOCK_SIZE tokens. The lists of
     the first `full_rows` query blocks are not read, those of others only after gdc_wait. scratch_ptr: two int32
     counters, 0 before and after the launch: tasks taken after the first of each program, which is its own number, and
-    programs that have ended; then an int32 for every task and consumer. PAGED: see first_row_of.
+    programs that have ended; then an int32 for every task and consumer.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
@@ -457,7 +440,7 @@ def hopper_forward_kernel(
         [
             (consume, (0,) + shared + outputs),
             (consume, (1,) + shared + outputs),
-            (produce, (q_desc, k_desc, v_desc, scratch_ptr, pages_ptr, PAGED) + shared),
+            (produce, (q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -516,20 +499,10 @@ def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
 
 
 def prepare(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    *,
-    pages: torch.Tensor | None = None,
-    num_keys: int | None = None,
-    out: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Do everything in sparse_forward but its launch, so that the launch can overlap with the kernel before it.
 
-    Args:
-        pages, num_keys: See block_scores.score_inputs. The last page may hold anything finite behind the last key.
-        out: Where to store the output, [B, Hq, Nq, D] with dense rows; by default memory like q.
     Returns:
         attend(kv_indices, kv_num_blocks, full_rows=0) -> out, lse. The first `full_rows` query blocks keep all their
         causal blocks, whatever the lists say. If there are any, the kernel that was launched last may still run when
@@ -540,9 +513,9 @@ def prepare(
         q, scale = -q, -scale
     q, k, v = (with_dense_rows(x, tma=True) for x in (q, k, v))
     batch, num_q_heads, num_queries, head_dim = q.shape
-    num_kv_heads, num_keys = k.shape[1], k.shape[2] if num_keys is None else num_keys
+    _, num_kv_heads, num_keys, _ = k.shape
     num_q_blocks = -(-num_keys // BLOCK_SIZE) - (num_keys - num_queries) // BLOCK_SIZE
-    out = torch.empty_like(q) if out is None else out
+    out = torch.empty_like(q)
     lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
     num_tasks = num_q_blocks * batch * num_q_heads
     num_programs = min(num_tasks, num_multiprocessors(q.device))
@@ -555,25 +528,13 @@ def prepare(
     else:
         scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
 
-    paged = pages is not None
-
     def attend(
         kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, full_rows: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         launch(
             hopper_forward_kernel,
             (num_programs,),
-            (
-                q_tiles,
-                k_tiles,
-                v_tiles,
-                out,
-                lse,
-                kv_indices.contiguous(),
-                kv_num_blocks.contiguous(),
-                scratch,
-                pages if paged else scratch,
-            ),
+            (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), scratch),
             (
                 *out.stride()[:3],
                 num_q_heads,
@@ -589,7 +550,6 @@ def prepare(
                 max(float(scale), SMALLEST_SCALE),
             ),
             overlap=full_rows > 0,
-            PAGED=paged,
             num_warps=CONSUMER_WARPS.value,
             maxnreg=LAUNCH_REGISTERS,
         )

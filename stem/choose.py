@@ -60,27 +60,25 @@ def choose_topk(
     budget: Tensor,
     width: int,
     at_once: bool,
-    **paged,
 ) -> tuple[Tensor, Tensor]:
     """Lists of the best blocks by mean score, as many as the budget says, by Triton and some rows at a time.
 
     `device_budget` gives budget and width. `at_once` takes one launch, for up to score_select.MAX_KV_BLOCKS key blocks.
-    `paged`: pages and num_keys of score_inputs, for keys and values in pages.
     """
     from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
     from stem.kernels.block_select import empty_lists, select_topk
     from stem.kernels.score_select import score_select
 
-    (batch, heads, q_len), kv_len, size = q.shape[:3], paged.get("num_keys", k.shape[2]), config.block_size
+    (batch, heads, q_len), kv_len, size = q.shape[:3], k.shape[2], config.block_size
     num_q_blocks, offset = rows.stop - rows.first, kv_len - q_len
     lists = empty_lists(batch, heads, num_q_blocks, width, q.device)
     scale = routing_scale(q.shape[3], config, scale)
     step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * rows.stop)))
     args = q, k, v, size, config.score_stride, *config.value_term
     if at_once and step == num_q_blocks:
-        inputs = score_inputs(*args, first_q_block=full_rows(rows, config), **paged)
+        inputs = score_inputs(*args, first_q_block=full_rows(rows, config))
         return score_select(*inputs, scale, budget, *config.always_kept, lists)
-    q_sums, k_sums, value_bonus = score_inputs(*args, num_q_blocks=step, **paged)
+    q_sums, k_sums, value_bonus = score_inputs(*args, num_q_blocks=step)
     for row in range(0, num_q_blocks, step):
         if row:
             start, stop = ((rows.first + x) * size - offset for x in (row, row + step))

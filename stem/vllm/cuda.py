@@ -9,8 +9,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from stem.vllm.backend import Chunk, StemBuilder, StemImpl
-from stem.vllm.pages import attend_to_pages, gather, readable_rows
+from stem.vllm.backend import StemBuilder, StemImpl
+from stem.vllm.pages import gather
 
 
 class StemCUDABuilder(StemBuilder, FlashAttentionMetadataBuilder):
@@ -19,13 +19,6 @@ class StemCUDABuilder(StemBuilder, FlashAttentionMetadataBuilder):
 
 class StemCUDAImpl(StemImpl, FlashAttentionImpl):
     """Attention implementation of the FlashAttention back end."""
-
-    def attend(self, layer, q: Tensor, kv_cache: Tensor, chunk: Chunk, out: Tensor) -> None:
-        """See StemImpl; kernels read the pages where they can."""
-        config = self.stem_config
-        if (rows := readable_rows(q, kv_cache, config)) is None:
-            return super().attend(layer, q, kv_cache, chunk, out)
-        attend_to_pages(q, *rows, chunk.pages, chunk.stop, config, chunk.block_rows(config), self.scale, out)
 
     def gathered(self, layer, kv_cache: Tensor, pages: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         return gather(kv_cache, pages, stop)

@@ -15,7 +15,7 @@ import torch
 SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
 POINTERS = {
     "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32", "flags_ptr": "i32",
-    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32", "pages_ptr": "i32",
+    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32",
     "features_ptr": "x", "q_features_ptr": "x", "k_features_ptr": "x",
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
 
@@ -94,11 +94,7 @@ def cases():
         for log_term in (False, True) if parts == 2 else (False,):
             all_three = sums | norms | dict(stride_qd=1, stride_kd=1, stride_vd=1, LOG_TERM=log_term, CAN_OVERLAP=True)
             kernel = block_scores.score_inputs_kernel
-            for pages in (dict(pages_ptr=None), {}):
-                yield (
-                    f"score_inputs {dtype} {log_term} {pages}",
-                    (kernel, input_type, all_three | pages, 4, 3, sums_type),
-                )
+            yield f"score_inputs {dtype} {log_term}", (kernel, input_type, all_three, 4, 3, sums_type)
         for num_rows in (32, 4096) if parts == 2 else (4096,):
             tiles = block_scores.score_tiles(parts, num_rows)
             options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
