@@ -11,7 +11,9 @@ import ctypes
 import re
 import struct
 import threading
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
@@ -46,25 +48,32 @@ def cuda_driver() -> ctypes.CDLL | None:
     return library
 
 
-class DirectLaunch:
-    """A compiled variant and the buffer that its parameters are read from.
+class Buffers(NamedTuple):
+    """What the driver reads at a launch."""
 
-    The buffer holds a slot for every tensor, which each call writes, then the numbers, which never change.
-    """
+    memory: ctypes.Array
+    """All parameters: a slot for every tensor, then the numbers."""
+
+    first: int
+    """Offset of the first slot, an aligned address."""
+
+    parameters: ctypes.Array
+    """Address of each parameter in the memory."""
+
+    config: ctypes.Array
+    """A CUlaunchConfig."""
+
+
+class DirectLaunch:
+    """A compiled variant that the driver launches; each launch writes addresses into the buffers."""
 
     def __init__(self, variant, layout: Parameters) -> None:
         self._function, self._threads = variant.function, WARP * variant.metadata.num_warps
         self._shared_bytes = variant.metadata.shared
-        self._boxes, self._slots = layout.boxes, struct.Struct(layout.slot_format())
-        self._memory = ctypes.create_string_buffer(self._slots.size + len(layout.numbers) + MAP_ALIGNMENT)
-        self._first = -ctypes.addressof(self._memory) % MAP_ALIGNMENT
-        struct.pack_into(f"{len(layout.numbers)}s", self._memory, self._first + self._slots.size, layout.numbers)
-        start = ctypes.addressof(self._memory) + self._first
-        self._parameters = (ctypes.c_void_p * len(layout.places))(*[start + place for place in layout.places])
-        self._config = ctypes.create_string_buffer(LAUNCH_CONFIG.size)
+        self._layout, self._slots = layout, struct.Struct(layout.slot_format())
         self._overlap = ctypes.create_string_buffer(LAUNCH_ATTRIBUTE.pack(PROGRAMMATIC_STREAM_SERIALIZATION, 1))
         self._attributes = ctypes.addressof(self._overlap)
-        self._lock = threading.Lock()  # from writing the buffers until the driver has read them
+        self._buffers, self._lock = self._new_buffers(), threading.Lock()  # for launches that no other one repeats
         self._launch = cuda_driver().cuLaunchKernelEx
 
     @classmethod
@@ -94,16 +103,36 @@ class DirectLaunch:
             layouts: (shape, strides, dtype) of each tensor that the kernel takes as a tensor descriptor, else None.
             overlap: See stem.kernels.launch.launch.
         """
+        with self._lock:  # until the driver has read the buffers
+            self._write(self._buffers, grid, stream, addresses, layouts, overlap)
+            return self._launch(self._buffers.config, self._function, self._buffers.parameters, None)
+
+    def ready(self, *args) -> Callable[[], int]:
+        """Function that launches the kernel with these arguments of __call__, from buffers that are never rewritten."""
+        buffers = self._new_buffers()
+        self._write(buffers, *args)
+        start = partial(self._launch, buffers.config, self._function, buffers.parameters, None)
+        start.memory = buffers.memory  # the driver finds it through the addresses in `parameters`
+        return start
+
+    def _new_buffers(self) -> Buffers:
+        numbers = self._layout.numbers
+        memory = ctypes.create_string_buffer(self._slots.size + len(numbers) + MAP_ALIGNMENT)
+        first = -ctypes.addressof(memory) % MAP_ALIGNMENT
+        struct.pack_into(f"{len(numbers)}s", memory, first + self._slots.size, numbers)
+        start, places = ctypes.addressof(memory) + first, self._layout.places
+        parameters = (ctypes.c_void_p * len(places))(*[start + place for place in places])
+        return Buffers(memory, first, parameters, ctypes.create_string_buffer(LAUNCH_CONFIG.size))
+
+    def _write(self, buffers: Buffers, grid: tuple, stream: int, addresses: list, layouts: list, overlap: bool) -> None:
         values = [
             described(address, *layout, *box) if box else address
-            for address, layout, box in zip(addresses, layouts, self._boxes, strict=True)
+            for address, layout, box in zip(addresses, layouts, self._layout.boxes, strict=True)
         ]
-        with self._lock:
-            self._slots.pack_into(self._memory, self._first, *values)
-            block = self._threads, 1, 1
-            attributes = self._attributes, int(overlap)
-            LAUNCH_CONFIG.pack_into(self._config, 0, *grid, *block, self._shared_bytes, stream, *attributes)
-            return self._launch(self._config, self._function, self._parameters, None)
+        self._slots.pack_into(buffers.memory, buffers.first, *values)
+        attributes = self._attributes, int(overlap)
+        sizes = *grid, self._threads, 1, 1, self._shared_bytes
+        LAUNCH_CONFIG.pack_into(buffers.config, 0, *sizes, stream, *attributes)
 
 
 class Parameters:

@@ -79,6 +79,44 @@ def test_a_first_recording_does_not_import_the_compiler_of_torch():
     assert done.returncode == 0, done.stderr
 
 
+class CountedCopy:
+    """Stand-in for a DirectLaunch that counts how its launches came about."""
+
+    def __init__(self):
+        self.direct = self.made = self.repeated = 0
+
+    def __call__(self, *args):
+        self.direct += 1
+        return start_copy(*args)
+
+    def ready(self, *args):
+        self.made += 1
+
+        def start():
+            self.repeated += 1
+            return start_copy(*args)
+
+        return start
+
+
+def test_launches_at_the_same_addresses_are_made_ready_the_second_time(monkeypatch):
+    monkeypatch.setattr(module, "READY", {})
+    start, room = CountedCopy(), torch.empty(64)
+    monkeypatch.setattr(torch, "empty_strided", lambda *args, **kwargs: room)
+    recording = record(lambda x: (copy(x, out := torch.empty(64), start) or out,), draw())
+    start.direct, x, y = 0, draw(), draw()
+    for turn in range(4):
+        for each in (x, y):
+            assert torch.equal(repeat(recording, each)[0], each)
+            each.normal_()  # another tensor of the same address
+        assert (start.direct, start.made, start.repeated) == (2, 2 * min(turn, 1), 2 * turn)
+    assert recording.repeat([x.data_ptr()], 1) and start.direct == 3  # of another stream
+    monkeypatch.setattr(module, "MOST_READY", len(module.READY))
+    repeat(recording, draw())
+    assert len(module.READY) == 1
+    assert record(copy_by_way, draw()).number != recording.number
+
+
 def test_outputs_have_their_strides():
     def transposed(x):
         out = torch.empty_strided((4, 16), (1, 4))
