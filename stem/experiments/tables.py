@@ -42,6 +42,7 @@ SECTIONS = {
     "correctness": correctness.correctness,
     "speed": speed.speed,
     "beyond": speed.beyond,
+    "drop_in": speed.drop_in,
     "quality": long_context.quality,
     "evaluation": long_context.evaluation,
     "training": training.training,

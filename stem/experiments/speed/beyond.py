@@ -1,4 +1,4 @@
-"""Speed beyond one operator: training, q, k and v of a real model, and the first token of a whole model."""
+"""Speed beyond one operator: training, q, k and v of a real model, first token and prefill of whole models."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stem import pretrained
 from stem.experiments.documents import stdlib_documents
-from stem.experiments.speed import candidates, first_token
+from stem.experiments.speed import candidates, drop_in, first_token
 from stem.experiments.speed.bench import run, with_speedups
 from stem.experiments.speed.candidates import CONFIGS, DENSE, SHAPES, Problem, Shape
 from stem.experiments.theory import flow
@@ -65,7 +65,7 @@ def captured_case(
 def beyond_the_operator(
     device: str, profile: str, *, impls: Sequence[str] | None = None, seed: int = 0
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield (label, rows) of training, first token, and a real model's q, k and v; headline measurements come first."""
+    """Yield (label, rows) of training, whole models, and a real model's q, k and v; headline measurements first."""
     common = dict(impls=impls or candidates.default_impls(device), seed=seed)
 
     def train(tokens: int, flex: bool) -> tuple[str, list[dict[str, Any]]]:
@@ -80,6 +80,8 @@ def beyond_the_operator(
     for tokens in first_token.LENGTHS[device, profile]:
         rows = first_token.case(model, tokens, device, configs=configs, seed=seed)
         yield f"time to first token, {tokens:,} tokens", rows
+    del model  # 16 GB on CUDA
+    yield from drop_in.cases(device, profile, seed=seed)
     small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
     text = "\n".join(stdlib_documents().values())[: 8 * CAPTURED_TOKENS[device]]  # more than enough characters
     ids = torch.tensor(tokenizer(text).input_ids[: CAPTURED_TOKENS[device]])[None].to(device)

@@ -25,6 +25,7 @@ BRIEFLY = {  # config -> lengths at which CUDA times attention and the whole ope
     "adaptive": (stem.StemConfig.preset("adaptive"), SHORT),
 }
 GRAPH = "graph "  # prefix of an operation that was replayed from a CUDA graph, at all lengths of SHORT
+PREFILL = "prefill "  # prefix of an operation, before the name of a model, see stem.experiments.speed.drop_in
 PRESETS = ("paper", "released", "hpc_ops", "adaptive")  # configs of the rows that are presets of StemConfig
 DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},

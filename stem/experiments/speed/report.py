@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, number, tokens_label
-from stem.experiments.speed.candidates import BASELINES, GRAPH, PRESETS, SHORT
+from stem.experiments.speed.candidates import BASELINES, GRAPH, PREFILL, PRESETS, SHORT
 
 DENSE_LABELS = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2", "sdpa_cpu": "SDPA"}
 CONFIG_LABELS = {
@@ -139,5 +139,30 @@ def beyond() -> str:
             about = [BEYOND[row["operation"]], tokens_label(row["tokens"]), row["provider"].replace("_", ", ")]
             lines.append([*about, *_against_dense(row, names), number(row["peak_memory_mib"] / 1024)])
         header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "peak memory [GiB]"]
+        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def drop_in() -> str:
+    """For each machine a table: prefill of whole models through stem.hf against the fastest dense back end."""
+    rows = full_rows("speed")
+    if len(rows):
+        rows = rows[rows.operation.str.startswith(PREFILL) & rows.latency_ms.notna()]
+    if rows.empty:
+        return no_rows("04_speed")
+    parts = []
+    for device, part in by_device(rows):
+        configs = [name for name in ("default", *PRESETS) if name in set(part.config)]
+        lines = []
+        for (operation, tokens), group in part.groupby(["operation", "tokens"], sort=False):
+            dense, sparse = group[group.config == "dense"], group[group.config != "dense"]
+            sparse = sparse.set_index("config").reindex(configs)
+            fastest = dense.loc[dense.latency_ms.idxmin()]
+            time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
+            ratios = [number(ratio, "×") for ratio in fastest.latency_ms / sparse.latency_ms]
+            host = number((sparse.host_ms / fastest.host_ms).max(), "×")
+            lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])
+        names = [PRESET_LABELS.get(name) or CONFIG_LABELS[name] for name in configs]
+        header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]
         parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
