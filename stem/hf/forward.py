@@ -100,6 +100,10 @@ def _sparse_prefill(
     layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None
 ) -> Tensor:
     """Stem attention of each sequence by itself, [B, Nq, Hq, value dim]; padding queries give zeros."""
+    if mask is None and q.shape[2] == k.shape[2] and v.shape[3] == q.shape[3]:  # whole prompts, without what follows
+        prompt_length = None if layer.prompt_length is None else max(layer.prompt_length, q.shape[2])
+        with on_device_of(q):
+            return _attend(layer, q, k, v, scale, prompt_length, sinks).transpose(1, 2).contiguous()
     value_dim = v.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
     v = pad(v, (0, q.shape[3] - value_dim)) if value_dim < q.shape[3] else v
     out = None
@@ -177,7 +181,7 @@ def _attend(
     if isinstance(config, StemConfig) and not torch.compiler.is_compiling():
         plan = plan_for(q, k, v, config, scale, impl, prompt_length, return_lse=sinks is not None, return_counts=True)
         out, lse, counts, _ = plan.run(q, k, v)
-        layer.count(q, k, config.block_size, plan.kept_blocks if counts is None else counts)
+        layer.count(q, plan.causal_blocks, plan.kept_blocks if counts is None else counts)
         if sinks is None:
             return out
         check_sinks(sinks, q)
@@ -189,7 +193,7 @@ def _attend(
         selection = config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
         out = block_sparse_attention(q, k, v, selection, scale=scale, impl=impl, sinks=sinks)
     counts = selection.kv_num_blocks.sum((0, 2), keepdim=True, dtype=torch.int64)  # the lists may change later
-    layer.count(q, k, selection.block_size, counts)
+    layer.count(q, selection.causal_pairs, counts)
     return out
 
 

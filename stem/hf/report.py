@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from stem.budget import BlockRows, causal_pairs
+from stem.budget import BlockRows
 from stem.config import StemConfig
 from stem.selection import BlockSelection
 
@@ -62,17 +62,15 @@ class Layer:
         name = "stem" if isinstance(self.config, StemConfig) else "selector"
         return f"{name}; prompts dense because of gaps in their padding: {self.gaps}" if self.gaps else name
 
-    def count(self, q: Tensor, k: Tensor, block_size: int, kept: Tensor | int | None = None) -> None:
-        """Add a call with q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D]; nothing here waits for the device.
+    def count(self, q: Tensor, causal: int, kept: Tensor | int) -> None:
+        """Add a call with q [B, Hq, Nq, D] and `causal` block pairs in each head; nothing here waits for the device.
 
-        `kept` is how many blocks each row keeps, int [B or 1, Hq, rows], or how many pairs one head keeps; default all.
+        `kept` is how many pairs each head keeps, or how many blocks each row keeps, int [B or 1, Hq, rows].
         """
-        rows = BlockRows.of(q.shape[2], k.shape[2], block_size)
-        causal = causal_pairs(rows.stop) - causal_pairs(rows.first)
-        self.heads = q.shape[1]
-        self.causal += q.shape[0] * causal
+        batch, self.heads = q.shape[:2]
+        self.causal += batch * causal
         if not isinstance(kept, Tensor):
-            self.known += q.shape[0] * (causal if kept is None else kept)
+            self.known += batch * kept
             return
         self.counts.append(kept)  # summed later: two launches in every call would cost more than this whole function
         if len(self.counts) * kept.numel() > MOST_COUNTS:
@@ -85,8 +83,10 @@ class Layer:
         self.counts = [self._counted()]
 
     def count_gaps(self, q: Tensor, k: Tensor) -> None:
-        """Add a dense call as one that kept every causal block pair; arguments as in `count`."""
-        self.count(q, k, (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size)
+        """Add a dense call, q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D], as one that kept every causal block pair."""
+        size = (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size
+        every = BlockRows.of(q.shape[2], k.shape[2], size).causal_blocks
+        self.count(q, every, every)
         self.gaps += q.shape[0]
 
     def kept(self) -> Tensor:
