@@ -25,9 +25,13 @@ def stem_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Te
     window = options.get("local_size") or float("inf")
     is_causal = options.get("allow_is_causal_skip", True) and options.get("kv_offset", 0) + kv_length <= window
     if is_causal and q_length > 1 and not torch.compiler.is_compiling():
-        spans = _padding_spans(options.get("attention_mask"), batch_size, int(q_offset), q_length)
+        padding, offset = options.get("attention_mask"), int(q_offset)
+        written = offset + q_length
+        if padding is None or (padding.shape[1] >= written and padding[:, :written].all()):
+            return torch.tensor([0, written, offset]).expand(batch_size, 1, 1, 3) if offset else None
+        spans = _padding_spans(padding[:, :written].int(), offset)
         if spans is not None:
-            return None if (spans == spans.new_tensor([0, q_length, 0])).all() else spans
+            return spans
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
 
 
@@ -149,12 +153,8 @@ def _row_spans(mask: Tensor, first: Tensor, last: Tensor, position: Tensor) -> l
     return [(int(tokens[0]), int(tokens[-1]) + 1, offset, True)]
 
 
-def _padding_spans(mask: Tensor | None, batch_size: int, q_offset: int, q_length: int) -> Tensor | None:
-    """Spans (see stem_mask) of a padding mask bool [B, >= Nk or what is known of it]; None if a row has a gap."""
-    written = q_offset + q_length
-    if mask is None:
-        return torch.tensor([0, written, q_offset]).expand(batch_size, 1, 1, 3)
-    mask = mask[:, :written].int()
+def _padding_spans(mask: Tensor, q_offset: int) -> Tensor | None:
+    """Spans (see stem_mask) of a padding mask, 0 or 1 in int [B, keys so far]; None if a row has a gap."""
     start, stop = mask.argmax(-1), mask.shape[1] - mask.flip(-1).argmax(-1)
     start, stop, tokens = torch.stack([start, stop, mask.sum(-1)]).cpu()
     stop = torch.where(tokens > 0, stop, start)
