@@ -141,6 +141,19 @@ def test_padding_is_looked_at_once_in_a_forward_pass(monkeypatch):
     torch.testing.assert_close(padded[:, 20:], logits(model, ids[:, 20:]), atol=2e-5, rtol=1e-4)
 
 
+def test_a_compiled_model_looks_at_padding_once(monkeypatch):
+    model, ids, looks = build(num_hidden_layers=2), tokens(90, batch=2), []
+    monkeypatch.setattr(hf.forward, "rows_by_span", lambda *args: looks.append(args) or padding.rows_by_span(*args))
+    hf.enable(model, SPARSE)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for passes in (1, 2):
+        found = logits(compiled, ids, attention_mask=mask)
+        assert len(looks) == passes
+    torch.testing.assert_close(found, logits(model, ids, attention_mask=mask))
+
+
 def test_ends_of_packed_sequences_are_looked_at_once(monkeypatch):
     model, ids, looks = build(), tokens(90), []
     monkeypatch.setattr(hf.forward, "packed_mask", lambda *args: looks.append(args) or padding.packed_mask(*args))
