@@ -49,10 +49,10 @@ def cuda_driver() -> ctypes.CDLL | None:
 
 
 class Buffers(NamedTuple):
-    """What the driver reads at a launch."""
+    """Memory that the driver reads at a launch."""
 
     memory: ctypes.Array
-    """All parameters: a slot for every tensor, then the numbers."""
+    """Values of the parameters: a slot for every tensor, then the numbers."""
 
     first: int
     """Offset of the first slot, an aligned address."""

@@ -50,11 +50,6 @@ class BlockRows(NamedTuple):
         blocks = -(-prompt // block_size), blocks_at_least_half_full(prompt, block_size)
         return cls((kv_len - q_len) // block_size, -(-kv_len // block_size), *blocks)
 
-    @property
-    def causal_blocks(self) -> int:
-        """Causal block pairs of these rows in one head."""
-        return causal_pairs(self.stop) - causal_pairs(self.first)
-
     def budget(self, config: StemConfig) -> Tensor:
         """Budget of the whole prompt for the rows up to `stop`: int32 [stop], as `select_blocks` takes it."""
         return block_budget(self.prompt, config)[: self.stop]

@@ -149,11 +149,6 @@ class Plan:
         return f"{call}: {how}{'; repeated calls replay the launches' if self.is_repeatable else ''}."
 
     @cached_property
-    def causal_blocks(self) -> int:
-        """Causal block pairs of one head."""
-        return self.rows.causal_blocks
-
-    @cached_property
     def kept_blocks(self) -> int | None:
         """Kept block pairs of one head, the same for finite q, k and v of any value; None where they decide it."""
         return kept_blocks(self.rows, self.problem.config)

@@ -14,7 +14,7 @@ from stem.attention import block_sparse_attention, stem_attention
 from stem.autocast import autocast_once, is_autocast
 from stem.config import StemConfig
 from stem.hf.padding import as_bool, once, packed_mask, rows_by_span, stem_mask, token_mask
-from stem.hf.report import LAYERS, NAME, Layer
+from stem.hf.report import LAYERS, NAME, Layer, causal_blocks
 from stem.hf.sinks import with_sink_key
 from stem.impl.attend import apply_sinks
 from stem.planning import plan_for
@@ -181,7 +181,7 @@ def _attend(
     if isinstance(config, StemConfig) and not torch.compiler.is_compiling():
         plan = plan_for(q, k, v, config, scale, impl, prompt_length, return_lse=sinks is not None, return_counts=True)
         out, lse, counts, _ = plan.run(q, k, v)
-        layer.count(q, plan.causal_blocks, plan.kept_blocks if counts is None else counts)
+        layer.count(q, causal_blocks(plan.rows), plan.kept_blocks if counts is None else counts)
         if sinks is None:
             return out
         check_sinks(sinks, q)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from stem.budget import BlockRows
+from stem.budget import BlockRows, causal_pairs
 from stem.config import StemConfig
 from stem.selection import BlockSelection
 
@@ -23,6 +24,12 @@ MOST_COUNTS = 1 << 18  # counts of rows that a layer keeps before it sums them: 
 WHAT = "the report of densities, which all ranks read together"
 _HANDLES = count(1)
 LAYERS: WeakValueDictionary[int, Layer] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=4096)
+def causal_blocks(rows: BlockRows) -> int:
+    """Causal block pairs of these query blocks in one head."""
+    return causal_pairs(rows.stop) - causal_pairs(rows.first)
 
 
 @dataclass(eq=False)
@@ -85,7 +92,7 @@ class Layer:
     def count_gaps(self, q: Tensor, k: Tensor) -> None:
         """Add a dense call, q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D], as one that kept every causal block pair."""
         size = (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size
-        every = BlockRows.of(q.shape[2], k.shape[2], size).causal_blocks
+        every = causal_blocks(BlockRows.of(q.shape[2], k.shape[2], size))
         self.count(q, every, every)
         self.gaps += q.shape[0]
 
