@@ -8,7 +8,7 @@ LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(f
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test serve-test lint theory correctness speed training long_context evaluation quality extend tables notebooks lab lab-test clean
+.PHONY: help env reproduce test serve-test lint theory correctness speed training long_context evaluation quality extend serving tables notebooks lab lab-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,7 +31,7 @@ test: $(INSTALLED) ## unit, kernel and repository tests, then the committed note
 
 serve-test: $(INSTALLED) ## install vLLM's CPU build beside the pinned packages and test serving with it
 	$(BIN)/python scripts/install_vllm.py
-	$(BIN)/python -m pytest -q tests/serving
+	$(BIN)/python -m pytest -q tests/serving tests/experiments/serving
 
 lint: $(INSTALLED) ## ruff over code and notebooks
 	$(BIN)/ruff check .
@@ -61,6 +61,9 @@ quality: $(INSTALLED) ## loss that every method costs on documents, and time of 
 
 extend: $(INSTALLED) ## train the embedded model to 32K tokens and compare methods there  [PROFILE=smoke|full]
 	$(LONG_CONTEXT) extension
+
+serving: $(INSTALLED) ## measure vLLM with and without Stem and write results/serving/; needs vLLM, see serve-test  [PROFILE=smoke|full]
+	$(BIN)/python -m stem.experiments.serving --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 tables: $(INSTALLED) ## rewrite the tables and sentences of README.md and results/README.md, and results/figures/
 	$(BIN)/python -m stem.experiments.tables

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
@@ -79,13 +80,17 @@ class Engine:
     def count(self, names: list[str], chunks: list[Chunk], heads: dict[str, int]) -> None:
         """Add the block pairs of these chunks in some layers; where scores decide how many, the layer adds them."""
         self.counts.flush()
+        pairs = {}  # config -> (kept, causal) block pairs of a head
         for position, (name, layer) in enumerate(self.layers.items()):
             if name in names and layer.config:
-                for chunk in chunks:
-                    rows = chunk.block_rows(layer.config)
-                    causal = sum(range(rows.first + 1, rows.stop + 1))
-                    kept = causal if self.is_dense(chunk, layer.config) else kept_blocks(rows, layer.config) or 0
-                    self.counts.pairs[position] += heads[name] * kept, heads[name] * causal
+                if layer.config not in pairs:
+                    pairs[layer.config] = np.sum([self._pairs(chunk, layer.config) for chunk in chunks], 0)
+                self.counts.pairs[position] += heads[name] * pairs[layer.config]
+
+    def _pairs(self, chunk: Chunk, config: StemConfig) -> tuple[int, int]:
+        rows = chunk.block_rows(config)
+        causal = (rows.stop - rows.first) * (rows.first + rows.stop + 1) // 2
+        return causal if self.is_dense(chunk, config) else kept_blocks(rows, config) or 0, causal
 
     def is_dense(self, chunk: Chunk, config: StemConfig) -> bool:
         """Whether vLLM's own attention gives the result, or is asked for by min_tokens."""

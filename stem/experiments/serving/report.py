@@ -1,0 +1,31 @@
+"""Generated table of results/serving: time to the first token, vLLM's own attention and Stem."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from stem.experiments.markdown import by_device, full_rows, markdown_table, number, tokens_label
+
+MISSING = "No full run is committed yet: `python -m stem.experiments.serving --profile full` writes its rows."
+
+
+def serving() -> str:
+    """One table per machine: a line for each prompt, a column for each density, with speed-ups over vLLM."""
+    rows = full_rows("serving")
+    if rows.empty:
+        return MISSING
+    return "\n\n".join(f"**{device}**\n\n{_table(part)}" for device, part in by_device(rows))
+
+
+def _table(rows: pd.DataFrame) -> str:
+    densities = sorted(rows.density[rows.attention == "Stem"].unique(), reverse=True)
+    header = ["prompt", "vLLM", *(f"Stem, density {density:g}" for density in densities)]
+    lines = []
+    for (chunk, requests, tokens), group in rows.groupby(["chunk", "requests", "tokens"]):
+        stock = group.first_token_ms[group.attention == "vLLM"].iloc[0]
+        found = group[group.attention == "Stem"].set_index("density").first_token_ms
+        name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
+        name += f", chunks of {tokens_label(chunk)}" if chunk else ""
+        cells = [f"{number(found[x], ' ms')} ({stock / found[x]:.2f}x)" if x in found else "–" for x in densities]
+        lines.append([name, number(stock, " ms"), *cells])
+    return markdown_table(header, lines)

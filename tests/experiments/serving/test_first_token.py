@@ -1,0 +1,23 @@
+"""Engines of the serving experiment on a small random model; vLLM and Stem give rows with the same columns."""
+
+import serving_engine as tools  # skips without vLLM
+
+from stem.experiments.serving import first_token
+from stem.experiments.serving.engines import answer, engine
+
+
+def test_rows_and_tokens_of_both_attentions(tmp_path):
+    from tiny_models import build
+
+    sizes = dict(hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, vocab_size=tools.VOCABULARY)
+    build("Llama", **sizes, eos_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
+    ids, found, tokens = tools.prompt(600), [], []
+    for settings in (None, tools.SETTINGS, {**tools.SETTINGS, "density": 1.0}):
+        with engine(str(tmp_path), settings, 600, 256, dtype="float32") as llm:
+            found.append(first_token._row(llm, settings, 256, [ids, ids]))
+            tokens.append(answer(llm, [ids], 4)[0])
+    assert [row["attention"] for row in found] == ["vLLM", "Stem", "Stem"]
+    assert all((row["chunk"], row["tokens"], row["requests"]) == (256, 600, 2) for row in found)
+    assert [round(row["realised"], 1) for row in found] == [1.0, 0.3, 1.0]
+    assert all(row["first_token_ms"] > 0 for row in found)
+    assert tokens[0] == tokens[2] != tokens[1]
