@@ -56,13 +56,13 @@ def expected(model, prompts, tokens=1, methods=None):
     for ids in prompts:
         if methods:
             hf.enable(model, methods)
-        out = model(torch.tensor([ids]), use_cache=True)
-        rows = [out.logits[0, -1].log_softmax(-1)]
+        out = model(torch.tensor([ids], device=model.device), use_cache=True)
+        rows = [out.logits[0, -1].float().log_softmax(-1)]
         while len(rows) < tokens:
             out = model(rows[-1].argmax().view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-            rows.append(out.logits[0, -1].log_softmax(-1))
+            rows.append(out.logits[0, -1].float().log_softmax(-1))
         hf.disable(model)
-        found.append(torch.stack(rows))
+        found.append(torch.stack(rows).cpu())
     return found
 
 

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+CPU_ENGINE = ("test_engine.py", "test_plugin.py", "test_server.py")
+collect_ignore = CPU_ENGINE if torch.cuda.is_available() else ()
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +37,7 @@ def model(tools):
     return model
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session", autouse=not torch.cuda.is_available())
 def server(tools, model):
     """Address of a server with three requests at a time; it starts while other tests run."""
     with socket.socket() as free:

@@ -132,6 +132,11 @@ def test_every_layer_gets_its_config_or_a_reason():
         settings.sparse_layers(vllm_config(SETTINGS, layers=1), {"layers.0": layer(sliding_window=64)})
 
 
+def test_pages_must_hold_whole_blocks():
+    with pytest.raises(ValueError, match="blocks of 128 tokens, got pages of 16: add --block-size 128"):
+        settings.sparse_layers(vllm_config({"density": 0.5}, page=16), {"layers.0": layer(), "layers.1": layer()})
+
+
 def test_every_option_of_stem_evaluate():
     configs = settings.configs_by_layer(
         {"preset": "paper", "decay": 0.5, "layers": {"1": {"density": 0.5}, "-1": None}, "dense_layers": 1}, 4
