@@ -10,6 +10,7 @@ import re
 from stem.experiments import records, scoreboard
 from stem.experiments.correctness import report as correctness
 from stem.experiments.long_context import report as long_context
+from stem.experiments.serving import report as serving
 from stem.experiments.speed import report as speed
 from stem.experiments.training import report as training
 
@@ -46,6 +47,7 @@ SECTIONS = {
     "quality": long_context.quality,
     "evaluation": long_context.evaluation,
     "training": training.training,
+    "serving": serving.serving,
 }
 FILES = {"README.md": ("headline", "scoreboard"), "results/README.md": tuple(SECTIONS)}  # file -> its sections
 

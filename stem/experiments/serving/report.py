@@ -6,7 +6,7 @@ import pandas as pd
 
 from stem.experiments.markdown import by_device, full_rows, markdown_table, number, tokens_label
 
-MISSING = "No full run is committed yet: `python -m stem.experiments.serving --profile full` writes its rows."
+MISSING = "No full run is committed yet: `make serving PROFILE=full` on a GPU with vLLM writes its rows."
 
 
 def serving() -> str:

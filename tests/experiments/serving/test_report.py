@@ -27,4 +27,4 @@ def test_the_table_has_a_line_for_each_prompt(monkeypatch):
 
 def test_without_rows_the_command_is_named(monkeypatch):
     monkeypatch.setattr(report, "full_rows", lambda name: rows())
-    assert "stem.experiments.serving --profile full" in report.serving()
+    assert "make serving PROFILE=full" in report.serving()
