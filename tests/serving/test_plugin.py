@@ -15,7 +15,6 @@ import stem
 import stem.vllm
 from stem.vllm import settings
 from stem.vllm.cpu import gather_packed
-from stem.vllm.pages import gather
 
 PAGE = 128
 
@@ -74,18 +73,6 @@ def test_rows_are_read_from_packed_pages(dtype, isa, head_dim):
     halves = cache.view(8, 2, 2 * PAGE, head_dim).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(k, v, *halves, slots, isa)
     for found, wanted in zip(gather_packed(cache, pages, 290, isa), (k, v), strict=True):
-        assert torch.equal(found, wanted[None, :290].transpose(1, 2))
-
-
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_rows_are_read_from_pages_of_a_gpu(layout):
-    pages, tokens, head_dim = torch.tensor([3, 1, 6]), 300, 32
-    k, v = torch.randn(2, tokens, 2, head_dim)
-    shape = (8, PAGE, 2, 2 * head_dim) if layout == "NHD" else (8, 2, PAGE, 2 * head_dim)
-    cache = torch.zeros(shape).transpose(1, 2) if layout == "NHD" else torch.zeros(shape)
-    for position in range(tokens):
-        cache[pages[position // PAGE], :, position % PAGE] = torch.cat([k[position], v[position]], -1)
-    for found, wanted in zip(gather(cache, pages, 290), (k, v), strict=True):
         assert torch.equal(found, wanted[None, :290].transpose(1, 2))
 
 
