@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from stem.autocast import autocast_once, is_autocast
-from stem.config import StemConfig
+from stem.config import CHOICES, StemConfig
 from stem.impl.attend import apply_sinks, attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.planning import plan_for
 from stem.selection import BlockSelection, fit_selection
 from stem.transforms import is_transformed, refuse_transforms
-from stem.validation import check_qkv, check_scale, check_sinks
+from stem.validation import check_choice, check_qkv, check_scale, check_sinks
 
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 
@@ -79,8 +81,9 @@ def block_sparse_attention(
     return_lse: bool = False,
     *,
     sinks: Tensor | None = None,
+    dropped: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact causal softmax attention over the kept blocks only.
+    """Exact causal softmax attention over the kept blocks, and over means of the dropped ones if asked to.
 
     Args:
         q, k, v, scale, sinks: As in stem_attention.
@@ -91,6 +94,7 @@ def block_sparse_attention(
             stem.kernels. "hopper": a forward pass for sm_90, fp16 or bf16, D 64 or 128, block_size 128; "triton"'s
             backward. "flex": torch's FlexAttention, unfused on the CPU.
         return_lse: Also return the natural log-sum-exp, fp32 (fp64 for fp64 inputs) [B, Hq, Nq].
+        dropped: "skip", "mean" or "cells", see StemConfig; None takes selection.dropped.
     Returns:
         [B, Hq, Nq, D] like q. A row without blocks gives 0. Differentiable; twice with "torch", "reference" and, on the
         CPU, "flex". torch.func.grad, torch.func.jvp and forward-mode AD need "torch" (then the default) or "reference".
@@ -100,6 +104,9 @@ def block_sparse_attention(
     """
     check_qkv(q, k, v)
     selection = fit_selection(selection, q, k)
+    if dropped is not None:
+        check_choice("dropped", dropped, CHOICES["dropped"])
+        selection = replace(selection, dropped=dropped)
     scale = check_scale(scale, q.shape[-1])
     if torch.compiler.is_compiling():
         from stem.compiled import traced_block_attention

@@ -12,6 +12,7 @@ from torch.library import custom_op
 from stem.config import StemConfig, check_config
 from stem.impl import operators
 from stem.impl.coverage import IMPLS
+from stem.impl.stand_ins import kernel_stand_ins, with_stand_ins
 from stem.planning import CHOOSE_IMPL, select
 from stem.selection import BlockSelection
 from stem.validation import check_impl, check_prompt_length, check_qkv, check_scale
@@ -33,7 +34,7 @@ def traced_attention(
     scale = check_scale(scale, q.shape[-1])
     choose_impl = CHOOSE_IMPL[check_impl(impl, IMPLS, q.device, q.dtype)]
     lists = select_op(q, k, v, config.as_json, scale, choose_impl or "", prompt_length)
-    selection = BlockSelection(*lists, config.block_size, lists[0].shape[3], q.shape[2], k.shape[2])
+    selection = BlockSelection(*lists, config.block_size, lists[0].shape[3], q.shape[2], k.shape[2], config.dropped)
     return *traced_block_attention(q, k, v, selection, scale, impl), selection
 
 
@@ -45,7 +46,10 @@ def traced_block_attention(
         from stem.impl.attend import attend
 
         return attend(q, k, v, selection, scale, impl, needs_grad=True)
-    return operators.attend(q, k, v, selection, scale, impl)
+    out, lse = operators.attend(q, k, v, selection, scale, impl)
+    if check_impl(impl, IMPLS, q.device, q.dtype) == "torch":
+        return with_stand_ins(out, lse, q, k, v, selection, scale)
+    return kernel_stand_ins(out, lse, q, k, v, selection, scale, needs_grad=True)
 
 
 @custom_op("stem::select_blocks", mutates_args=())

@@ -15,7 +15,7 @@ BlockSize = Literal[16, 32, 64, 128]
 
 SECTIONS = {
     "grid": ("block_size",),
-    "budget": ("density", "k_start", "k_start_regimes", "min_blocks", "allocation", "threshold"),
+    "budget": ("density", "k_start", "k_start_regimes", "min_blocks", "allocation", "threshold", "dropped"),
     "decay": ("decay", "decay_from"),
     "always kept": (
         "sink_blocks", "local_blocks", "forced", "dense_first_blocks", "dense_last_blocks", "dense_up_to",
@@ -90,6 +90,9 @@ class StemConfig:
         min_blocks: Lower bound of k_start, 54 in the paper. A binding bound exceeds `density` [blocks].
         allocation: "position_decay" (Eq. 3), "uniform" (the same with decay=1) or "adaptive" (threshold, no budget).
         threshold: With "adaptive", a block is kept if its share of its row's mass exceeds this, in (0, 1].
+        dropped: "skip" ignores dropped blocks; "mean" keeps a token of mean key, mean value and logit + ln(block_size)
+            for each one before the diagonal, "cells" one for every 16 tokens (FlashPrefill V2, arXiv 2608.19758). They
+            cost 1 / block_size or 1 / 16 of dense attention; densities do not count them.
     Decay
         decay: k_end / k_start, mu in Eq. 3, in (0, 1]; 1 keeps the budget constant.
         decay_from: Row in which the decay starts: "first_row" (Eq. 3) or row "k_start" (AngelSlim, hpc-ops).
@@ -139,6 +142,7 @@ class StemConfig:
     exact_last_blocks: int = 0
     allocation: Literal["position_decay", "uniform", "adaptive"] = "position_decay"
     threshold: float | None = None
+    dropped: Literal["skip", "mean", "cells"] = "skip"
 
     def __post_init__(self) -> None:
         for name, accepted in CHOICES.items():

@@ -17,6 +17,7 @@ from stem.config import StemConfig, check_config
 from stem.impl.attend import attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
+from stem.impl.stand_ins import kernel_stand_ins
 from stem.selection import BlockSelection
 from stem.transforms import is_transformed, refuse_transforms
 from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale
@@ -144,6 +145,8 @@ class Plan:
         if self.path == "overlap":
             first = f"the first {full_rows(self.rows, p.config)} rows, which keep every block"
             how += f", beginning with {first}, while the other rows' blocks are chosen"
+        if p.config.dropped != "skip" and not keeps_every_block(self.rows, p.config):
+            how += "; dropped blocks stand in by means"
         if p.needs_grad and self.impl in ("triton", "hopper"):
             how += " through an operator that holds the backward pass"
         return f"{call}: {how}{'; repeated calls replay the launches' if self.is_repeatable else ''}."
@@ -210,6 +213,7 @@ class Plan:
             start = prepare(q, k, v, p.scale)  # may launch kernels of its own, so it comes first
             selection, full = self.choose(q, k, v), full_rows(self.rows, p.config)  # full rows need no list
             out, lse = start(selection.kv_indices, selection.kv_num_blocks, full)
+            out, lse = kernel_stand_ins(out, lse, q, k, v, selection, p.scale, needs_grad=False)
         else:
             selection = self.choose(q, k, v)
             out, lse = attend(q, k, v, selection, p.scale, self.impl, p.needs_grad)
@@ -220,7 +224,7 @@ class Plan:
 
     def _selection(self, lists: tuple[Tensor, Tensor]) -> BlockSelection:
         p = self.problem
-        return BlockSelection(*lists, p.config.block_size, self.rows.stop, p.q_len, p.kv_len)
+        return BlockSelection(*lists, p.config.block_size, self.rows.stop, p.q_len, p.kv_len, p.config.dropped)
 
 
 def plan_for(

@@ -11,6 +11,8 @@ from stem.cells import mask_future
 from stem.config import StemConfig, check_config
 from stem.validation import check_impl
 
+CELL = 16  # tokens that one stand-in stands for with dropped="cells"
+
 
 @dataclass(frozen=True, eq=False)
 class BlockSelection:
@@ -24,6 +26,7 @@ class BlockSelection:
         kv_num_blocks: int32 [B, Hq, nq], how many entries of kv_indices count.
         block_size, num_kv_blocks: Tokens per block; key blocks nk.
         q_len, kv_len: Query and key tokens; queries are the last q_len positions.
+        dropped: Whether dropped blocks are ignored or stand in by means, see StemConfig. Counts are of kept blocks.
     """
 
     kv_indices: Tensor
@@ -32,6 +35,7 @@ class BlockSelection:
     num_kv_blocks: int
     q_len: int
     kv_len: int
+    dropped: str = "skip"
 
     @classmethod
     def from_mask(cls, block_mask: Tensor, block_size: int, *, q_len: int | None = None, kv_len: int | None = None):
@@ -88,6 +92,11 @@ class BlockSelection:
         """Kept over causal block pairs of all rows, heads and batch entries, in (0, 1]; NaN for an empty batch."""
         causal = self.kv_num_blocks.shape[0] * self.kv_num_blocks.shape[1] * self.causal_pairs
         return float(self.kv_num_blocks.sum(dtype=torch.int64)) / causal if causal else float("nan")
+
+    @property
+    def stand_in_tokens(self) -> int:
+        """Tokens of a dropped block that one stand-in stands for; 0 without stand-ins."""
+        return {"skip": 0, "mean": self.block_size, "cells": CELL}[self.dropped]
 
     @property
     def causal_pairs(self) -> int:
@@ -159,7 +168,7 @@ def select_blocks(
         else:
             width = min(nk, int(rows.max()) + config.always_kept.added)
             lists = block_select.select_topk(scores, rows.to(scores.device), *config.always_kept, width)
-        return BlockSelection(*lists, config.block_size, nk, q_len, kv_len)
+        return BlockSelection(*lists, config.block_size, nk, q_len, kv_len, config.dropped)
     priority = _forced_priority(nq, nk, config, scores.device)
     forced = priority < 0
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -174,7 +183,8 @@ def select_blocks(
         kept = rank < rows[:, None].to(scores.device)
         if on_top:
             kept = kept | forced
-    return BlockSelection.from_mask(kept.tril(nk - nq), config.block_size, q_len=q_len, kv_len=kv_len)
+    selection = BlockSelection.from_mask(kept.tril(nk - nq), config.block_size, q_len=q_len, kv_len=kv_len)
+    return replace(selection, dropped=config.dropped)
 
 
 def _rank(x: Tensor) -> Tensor:

@@ -193,6 +193,30 @@ def attention(q, k, v, allowed, scale=None):
     return (weights / total.clamp_min(1e-300)) @ v, (total.log() + largest).squeeze(-1)
 
 
+def attention_with_stand_ins(q, k, v, block_mask, block, tokens, scale=None):
+    """Return attention to the kept blocks and to a mean for every `tokens` tokens of dropped blocks, and its lse.
+
+    Dropped blocks are those before the diagonal that block_mask [B, Hq, nq, nk] does not keep. A mean's logit is raised
+    by ln(tokens). The result is float64 and differentiable; rows without any key give 0 and -inf.
+    """
+    (q_len, heads), kv_len, nk = (q.shape[2], q.shape[1]), k.shape[2], block_mask.shape[3]
+    first, allowed = (kv_len - q_len) // block, token_mask(block_mask, block, q_len, kv_len)
+    q, k, v = q.double(), repeat_heads(k, heads).double(), repeat_heads(v, heads).double()
+    keys, values, visible = [k], [v], [allowed]
+    for start in range(0, (nk - 1) * block, tokens):
+        keys.append(k[:, :, start : start + tokens].mean(2, keepdim=True))
+        values.append(v[:, :, start : start + tokens].mean(2, keepdim=True))
+        block_of = torch.arange(kv_len - q_len, kv_len) // block
+        dropped = ~block_mask[:, :, block_of - first, start // block] & (start // block < block_of)
+        visible.append(dropped[..., None])
+    keys, values, visible = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(visible, 3)
+    logits = q @ keys.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    logits[..., kv_len:] += math.log(tokens)
+    weights = torch.where(visible, logits, -math.inf).clamp_min(-1e300).exp() * visible
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total.clamp_min(1e-300)) @ values, total.log().squeeze(-1)
+
+
 def causal(q_len, kv_len):
     """Return the token mask of dense causal attention: bool [q_len, kv_len]."""
     return torch.arange(kv_len) <= torch.arange(kv_len - q_len, kv_len)[:, None]

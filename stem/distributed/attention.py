@@ -79,6 +79,8 @@ def stem_attention(
     """
     config = DEFAULT if config is None else config
     check_config(config)
+    if config.dropped != "skip":
+        raise ValueError(f"config must have dropped='skip' where GPUs share a prompt, got {config.dropped!r}")
     peers = Peers.of(mesh, timeout)
     wrap = None
     if isinstance(q, DTensor):

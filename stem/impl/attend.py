@@ -8,6 +8,7 @@ from torch import Tensor
 from stem.impl.coverage import sparse_kernel
 from stem.impl.flex import flex_attention
 from stem.impl.gather import gather_attention
+from stem.impl.stand_ins import explicit_columns, kernel_stand_ins, with_stand_ins
 from stem.reference import masked_attention
 from stem.selection import BlockSelection
 from stem.transforms import is_transformed, refuse_transforms
@@ -36,14 +37,16 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over the kept blocks by a resolved implementation."""
     if impl == "reference":
-        return masked_attention(q, k, v, selection.to_token_mask(), scale, return_lse=True)
-    if impl == "torch":
-        return gather_attention(q, k, v, selection, scale)
-    if impl == "flex":
-        return flex_attention(q, k, v, selection, scale)
+        return masked_attention(q, *explicit_columns(k, v, selection), scale, return_lse=True)
+    if impl in ("torch", "flex"):
+        attention = gather_attention if impl == "torch" else flex_attention
+        return with_stand_ins(*attention(q, k, v, selection, scale), q, k, v, selection, scale)
     if needs_grad:  # the operators hold the backward pass and cost the host some tens of us
         from stem.impl import operators
 
         refuse_transforms(None, q, k, v)  # operators would drop the tangent of forward-mode AD
-        return operators.attend(q, k, v, selection, scale, impl)
-    return sparse_kernel(impl)(q, k, v, selection.kv_indices, selection.kv_num_blocks, selection.block_size, scale)
+        out, lse = operators.attend(q, k, v, selection, scale, impl)
+    else:
+        lists = selection.kv_indices, selection.kv_num_blocks
+        out, lse = sparse_kernel(impl)(q, k, v, *lists, selection.block_size, scale)
+    return kernel_stand_ins(out, lse, q, k, v, selection, scale, needs_grad)

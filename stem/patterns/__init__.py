@@ -39,6 +39,7 @@ In the docstrings row i is a query block, j a key block, and i - j = 0 the diago
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def select(
     Args:
         name: One of `names()`.
         q, k, v: See stem.stem_attention. An empty batch gives an empty selection.
-        config: Block size and density (default StemConfig()). Methods that read other fields say so.
+        config: Block size, density and `dropped` (default StemConfig()). Methods that read other fields say so.
         native: The method's own parameters, see `keywords`. They win over the config.
     Raises:
         ValueError, TypeError: If a name, keyword, value or tensor is not accepted, or if `allocation="adaptive"` is
@@ -128,4 +129,4 @@ def select(
     check_config(config)
     if not q.shape[0]:
         name, native = "dense", {}
-    return _SELECT[name](Prompt(q, k, v, config), **native)
+    return replace(_SELECT[name](Prompt(q, k, v, config), **native), dropped=config.dropped)

@@ -1,6 +1,7 @@
 """BLASST, or skip-softmax (arXiv 2512.12087): blocks far below the running maximum of all their queries are skipped."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def skip_negligible(
     selection = fit_selection(selection, q, k)
     levels = _levels(q, k, selection, check_scale(scale, q.shape[-1]))
     kept = (levels >= (math.log(skip_threshold) if skip_threshold else -math.inf)) & selection.to_mask()
-    return BlockSelection.from_mask(kept, selection.block_size, q_len=q.shape[2], kv_len=k.shape[2])
+    narrower = BlockSelection.from_mask(kept, selection.block_size, q_len=q.shape[2], kv_len=k.shape[2])
+    return replace(narrower, dropped=selection.dropped)
 
 
 def _levels(q: Tensor, k: Tensor, selection: BlockSelection, scale: float) -> Tensor:

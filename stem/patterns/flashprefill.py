@@ -48,7 +48,7 @@ def select_v2(
     The energy of a block pair is the sum over its queries of exp(q . mean k / sqrt(d) - m), with m the query's largest
     logit, so that every query counts alike. First blocks, a window and dense last rows are always kept and are the
     least density: 0.31 at 64 blocks, 0.17 at 128. The last rows are those of q, as in `select`. In the paper dropped
-    blocks stand in by their means, as with `dropped="mean"` in stem.block_sparse_attention.
+    blocks stand in by their means: give a config with `dropped="mean"`.
 
     Args:
         alpha: Share of the row's largest energy, in [0, 1], 0.1 in the paper. None solves it as in `select`.

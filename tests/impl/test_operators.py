@@ -49,10 +49,22 @@ def test_operators_pass_the_checks_of_torch(impl):
         q, k, v = (x.detach() for x in qkv)
         out, lse = operators.attention_op(q, k, v, *lists, 16, 0.25, impl)
         torch.library.opcheck(
-            operators.attention_backward_op, (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl), test_utils=CHECKS
+            operators.attention_backward_op,
+            (q, k, v, out, lse, out, lse, *lists, 16, 0.25, impl),
+            test_utils=CHECKS,
         )
         for prompt_length in (None, 500):
             torch.library.opcheck(select_op, (q, k, v, CONFIG.as_json, 0.25, impl, prompt_length))
+
+
+def test_the_operator_of_stand_ins_passes_the_checks_of_torch():
+    from stem.kernels.stand_ins import stand_ins_op
+
+    qkv = draw()
+    selection = select(qkv)
+    out, lse = stem.block_sparse_attention(*(x.detach() for x in qkv), selection, return_lse=True, impl="torch")
+    arguments = (out.requires_grad_(), lse.requires_grad_(), *qkv, selection.kv_indices, selection.kv_num_blocks)
+    torch.library.opcheck(stand_ins_op, (*arguments, 16, 16, 0.25))
 
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -76,11 +88,12 @@ def test_the_fake_operators_promise_the_strides_of_the_real_ones(layout, impl):
     torch.library.opcheck(operators.attention_backward_op, arguments, test_utils="test_faketensor")
 
 
+@pytest.mark.parametrize("dropped", ["skip", "mean"])
 @pytest.mark.parametrize("impl", [None, *IMPLS])
-def test_compiled_attention_gives_what_eager_gives(impl):
-    qkv = draw()
-    eager = results(stem.stem_attention, qkv, config=CONFIG, impl=impl)
-    found = results(compiled(stem.stem_attention), qkv, config=CONFIG, impl=impl)
+def test_compiled_attention_gives_what_eager_gives(impl, dropped):
+    qkv, config = draw(), CONFIG.replace(dropped=dropped)
+    eager = results(stem.stem_attention, qkv, config=config, impl=impl)
+    found = results(compiled(stem.stem_attention), qkv, config=config, impl=impl)
     for one, other in zip(found, eager, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -16,6 +16,7 @@ SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
 POINTERS = {
     "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32", "flags_ptr": "i32",
     "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32",
+    "k_means_ptr": "x", "v_means_ptr": "x", "dropped_ptr": "i8",
     "features_ptr": "x", "q_features_ptr": "x", "k_features_ptr": "x",
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
 
@@ -115,7 +116,23 @@ def cases():
             f"select_topk {on_top}",
             (block_select.select_topk_kernel, "fp32", row, 8192 // block_select.KEYS_PER_WARP),
         )
+    yield from stand_in_cases()
     yield from cell_cases()
+
+
+def stand_in_cases():
+    """Arguments of compile_for_sm90 for the kernels of stand-ins."""
+    from stem.kernels import common, stand_ins
+
+    yield "dropped", (stand_ins.dropped_kernel, "bf16", dict(FLAGS=stand_ins.FLAGS))
+    for dtype, head_dim, tma in ((torch.bfloat16, 128, True), (torch.float16, 64, False), (torch.float32, 128, False)):
+        operands = common.operand_dtype(dtype)
+        dims = dict(HEAD_DIM=head_dim, BLOCK_D=head_dim, TOKENS=128)
+        yield f"means {dtype}", (stand_ins.means_kernel, operands.name, dims)
+        tiles = stand_ins.tile_sizes(head_dim, 128, dtype)
+        options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
+        constants = dims | tiles | dict(BLOCK_SIZE=128, LOG2_TOKENS=7.0, DTYPE=operands, TMA=tma)
+        yield f"stand_ins {dtype}", (stand_ins.stand_ins_kernel, operands.name, constants, *options)
 
 
 def cell_cases():
@@ -167,7 +184,7 @@ def test_kernels_compile_for_sm90(tmp_path):
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     shared = json.loads(process.stdout)
-    assert len(shared) == 58
+    assert len(shared) == 65
     too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
     assert not too_large
 
