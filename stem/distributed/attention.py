@@ -208,7 +208,7 @@ class _Call:
         found = self.peers.to_host(found, what)
         named, kept = found.split([named.numel(), kept.nbytes], 1)
         named = named.unflatten(1, (p.batch * p.kv_heads, num_blocks)).numpy().astype(bool)
-        return named, kept.contiguous().view(torch.int64).sum(0)
+        return named, kept.flatten().clone().view(torch.int64).view(self.peers.world_size, -1).sum(0)
 
     def _attended(
         self, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, shard: shards.Shard

@@ -154,18 +154,16 @@ class Peers:
 
     def _missing(self) -> list[int]:
         """Global ranks that do not say within PATIENCE that they are waiting, too."""
-        keys = {rank: f"{self.name}/waiting/{rank}" for rank in self.ranks}
+        keys, missing = {rank: f"{self.name}/waiting/{rank}" for rank in self.ranks}, [0]
         try:
             store = dist.distributed_c10d._get_default_store()
             store.set(keys[self.ranks[self.rank]], "1")
             deadline = time.monotonic() + PATIENCE
-            while missing := [rank for rank in keys if not store.check([keys[rank]])]:
-                if time.monotonic() > deadline:
-                    break
+            while (missing := [r for r in keys if not store.check([keys[r]])]) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            return missing
         except RuntimeError:  # the process that holds the store has ended: rank 0, unless a launcher holds it
-            return [0]
+            pass
+        return missing
 
 
 def _bytes(x: Tensor) -> Tensor:
