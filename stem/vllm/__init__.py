@@ -7,7 +7,8 @@ r"""Stem's sparse prefill in vLLM, as a plug-in: nothing in vLLM is edited.
 The same options go to `vllm.LLM(...)`. vLLM loads the plug-in in every process through the entry point group
 `vllm.general_plugins`; the environment variable VLLM_PLUGINS="" turns it off. On a CPU, where vLLM ignores the choice
 of a back end, the settings alone enable it. `stem.vllm.density()` tells what was computed, and so do the metrics
-`stem:prefill_density`, `stem:kept_block_pairs` and `stem:causal_block_pairs` of the server's /metrics endpoint.
+`stem:prefill_density`, `stem:kept_block_pairs` and `stem:causal_block_pairs` of the server's /metrics endpoint (not
+with several API servers, --api-server-count).
 
 Settings, the dict "stem" in additional_config:
     the fields of `stem.StemConfig`, and preset, a name for `StemConfig.preset`.
@@ -19,13 +20,17 @@ Prompts are sparse; decode, and rows that keep every block, run in vLLM's own at
 window, attention sinks, ALiBi, soft-capped scores, an FP8 cache, no causal mask, or more than 256 dimensions a head; a
 log line names them. A model without any sparse layer, speculative decoding and context parallelism raise ValueError.
 
-Chunks of a prompt give the result of the whole prompt if they end between blocks. vLLM ends chunks anywhere, so use
+Chunks of a prompt give the result of the whole prompt if they end between blocks and the value term is not z-scored (as
+in the presets "angelslim" and "hpc_ops"). vLLM ends chunks anywhere, so use
 `AlignedScheduler`. Without it, the rows of a cut block are selected in two parts; a warning says so.
 
 A prefix that vLLM finds in its cache holds what its first request computed. The blocks that a row keeps depend on the
-length of the whole prompt, so the same prefix of a longer prompt, or of a request with min_tokens, would have been
-computed a little differently. The same prompt again gives the same answer. `--no-enable-prefix-caching` makes every
+length of the whole prompt, so the same prefix of a longer prompt, or of one below min_tokens, would have been computed
+a little differently. The same prompt again gives the same answer. `--no-enable-prefix-caching` makes every
 answer independent of earlier requests.
+
+On an NVIDIA GPU of sm_90, kernels read vLLM's pages where the block and the page have 128 tokens, and scores are means
+(every preset but "adaptive"). Elsewhere a request's keys and values are copied from its pages in each layer.
 
 vLLM does not hand the length of the whole prompt to attention (vLLM's pull request #39745 would); see prompts.py.
 """
@@ -34,15 +39,15 @@ from __future__ import annotations
 
 from stem.vllm.report import Report, density
 
-__all__ = ["TESTED", "AlignedScheduler", "Report", "density", "register"]
+__all__ = ["SUPPORTED", "AlignedScheduler", "Report", "density", "register"]
 
-TESTED = ("0.26.0", "0.32.0")  # the oldest and the newest version of vLLM that this package was run with
+SUPPORTED = ("0.26.0", "0.32.0")  # vLLM; the CPU build of 0.32.0 is tested, no CUDA build yet
 
 
 def register() -> None:
     """Make Stem known to the vLLM of this process; vLLM calls it. May be called again.
 
-    Raises RuntimeError if the version of vLLM is outside the tested range.
+    Raises RuntimeError if the version of vLLM is outside the supported range.
     """
     import vllm
     from packaging.version import InvalidVersion, Version
@@ -51,9 +56,9 @@ def register() -> None:
         release = Version(vllm.__version__).release[:2]
     except InvalidVersion:
         release = ()
-    if not Version(TESTED[0]).release[:2] <= release <= Version(TESTED[1]).release[:2]:
+    if not Version(SUPPORTED[0]).release[:2] <= release <= Version(SUPPORTED[1]).release[:2]:
         raise RuntimeError(
-            f"stem.vllm is tested with vLLM {TESTED[0]} to {TESTED[1]}, found vLLM {vllm.__version__}: install one of "
+            f"stem.vllm supports vLLM {SUPPORTED[0]} to {SUPPORTED[1]}, found vLLM {vllm.__version__}: install one of "
             'these, or set VLLM_PLUGINS="" to run vLLM without Stem'
         )
     from vllm.platforms import current_platform
