@@ -316,6 +316,7 @@ def bad_arguments(rank, mesh):
     refused(ValueError, "tokens that the layout gives rank", q[:, :, 1:], k, v, PLAIN)
     refused(TypeError, "config must be a StemConfig", q, k, v, 0.5)
     refused(TypeError, "mesh must be a DeviceMesh of one dimension", q, k, v, PLAIN, mesh=None)
+    refused(ValueError, "dropped='skip'", q, k, v, PLAIN.replace(dropped="mean"))
     refused(ValueError, "timeout must be positive", q, k, v, PLAIN, timeout=0)
     refused(ValueError, "q must be finite", q * float("nan"), k, v, PLAIN)
     refused(ValueError, "impl must be", q, k, v, PLAIN, impl="fast")
