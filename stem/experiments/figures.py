@@ -22,6 +22,7 @@ from stem.selection import BlockSelection
 PALETTE = sns.color_palette("colorblind").as_hex()
 COLOURS = {  # one colour for each method in all notebooks
     **dict.fromkeys(("dense", "sdpa_cudnn", "dense, SDPA cuDNN"), "0.35"),
+    **{"fa3": "0.1", "fa4": "0.5", "fa3_fp8": "0.8"},
     **dict.fromkeys(("sdpa_flash", "sdpa_cpu", "random", "random blocks"), "0.65"),
     **dict.fromkeys(("stem", "stem_hopper", "+ output-aware metric", "tuned with Stem"), PALETTE[0]),
     **dict.fromkeys(("uniform_topk", "uniform", "stem_triton", "a budget per row"), PALETTE[9]),
@@ -32,6 +33,7 @@ COLOURS = {  # one colour for each method in all notebooks
     **dict.fromkeys(("+ position decay", "paper"), "#08519c"),
     **dict.fromkeys(("xattention", "softmax before the sum"), PALETTE[1]),
     **dict.fromkeys(("vertical_slash", "flex"), PALETTE[2]),
+    **{"fa4_sparse": PALETTE[6], "flex_flash": PALETTE[8]},
     "flexprefill": PALETTE[4],
     "flashprefill": PALETTE[5],
     "flashprefill_v2": "#6b3f1d",

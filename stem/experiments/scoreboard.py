@@ -4,7 +4,7 @@ import pandas as pd
 
 from stem import StemConfig, block_budget
 from stem.experiments.markdown import full_rows, markdown_table, number, tokens_label
-from stem.experiments.speed.report import DENSE_LABELS
+from stem.experiments.speed.report import DENSE_LABELS, best_ratio
 from stem.experiments.theory import paper
 
 LONGEST = 2**17  # tokens of the headline numbers and of the paper's Figure 1
@@ -137,11 +137,11 @@ def _latency() -> tuple[str, str]:
 
 
 def _time(name: str, operation: str, config: str, told: str, section: str) -> str:
-    """A speed-up over the faster dense back end, with both times, density and machine."""
+    """A speed-up over the fastest dense back end, with both times, density and machine."""
     row = _fastest(operation, config)
     if row is None:
         return f"**{name}**: {WRITES['speed']}."
-    ratio, dense = min((row[f"speedup_vs_{other}"], other) for other in DENSE)
+    ratio, dense = best_ratio(row)
     times = f"{number(ratio * row.latency_ms)} → {number(row.latency_ms)} ms"
     return (
         f"**{name}: {ratio:.1f}× over {DENSE_LABELS[dense]} ({times})** at {tokens_label(row.tokens)} tokens and "

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from stem import metrics
-from stem.experiments.speed import candidates, gate
-from stem.experiments.speed.candidates import BRIEFLY, CONFIGS, DENSE, GRAPH, SHAPES, Candidate, Problem, Shape
+from stem.experiments.speed import candidates, gate, peers
+from stem.experiments.speed.candidates import BRIEFLY, CONFIGS, GRAPH, SHAPES, Candidate, Problem, Shape
 
 LENGTHS = {  # tokens of each profile
     ("cuda", "full"): [*candidates.SHORT, *(2**n for n in range(15, 18)), 2**20],
@@ -27,7 +27,7 @@ COLUMNS = (
     *("operation", "provider", "config", "tokens", "batch", "q_heads", "kv_heads", "head_dim", "dtype", "block_size"),
     *("density", "latency_ms", "latency_ms_p20", "latency_ms_p80", "host_ms", "tflops", "gb_per_s", "peak_memory_mib"),
     *(f"speedup_vs_{name}" for name in candidates.BASELINES),
-    *("flop", "least_bytes", "error_vs_fp64", "error", "timing", "seed"),
+    *("fastest_dense", "flop", "least_bytes", "error_vs_fp64", "error", "timing", "seed"),
 )
 LONGEST_CALL_MS = {"cuda": 2_000, "cpu": 30_000}  # dense calls that are predicted to take longer are skipped
 TIMING = {
@@ -42,9 +42,11 @@ def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, A
     tflops counts the kept pairs, and error_vs_fp64 is the relative L2 error of the worst sampled row.
     """
     shape, dense = problem.shape, candidate.provider in candidates.BASELINES
-    row = dict(operation=candidate.operation, provider=candidate.provider, config="dense" if dense else config_name)
+    config_name = "dense fp8" if candidate.provider in peers.FP8 else "dense" if dense else config_name
+    row = dict(operation=candidate.operation, provider=candidate.provider, config=config_name)
     row |= asdict(shape) | dict(block_size=None if dense else problem.config.block_size, error="")
     row |= dict(timing=TIMING[problem.q.device.type])
+    row |= dict(dtype="float8_e4m3fn") if candidate.provider in peers.FP8 else {}
     try:
         call, check = candidate.prepare(problem)
         with gate.poisoned_buffers() if candidate.provider.startswith("stem") else nullcontext():  # not FlexAttention
@@ -120,15 +122,16 @@ def case(
     Args:
         impls: Implementations of stem_attention. The first one selects the blocks for all, FlexAttention included.
         configs: Names in CONFIGS, default all. Implementations but the last are timed with the first config only.
-        dense: Names in DENSE, default all of the device.
-        flex: Measure FlexAttention with the blocks of the first config.
+        dense: Names in candidates.dense_attends, default all of the device.
+        flex: Measure FlexAttention with the blocks of the first config. Sparse peers get them at every length.
         briefly: Names in BRIEFLY: attention by the last of `impls` and the operator with impl=None only.
         graphs: Measure the dense baselines and the operator with impl=None in CUDA graphs too.
     """
     briefs = {name: BRIEFLY[name][0] for name in briefly}
     chosen = {name: CONFIGS[name] for name in (CONFIGS if configs is None else configs)}
-    names = DENSE[device] if dense is None else dense
-    baselines = [candidates.attention_candidate(name, candidates.attend_densely(DENSE[device][name])) for name in names]
+    attends = candidates.dense_attends(device)
+    names = attends if dense is None else dense
+    baselines = [candidates.attention_candidate(name, attends[name]) for name in names]
     baselines += [candidates.graph_candidate(candidate) for candidate in baselines if graphs]
     every = [c for impl in ([*impls, None] if device == "cuda" else impls) for c in candidates.stem_candidates(impl)]
     slower = [f"stem_{impl}" for impl in impls[:-1]]
@@ -142,7 +145,7 @@ def case(
             compared = brief if name in briefs else fast
             if name == next(iter(chosen)):
                 compared = baselines + every
-                compared += [candidates.attention_candidate("flex", candidates.attend_by_flex())] if flex else []
+                compared += candidates.sparse_peers(flex) if device == "cuda" else []
             problem = None  # free the last one's memory first
             problem = Problem(shape, config, device, impls[0], seed)
             rows += [run(candidate, problem, name) for candidate in compared + in_graphs]
@@ -150,14 +153,19 @@ def case(
 
 
 def with_speedups(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Add to each row its speed-ups over the dense baselines, graphs over graphs; scores and selection get none."""
+    """Add to each row its speed-ups over the dense baselines, graphs over graphs; scores and selection get none.
+
+    The fastest baseline is named too. It is one in the precision of the inputs, so not FP8.
+    """
     for row in rows:
         in_graph = row["operation"].startswith(GRAPH)
-        dense = [r for r in rows if r["config"] == "dense" and r["operation"].startswith(GRAPH) == in_graph]
-        baseline = {r["provider"]: r.get("latency_ms") for r in dense}
+        dense = [r for r in rows if r["provider"] in candidates.BASELINES and "latency_ms" in r]
+        baseline = {r["provider"]: r["latency_ms"] for r in dense if r["operation"].startswith(GRAPH) == in_graph}
+        fastest = min(baseline.keys() - peers.FP8.keys(), key=baseline.get, default=None)
+        compared = row["operation"] not in ("scores", "selection") and "latency_ms" in row
+        row["fastest_dense"] = fastest if compared else None
         for name in candidates.BASELINES:
-            both = row["operation"] not in ("scores", "selection") and "latency_ms" in row and baseline.get(name)
-            row[f"speedup_vs_{name}"] = baseline[name] / row["latency_ms"] if both else None
+            row[f"speedup_vs_{name}"] = baseline[name] / row["latency_ms"] if compared and name in baseline else None
     return [row | dict(seed=seed) for row in rows]
 
 
@@ -181,7 +189,8 @@ def sweep(
     last = {}  # provider -> (tokens, ms)
     for tokens in sorted(lengths):
         predicted = {name: ms * (tokens / before) ** 2 for name, (before, ms) in last.items()}
-        affordable = [name for name in DENSE[device] if predicted.get(name, 0) <= LONGEST_CALL_MS[device]]
+        names = candidates.dense_attends(device)
+        affordable = [name for name in names if predicted.get(name, 0) <= LONGEST_CALL_MS[device]]
         rows = case(
             replace(shape, tokens=tokens),
             device,
@@ -193,8 +202,9 @@ def sweep(
             graphs=device == "cuda" and tokens in candidates.SHORT,
             seed=seed,
         )
-        last |= {r["provider"]: (tokens, r["latency_ms"]) for r in rows if r["config"] == "dense" and "latency_ms" in r}
-        for name in set(DENSE[device]) - set(affordable):
+        timed = [r for r in rows if r["provider"] in names and "latency_ms" in r]
+        last |= {r["provider"]: (tokens, r["latency_ms"]) for r in timed}
+        for name in set(names) - set(affordable):
             skipped = dict(operation="attention", provider=name, config="dense", density=1.0, seed=seed)
             skipped["error"] = f"skipped: about {predicted[name] / 1e3:.0f} s a call"
             rows.append(asdict(replace(shape, tokens=tokens)) | skipped)

@@ -48,8 +48,7 @@ def captured_case(
             q, k, v = (x.contiguous() for x in flow.capture(model, ids, layer))
             shape = Shape(q.shape[2], 1, q.shape[1], k.shape[1], q.shape[3], str(q.dtype).removeprefix("torch."))
             problem = Problem(shape, CONFIGS["default"], device, impls[0], seed, (q, k, v))
-            dense = {name: candidates.attend_densely(backend) for name, backend in DENSE[device].items()}
-            compared = [candidates.attention_candidate(*named) for named in dense.items()]
+            compared = [candidates.attention_candidate(*named) for named in candidates.dense_attends(device).items()]
             for impl in impls:
                 compared += [c for c in candidates.stem_candidates(impl) if c.operation in ("attention", "operator")]
             for candidate in compared:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import stem
-from stem.experiments.speed import gate
+from stem.experiments.speed import gate, peers
 
 # "released" is the schedule of the method's public code, the preset angelslim. "default" is StemConfig().
 CONFIGS = {"released": stem.StemConfig.preset("angelslim"), "default": stem.StemConfig()}
@@ -32,7 +32,7 @@ DENSE = {
     "cpu": {"sdpa_cpu": SDPBackend.FLASH_ATTENTION},
 }
 IMPLS = {"cuda": ["triton", "hopper"], "cpu": ["torch"]}  # "hopper" only on sm_90
-BASELINES = ("sdpa_cudnn", "sdpa_flash", "sdpa_cpu")
+BASELINES = ("fa3", "fa4", "sdpa_cudnn", "sdpa_flash", "sdpa_cpu", "fa3_fp8")  # dense; e4m3 has the config "dense fp8"
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,10 @@ class Problem:
     def block_mask(self) -> BlockMask:
         return self.selection.to_block_mask()
 
+    @cached_property
+    def in_fp8(self) -> tuple[Tensor, ...]:
+        return peers.rounded_to_fp8(*self.qkv)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -130,16 +134,36 @@ def attend_densely(backend: SDPBackend) -> Attend:
     return attend
 
 
+def dense_attends(device: str) -> dict[str, Attend]:
+    """Dense causal attention by provider: SDPA's back ends, and on CUDA the peers that are installed."""
+    attends = {name: attend_densely(backend) for name, backend in DENSE[device].items()}
+    if device == "cuda":
+        for name in peers.installed(peers.DENSE):
+            attends[name] = lambda q, k, v, problem, name=name: peers.attend(name, q, k, v)
+        for name in peers.installed(peers.FP8):
+            attends[name] = lambda q, k, v, problem: peers.attend_in_fp8(problem.in_fp8)
+    return attends
+
+
 def attend_sparsely(impl: str) -> Attend:
     """Attention to the selected blocks by one implementation."""
     return lambda q, k, v, problem: stem.block_sparse_attention(q, k, v, problem.selection, impl=impl)
 
 
-def attend_by_flex() -> Attend:
-    """FlexAttention over the selected blocks, compiled for one length."""
+def attend_by_flex(**kernel_options: str) -> Attend:
+    """FlexAttention over the selected blocks, compiled for one length; BACKEND="FLASH" is FlashAttention-4."""
     torch.compiler.reset()  # one specialisation per length stays below the limit on recompilations
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v, problem: compiled(q, k, v, block_mask=problem.block_mask, enable_gqa=True)
+    options = dict(enable_gqa=True, kernel_options=kernel_options or None)
+    return lambda q, k, v, problem: compiled(q, k, v, block_mask=problem.block_mask, **options)
+
+
+def sparse_peers(flex: bool) -> list[Candidate]:
+    """Attention to the selected blocks by the peers that are installed, with `flex` by FlexAttention too."""
+    makers = {"fa4_sparse": lambda: lambda q, k, v, problem: peers.attend_to_blocks(q, k, v, problem.block_mask)}
+    makers |= {"flex_flash": partial(attend_by_flex, BACKEND="FLASH"), "flex": attend_by_flex} if flex else {}
+    found = {"flex", *peers.installed(peers.SPARSE)}
+    return [attention_candidate(name, make()) for name, make in makers.items() if name in found]
 
 
 def attention_candidate(provider: str, attend: Attend) -> Candidate:
@@ -148,7 +172,8 @@ def attention_candidate(provider: str, attend: Attend) -> Candidate:
     def prepare(problem: Problem):
         selection = None if provider in BASELINES else problem.selection
         call = partial(attend, *problem.qkv, problem)
-        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows, selection)
+        allowed = gate.FP8_TOLERANCE if provider in peers.FP8 else None
+        return call, lambda out: gate.check_output(out, *problem.qkv, problem.rows, selection, allowed)
 
     return Candidate("attention", provider, prepare)
 

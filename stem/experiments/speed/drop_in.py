@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 
 from stem import hf
 from stem.experiments.speed import first_token
 from stem.experiments.speed.bench import first_line, latencies, with_speedups
-from stem.experiments.speed.candidates import BRIEFLY, CONFIGS, DENSE, PREFILL, PRESETS, SHAPES, Shape
+from stem.experiments.speed.candidates import BRIEFLY, CONFIGS, PREFILL, PRESETS, SHAPES, Shape
 
 MODELS = {  # shapes of SmolLM2-135M, Qwen2.5-0.5B, and eight layers of Llama-3.1-8B
     "cuda": {
@@ -60,8 +59,8 @@ def case(name: str, model: nn.Module, tokens: int, device: str, *, seed: int = 0
     common = dict(operation=PREFILL + name) | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=TIMING)
     ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     ways, rows = {}, {}
-    for provider, backend in DENSE[device].items():
-        ways[provider] = partial(sdpa_kernel, backend)
+    for provider, context in first_token.dense_contexts(model, device).items():
+        ways[provider] = context
         rows[provider] = common | dict(provider=provider, config="dense", density=1.0)
     for chosen in WAYS[device]:
         config = CONFIGS[chosen] if chosen in CONFIGS else BRIEFLY[chosen][0]

@@ -9,14 +9,21 @@ from matplotlib.figure import Figure
 
 from stem.experiments import records
 from stem.experiments.figures import COLOURS, PALETTE, label_lines, lines, log_y, new, styled, tokens_axis, tokens_label
-from stem.experiments.speed.report import over_dense, wins_from
+from stem.experiments.speed.candidates import BASELINES
+from stem.experiments.speed.peers import FP8
+from stem.experiments.speed.report import fastest_dense, over_dense, wins_from
 
 ACCEPTED_LOSS = 0.03  # of speed against the fastest dense back end
 LABELS = {
+    "fa3": "dense, FlashAttention-3",
+    "fa4": "dense, FlashAttention-4",
+    "fa3_fp8": "dense, FlashAttention-3 in FP8",
     "sdpa_cudnn": "dense, SDPA cuDNN",
     "sdpa_flash": "dense, SDPA FlashAttention-2",
     "sdpa_cpu": "dense, SDPA CPU",
     "flex": "FlexAttention, Stem's blocks",
+    "flex_flash": "FlexAttention FLASH, Stem's blocks",
+    "fa4_sparse": "FlashAttention-4, Stem's blocks",
     "stem_torch": "Stem, torch",
     "stem_triton": "Stem, Triton",
     "stem_hopper": "Stem, Hopper",
@@ -115,7 +122,8 @@ def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figur
     lengths = {name: "no length" if first is None else tokens_label(first) for name, first in wins.items()}
     figure, ax = new()
     _speedups(ratios.add_suffix(" budget"), ax, PALETTE, "over the fastest dense", ratios.index)
-    ax.set_title("Stem beats every dense back end from " + ", ".join(f"{n} ({name})" for name, n in lengths.items()))
+    dense = " and ".join(sorted(set(fastest_dense(rows)[ratios.index])))
+    ax.set_title(f"Stem beats {dense} from " + ", ".join(f"{n} ({name})" for name, n in lengths.items()))
     ax.set(ylim=(0, None))
     ax.legend()
     return figure
@@ -157,12 +165,13 @@ def bars(rows: pd.DataFrame, operation: str, config: str) -> Figure:
     if not shown.provider.str.startswith("stem").any():
         raise ValueError(f"rows must hold times of operation={operation!r} and config={config!r}, got none of Stem")
     times = shown.pivot_table(index="tokens", columns="provider", values="latency_ms", sort=False).sort_index()
-    dense, sparse = (times.filter(regex=f"^{kind}").min(axis=1) for kind in ("sdpa", "stem"))
-    ratio = (dense / sparse).dropna()
+    dense = times[[name for name in times if name in BASELINES and name not in FP8]].dropna(how="all")
+    ratio = (dense.min(axis=1) / times.filter(regex="^stem").min(axis=1)).dropna()
     figure, ax = new()
     times.rename(columns=LABELS).plot.bar(ax=ax, color=[COLOURS[name] for name in times], width=0.75, rot=0)
     ax.set_xticklabels([tokens_label(n) for n in times.index])
-    last = f"{ratio.iloc[-1]:.1f}× over the fastest dense at {tokens_label(ratio.index[-1])} tokens"
+    name = LABELS[dense.loc[ratio.index[-1]].idxmin()].removeprefix("dense, ")
+    last = f"{ratio.iloc[-1]:.1f}× over {name} at {tokens_label(ratio.index[-1])} tokens"
     ax.set(xlabel="tokens", ylabel="time [ms]", title=f"{operation}: {last}")
     log_y(ax)
     ax.legend()

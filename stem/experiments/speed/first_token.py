@@ -1,7 +1,7 @@
 """Time to first token: the prefill of a whole model with random weights, dense and with Stem, and its peak memory."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from stem import hf
+from stem.experiments.speed import peers
 from stem.experiments.speed.bench import first_line, latencies, with_speedups
 from stem.experiments.speed.candidates import CONFIGS, DENSE, Shape
 
@@ -47,6 +48,13 @@ def first_token(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, use_cache=True, logits_to_keep=1).logits[:, 0]
 
 
+def dense_contexts(model: nn.Module, device: str) -> dict[str, Callable[[], AbstractContextManager]]:
+    """Contexts by provider in which a model attends densely: SDPA's back ends, and on CUDA the installed peers."""
+    contexts = {name: partial(sdpa_kernel, backend) for name, backend in DENSE[device].items()}
+    found = peers.installed(peers.DENSE) if device == "cuda" else []
+    return contexts | {name: partial(peers.attention_of, model, name) for name in found}
+
+
 def case(model: nn.Module, tokens: int, device: str, *, configs: Iterable[str], seed: int = 0) -> list[dict[str, Any]]:
     """Rows of operation "ttft" (time to first token) of one length: the dense back ends, then Stem with each config.
 
@@ -58,8 +66,8 @@ def case(model: nn.Module, tokens: int, device: str, *, configs: Iterable[str], 
     ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     timed = partial(_timed, model, ids.to(model.device))
     rows = []
-    for name, backend in DENSE[device].items():
-        rows.append(common | dict(provider=name, config="dense") | timed(sdpa_kernel(backend)))
+    for name, context in dense_contexts(model, device).items():
+        rows.append(common | dict(provider=name, config="dense") | timed(context()))
     for name in configs:
         about = dict(provider="stem", config=name, block_size=CONFIGS[name].block_size)
         rows.append(common | about | timed(hf.stem_prefill(model, CONFIGS[name])))

@@ -7,8 +7,22 @@ import pandas as pd
 
 from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, number, tokens_label
 from stem.experiments.speed.candidates import BASELINES, GRAPH, PREFILL, PRESETS, SHORT
+from stem.experiments.speed.peers import FP8
 
-DENSE_LABELS = {"sdpa_cudnn": "cuDNN", "sdpa_flash": "FlashAttention-2", "sdpa_cpu": "SDPA"}
+DENSE_LABELS = {  # provider -> name, in the order of the tables
+    "fa3": "FlashAttention-3",
+    "fa4": "FlashAttention-4",
+    "sdpa_cudnn": "cuDNN",
+    "sdpa_flash": "FlashAttention-2",
+    "sdpa_cpu": "SDPA",
+    "fa3_fp8": "FlashAttention-3 in FP8",
+}
+SPARSE_LABELS = {
+    "fa4_sparse": "FlashAttention-4",
+    "flex_flash": "FlexAttention FLASH",
+    "flex": "FlexAttention Triton",
+}
+NAN = float("nan")
 CONFIG_LABELS = {
     "released": "released schedule",
     "default": "density 0.25",
@@ -36,11 +50,29 @@ def over_dense(
     implementation of each length in place of impl=None.
     """
     frame, prefix = pd.DataFrame(rows).dropna(subset="latency_ms"), GRAPH if graph else ""
-    dense = frame[(frame["operation"] == prefix + "attention") & (frame["config"] == "dense")]
+    dense = _dense(frame, graph)
     operator = frame[(frame["operation"] == prefix + "operator") & (fastest | (frame["provider"] == "stem"))]
     times = operator.pivot_table(index="tokens", columns="config", values="latency_ms", aggfunc="min")
     names = [name for name in (configs or operator["config"].unique()) if name in times]
     return times[names].rdiv(dense.groupby("tokens").latency_ms.min(), axis=0).dropna(how="all")
+
+
+def fastest_dense(rows: Iterable[dict[str, Any]] | pd.DataFrame, *, graph: bool = False) -> pd.Series:
+    """Name of the fastest dense back end of one machine at each length, index [tokens], as over_dense divides by it."""
+    dense = _dense(pd.DataFrame(rows).dropna(subset="latency_ms"), graph).sort_values("latency_ms")
+    return dense.groupby("tokens").provider.first().map(DENSE_LABELS)
+
+
+def best_ratio(row: Mapping[str, Any]) -> tuple[float, str]:
+    """Speed-up of a row over the fastest dense back end in its precision, and the provider; (NaN, "") without one."""
+    ratios = [(row.get(f"speedup_vs_{name}"), name) for name in DENSE_LABELS if name not in FP8]
+    return min(((ratio, name) for ratio, name in ratios if ratio is not None and ratio == ratio), default=(NAN, ""))
+
+
+def _dense(frame: pd.DataFrame, graph: bool) -> pd.DataFrame:
+    """Rows of dense attention in the precision of the inputs, called or replayed from a CUDA graph."""
+    operation = f"{GRAPH if graph else ''}attention"
+    return frame[(frame["operation"] == operation) & (frame["config"] == "dense")]
 
 
 def table(rows: Iterable[dict[str, Any]] | pd.DataFrame) -> str:
@@ -75,20 +107,42 @@ def _speed_of(device: str, rows: pd.DataFrame) -> str:
     told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape.batch:.0f}, random normal inputs. Times "
     told += f"are medians, and Stem's include scoring and selection.{_speed_sentence(stem, names)}"
     preset = "Speed-up of the operator with each preset over the fastest dense back end"
-    called = _presets(over_dense(rows), f"{preset}, both called from Python")
-    replayed = _presets(over_dense(rows, graph=True), f"{preset}, both replayed from CUDA graphs")
+    called = _presets(over_dense(rows), fastest_dense(rows), f"{preset}, both called from Python")
+    in_graphs = over_dense(rows, graph=True), fastest_dense(rows, graph=True)
+    replayed = _presets(*in_graphs, f"{preset}, both replayed from CUDA graphs")
     table = markdown_table(["tokens", "config", *_dense_header(names, "Stem")], lines)
-    return "\n\n".join(part for part in (told, table, called, replayed) if part)
+    return "\n\n".join(part for part in (told, table, _same_blocks(rows), called, replayed) if part)
 
 
-def _presets(ratios: pd.DataFrame, told: str) -> str:
+def _same_blocks(rows: pd.DataFrame) -> str:
+    """Attention alone over the same blocks by Stem's kernels and by others'; nothing unless others were measured."""
+    alone = rows[(rows.operation == "attention") & (rows.config == "released") & rows.latency_ms.notna()]
+    if not set(alone.provider) & set(SPARSE_LABELS):
+        return ""
+    stem = alone[alone.provider.str.startswith("stem")].sort_values("latency_ms").drop_duplicates("tokens")
+    names = [name for name in SPARSE_LABELS if name in set(alone.provider)]
+    lines = []
+    for row in stem.sort_values("tokens").itertuples():
+        times = alone[alone.tokens == row.tokens].set_index("provider").latency_ms
+        others = [number(times.get(name, NAN)) for name in names]
+        lead = number(times.reindex(names).min() / row.latency_ms, "×")
+        lines.append([tokens_label(row.tokens), f"{row.density:.1%}", number(row.latency_ms), *others, lead])
+    header = ["tokens", "density", "Stem [ms]", *(f"{SPARSE_LABELS[name]} [ms]" for name in names)]
+    table = markdown_table([*header, "speed-up over the fastest of these"], lines)
+    return f"Attention alone over the same blocks, {CONFIG_LABELS['released']}:\n\n{table}"
+
+
+def _presets(ratios: pd.DataFrame, fastest: pd.Series, told: str) -> str:
     """Speed-ups of the operator with each preset, and the worst of each; nothing unless all presets were measured."""
     if set(ratios) != set(PRESET_LABELS):
         return ""
     ratios = ratios.loc[: max(SHORT)].dropna(thresh=2).rename(columns=PRESET_LABELS)
     worst = ", ".join(f"{name} {number(x, '×')}" for name, x in ratios.min().items())
-    lines = [[tokens_label(line.Index), *(number(x, "×") for x in line[1:])] for line in ratios.itertuples()]
-    return f"{told}; worst case: {worst}:\n\n{markdown_table(['tokens', *ratios], lines)}"
+    lines = [
+        [tokens_label(tokens), fastest[tokens], *(number(x, "×") for x in line)]
+        for tokens, line in zip(ratios.index, ratios.to_numpy(), strict=True)
+    ]
+    return f"{told}; worst case: {worst}:\n\n{markdown_table(['tokens', 'fastest dense', *ratios], lines)}"
 
 
 def _speed_sentence(stem: pd.DataFrame, names: Sequence[str]) -> str:
@@ -96,8 +150,9 @@ def _speed_sentence(stem: pd.DataFrame, names: Sequence[str]) -> str:
     if measured.empty:
         return ""
     best = measured[measured.tokens == measured.tokens.max()].sort_values("latency_ms").iloc[0]
-    ratios = {DENSE_LABELS[name]: best[f"speedup_vs_{name}"] for name in names}
-    told = " and ".join(f"{ratio:.2g} times as fast as {name}" for name, ratio in ratios.items() if ratio == ratio)
+    ratios = [(best[f"speedup_vs_{name}"], DENSE_LABELS[name]) for name in names]
+    ratios = sorted((ratio, name) for ratio, name in ratios if ratio == ratio)  # the fastest back end first
+    told = " and ".join(f"{ratio:.2g} times as fast as {name}" for ratio, name in ratios)
     return f" At {tokens_label(best.tokens)} tokens and density {best.density:.1%} the whole operator is {told}."
 
 
@@ -107,14 +162,17 @@ def _dense_names(rows: pd.DataFrame) -> list[str]:
 
 def _dense_header(names: Sequence[str], own: str) -> list[str]:
     times = [f"dense, {DENSE_LABELS[name]} [ms]" for name in names]
-    return ["density", *times, f"{own} [ms]", *(f"speed-up over {DENSE_LABELS[name]}" for name in names)]
+    ratios = [f"speed-up over {DENSE_LABELS[name]}" for name in names]
+    return ["density", *times, f"{own} [ms]", "speed-up over the fastest dense", *ratios]
 
 
 def _against_dense(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Density, time of each dense back end, own time, and speed-up over each."""
+    """Density, time of each dense back end, own time, and speed-up over the fastest, with its name, and over each."""
+    best, name = best_ratio(row)
     ratios = [row[f"speedup_vs_{name}"] for name in names]
     times = [number(time) for time in (*(ratio * row["latency_ms"] for ratio in ratios), row["latency_ms"])]
-    return [f"{row['density']:.1%}", *times, *(number(ratio, "×") for ratio in ratios)]
+    lead = number(best, "×") + (f" ({DENSE_LABELS[name]})" if name else "")
+    return [f"{row['density']:.1%}", *times, lead, *(number(ratio, "×") for ratio in ratios)]
 
 
 BEYOND = {

@@ -70,7 +70,7 @@ def test_rows_of_other_operations_change_no_figure_of_the_operator():
 @pytest.mark.parametrize("operation", ["forward+backward", "ttft", "captured operator"])
 def test_bars_compare_with_the_fastest_dense(operation):
     (ax,) = figures.bars(pd.DataFrame(beyond()), operation, "default").axes
-    assert title(ax) == f"{operation}: 3.0× over the fastest dense at 4K tokens"
+    assert title(ax) == f"{operation}: 3.0× over SDPA cuDNN at 4K tokens"
     assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "Stem, Triton"
     with pytest.raises(ValueError, match="operation='decode'"):
         figures.bars(pd.DataFrame(beyond()), "decode", "default")
@@ -78,11 +78,11 @@ def test_bars_compare_with_the_fastest_dense(operation):
 
 def test_crossover_names_the_shortest_length_that_wins():
     (ax,) = figures.crossover(made_up_rows()).axes
-    assert title(ax) == "Stem beats every dense back end from 2K (released)"
+    assert title(ax) == "Stem beats cuDNN from 2K (released)"
     rows = made_up_rows()
     rows = pd.concat([rows, rows[rows.config == "released"].assign(config="paper")])
     (ax,) = figures.crossover(rows, ["paper"]).axes
-    assert title(ax) == "Stem beats every dense back end from 2K (paper)"
+    assert title(ax) == "Stem beats cuDNN from 2K (paper)"
 
 
 def test_never_slower_names_the_slowest():
