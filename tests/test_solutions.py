@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 
+import stem
 from stem.experiments import notebook
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -73,6 +74,8 @@ def spoiled(answer):
         return {key: spoiled(value) for key, value in answer.items()}
     if isinstance(answer, torch.Tensor) and answer.dtype == torch.bool:
         return ~answer
+    if isinstance(answer, stem.StemConfig):
+        return answer.replace(local_blocks=answer.local_blocks + 1)
     return answer + 1
 
 
@@ -90,7 +93,7 @@ def test_every_exercise_refuses_another_answer(name, tmp_path, monkeypatch):
     assert len(refused) == 3
 
 
-K01, K02, K07 = "01_theory", "02_kernel_derivation", "07_better_selection"
+K01, K02, K05, K07 = "01_theory", "02_kernel_derivation", "05_train_small_model", "07_better_selection"
 WRONG = [  # notebook, text of the solution, its wrong replacement, part of the message
     (K01, "n * k - k * (k - 1) // 2", "n * k - k * k / 2", "this is Eq. 2"),
     (K01, ".log().clamp_min(0)", ".log()", "never below 0"),
@@ -104,6 +107,10 @@ WRONG = [  # notebook, text of the solution, its wrong replacement, part of the 
     (K02, ') - delta[:, None])', "))", "delta is missing"),
     (K02, "scale * dq,", "dq,", "the scale of dQ is missing"),
     (K02, "<= rows[:, None], weights, 0.0)", "< rows[:, None], weights, 0.0)", "entries are wrong"),
+    (K05, "(step + 1)", "step", "step 0 takes a part"),
+    (K05, "(0.1 + 0.9 * (1", "(0.0 + 1.0 * (1", "it ends at a tenth"),
+    (K05, "- second * sin, second * cos +", "+ second * sin, second * cos -", "wrong way"),
+    (K05, "masked_fill(~mask,", "masked_fill(~torch.ones_like(mask).tril(),", "have no gradient"),
     (K07, " + q.clamp_max(0) @ cell.amin(0)", "", "got .*, expected"),
     (K07, "topk(count).values", "topk(count + 1).values", "one place too far"),
     (K07, ".masked_fill(diagonal, torch.inf)", "", "entries are wrong"),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def difference(found: Any, expected: Any) -> str | None:
-    """Return a sentence on the first kind of difference found, or None if the answers agree to rtol 1e-4, atol 1e-5.
+    """Return a sentence on the first kind of difference found, or None if the answers agree.
+
+    Floats agree to rtol 1e-4, atol 1e-5; whole numbers and booleans are equal.
 
     Args:
         found: Answer of the reader; dtype and device may differ from those expected, NaN equals NaN.
@@ -27,8 +29,9 @@ def difference(found: Any, expected: Any) -> str | None:
         return None if found == expected else f"got {found!r}, expected {expected!r}"
     if found.shape != expected.shape:
         return f"the shape is {list(found.shape)}, expected {list(expected.shape)}"
+    near = dict(rtol=1e-4, atol=1e-5) if expected.is_floating_point() else dict(rtol=0.0, atol=0.0)
     found, expected = (x.double() for x in (found, expected))
-    wrong = ~torch.isclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    wrong = ~torch.isclose(found, expected, equal_nan=True, **near)
     return _reason(found, expected, wrong) if wrong.any() else None
 
 

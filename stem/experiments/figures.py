@@ -47,6 +47,8 @@ COLOURS = {  # one colour for each method in all notebooks
     "sparse_transformer_fixed": "#843c39",
     "a_shape": "#637939",
     "tri_shape": "#9c9ede",
+    "pretrained": "#7f7f7f",
+    "tuned dense": "#b8860b",
     **dict.fromkeys(("oracle_mass", "oracle", "oracle_output"), "black"),
 }
 FAINTEST = 5  # shares of attention below 10**-FAINTEST are drawn white
@@ -188,10 +190,12 @@ def lines(
 
     A name of COLOURS has the same colour everywhere; `colours` may add others. Names stand at the ends of the lines.
     """
-    fresh = iter(PALETTE * 4)
+    known = COLOURS | (colours or {})
+    taken = {known[name] for name in frame[by].unique() if name in known}
+    fresh = (colour for colour in PALETTE * 4 if colour not in taken)
     for name, group in frame.groupby(by, sort=False):
         group = group.sort_values(x)
-        colour = (COLOURS | (colours or {})).get(name) or next(fresh)
+        colour = known[name] if name in known else next(fresh)
         ax.plot(group[x], group[y], "o-", color=colour, markersize=4, label=(labels or {}).get(name, name))
         if band:
             ax.fill_between(group[x], group[band[0]], group[band[1]], color=colour, alpha=0.2, linewidth=0)

@@ -1,6 +1,7 @@
 """stem.experiments.exercises and notebook.exercise: a wrong answer is told what is wrong with it."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -44,10 +45,13 @@ DIAGONAL, FUTURE = torch.eye(5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.
     ids=lambda x: "" if isinstance(x, torch.Tensor) else str(x)[:20],
 )
 def test_the_reason_names_the_mistake(found, told):
-    import re
-
     assert difference(SQUARE.double(), SQUARE) is None
     assert re.search(told, difference(found, SQUARE))
+
+
+def test_whole_numbers_are_exact_and_floats_are_not():
+    assert difference(10**6 + 1, 10**6) and difference(torch.tensor([10**6 + 1]), torch.tensor([10**6]))
+    assert difference(1e6 + 1, 1e6) is None and difference(1e6 + 200, 1e6)
 
 
 def test_items_are_named():

@@ -151,7 +151,7 @@ def live() -> bool:
 def grid(explorer: Explorer, choices: Sequence[Choice], columns: int = 4) -> Figure:
     """Grid with a picture of each choice, for the value of a cell; a figure of pyplot would be shown twice."""
     lines = -(-len(choices) // columns)
-    figure = _Picture(figsize=(2.7 * columns, 3.1 * lines), layout="constrained")
+    figure = _Picture(figsize=(2.8 * columns, 3.5 * lines), layout="constrained")
     for place, choice in enumerate(choices, 1):
         ax = figure.add_subplot(lines, columns, place)
         explorer.draw(choice, ax)

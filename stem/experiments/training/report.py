@@ -17,6 +17,7 @@ from stem.experiments.training import tasks
 
 T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # number of seeds -> two-sided 95 % quantile of Student's t
 LATE = 2048  # position from which the cost of Stem is read: before it, a row has few blocks to drop [tokens]
+WORDS = {"loss": "text loss", "correct": "right answers"}
 SWITCHED = {"dense → stem": "#5fb0e5", "stem → dense": "#8c6bb1"}  # models that read with another attention
 PANELS = {"loss_text": "text loss [nats]", "loss_recall": "recall loss [nats]", "grad_norm": "gradient norm"}
 
@@ -163,6 +164,7 @@ def draw_distances(rows: pd.DataFrame, readings: Sequence[tuple[str, str]]) -> F
     axis.set(xlabel="distance to the record, from [tokens]", ylim=(0, 1.05))
     axis.axhline(1 / tasks.NUM_VALUES, color="black", linestyle=":")
     axis.axvline(trained_on, color="black", linewidth=0.5)
+    figures.label_lines(axis)
     return figure
 
 
@@ -209,49 +211,36 @@ def of_machine(profile: str) -> pd.DataFrame:
     return own if len(own) or rows.empty else rows[rows.machine == rows.machine.iloc[-1]]
 
 
-def findings(rows: pd.DataFrame) -> list[str]:
-    """Sentences (Markdown) with the `verdict` on each arm against dense, on the selections, and on switching."""
+def verdict_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Table of the `verdict` on each comparison: every arm with dense, the selections, and models that switch.
+
+    Returns:
+        DataFrame with a row for each comparison and a column for each measure. A cell holds the verdict, then the
+        `span` of the first model and of the other; it is empty where the comparison does not use the measure.
+    """
     read = rows[rows.measure.isin(["loss", "correct"]) & rows.task.isin(["text", "recall"])]
-    lengths = sorted(read.seq_len.unique())
+    first, last = min(read.seq_len), max(read.seq_len)
     arms = list(read.trained.unique())
-    seeds = rows[rows.trained == "dense"].seed.nunique()
-    found = [f"{seeds} seed{'s' * (seeds > 1)} for each arm; ranges are over seeds."]
+    loss, near, far = ("loss", "text", first), ("correct", "recall", first), ("correct", "recall", last)
+    measures = {measure: f"{WORDS[measure[0]]} at {tokens_label(measure[2])}" for measure in (loss, near, far)}
+    table = {}
 
-    text, recall = ("text loss", "loss", "text"), ("share of right answers", "correct", "recall")
-
-    def compare(subject, kind, one, other, tolerance, length=lengths[0]) -> None:
-        what, measure, task = kind
-        values, than = (seeds_of(read, measure, *pair, seq_len=length, task=task) for pair in (one, other))
-        word = verdict(values, than, tolerance)
-        found.append(f"{subject}: {what} at {length} tokens **{word}** ({span(values)} against {span(than)}).")
+    def compare(name: str, one: tuple[str, str], other: tuple[str, str], tolerances: dict[tuple, float]) -> None:
+        cells = table.setdefault(name, {})
+        for (measure, task, length), tolerance in tolerances.items():
+            values, than = (seeds_of(read, measure, *pair, seq_len=length, task=task) for pair in (one, other))
+            told = f"{verdict(values, than, tolerance)}: {span(values)} / {span(than)}"
+            cells[measures[measure, task, length]] = told
 
     for arm in arms[1:]:
-        subject, own, dense = f"{arm} against dense", (arm, arm), ("dense", "dense")
-        compare(subject, text, own, dense, 0.005)
-        for length in (lengths[0], lengths[-1]):
-            compare(subject, recall, own, dense, 0.01, length)
+        compare(f"{arm} / dense", (arm, arm), ("dense", "dense"), {loss: 0.005, near: 0.01, far: 0.01})
     for one, other in (("stem", "uniform_topk"), ("stem_softmax", "stem")):
         if {one, other} <= set(arms):
-            for kind in (text, recall):
-                compare(f"{one} against {other}", kind, (one, one), (other, other), 0.005)
+            compare(f"{one} / {other}", (one, one), (other, other), {loss: 0.005, near: 0.005})
     for trained, inferred in (("dense", "stem"), ("stem", "dense")):
-        subject = f"trained {trained}, read {inferred}, against read {trained}"
-        for kind, tolerance in ((recall, 0.01), (text, 0.005)):
-            compare(subject, kind, (trained, inferred), (trained, trained), tolerance)
-    return found + _stability_and_speed(rows, arms)
-
-
-def _stability_and_speed(rows: pd.DataFrame, arms: Sequence[str]) -> list[str]:
-    value = rows[rows.trained == rows.inferred].set_index(["measure", "trained"]).value.sort_index()
-    spikes = ", ".join(f"{arm} {value['spikes'][arm].sum():.0f}" for arm in arms)
-    found = [f"Steps whose gradient norm jumped, over all seeds: {spikes}."]
-    for measure, what in (("tokens_per_second", "tokens per second"), ("peak_memory_mib", "peak memory")):
-        if measure in value.index:
-            ratios = ", ".join(
-                f"{arm} {value[measure][arm].mean() / value[measure]['dense'].mean():.2f}" for arm in arms
-            )
-            found.append(f"Training, {what} relative to dense: {ratios}.")
-    return found
+        name = f"trained {trained}: read {inferred} / read {trained}"
+        compare(name, (trained, inferred), (trained, trained), {loss: 0.005, near: 0.01})
+    return pd.DataFrame(table).T.reindex(columns=list(measures.values())).fillna("")
 
 
 def adaptation_findings(rows: pd.DataFrame) -> list[str]:

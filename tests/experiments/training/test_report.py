@@ -142,21 +142,21 @@ def test_rows_of_this_machine_come_before_those_of_others(monkeypatch):
     assert report.of_machine("full").value.tolist() == [2.0] and report.of_machine("smoke").empty
 
 
-def test_findings_compare_every_arm_and_say_what_every_seed_says(adaptation):
+def test_the_verdict_table_compares_every_arm_at_every_length(adaptation):
     rows = []
     for seed in (0, 1):
-        for arm, right, loss in (("dense", 0.9, 1.0), ("stem", 0.7 + 0.01 * seed, 1.001)):
+        for arm, right, loss in (("dense", 0.9, 1.0), ("stem", 0.7 + 0.01 * seed, 1.001), ("longformer", 0.4, 1.2)):
             for length in (64, 128):
                 rows.append(row("loss", arm, arm, seed, loss, task="text", seq_len=length))
                 for how in (arm, "dense", "stem"):
                     rows.append(row("correct", arm, how, seed, right, seq_len=length))
-            rows.append(row("spikes", arm, arm, seed, 1, task="text,recall", place="step"))
-            speed = 100.0 if arm == "dense" else 150.0
-            rows.append(row("tokens_per_second", arm, arm, seed, speed, task="text,recall", place="step"))
-    told = "\n".join(report.findings(pd.DataFrame(rows)))
-    assert "stem against dense: text loss at 64 tokens **level**" in told
-    assert "stem against dense: share of right answers at 64 tokens **lower** (0.705 (0.700 to 0.710)" in told
-    assert "over all seeds: dense 2, stem 2." in told and "relative to dense: dense 1.00, stem 1.50." in told
+    table = report.verdict_table(pd.DataFrame(rows))
+    assert list(table) == ["text loss at 64", "right answers at 64", "right answers at 128"]
+    assert table.loc["stem / dense", "text loss at 64"].startswith("level: 1.001 (1.001 to 1.001) / 1.000")
+    assert table.loc["stem / dense", "right answers at 64"].startswith("lower: 0.705 (0.700 to 0.710) / 0.900")
+    assert table.loc["longformer / dense"].str.split(":").str[0].tolist() == ["higher", "lower", "lower"]
+    assert table.loc["trained dense: read stem / read dense", "right answers at 128"] == ""
+    assert "stem / uniform_topk" not in table.index
     assert "removes 60 (50 to 70) % of the gap" in "\n".join(report.adaptation_findings(adaptation))
 
 
