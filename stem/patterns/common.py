@@ -94,16 +94,22 @@ def select_levels(prompt: Prompt, levels: Tensor) -> BlockSelection:
 
 
 def select_share(
-    prompt: Prompt, shares: Tensor, least: float, *, sink_blocks: int, priority: Tensor | None = None
+    prompt: Prompt,
+    shares: Tensor,
+    least: float,
+    *,
+    sink_blocks: int,
+    local_blocks: int = 1,
+    priority: Tensor | None = None,
 ) -> BlockSelection:
-    """Keep sink blocks, the diagonal, and blocks in descending order until they hold the share `least` of their row.
+    """Keep sink blocks, local blocks, and blocks in descending order until they hold the share `least` of their row.
 
     Args:
         shares: [B, Hq, nq, nk], >= 0, zero in the future. Rows need not sum to 1. Ties go to the lower index.
         least: In [0, 1]. The block that reaches it is kept.
         priority: Like shares, its order is taken instead of theirs.
     """
-    forced = prompt.local_and_first(first_blocks=sink_blocks)[-prompt.nq :]
+    forced = prompt.local_and_first(local_blocks=max(local_blocks, 1), first_blocks=sink_blocks)[-prompt.nq :]
     order = torch.where(forced, torch.inf, shares if priority is None else priority).argsort(
         dim=-1, descending=True, stable=True
     )

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from stem.cells import group_sums
-from stem.patterns.common import Prompt, check_share, select_even, select_share
+from stem.patterns.common import Prompt, check_blocks, check_share, select_even, select_share
 from stem.selection import BlockSelection
 
 
-def select(prompt: Prompt, *, top_p: float | None = None) -> BlockSelection:
-    """Keep first block, diagonal, blocks that hold the largest logit of some row, then others by mass (CoSA).
+def select(
+    prompt: Prompt, *, top_p: float | None = None, sink_blocks: int = 1, local_blocks: int = 1
+) -> BlockSelection:
+    """Keep first and local blocks, blocks that hold the largest logit of some row, then others by mass (CoSA).
 
     Rows and key cells have the length of the config's score_stride, 8 tokens in the source. Their logit is the mean of
     q . k / sqrt(d) over an antidiagonal. The mass of a block is the sum over rows of exp(largest logit of the block -
@@ -18,14 +20,18 @@ def select(prompt: Prompt, *, top_p: float | None = None) -> BlockSelection:
     Args:
         top_p: Share of the row's mass that the kept blocks reach, in [0, 1], 0.8 or 0.95 in the sources; the density
             follows. None keeps the same number of blocks in every row, solved for the config's density.
+        sink_blocks, local_blocks: First and most recent blocks that are kept, inside the density [blocks]. The diagonal
+            is kept in any case.
     """
     check_share(top_p=top_p)
+    check_blocks(0, sink_blocks=sink_blocks, local_blocks=local_blocks)
+    kept = dict(sink_blocks=sink_blocks, local_blocks=local_blocks)
     masses, holds_maximum = _masses(prompt)
     cells = prompt.config.block_size // prompt.config.score_stride  # no mass is larger
     priority = masses + (cells + 1) * holds_maximum
     if top_p is None:
-        return select_even(prompt, priority, sink_blocks=1, local_blocks=1)
-    return select_share(prompt, masses, top_p, sink_blocks=1, priority=priority)
+        return select_even(prompt, priority, **kept)
+    return select_share(prompt, masses, top_p, priority=priority, **kept)
 
 
 def _masses(prompt: Prompt) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
         title = part.__doc__.partition(": ")[0]
         of = parts.add_parser(name, help=title, description=title + ".")
         of.add_argument("--profile", default=argparse.SUPPRESS, **profile)  # keeps the value given before PART
-        if part is not selection_cost:
+        if hasattr(part, "add_arguments"):
             part.add_arguments(of)
     options = parser.parse_args(arguments)
     for name in [options.part] if options.part else PARTS:

@@ -28,20 +28,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stem import pretrained
 from stem.experiments import documents, records
-from stem.experiments.long_context import answers
+from stem.experiments.long_context import comparison, measures
+from stem.experiments.long_context.comparison import DOCUMENTS, Study
 from stem.experiments.long_context.mixture import Mixture, Sequences, training_text
-from stem.experiments.long_context.study import TASKS, Study
 from stem.experiments.training.train import learning_rate
 from stem.validation import check_number
 
 SMOKE = dict(stages=((512, 2, 1), (1024, 2, 1)), warmup=1, text_tokens=256)
-CURVES = ("stem", "stem adaptive", "stem softmax", "xattention")
+TASKS = ("niah_multikey_1", "niah_multiquery", DOCUMENTS)
 STUDIES = {
-    "smoke": Study((1024,), 1, TASKS[:1], 1, ("stem",), (0.5,), (32,), (0.5, 32), generates=None),
+    "smoke": Study((1024,), ("niah_multikey_1",), ("stem",), (0.5,), (32,), samples=1),
     "full": Study(
-        (16384, 32768), 50, ("niah_multikey_1", "niah_multiquery"),
-        names=(*CURVES, "flashprefill", "vertical_slash", "flexprefill", "a_shape"), curves=CURVES,
-        densities=(0.25, 0.1), presets=True, generates=None,
+        (16384, 32768), TASKS,
+        ("stem", "uniform_topk", "adaptive", "xattention", "flashprefill", "vertical_slash", "flexprefill"),
+        presets=True,
     ),
 }  # fmt: skip
 FAST_BACKENDS = [
@@ -167,16 +167,17 @@ def curve_rows(config: ExtensionConfig, log: Sequence[dict], num_bins: int = 40)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder of the model (default: $STEM_CACHE/smollm2-32k)")
     parser.add_argument("--evaluate-only", action="store_true", help="do not train; compare with the model in --out")
-    answers.add_shared_arguments(parser)
+    comparison.add_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> None:
     """Train, save, compare methods, and write results/long_context/extension/."""
     full = options.profile == "full"
     config = ExtensionConfig(seed=options.seed) if full else ExtensionConfig(**SMOKE, seed=options.seed)
-    name = f"smollm2-{config.length // 1024}k{'' if full else '-smoke'}"
+    config = replace(config, model=options.model)
+    name = f"{Path(config.model).name}-{config.length // 1024}k{'' if full else '-smoke'}"
     out = Path(options.out or pretrained.cache_folder() / name)
-    show, rows, started = partial(print, flush=True), [], time.monotonic()
+    show, rows = partial(print, flush=True), []
     if not options.evaluate_only:
         text = training_text() if full else "\n".join(documents.stdlib_documents(None, 20_000).values())[:2_000_000]
         model, tokenizer, log = extend(config, text, show)
@@ -184,14 +185,12 @@ def main(options: argparse.Namespace) -> None:
         rows = curve_rows(config, log)
         del model
         torch.cuda.empty_cache()
-    study = STUDIES[options.profile]
-    dense = replace(study, samples=min(4, study.samples), names=("dense",), block_sizes=(), presets=False)
-    for name, of, processes in ((config.model, dense, 1), (str(out), study, options.processes)):
+    study = comparison.with_options(STUDIES[options.profile], options)
+    before = replace(study, names=("dense",), tasks=study.tasks[:1], samples=min(4, study.samples), presets=False)
+    for of, model in ((before, config.model), (study, str(out))):
 
         def write(found: list[dict], before: tuple[dict, ...] = tuple(rows)) -> None:
             show("wrote", records.write_rows("long_context/extension", [*before, *found], options.profile))
 
-        eager = options.eager or of is dense  # a few samples are not worth the compilation
-        left = options.limit - (time.monotonic() - started)
-        measured = dict(processes=processes, limit_s=left, eager=eager, show=show, save=write)
-        rows += answers.measure(of, name, options.seed, **measured)
+        told = dict(limit_s=options.limit, show=show, save=write)
+        rows += comparison.run(of, *measures.load(model), options.seed, **told)

@@ -1,10 +1,8 @@
-"""Measures of one attention on one model: right answers, losses, generated answers, prefill time, kept blocks."""
+"""Measures of one attention on one model: right answers, losses, generated answers, kept blocks."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
 
 from stem import hf, pretrained
 from stem.budget import block_budget
@@ -25,7 +22,7 @@ from stem.scores import block_scores
 from stem.selection import select_blocks
 
 NUMBERS_PER_BATCH = {"cuda": 240_000_000, "cpu": 5_000_000}  # hidden states of one layer
-LOGITS_AT_ONCE = {"cuda": 16_384, "cpu": 512}  # positions
+LOGITS_AT_ONCE = {"cuda": 8_192, "cpu": 512}  # positions
 RESAMPLES = 2000
 
 
@@ -76,19 +73,10 @@ def generated_scores(model, tokenizer, prompts: Prompts) -> Tensor:
         raise ValueError(f"answers of {prompts.task} must have one length, got {prompts.answer_tokens.tolist()} tokens")
     texts, options = [], dict(do_sample=False, max_new_tokens=count + 4, pad_token_id=tokenizer.eos_token_id)
     for (ids,) in _batches(model, prompts.ids[:, :-count]):
-        with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         texts += tokenizer.batch_decode(out[:, ids.shape[1] :])
     hits = [np.mean([answer in text for answer in of]) for text, of in zip(texts, prompts.answers, strict=True)]
     return torch.tensor(hits, dtype=torch.float32)
-
-
-@torch.no_grad()
-def prefill_ms(model, ids: Tensor) -> float:
-    """Time of one prefill of int64 [n, N] tokens on the model's device, divided by n [ms]."""
-    started = time.perf_counter()
-    model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -1].cpu()
-    return (time.perf_counter() - started) * 1e3 / len(ids)
 
 
 def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
@@ -125,23 +113,6 @@ def last_row(model, ids: Tensor, config: StemConfig) -> LastRow:
     with hf.stem_prefill(model, select):
         model(ids, use_cache=False, logits_to_keep=1)
     return LastRow(*(torch.stack(of) for of in zip(*found, strict=True)))
-
-
-@contextlib.contextmanager
-def fused(model) -> Iterator[None]:
-    """Compile each layer around its attention inside the block: fewer and larger kernels, equal up to rounding.
-
-    The attention stays outside of the graphs, so that another method does not cause another compilation.
-    """
-    AttentionInterface.register(hf.NAME, torch.compiler.disable(hf.stem_attention_forward))
-    for layer in model.get_decoder().layers:
-        layer.compile(dynamic=True)
-    try:
-        yield
-    finally:
-        AttentionInterface.register(hf.NAME, hf.stem_attention_forward)
-        for layer in model.get_decoder().layers:
-            layer._compiled_call_impl = None  # undoes Module.compile
 
 
 def _batches(model, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

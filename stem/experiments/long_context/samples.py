@@ -82,8 +82,9 @@ def calibration_texts() -> tuple[str, str]:
     """Python source and English text that no comparison reads, each of more than 32 thousand tokens."""
     names = ("turtle", "_pydecimal", "tokenize", "random", "statistics", "configparser", "imaplib", "smtplib")
     source = "\n".join(documents.stdlib_documents(names).values())
-    described = Path(importlib.import_module("transformers").__path__[0]) / "training_args.py"
-    return source, described.read_text(encoding="utf-8")
+    folder = Path(importlib.import_module("transformers").__path__[0])
+    described = [folder / "training_args.py", folder / "generation" / "configuration_utils.py"]
+    return source, "\n".join(path.read_text(encoding="utf-8") for path in described)
 
 
 def needle_block(prompts: Prompts, sample: int, block_size: int) -> int:

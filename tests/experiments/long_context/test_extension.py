@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stem import pretrained
 from stem.experiments import documents, records
-from stem.experiments.long_context import __main__, answers, extension, mixture
+from stem.experiments.long_context import __main__, comparison, extension, measures, mixture
 from stem.experiments.training.train import learning_rate
 
 TEXT = "\n".join(documents.stdlib_documents(("argparse", "typing")).values())
@@ -132,18 +132,18 @@ def test_bad_recipes_are_named(change, message):
 def test_the_command_trains_saves_compares_and_writes_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("STEM_RESULTS", str(tmp_path / "results"))
 
-    def measure(study, model, seed, *, processes, limit_s, eager, show, save):
-        about = (study.names, processes, limit_s < 9, eager)
-        save([dict(model=Path(model).name, asked=about)])
-        return [dict(model=Path(model).name, asked=about)]
+    def run(study, model, tokenizer, name, seed, *, limit_s, show, save):
+        save(rows := [dict(model=name, asked=(study.names, limit_s))])
+        return rows
 
-    monkeypatch.setattr(answers, "measure", measure)
+    monkeypatch.setattr(comparison, "run", run)
+    monkeypatch.setattr(measures, "load", lambda name: (None, None, Path(name).name))
     monkeypatch.setattr(extension, "SMOKE", dict(model=tiny, stages=((256, 2, 1),), warmup=1, text_tokens=8))
-    options = ["--seed", "7", "--limit", "9", "--processes", "2"]
+    options = ["--seed", "7", "--limit", "9", "--model", tiny]
     __main__.main(["extension", "--out", str(tmp_path / "long"), *options])
     rows = records.read_rows("long_context/extension").query("profile == 'smoke'")
     assert set(rows.measure.dropna()) == set(extension.LOSSES) and set(rows.seed.dropna()) == {7}
     assert dict(rows[["model", "asked"]].dropna().to_numpy()) == {
-        Path(tiny).name: "(('dense',), 1, True, True)",
-        "long": "(('stem',), 2, True, False)",
+        Path(tiny).name: "(('dense',), 9.0)",
+        "long": "(('stem',), 9.0)",
     }

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 
 import stem
 from stem.experiments.long_context import measures, samples
@@ -37,18 +36,6 @@ def test_the_interval_covers_the_mean_and_shrinks_with_samples():
     low, high = measures.interval(draws)
     assert low < float(draws.mean()) < high and high - low == pytest.approx(4 / 20, rel=0.25)
     assert measures.interval(torch.ones(5)) == (1.0, 1.0)
-
-
-def test_fused_layers_are_compiled_for_a_while_and_generation_is_not(ruler_rows, tokenizer, model):
-    prompts = samples.exact_prompts("niah_multikey_2", tokenizer, 64, 1)
-    layers, registered = model.model.layers, AttentionInterface()[stem.hf.NAME]
-    with measures.fused(model):
-        assert all(layer._compiled_call_impl for layer in layers)
-        assert AttentionInterface()[stem.hf.NAME] is not registered
-        measures.generated_scores(model, tokenizer, prompts)  # would take a minute of compilation otherwise
-        assert all(layer._compiled_call_impl for layer in layers)
-    assert not any(layer._compiled_call_impl for layer in layers)
-    assert AttentionInterface()[stem.hf.NAME] is registered
 
 
 def test_the_last_row_shows_what_was_seen_scored_and_kept(ruler_rows, tokenizer, model):

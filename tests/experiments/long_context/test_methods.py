@@ -1,42 +1,82 @@
-"""Methods of a comparison: names, controls, calibrated thresholds, patterns that do not look at the tensors."""
-
-from functools import partial
+"""Methods of a comparison: forced blocks and what they leave to choose, names, controls, blind patterns."""
 
 import pytest
 import torch
 
 import stem
-from stem.experiments import documents
-from stem.experiments.long_context import methods, samples
+from stem import patterns
+from stem.experiments.long_context import methods
+from stem.experiments.long_context.methods import Forced
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
 
 
-def test_every_name_becomes_a_method_and_each_block_size_has_its_control():
-    found = methods.methods(methods.all_names(), (0.1, 0.5), (64, 128))
-    assert len(found) == 2 * (1 + 2 * (len(methods.all_names()) - 1))
-    controls = [method for method in found if method.name == "window"]
-    assert [method.block_size for method in controls] == [64, 128]
-    adaptive, cells_alone, dense_end = (
-        next(method.attention for method in found if method.name == name) for name in methods.ADAPTIVE
+@pytest.mark.parametrize("forced", [Forced(1, 1), Forced(2, 4), Forced(0, 0), Forced(4, 4, 3), Forced(1, 2, 40)])
+def test_forced_pairs_are_those_of_a_mask(forced):
+    row, key = torch.arange(20)[:, None], torch.arange(20)
+    mask = (
+        (key < forced.sink_blocks) | (row - key < max(1, forced.local_blocks)) | (row >= 20 - forced.dense_last_blocks)
     )
-    assert adaptive.reduction == "softmax" and adaptive.threshold is not None
-    assert adaptive.exact_last_blocks == 1 and cells_alone == adaptive.replace(exact_last_blocks=0)
-    assert dense_end == cells_alone.replace(dense_last_blocks=1)
+    pairs = int((mask & (key <= row)).sum())
+    assert forced.pairs(20) == pairs
+    assert forced.chosen_share(20, 0.5) == pytest.approx(max(0.0, (105 - pairs) / 105))
+
+
+def test_the_papers_forced_blocks_leave_nothing_to_choose_at_8k():
+    assert Forced(4, 4).chosen_share(64, 0.1) == 0  # the rows that this comparison replaces
+    assert Forced(4, 4).chosen_share(64, 0.25) < methods.LEAST_CHOSEN
+    assert [of.forced for of in methods.candidates("stem", 0.1, 128, 8192)] == [Forced(1, 1)]
+    assert methods.candidates("stem", 0.07, 128, 8192) == []
+
+
+def kept(method, q, k, v):
+    """Mask of the blocks that a method keeps."""
+    attention = method.attention
+    if isinstance(attention, stem.StemConfig):
+        return stem.planning.select(q, k, v, attention, q.shape[-1] ** -0.5, None).to_mask()
+    return attention(q, k, v).to_mask()
+
+
+@pytest.mark.parametrize("name", [name for name in methods.all_names() if name not in methods.BLIND])
+def test_every_candidate_keeps_its_forced_blocks_and_chooses_others(name):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 640, 16), torch.randn(1, 1, 640, 16), torch.randn(1, 1, 640, 16)
+    found = methods.candidates(name, 0.6, 16, 640)
+    assert found and len({of.forced for of in found}) == len(found)
+    if name not in ("vertical_slash", "flexprefill", "blasst"):
+        assert {(of.forced.sink_blocks, of.forced.local_blocks) for of in found} == set(methods.GRID)
+    row, key = torch.arange(40)[:, None], torch.arange(40)
+    for method in found:
+        mask, forced = kept(method, q, k, v), method.forced
+        must = (key < forced.sink_blocks) | (row - key < forced.local_blocks) | (row >= 40 - forced.dense_last_blocks)
+        assert mask[:, :, must & (key <= row)].all()
+        assert mask[:, :, ~must & (key <= row)].any()
+        assert method.asked == 0.6 and method.block_size == 16
+
+
+def test_dense_last_rows_are_a_choice_where_a_method_has_them():
+    choices = {of.forced.dense_last_blocks for of in methods.candidates("flashprefill", 0.5, 64, 8192)}
+    assert choices == {0, patterns.keywords("flashprefill")["dense_last_blocks"]}
+
+
+def test_adaptive_and_its_variant_differ_in_the_last_block_only():
+    (preset, *_), (cells_alone, *_) = (methods.candidates(name, 0.5, 64, 8192) for name in methods.ADAPTIVE)
+    assert preset.attention.exact_last_blocks == 1
+    assert cells_alone.attention == preset.attention.replace(exact_last_blocks=0)
+
+
+def test_presets_hold_angelslims_dense_layers_both_ways():
+    found = {method.name: method for method in methods.presets()}
+    assert list(found) == ["stem, paper", "stem, angelslim", "stem, hpc_ops", "stem, angelslim, 2 dense layers"]
+    every, default = found["stem, angelslim"], found["stem, angelslim, 2 dense layers"]
+    assert (every.dense_layers, default.dense_layers) == (0, 2) and every.attention == default.attention
+    assert every.forced == Forced(4, 4)
+
+
+def test_the_control_keeps_three_blocks():
     budget = stem.block_budget(20, methods.window_control(64))
     assert budget.tolist()[:4] == [1, 2, 3, 3] and budget[-1] == 3
-
-
-def test_thresholds_are_solved_unless_the_forced_blocks_cost_more(tokenizer, model, monkeypatch):
-    monkeypatch.setattr(samples, "calibration_texts", lambda: [documents.prose()[:4000], documents.prose()[9000:13000]])
-    told = []
-    solve = partial(methods.calibrated, model, tokenizer, 256, show=told.append)
-    config = stem.StemConfig.preset("adaptive", dense_up_to=0, block_size=16)
-    assert solve(0.1, config) is None
-    solved = solve(0.5, config)
-    assert solved.allocation == "adaptive" and 0 < solved.threshold < 1 and told == []
-    monkeypatch.setattr(stem, "calibrate", lambda *_, **__: stem.hf.calibration.calibrate(model, [], 0.5))
-    assert solve(0.5, config) is None and "is left out: prompts must be tensors" in told[0]
+    assert methods.control(64).attention == methods.window_control(64)
 
 
 @pytest.mark.parametrize("name", methods.BLIND)
@@ -44,9 +84,6 @@ def test_blind_patterns_do_not_look_at_the_tensors(name):
     q, k = torch.randn(2, 3, 160, 16), torch.randn(2, 1, 160, 16)
     first, second = (stem.patterns.select(name, q * x, k * x, k, SPARSE).to_mask() for x in (1, -2))
     assert torch.equal(first, second)
-    (method,) = (of for of in methods.methods([name], (0.4,), (16,)) if of.name == name)
+    method = methods.candidates(name, 0.5, 16, 160)[0]
     assert method.attention(q, k, k) is method.attention(q + 1, k, k)
-    assert torch.equal(
-        method.attention(q, k, k).to_mask(),
-        stem.patterns.select(name, q, k, k, SPARSE.replace(local_blocks=2)).to_mask(),
-    )
+    assert (method.forced is None) == (name != "random")

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 from stem.experiments import documents
@@ -69,3 +70,11 @@ def test_stored_samples_are_built_once_and_again_only_for_more(tokenizer, tmp_pa
     assert len(ruler.stored_samples("ruler_vt", tokenizer, 512, 5, 1)) == 5 and built == [3, 5]
     ruler.stored_samples("ruler_vt", tokenizer, 512, 5, 2)
     assert built == [3, 5, 5] and len(list((tmp_path / "ruler").iterdir())) == 2
+
+
+def test_calibration_reads_other_texts_than_the_rows(tokenizer):
+    prompts = samples.calibration_windows(tokenizer, 256, 2)
+    windows = samples.document_windows(tokenizer, 256, 2, ("python source", "licences"))
+    read = {tuple(ids.tolist()) for ids in torch.cat(list(windows.values()))}
+    assert [prompt.shape for prompt in prompts] == [(2, 256), (2, 256)]
+    assert not read & {tuple(ids.tolist()) for ids in torch.cat(prompts)}
