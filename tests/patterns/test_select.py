@@ -118,6 +118,7 @@ def test_a_given_parameter_wins_over_the_density():
         assert torch.equal(patterns.select(name, q, k, v, CONFIG.replace(decay=0.5), **native).to_mask(), plain)
 
 
+FORCED = dict(sink_blocks=3), dict(local_blocks=4)
 CHANGES = {  # name and keywords, each of which changes what is kept
     "uniform_topk": [dict(row_blocks=3)],
     "sliding_window": [dict(window_blocks=2)],
@@ -129,7 +130,7 @@ CHANGES = {  # name and keywords, each of which changes what is kept
     "tri_shape": [dict(sink_blocks=0), dict(window_blocks=2), dict(last_tokens=0)],
     "vertical_slash": [dict(verticals=30), dict(slashes=70, verticals=30)],
     "flexprefill": [dict(gamma=0.2, min_budget=16), dict(tau=0.0), dict(min_budget=80)],
-    "xattention": [dict(tau=0.3)],
+    "xattention": [dict(tau=0.3), *FORCED],
     "flashprefill": [
         dict(alpha=0.9),
         dict(sink_blocks=0),
@@ -143,11 +144,11 @@ CHANGES = {  # name and keywords, each of which changes what is kept
         dict(dense_last_blocks=0),
     ],
     "subblock": [dict(row_blocks=3), dict(cells=1)],
-    "cosa": [dict(top_p=0.3)],
+    "cosa": [dict(top_p=0.3), *FORCED],
     "blasst": [dict(skip_threshold=0.9)],
     "random": [dict(seed=1)],
-    "oracle_mass": [dict(tau=0.3)],
-    "oracle_output": [dict(tau=0.3)],
+    "oracle_mass": [dict(tau=0.3), *FORCED],
+    "oracle_output": [dict(tau=0.3), *FORCED],
 }
 
 
@@ -159,6 +160,16 @@ def test_every_keyword_changes_the_selection():
         plain = patterns.select(name, q, k, v, config).to_mask()
         for native in CHANGES.get(name, []):
             assert not torch.equal(patterns.select(name, q, k, v, config, **native).to_mask(), plain), (name, native)
+
+
+@pytest.mark.parametrize("native", [{}, dict(tau=0.1)], ids=["solved", "tau"])
+@pytest.mark.parametrize("name", ["xattention", "cosa", "oracle_mass", "oracle_output"])
+def test_forced_blocks_are_kept(name, native):
+    q, k, v = draw(320, 320)
+    native = {"top_p" if name == "cosa" else key: value for key, value in native.items()}
+    kept = patterns.select(name, q, k, v, CONFIG.replace(density=0.6), sink_blocks=3, local_blocks=4, **native)
+    row, key = torch.arange(kept.num_q_blocks)[:, None], torch.arange(kept.num_q_blocks)
+    assert kept.to_mask()[:, :, ((key < 3) | (row - key < 4)) & (key <= row)].all()
 
 
 @pytest.mark.parametrize(
