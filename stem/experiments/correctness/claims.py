@@ -1,6 +1,10 @@
 """Claims of notebook 03: each function measures one claim and returns rows, one per case and implementation.
 
-A row holds claim, case, impl, dtype, error (largest absolute difference), tolerance, passed and seed.
+A row holds claim, case, impl, dtype, error, tolerance, roundings, most_roundings, passed and seed. `error` is the norm
+of the difference over the norm of the exact result. `roundings` is the largest single difference, in roundings of its
+row: the precision of the format times the row's largest value. `tolerance` and `most_roundings` bound the two, see
+`bounds`. A claim of exact equality has tolerance 0, its `error` is the largest absolute difference (or the number of
+wrong block pairs), and it has no roundings.
 """
 
 import math
@@ -18,6 +22,7 @@ from torch.nn.functional import one_hot
 from stem import patterns
 from stem.attention import block_sparse_attention, stem_attention
 from stem.config import StemConfig
+from stem.planning import select
 from stem.reference import dense_attention, masked_attention
 from stem.scores import block_scores
 from stem.selection import BlockSelection
@@ -69,10 +74,34 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor) -> Tens
     return logits.softmax(-1) @ v
 
 
-def tolerance(eager: Tensor, oracle: Tensor, reduction: int) -> float:
-    """Largest allowed error against an fp64 oracle: eager code's, plus sqrt(terms of the longest sum) roundings."""
-    rounding = torch.finfo(eager.dtype).eps * float(oracle.abs().max())
-    return float((eager.double() - oracle).abs().max()) + math.sqrt(reduction) * rounding
+class Bounds(NamedTuple):
+    """Largest allowed errors against an fp64 oracle."""
+
+    error: float  # norm of the difference over the norm of the oracle
+    roundings: float  # largest difference in roundings of its row
+
+
+def errors_of(result: Tensor, oracle: Tensor) -> Bounds:
+    """Relative L2 error of a result, and its largest error in roundings of its row.
+
+    A row is the last dimension. One rounding is the precision of the result's format times the row's largest absolute
+    value, or times the root mean square of all rows where that is larger (a gradient can be exactly zero in a row).
+    """
+    difference, least = result.double() - oracle, torch.finfo(torch.float64).tiny  # the oracle may be zero
+    size = oracle.abs().amax(-1, keepdim=True).clamp_min(oracle.square().mean().sqrt()).clamp_min(least)
+    roundings = difference.abs() / (torch.finfo(result.dtype).eps * size)
+    return Bounds(float(difference.norm() / oracle.norm().clamp_min(least)), float(roundings.max()))
+
+
+def bounds(eager: Tensor, oracle: Tensor, reduction: int) -> Bounds:
+    """Largest errors that an implementation may have: those of eager code in its precision, and a little more.
+
+    The norm may exceed eager code's by a quarter of a rounding, a single value twice eager code's by one rounding. Both
+    get sqrt(reduction) roundings of fp32 for another order of summation, reduction = terms of the longest sum.
+    """
+    own, eps = errors_of(eager, oracle), torch.finfo(eager.dtype).eps
+    order = math.sqrt(reduction) * torch.finfo(torch.float32).eps
+    return Bounds(own.error + eps / 4 + order, 2 * own.roundings + 1 + order / eps)
 
 
 def results(impls: Iterable[str], q: Tensor, block_size: int, call: Callable[..., Any]) -> dict[str, Any]:
@@ -85,14 +114,33 @@ def results(impls: Iterable[str], q: Tensor, block_size: int, call: Callable[...
     return {impl: call(impl=impl) for impl in impls if not left_out.get(impl)}
 
 
-def rows_of(claim: str, case: object, found: Mapping[str, Tensor], oracle, allowed: float, seed: int) -> list[dict]:
-    """One row per implementation: the largest difference of its result from the oracle, and whether it is allowed."""
+def rows_of(claim: str, case: object, found: Mapping[str, Tensor], oracle: Tensor, allowed: Bounds, seed: int) -> list:
+    """One row per implementation: the errors of its result against the oracle, and whether both are allowed."""
     rows = []
     for impl, result in found.items():
-        error, dtype = float((result.double() - oracle).abs().max()), str(result.dtype).removeprefix("torch.")
-        row = dict(claim=claim, case=str(case), impl=impl, dtype=dtype, error=error, tolerance=allowed)
-        rows.append(row | dict(passed=error <= allowed, seed=seed))
+        error, roundings = errors_of(result, oracle)
+        about = dict(claim=claim, case=str(case), impl=impl, dtype=str(result.dtype).removeprefix("torch."))
+        told = dict(error=error, tolerance=allowed.error, roundings=roundings, most_roundings=allowed.roundings)
+        passed = error <= allowed.error and roundings <= allowed.roundings
+        rows.append(about | told | dict(passed=passed, seed=seed))
     return rows
+
+
+def exact_rows(claim: str, case: object, found: Mapping[str, Tensor], seed: int) -> list[dict]:
+    """One row per implementation, whose result must be zero everywhere."""
+    rows = []
+    for impl, result in found.items():
+        error, dtype = float(result.double().abs().max()), str(result.dtype).removeprefix("torch.")
+        about = dict(claim=claim, case=str(case), impl=impl, dtype=dtype, error=error, tolerance=0.0)
+        rows.append(about | dict(roundings=None, most_roundings=None, passed=error == 0, seed=seed))
+    return rows
+
+
+def oracle_and_bounds(q, k, v, selection: BlockSelection, shape: Shape) -> tuple[Tensor, Bounds]:
+    """Attention over kept blocks by its definition in fp64, and what an implementation may differ from it."""
+    mask = selection.to_token_mask()
+    oracle = masked_attention(q.double(), k.double(), v.double(), mask)
+    return oracle, bounds(eager_attention(q, k, v, mask), oracle, shape.longest_sum)
 
 
 def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = "equals the fp64 oracle") -> list[dict]:
@@ -101,9 +149,7 @@ def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = 
     for shape, dtype in product(shapes, dtypes):
         q, k, v = qkv(shape, dtype, device, seed)
         selection = random_blocks(q, k, v, shape.block_size)
-        mask = selection.to_token_mask()
-        oracle = masked_attention(q.double(), k.double(), v.double(), mask)
-        allowed = tolerance(eager_attention(q, k, v, mask), oracle, shape.longest_sum)
+        oracle, allowed = oracle_and_bounds(q, k, v, selection, shape)
         found = results(impls, q, shape.block_size, partial(block_sparse_attention, q, k, v, selection))
         rows += rows_of(claim, shape, found, oracle, allowed, seed)
     return rows
@@ -119,7 +165,7 @@ def dense_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
         eager = eager_attention(q, k, v, causal.tril(shape.kv_len - shape.q_len))
         config = StemConfig(block_size=shape.block_size, density=1.0)
         found = results(impls, q, shape.block_size, partial(stem_attention, q, k, v, config))
-        allowed = tolerance(eager, oracle, shape.longest_sum)
+        allowed = bounds(eager, oracle, shape.longest_sum)
         rows += rows_of("full budget equals dense", shape, found, oracle, allowed, seed)
     return rows
 
@@ -138,7 +184,7 @@ def score_errors(shapes, device, seed: int = 0, impls=("torch", "triton")) -> li
         sums = in_row[:, offset // shape.block_size :].mT @ products @ in_column
         past = torch.ones_like(sums[0, 0], dtype=torch.bool).tril(offset // shape.block_size)
         oracle = sums[..., past] * shape.head_dim**-0.5 / (shape.block_size**2 // stride)
-        allowed = tolerance(oracle.float(), oracle, shape.block_size * shape.head_dim)
+        allowed = bounds(oracle.float(), oracle, shape.block_size * shape.head_dim)
         found = {impl: block_scores(q, k, v, config, impl=impl)[..., past] for impl in impls}
         rows += rows_of("factorised score equals the sum", shape, found, oracle, allowed, seed)
     return rows
@@ -181,7 +227,7 @@ def causality_errors(config: StemConfig, impls, dtype, device, seed: int = 0) ->
         return (before - after)[:, :, : 3 * size]
 
     found = results(impls, inputs[0], size, change)
-    return rows_of("no output before a block depends on it", shape, found, 0.0, 0.0, seed)
+    return exact_rows("no output before a block depends on it", shape, found, seed)
 
 
 def unread_errors(shape: Shape, impls, dtype, device, seed: int = 0) -> list[dict]:
@@ -201,15 +247,64 @@ def unread_errors(shape: Shape, impls, dtype, device, seed: int = 0) -> list[dic
         return torch.cat(own, 2) - out
 
     found = results(impls, q, size, change)
-    return rows_of("unselected blocks are not read", shape, found, 0.0, 0.0, seed)
+    return exact_rows("unselected blocks are not read", shape, found, seed)
 
 
-def chunk_errors(config, ends, impls, device, seed: int = 0, prompt_length: int | None = None) -> list[dict]:
+def adaptive_errors(shapes, impls, device, threshold: float = 0.05, seed: int = 0) -> list[dict]:
+    """Rows of wrong block pairs in the selection of the preset "adaptive", against its definition in fp64.
+
+    Shapes are whole prompts of whole blocks. Shares within a thousandth of the threshold may fall on either side.
+    """
+    rows = []
+    for shape in shapes:
+        config = StemConfig.preset("adaptive", block_size=shape.block_size, threshold=threshold, dense_up_to=0)
+        q, k, v = qkv(shape, torch.float32, device, seed)
+        q = 3 * q  # peaks, as real attention has them
+        shares = adaptive_shares(q.double(), k.double(), config)
+        row, column = (torch.arange(shares.shape[-1], device=device) for _ in range(2))
+        distance = row[:, None] - column
+        forced = (column < config.sink_blocks) | (distance < config.local_blocks)
+        expected = ((shares > threshold) | forced) & (distance >= 0)
+        sure = (shares / threshold - 1).abs() > 1e-3
+        found = {impl: select(q, k, v, config, shape.head_dim**-0.5, impl).to_mask() for impl in impls}
+        wrong = {impl: ((mask != expected) & sure).sum(-1, dtype=torch.int32) for impl, mask in found.items()}
+        rows += exact_rows("adaptive keeps the blocks of its definition", shape, wrong, seed)
+    return rows
+
+
+def adaptive_shares(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
+    """Shares of `StemConfig.preset("adaptive")` for a whole prompt of whole blocks, by their definition: [1, Hq, n, n].
+
+    A cell has an upper and a lower corner, shifted from its mean by `score_peak` towards its extremes. The logit of two
+    cells bounds their products from above. A softmax over the cells before the end of a query cell, summed over blocks,
+    root mean square over the query cells. The last block of queries has cells of one token.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    size, blocks = config.block_size, q.shape[2] // config.block_size
+
+    def corners(x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        cells, peak = x.unflatten(2, (-1, tokens)), config.score_peak
+        return tuple((1 - peak) * cells.mean(3) + peak * of for of in (cells.amax(3), cells.amin(3)))
+
+    def shares(tokens: int) -> Tensor:
+        (q_high, q_low), (k_high, k_low) = corners(q, tokens), corners(k, tokens)
+        logits = q_high.clamp_min(0) @ k_high.mT + q_low.clamp_max(0) @ k_low.mT
+        future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1)
+        weights = (logits * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf).softmax(-1)
+        pooled = weights.unflatten(3, (blocks, -1)).sum(-1).unflatten(2, (blocks, -1)).square().mean(3).sqrt()
+        return pooled / pooled.sum(-1, keepdim=True)
+
+    found = shares(size // config.score_cells)
+    found[:, :, -config.exact_last_blocks :] = shares(1)[:, :, -config.exact_last_blocks :]
+    return found
+
+
+def chunk_errors(config, ends, impls, device, seed: int = 0, prompt_length: int | None = None, name="") -> list[dict]:
     """Rows of a prompt in chunks that end at `ends` [tokens], each told `prompt_length`, against the whole prompt."""
     shape = Shape(2, 1, ends[-1], ends[-1], 32, config.block_size)
     q, k, v = qkv(shape, torch.float32, device, seed)
     oracle = stem_attention(q.double(), k.double(), v.double(), config, impl="reference")
-    case = f"ends {ends}, {config.allocation}" + (", told the length" if prompt_length else "")
+    case = f"ends {ends}, {name or config.allocation}" + (", told the length" if prompt_length else "")
 
     def in_chunks(impl: str) -> Tensor:
         attend = partial(stem_attention, config=config, impl=impl, prompt_length=prompt_length)
@@ -218,7 +313,7 @@ def chunk_errors(config, ends, impls, device, seed: int = 0, prompt_length: int 
 
     rows = []
     for impl, found in results(impls, q, shape.block_size, in_chunks).items():
-        allowed = tolerance(stem_attention(q, k, v, config, impl=impl), oracle, shape.longest_sum)
+        allowed = bounds(stem_attention(q, k, v, config, impl=impl), oracle, shape.longest_sum)
         rows += rows_of("chunks equal the whole prompt", case, {impl: found}, oracle, allowed, seed)
     return rows
 
@@ -235,7 +330,7 @@ def gradient_errors(shapes, impls, dtypes, device, seed: int = 0) -> list[dict]:
         sparse = partial(_gradients, inputs, block_sparse_attention, selection=selection)
         found = results(impls, inputs[0], shape.block_size, sparse)
         for i, name in enumerate("qkv"):
-            allowed = tolerance(eager[i], oracle[i], shape.longest_sum)
+            allowed = bounds(eager[i], oracle[i], shape.longest_sum)
             of = {impl: gradients[i] for impl, gradients in found.items()}
             rows += rows_of("gradients", f"d{name}, {shape}", of, oracle[i], allowed, seed)
     return rows
