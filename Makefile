@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+CHOSEN = $(if $(METHODS),--methods $(METHODS)) $(if $(MODEL),--model $(MODEL)) $(if $(LENGTHS),--lengths $(LENGTHS))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
@@ -49,14 +50,15 @@ speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=s
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
-long_context: $(INSTALLED) ## compare methods on real models, all three parts below: writes results/long_context/  [PROFILE=smoke|full]
+long_context: $(INSTALLED) ## compare methods on real models, the three targets below: writes results/long_context/  [PROFILE=smoke|full]
 	$(LONG_CONTEXT)
 
-evaluation: $(INSTALLED) ## answers, losses and prefill times of every method on the embedded model  [PROFILE=smoke|full METHODS="stem xattention"]
-	$(LONG_CONTEXT) answers $(if $(METHODS),--methods $(METHODS))
+evaluation: $(INSTALLED) ## needles that every method finds  [PROFILE=smoke|full METHODS="stem xattention" MODEL=qwen2.5-coder-0.5b LENGTHS="16384"]
+	$(LONG_CONTEXT) answers $(CHOSEN)
 
-quality: $(INSTALLED) ## loss that every method costs on documents, and time of the adaptive selection  [PROFILE=smoke|full METHODS=adaptive]
-	$(LONG_CONTEXT) loss $(if $(METHODS),--methods $(METHODS))
+quality: $(INSTALLED) ## loss of every method on documents, errors of the logits, time of selection  [PROFILE, METHODS, MODEL and LENGTHS as above]
+	$(LONG_CONTEXT) loss $(CHOSEN)
+	$(LONG_CONTEXT) logits $(if $(MODEL),--model $(MODEL))
 	$(LONG_CONTEXT) selection_cost
 
 extend: $(INSTALLED) ## train the embedded model to 32K tokens and compare methods there  [PROFILE=smoke|full]

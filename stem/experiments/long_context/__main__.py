@@ -3,9 +3,9 @@
 import argparse
 
 from stem.experiments import records
-from stem.experiments.long_context import answers, extension, loss, selection_cost
+from stem.experiments.long_context import answers, extension, logits, loss, selection_cost
 
-PARTS = {"answers": answers, "loss": loss, "selection_cost": selection_cost, "extension": extension}
+PARTS = dict(answers=answers, loss=loss, logits=logits, selection_cost=selection_cost, extension=extension)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,9 +15,13 @@ def ran(monkeypatch):
 
 def test_without_a_part_all_run_with_their_defaults(ran):
     __main__.main(["--profile", "full"])
-    assert [name for name, _ in ran] == list(__main__.PARTS) == ["answers", "loss", "selection_cost", "extension"]
+    assert (
+        [name for name, _ in ran]
+        == list(__main__.PARTS)
+        == ["answers", "loss", "logits", "selection_cost", "extension"]
+    )
     assert {options.profile for _, options in ran} == {"full"}
-    assert ran[0][1].methods is None and ran[3][1].evaluate_only is False
+    assert ran[0][1].methods is None and ran[4][1].evaluate_only is False
 
 
 @pytest.mark.parametrize("words", [["--profile", "full", "loss"], ["loss", "--profile", "full"]])

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stem import hf
-from stem.experiments.theory import logits
+from stem.experiments.long_context import logits
 
 
 @pytest.fixture(scope="module")

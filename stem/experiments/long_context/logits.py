@@ -1,10 +1,11 @@
-"""Errors of a real model's logits on long texts: the paper's Table 1 and Fig. 3 where scores have a choice.
+"""Logits: errors on long texts, the paper's Table 1 and Fig. 3 where scores have a choice, see `rows`.
 
-Writes results/theory/logits/. Every row is one window of text, so that differences are paired. `error` is the mean
-squared difference of the logits to dense attention over all positions, `error_last` over the last quarter. Pruning an
-earlier quarter reaches the last one only through what later layers read, so `error_last` is what travelled.
+Writes results/long_context/logits/. Every row is one window of text, so that differences are paired. `error` is the
+mean squared difference of the logits to dense attention over all positions, `error_last` over the last quarter. Pruning
+an earlier quarter reaches the last one only through what later layers read, so `error_last` is what travelled.
 """
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from stem import hf
 from stem.config import StemConfig
+from stem.experiments import records
+from stem.experiments.long_context import measures, samples
 from stem.experiments.theory.flow import select_in_rows
 
 SPANS = 4  # Fig. 3 prunes one quarter of the query blocks at a time
 POSITIONS = 2048  # whose logits are in memory at the same time
+KINDS = ("python source", "reStructuredText", "C++ headers")  # texts long enough for 8 windows of 16K tokens
+SAME = ("claim", "method", "text", "sample", "tokens", "block_size", "asked", "model")  # columns that name a row
 Attention = StemConfig | hf.Selector
 
 
@@ -93,3 +98,18 @@ def rows(
                     about |= dict(block_size=block_size, asked=asked, density=round(density, 4), model=name, seed=seed)
                     yield about | dict(error=float(f"{error:.5g}"), error_last=float(f"{error_last:.5g}"))
         show(f"logits of {kind}: {len(of)} windows")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
+    parser.add_argument("--length", type=int, help="of a window [tokens] (default: 8192, smoke 1024)")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure and write results/long_context/logits/; rows of other models and lengths stay."""
+    full = options.profile == "full"
+    model, tokenizer, name = measures.load(options.model)
+    length, kinds = options.length or (8192 if full else 1024), KINDS if full else KINDS[:1]
+    windows = samples.document_windows(tokenizer, length, 8 if full else 1, kinds)
+    found = list(rows(model, name, windows, 128 if full else 32))
+    print("wrote", records.write_rows("long_context/logits", found, options.profile, same=SAME))
