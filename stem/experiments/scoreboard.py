@@ -3,25 +3,38 @@
 import pandas as pd
 
 from stem import StemConfig, block_budget
+from stem.experiments.long_context import verdicts
 from stem.experiments.markdown import full_rows, markdown_table, number, tokens_label
 from stem.experiments.speed.report import DENSE_LABELS, best_ratio
 from stem.experiments.theory import paper
 
 LONGEST = 2**17  # tokens of the headline numbers and of the paper's Figure 1
 DENSE = ("sdpa_cudnn", "sdpa_flash")
-NEEDLE = "niah_single_2"  # RULER's task whose answers are generated
-ASKED = 0.25  # density of the rows that compare selections on a real model
 UNTESTED = "not testable here yet"
+HEADER = ("the paper's claim", "paper", "ours", "verdict")
+IMPORTANT = (1, 6, 7, 8, 9, 10, 11, 13)  # places in `claims` of the README's eight lines
+_TRAINED = ("not tested", "not testable here: its models have 8B parameters and more")
 WRITES = {
     "theory": "`make theory PROFILE=full` writes the verdict",
-    "loss": "`make quality PROFILE=full` writes its rows",
+    "correctness": "`make correctness PROFILE=full` writes its rows",
+    "loss": "`make quality PROFILE=full MODEL=qwen2.5-coder-0.5b LENGTHS=16384` writes its rows",
     "answers": "`make evaluation PROFILE=full` writes its rows",
     "speed": "`make speed PROFILE=full` on a CUDA machine writes its rows",
 }
 
 
 def scoreboard() -> str:
-    """At most eight claims of the paper: its value, ours from committed rows, and a verdict.
+    """The eight most important claims of the paper: its value, ours from committed rows, and a verdict."""
+    return markdown_table(HEADER, [line for number, line in enumerate(claims()) if number in IMPORTANT])
+
+
+def all_claims() -> str:
+    """Every claim of the paper that this repository tests, in the order of the paper."""
+    return markdown_table(HEADER, claims())
+
+
+def claims() -> list[tuple[str, str, str, str]]:
+    """Lines (claim, the paper's value, ours, verdict) in the order of the paper.
 
     A verdict is "reproduced", "partly", "not reproduced" or "not testable here", followed by "yet" without rows.
     """
@@ -31,21 +44,34 @@ def scoreboard() -> str:
     accuracy = "; ".join(f"{name} {average[dense]} → {average[stem]}" for name, average in scores.items())
     uniform, decay, both = "uniform", "+ position decay", "+ output-aware metric"
     lines = [
+        ("Eq. 1: early values enter every later output", "no number", _claim("Eq. 1")),
         ("Eq. 2 and 4: block pairs of a constant and a decaying budget (256 blocks)", "formulas", _cost()),
-        ("Table 1: the value term lowers the error of the logits at equal cost", f"{logits:+.1%}", _claim("Table 1")),
-        ("Fig. 3: pruning early query rows hurts the logits most", "a plot", _claim("Fig. 3")),
-        ("Table 5: position decay helps at equal cost", _points(uniform, decay), _step(uniform, decay)),
-        ("Table 5: the value term helps at equal cost", _points(decay, both), _step(decay, both)),
-        ("Table 5: decay and value term together beat uniform top-k at equal cost", _points(uniform, both), _both()),
-        (f"Tables 2 and 4: accuracy stays near dense at a budget of {paper.ruler().budget[stem]} %", accuracy, _near()),
+        ("Eq. 5 and 9: bound of the error of a dropped block", "a proof", _claim("Eq. 5")),
+        ("Eq. 6 and 7: values matter beside routing", "best weight 0.2", _claim("Eq. 6")),
+        ("Eq. 8: operations, dense over Stem", "a formula", _claim("Eq. 8")),
+        ("Algorithm 1: no output depends on a later block", "by construction", _causal()),
+        ("Table 1: the value term lowers the error of the logits at equal cost", f"{logits:+.1%}", _value(logits)),
+        ("Fig. 3: pruning early query rows hurts the logits most", "a plot", _found(verdicts.pruning(), "loss")),
+        ("Table 5: position decay helps at equal cost", _points(uniform, decay), _step("decay")),
+        ("Table 5: the value term helps at equal cost", _points(decay, both), _step("value")),
+        (
+            "Table 5: decay and value term together beat uniform top-k at equal cost",
+            _points(uniform, both),
+            _step("both"),
+        ),
+        (
+            f"Tables 2 and 4: accuracy stays near dense at a budget of {paper.ruler().budget[stem]} %",
+            accuracy,
+            _found(verdicts.near_dense(), "answers"),
+        ),
+        ("Table 3: Stem saves budget in models trained with sparse attention", "42.84 → 43.16", _TRAINED),
         (
             "Fig. 1: operator latency at 128K tokens against FlashAttention-2",
             f"{_paper_ratio():.1f}× (H20)",
             _latency(),
         ),
     ]
-    header = ["the paper's claim", "paper", "ours", "verdict"]
-    return markdown_table(header, [(claim, said, *found) for claim, said, found in lines])
+    return [(claim, said, *found) for claim, said, found in lines]
 
 
 def headline() -> str:
@@ -95,36 +121,26 @@ def _claim(name: str) -> tuple[str, str]:
     return f"{row.ours} ({row.on})", verdict
 
 
-def _step(before: str, after: str) -> tuple[str, str]:
-    """A step of Table 5: notebook 01's claim where the rows hold one, else the losses that they hold."""
-    found, gaps = _claim(f"Table 5: {after.removeprefix('+ ')}"), full_rows("theory/ablation")
-    if found != _untested("theory") or gaps.empty:
-        return found
-    gap = gaps.drop_duplicates("method", keep="last").set_index("method").gap
-    ours = f"loss above dense {gap[before]:.3f} → {gap[after]:.3f} nats (SmolLM2-135M)"
-    return _untested("theory", ours, "these rows hold no interval; ")
+def _found(found: verdicts.Verdict, experiment: str) -> tuple[str, str]:
+    return tuple(found) if found else _untested(experiment)
 
 
-def _both() -> tuple[str, str]:
-    rows = full_rows("long_context/loss", asked=ASKED, block_size=128)
-    gaps = rows.pivot_table(index="text", columns="method", values="gap") if len(rows) else rows
-    if not {"stem", "uniform_topk"} <= set(gaps):
-        return _untested("loss")
-    change = gaps["stem"] - gaps["uniform_topk"]
-    mean, noise = change.mean(), 2 * change.sem()
-    ours = f"loss above dense {gaps.uniform_topk.mean():.3f} → {gaps['stem'].mean():.3f} nats, difference "
-    ours += f"{mean:+.3f} ± {noise:.3f} over {len(change)} texts (SmolLM2-135M, density {ASKED:.0%})"
-    return ours, "reproduced" if mean < -noise else "not reproduced"
+def _value(change: float) -> tuple[str, str]:
+    return _found(verdicts.value_term(change), "loss")
 
 
-def _near() -> tuple[str, str]:
-    found = _answers("stem")
-    if found.empty:
-        return _untested("answers")
-    row = found.iloc[-1]
-    ours = f"SmolLM2-135M, {NEEDLE} at {tokens_label(row.length)}: {row.dense:.0%} → {row.value:.0%} right, "
-    ours += f"difference {_interval(row)}, density {row.density:.0%}"
-    return ours, "not testable here: the paper's model has 8B parameters"
+def _step(step: str) -> tuple[str, str]:
+    return _found(verdicts.ablation(step), "loss")
+
+
+def _causal() -> tuple[str, str]:
+    """Largest change of an output by a later block, in every implementation that notebook 03 measured."""
+    rows = full_rows("correctness", claim="no output before a block depends on it")
+    if rows.empty:
+        return _untested("correctness")
+    impls = ", ".join(dict.fromkeys(rows.impl))
+    ours = f"largest change {rows.error.max():g} in {impls}; the z-score of the public implementations breaks it"
+    return ours, "reproduced" if rows.passed.all() else "not reproduced"
 
 
 def _latency() -> tuple[str, str]:
@@ -150,21 +166,13 @@ def _time(name: str, operation: str, config: str, told: str, section: str) -> st
 
 
 def _needles() -> str:
-    adaptive, published = _answers("stem adaptive"), _answers("stem")
-    if adaptive.empty or published.empty:
+    """Lowest density at which the needles and the documents of `adaptive` are near dense, beside published Stem."""
+    lines = [f"`adaptive` {found.ours}" for found in (verdicts.near_dense("adaptive"),) if found]
+    lines += [f"published Stem {found.ours}" for found in (verdicts.near_dense(),) if found]
+    if len(lines) < 2:
         return f"**Quality at equal density**: {WRITES['answers']}."
-    row, other = adaptive.iloc[-1], published.iloc[-1]
-    shorter = "".join(
-        f" With `dense_up_to=0`, `adaptive` answers {each.value:.0%} at {tokens_label(each.length)} tokens, "
-        f"dense attention {each.dense:.0%}."
-        for each in adaptive.iloc[:-1].itertuples()
-    )
-    return (
-        f"**Quality: `adaptive` answers {row.value:.0%} of {NEEDLE} right** at {tokens_label(row.length)} tokens and "
-        f"density {row.density:.0%}, dense attention {row.dense:.0%} (difference {_interval(row)}), published Stem "
-        f"{other.value:.0%} at density {other.density:.0%}; SmolLM2-135M "
-        f"([rows](results/README.md#long-context-evaluation)).{shorter}"
-    )
+    told = "; ".join(lines)
+    return f"**Quality at a density of {verdicts.ASKED:.0%}, minus dense**: {told} ([rows](results/README.md#long-context-evaluation))."
 
 
 def _fastest(operation: str, config: str) -> pd.Series | None:
@@ -173,15 +181,3 @@ def _fastest(operation: str, config: str) -> pd.Series | None:
     if len(rows):
         rows = rows.dropna(subset=["latency_ms", *(f"speedup_vs_{name}" for name in DENSE)])
     return rows.sort_values("latency_ms").iloc[0] if len(rows) else None
-
-
-def _answers(method: str) -> pd.DataFrame:
-    """Rows of SmolLM2's generated answers to `NEEDLE` with one method and blocks of 64, the longest prompts last."""
-    same = dict(measure="generated", method=method, task=NEEDLE, asked=ASKED, block_size=64)
-    rows = full_rows("long_context/answers", **same)
-    return rows[rows.model.str.startswith("smollm2")].sort_values("length") if len(rows) else rows
-
-
-def _interval(row: pd.Series) -> str:
-    low, mean, high = (f"{100 * value:+.0f}" for value in (row.low, row.difference, row.high))
-    return f"{mean} points, 95 % interval {low} to {high}, n = {row['count']:.0f}"

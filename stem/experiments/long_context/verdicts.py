@@ -1,0 +1,126 @@
+"""Verdicts on the paper's claims about quality, each computed from rows where scores had a choice.
+
+A verdict is "reproduced", "partly", "not reproduced" or "not testable here", with a reason. Every difference is paired
+by sample and has a 95 % bootstrap interval. "Reproduced" needs an interval that excludes zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from stem.experiments.long_context import report
+from stem.experiments.long_context.measures import interval
+from stem.experiments.long_context.methods import NO_VALUE
+from stem.experiments.long_context.report import Difference
+from stem.experiments.markdown import full_rows, tokens_label
+
+STEPS = {"decay": (NO_VALUE, "uniform_topk"), "value": ("stem", NO_VALUE), "both": ("stem", "uniform_topk")}
+SHARE_OF_PAPER = 1 / 3  # a smaller part of the paper's effect is reproduced partly
+ASKED = 0.25  # density at which the paper's claims are compared
+
+
+class Verdict(NamedTuple):
+    """Our value in words, and the verdict."""
+
+    ours: str
+    verdict: str
+
+    def __bool__(self) -> bool:
+        return bool(self.ours)
+
+
+NONE = Verdict("", "not testable here yet")
+
+
+def of_difference(difference: Difference, better: int, told: str) -> Verdict:
+    """Verdict on the sign of a paired difference; better is -1 where a negative difference supports the claim."""
+    if not difference.count:
+        return NONE
+    if not difference.excludes_zero:
+        return Verdict(told, "not reproduced: the interval holds zero")
+    return Verdict(told, "reproduced" if better * difference.mean > 0 else "not reproduced: the opposite sign")
+
+
+def ablation(step: str) -> Verdict:
+    """Table 5: what a step changes in the loss on documents, at the longest windows of the largest model."""
+    rows = report.rows(parts=("loss",))
+    rows = report.whole(rows[(rows.task != "all")]) if len(rows) else rows
+    after, before = STEPS[step]
+    rows = rows[(rows.block_size.isna() | (rows.block_size == 128))] if len(rows) else rows
+    for (model, length), of in sorted(rows.groupby(["model", "length"]), key=_importance) if len(rows) else ():
+        change = report.paired(of, after, before, block_size=128, asked=ASKED)
+        if change.count:
+            told = f"loss {change} windows of {tokens_label(length)} ({model}, density {ASKED:.0%})"
+            return of_difference(change, -1, told)
+    return NONE
+
+
+def value_term(paper_change: float) -> Verdict:
+    """Table 1: change of the squared error of the logits by the value term, mean over windows.
+
+    Args:
+        paper_change: The paper's relative change, below 0.
+    """
+    wide, about = _logits("Table 1", "error")
+    if wide.empty:
+        return NONE
+    change = _difference(wide["output-aware"] / wide["score-aware"] - 1)
+    told = f"{change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}], n = {change.count} {about}"
+    found = of_difference(change, -1, told)
+    small = found.verdict == "reproduced" and change.mean > SHARE_OF_PAPER * paper_change
+    return found._replace(verdict="partly: the sign, at a smaller size") if small else found
+
+
+def pruning() -> Verdict:
+    """Fig. 3: error in the last quarter of the prompt after each of the three earlier quarters was pruned."""
+    wide, about = _logits("Fig. 3", "error_last")
+    if wide.empty:
+        return NONE
+    ratios = [_difference(np.log(wide[f"quarter {i}"] / wide[f"quarter {i + 1}"])) for i in (1, 2)]
+    means = ", ".join(f"{wide[f'quarter {i}'].mean():.2g}" for i in (1, 2, 3))
+    shown = ", ".join(f"{np.exp(x.mean):.2f} [{np.exp(x.low):.2f}, {np.exp(x.high):.2f}]" for x in ratios)
+    told = f"what reaches the last quarter: {means}; ratios {shown}, n = {ratios[0].count} {about}"
+    falls = [x.low > 0 for x in ratios]
+    return Verdict(told, "reproduced" if all(falls) else "partly" if any(falls) else "not reproduced")
+
+
+def near_dense(method: str = "stem") -> Verdict:
+    """Tables 2 and 4: needles and documents of a method at the density of the claim, on the largest model."""
+    answers, told = report.rows(parts=("answers",)), []
+    answers = answers[answers.measure == "answer"] if len(answers) else answers
+    losses = report.rows(parts=("loss",))
+    losses = report.whole(losses[losses.task != "all"]) if len(losses) else losses
+    for name, rows, unit in (("needles", answers, "nats"), ("documents", losses, "nats per token")):
+        rows = rows[rows.block_size.isna() | (rows.block_size == 128)] if len(rows) else rows
+        for (model, length), of in sorted(rows.groupby(["model", "length"]), key=_importance) if len(rows) else ():
+            difference = report.paired(of, method, block_size=128, asked=ASKED)
+            if difference.count:
+                told.append(f"{name} at {tokens_label(length)} {difference} {unit} ({model})")
+                break
+    if not told:
+        return NONE
+    return Verdict("; ".join(told), "not testable here: the paper's models have 8B parameters and generate answers")
+
+
+def _importance(group: tuple) -> tuple:
+    """Sort key of (model, length), rows: Qwen's models first, then the longest windows."""
+    (model, length), _ = group
+    return not model.startswith("Qwen"), -length
+
+
+def _logits(claim: str, column: str) -> tuple[pd.DataFrame, str]:
+    """Errors of one claim by window and method, at the longest windows of one model, and a description of them."""
+    rows = full_rows("long_context/logits", claim=claim)
+    if rows.empty:
+        return rows, ""
+    (model, length), rows = min(rows.groupby(["model", "tokens"]), key=_importance)
+    about = f"windows of {tokens_label(length)} ({report.MODELS.get(model, model)})"
+    return rows.pivot_table(index=["text", "sample"], columns="method", values=column), about
+
+
+def _difference(values: pd.Series) -> Difference:
+    return Difference(values.mean(), *interval(torch.tensor(values.to_numpy())), len(values))
