@@ -166,13 +166,16 @@ def _time(name: str, operation: str, config: str, told: str, section: str) -> st
 
 
 def _needles() -> str:
-    """Lowest density at which the needles and the documents of `adaptive` are near dense, beside published Stem."""
-    lines = [f"`adaptive` {found.ours}" for found in (verdicts.near_dense("adaptive"),) if found]
-    lines += [f"published Stem {found.ours}" for found in (verdicts.near_dense(),) if found]
-    if len(lines) < 2:
+    """Needles and documents of `adaptive` and of published Stem against dense attention, at one density."""
+    ours, published = (verdicts.against_dense(method) for method in ("adaptive", "stem"))
+    if not ours or not published:
         return f"**Quality at equal density**: {WRITES['answers']}."
-    told = "; ".join(lines)
-    return f"**Quality at a density of {verdicts.ASKED:.0%}, minus dense**: {told} ([rows](results/README.md#long-context-evaluation))."
+    (name, difference, *_), rows = ours[0], "[rows](results/README.md#long-context-evaluation)"
+    return (
+        f"**Quality: `adaptive` loses {-difference.mean:.2f} nats on {name}, published Stem "
+        f"{-published[0].difference.mean:.1f}**, log p(answer) minus dense. `adaptive`: {'; '.join(map(str, ours))}. "
+        f"Stem: {'; '.join(map(str, published))} ({rows})."
+    )
 
 
 def _fastest(operation: str, config: str) -> pd.Series | None:

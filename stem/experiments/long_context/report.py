@@ -34,6 +34,7 @@ PARTS = ("answers", "loss", "extension")
 ANSWERED = "Log-likelihood of the right answer, minus dense [nats], 95 % interval of the difference:"
 GENERATED = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
 READ = "Loss on documents, minus dense [nats per token], mean over all positions, 95 % interval:"
+UNITS = {"answer": "log p(answer), minus dense [nats]", "loss": "loss, minus dense [nats per token]"}
 CELL = ["model", "measure", "task", "length", "start", "stop"]  # columns that name a group of equal samples
 
 
@@ -61,6 +62,8 @@ def rows(device: str | None = None, parts: Sequence[str] = PARTS) -> pd.DataFram
         return found
     found = found[found.model.notna() & found.measure.isin(MEASURES)]
     found = found[found.device == device] if device else found
+    if found.empty:
+        return found
     found = found.reindex(columns=[*dict.fromkeys([*found.columns, "chosen", "values", "start", "stop"])])
     few = found.chosen < LEAST_CHOSEN
     found.loc[few, ["value", "difference", "low", "high", "values"]] = None
@@ -147,7 +150,11 @@ def differences(rows: pd.DataFrame, measure: str, asked: float, block_size: int,
 
 def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
     """Shares of right answers by cell and method: "generated", and "right" in one sparse forward, on equal samples."""
-    chosen = rows[rows.measure.isin(["generated", "right"]) & rows.block_size.isin([float("nan"), block_size])]
+    asked = rows[rows.measure == "generated"].asked
+    chosen = rows[
+        rows.measure.isin(["generated", "right"]) & (rows.block_size.isna() | (rows.block_size == block_size))
+    ]
+    chosen = chosen[chosen.asked.isna() | chosen.asked.isin(asked)]
     table = chosen.pivot_table(index=["cell", "method"], columns="measure", values="value", sort=False)
     return table.reindex(columns=["generated", "right"]).dropna()
 

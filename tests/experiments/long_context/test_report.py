@@ -1,4 +1,4 @@
-"""The report: rows of any plan become tables, controls are judged, and times come from where nothing else ran."""
+"""The report: blank rows, paired differences from samples, controls, and tables of whatever rows there are."""
 
 import pandas as pd
 import pytest
@@ -6,47 +6,69 @@ import pytest
 from stem.experiments import records
 from stem.experiments.long_context import report
 
-
-def row(method, nats, measure="answer", task="a", length=4096, asked=0.25, size=64, **others):
-    size, asked = (None, None) if method == "dense" else (size, None if method == "window" else asked)
-    scale = {"answer": 1, "right": 0.05, "generated": 0.0, "loss": -0.01, "time": 1}[measure]
-    ends = dict(difference=nats * scale, low=(nats - 1) * scale, high=(nats + 1) * scale)
-    if measure == "loss":
-        ends["low"], ends["high"] = ends["high"], ends["low"]
-    about = dict(density=asked or 0.1, ms=9.0, value=-3 + nats, dense=-3.0, count=100, model="smollm2", start=None)
-    about |= dict(stop=None, method=method, measure=measure, task=task, length=length, asked=asked, block_size=size)
-    return about | ends | others
-
-
-@pytest.fixture
-def rows(monkeypatch, tmp_path):
-    monkeypatch.setenv("STEM_RESULTS", str(tmp_path))
-    monkeypatch.setattr(records, "device_name", lambda: "Made-up GPU")
-    found = []
-    for length in (4096, 8192):
-        for task in "ab":
-            found += [row(method, nats, task=task, length=length) for method, nats in METHODS.items()]
-        found += [row("stem", -1.0, length=length, asked=0.5), row("xattention", -0.1, length=length, asked=0.5)]
-        for method, ms, dense in (("dense", 20.0, 20.0), ("stem", 15.0, 30.0), ("window", 1.0, 20.0)):
-            found.append(row(method, 0, "time", length=length, value=ms, dense=dense))
-        for method in ("window", "stem"):
-            found += [row(method, METHODS[method], m, length=length) for m in ("right", "generated")]
-            for start, task in ((0, "all"), (length // 2, "all"), (length // 2, "prose")):
-                spans = dict(start=start, stop=length if start else length // 2)
-                found.append(row(method, METHODS[method] if start else 0, "loss", task, length, **spans))
-    records.write_rows("long_context/answers", found, "full")
-    records.write_rows("long_context/extension", [row("dense", 0, length=32768, model="smollm2-32k")], "full")
-    return report.rows("Made-up GPU")
-
-
 METHODS = {"dense": 0.0, "window": -18.0, "stem": -6.0, "xattention": -0.2, "random": -20.0}
 
 
-def test_rows_of_both_experiments_of_one_device(rows):
-    assert set(rows.model) == {"8K model", "extended model"} and "a, 32K" in set(rows.cell)
-    assert report.rows("Made-up GPU", "another").model.unique().tolist() == ["8K model"]
-    table = report.coverage(rows).loc[("8K model", "answer", 8192)]
-    assert table.to_dict() == dict(methods=4, densities=2, block_sizes=1, tasks=2, samples=100)
+def row(method, nats, measure="answer", task="a", length=4096, asked=0.25, size=64, **others):
+    size, asked = (None, None) if method == "dense" else (size, None if method == "window" else asked)
+    scale = {"answer": 1, "right": 0.05, "generated": 0.0, "loss": -0.01}[measure]
+    ends = dict(difference=nats * scale, low=(nats - 1) * scale, high=(nats + 1) * scale)
+    if measure == "loss":
+        ends["low"], ends["high"] = ends["high"], ends["low"]
+    values = " ".join(str(-3 + nats * scale + noise) for noise in (-0.5, 0.0, 0.5))
+    about = dict(density=asked or 0.1, value=-3 + nats * scale, dense=-3.0, count=3, model="smollm2", start=None)
+    about |= dict(stop=None, method=method, measure=measure, task=task, length=length, asked=asked, block_size=size)
+    return about | ends | {"chosen": 0.5 if asked else None, "values": values} | others
+
+
+@pytest.fixture
+def rows(made_up_machine):
+    answers, losses = [], []
+    for length in (4096, 8192):
+        for task in "ab":
+            answers += [row(method, nats, task=task, length=length) for method, nats in METHODS.items()]
+        answers += [row("stem", -1.0, length=length, asked=0.5), row("xattention", -0.1, length=length, asked=0.5)]
+        answers.append(row("uniform_topk", 0.0, length=length, chosen=0.1))
+        for method in ("dense", "window", "stem"):
+            answers += [row(method, METHODS[method], measure, length=length) for measure in ("right", "generated")]
+            spans = (("all", 0), ("all", length // 2), ("prose", 0), ("prose", length // 2), ("licences", 0))
+            for task, start in spans:
+                nats = METHODS[method] * (1 if start or task != "all" else 0)
+                stop = length if start or task != "all" else length // 2
+                losses.append(row(method, nats, "loss", task, length, start=start, stop=stop))
+    records.write_rows("long_context/answers", answers, "full")
+    records.write_rows("long_context/loss", losses, "full")
+    records.write_rows("long_context/extension", [row("dense", 0, length=32768, model="smollm2-32k")], "full")
+    return report.rows()
+
+
+def test_rows_of_all_parts_or_one_device(rows):
+    assert set(rows.model) == {"SmolLM2-135M", "SmolLM2-135M, extended"} and "a, 32K" in set(rows.cell)
+    assert report.rows("another GPU").empty and len(report.rows("Made-up GPU")) == len(rows)
+    assert report.rows(parts=("loss",)).measure.unique().tolist() == ["loss"]
+    table = report.coverage(rows).loc[("SmolLM2-135M", "answer", 8192)]
+    assert table.to_dict() == dict(methods=4, densities=2, block_sizes=1, tasks=2, samples=3)
+
+
+def test_rows_in_which_scores_chose_too_little_are_blank_everywhere(rows):
+    blank = rows[rows.method == "uniform_topk"]
+    assert len(blank) == 2 and blank[["value", "difference", "low", "high", "values"]].isna().all(axis=None)
+    assert "uniform_topk" not in report.differences(rows, "answer", 0.25, 64).index
+    assert "uniform_topk" not in set(report.points(rows).method)
+    assert report.paired(rows, "uniform_topk", block_size=64, asked=0.25).count == 0
+    assert "uniform_topk" not in report.evaluation()
+
+
+def test_pairs_are_the_samples_of_both_methods_in_all_tasks(rows):
+    of = rows[(rows.length == 4096) & (rows.measure == "answer")]
+    found = report.paired(of, "stem", "xattention", block_size=64, asked=0.25)
+    assert found.mean == pytest.approx(-5.8) and found.count == 6
+    assert found.low == pytest.approx(-5.8) and found.excludes_zero  # every sample differs by the same
+    assert report.paired(of, "stem", block_size=64, asked=0.5).mean == pytest.approx(-1.0)  # against dense
+    missing = report.paired(of, "stem", block_size=128, asked=0.25)
+    assert missing.count == 0 and not missing.excludes_zero
+    noisy = report.Difference(0.1, -0.1, 0.3, 3)
+    assert not noisy.excludes_zero and str(noisy) == "+0.100 [-0.100, +0.300], n = 3"
 
 
 def test_controls_fail_where_the_measure_sees_them(rows):
@@ -57,49 +79,64 @@ def test_controls_fail_where_the_measure_sees_them(rows):
     assert not report.controls(better).fails.xs("answer", level="measure").any()
 
 
+def test_documents_count_over_all_positions(rows):
+    whole = report.whole(rows[(rows.measure == "loss") & (rows.task != "all")])
+    assert set(whole.start) == {0} and set(whole.task) == {"prose", "licences"}
+    losses = report.differences(rows, "loss", 0.25, 64, by="task")
+    assert losses.loc["stem", "prose"] == pytest.approx(0.06)
+
+
 def test_differences_are_best_first_and_hold_what_was_asked(rows):
     table = report.differences(rows, "answer", 0.25, 64)
     assert list(table.index) == ["xattention", "stem", "random"]
-    assert list(table.columns) == ["density", "mean", "a, 4K", "b, 4K", "a, 8K", "b, 8K"]
-    assert table.loc["stem", "mean"] == -6 and table.density.iloc[0] == 0.25
+    assert list(table.columns) == ["density", "chosen", "mean", "a, 4K", "b, 4K", "a, 8K", "b, 8K"]
+    assert table.loc["stem", "mean"] == -6 and table.density.iloc[0] == 0.25 and table.chosen.iloc[0] == 0.5
     fewer = report.differences(rows[(rows.method != "stem") | (rows.task != "b")], "answer", 0.25, 64)
     assert fewer.index[-1] == "stem" and pd.isna(fewer.loc["stem", "mean"])
-    losses = report.differences(rows, "loss", 0.25, 64, by="task")
-    assert losses.loc["stem", "prose"] == pytest.approx(0.06) and list(losses.columns) == ["density", "mean", "prose"]
 
 
 def test_generated_answers_stand_beside_those_in_one_forward(rows):
     table = report.generated(rows, 64)
-    assert list(table.index) == [(cell, method) for cell in ("a, 4K", "a, 8K") for method in ("window", "stem")]
-    assert table.loc[("a, 4K", "window")].to_dict() == dict(generated=-21.0, right=-21.0)
-    assert report.generated(rows, 128).empty
+    assert ("a, 4K", "window") in table.index and ("a, 4K", "dense") in table.index
+    assert table.loc[("a, 4K", "stem")].to_dict() == dict(generated=-3.0, right=pytest.approx(-3.3))
 
 
-def test_points_take_the_task_of_most_methods_and_the_share_of_the_dense_pass_beside(rows):
-    points = report.points(rows[rows.model == "8K model"])
-    assert set(points.task) == {"a"} and len(points) == 2 * (len(METHODS) + 2)
+def test_points_and_the_lowest_density_within_a_bound(rows):
+    points = report.points(rows[rows.model == "SmolLM2-135M"])
     stem = points[(points.method == "stem") & (points.length == 4096)].set_index("asked")
-    assert stem.ms.dropna().to_dict() == {0.25: 10.0}
-    untimed = report.points(rows[(rows.model == "8K model") & (rows.measure != "time")])
-    assert untimed.ms.isna().all() and list(untimed.nats) == list(points.nats)
-    assert set(report.points(rows, "b").asked.dropna()) == {0.25}
-    assert report.best(points, 1) == ["xattention", "stem", "window"]
-    assert report.best(points, 2) == ["xattention", "stem", "window"]
-    near = report.near_and_fast(points.assign(ms=points.ms.fillna(8.0)))
-    assert set(near.method) == {"xattention"} and near.speedup.iloc[0] == pytest.approx(20 / 8)
-    assert report.describe(near) == "xattention at 4K (2.50×), xattention at 8K (2.50×)"
-    assert report.near_and_fast(points).empty  # not timed
-    assert report.describe(near[:0]) == "none"
+    assert stem.nats.to_dict() == {0.25: -6.0, 0.5: -1.0} and set(points.n) == {3}
+    assert set(report.points(rows, task="b").asked.dropna()) == {0.25}
+    near = report.lowest_density(points, -1.0).loc[4096]
+    assert near.density.to_dict() == {(64, "xattention"): 0.25, (64, "stem"): 0.5}
+    documents = report.points(rows, "loss")
+    assert documents[documents.method == "stem"].nats.tolist() == pytest.approx([0.06, 0.06])
+    assert report.lowest_density(documents, 0.05).empty and len(report.lowest_density(documents, 0.07)) == 2
 
 
-@pytest.mark.parametrize("x", report.UNITS)
-def test_a_panel_for_each_length(rows, x):
-    points = report.points(rows[rows.model == "8K model"])
-    figure = report.against(points, x, report.best(points))
-    assert [ax.get_title() for ax in figure.axes] == ["4K tokens", "8K tokens"]
-    assert {ax.get_xlabel() for ax in figure.axes} == {report.UNITS[x]}
-    labels = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
-    assert {"stem", "xattention", "window", "64"} <= set(labels)
+def test_a_panel_for_each_length(rows):
+    points = report.points(rows[rows.model == "SmolLM2-135M"])
+    figure = report.against(points, report.UNITS["answer"], 64)
+    assert [ax.get_title(loc="left") or ax.get_title() for ax in figure.axes] == ["4K tokens", "8K tokens"]
+    assert {ax.get_ylabel() for ax in figure.axes} == {report.UNITS["answer"]}
+    assert {"stem", "xattention"} <= {line.get_label() for line in figure.axes[0].get_lines()}
+
+
+def test_tables_hold_intervals_and_what_scores_chose(rows):
+    text = report.evaluation()
+    assert "**SmolLM2-135M** on Made-up GPU, blocks of 64 tokens, asked for 25% of the block pairs" in text
+    assert "| method | density | chosen by scores | samples | a, 4K | b, 4K | a, 8K | b, 8K |" in text
+    stem, window = "| stem | 25.0% | 50% | 3 | -6.0 [-7.0, -5.0] |", "| window | 10.0% | – | 3 | -18.0 [-19.0, -17.0] |"
+    assert text.index("| xattention |") < text.index(stem) < text.index(window)  # best first
+    assert "a at 8K by block size and density asked for" in text and "| method | 64, 25% | 64, 50% |" in text
+    assert "extended" not in text  # it has dense rows only
+    quality = report.quality()
+    assert "windows of 8K tokens of each kind of text" in quality and "prose -3.00" in quality
+    assert "| method | blocks of 64, 25% |" in quality and "| stem | +0.060 [+0.060, +0.060] |" in quality
+
+
+def test_without_rows_the_tables_say_what_writes_them(made_up_machine):
+    assert "`make quality PROFILE=full`" in report.quality()
+    assert "PROFILE=full ONLY=06" in report.evaluation()
 
 
 def test_the_rule_for_a_verdict():
