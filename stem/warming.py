@@ -101,7 +101,8 @@ def _layers(model, config, impl, dtype, device) -> list[tuple]:
 
     layers = {}
     for module in attention_modules(model).values():
-        layer, weight = getattr(module, "stem_layer", None), next(module.parameters())
+        layer = getattr(module, "stem_layer", None)
+        weight = next(x for x in module.parameters() if x.ndim > 1)  # sinks may be fp32 in a model of 16 bits
         entry = config or (layer.config if layer else StemConfig())
         if entry is not None and not own_attention(module):
             kind = dtype or (weight.dtype if weight.is_floating_point() else torch.bfloat16)

@@ -122,6 +122,17 @@ def test_gradients_of_the_whole_operator(density):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_means_of_dropped_blocks_and_sinks_share_one_softmax(impl):
+    q, k, v, sinks = draw(83, 83)
+    config = CONFIG.replace(dropped="mean")
+    plain, plain_lse = stem.stem_attention(q, k, v, config, impl=impl, return_lse=True)
+    out, lse = stem.stem_attention(q, k, v, config, sinks=sinks, impl=impl, return_lse=True)
+    total = plain_lse.exp() + sinks.exp()[:, None]  # weights of all keys and stand-ins, and of the sink
+    torch.testing.assert_close(lse, total.log())
+    torch.testing.assert_close(out, plain * (plain_lse.exp() / total)[..., None])
+
+
 def test_chunks_equal_the_whole_prompt():
     q, k, v, sinks = draw(96, 96)
     whole = stem.stem_attention(q, k, v, CONFIG, sinks=sinks)
@@ -151,8 +162,8 @@ def test_autocast_leaves_the_sinks_in_fp32():
         _, lse = stem.stem_attention(q, k, v, CONFIG.replace(density=1.0), sinks=sinks, return_lse=True)
         _, other = stem.block_sparse_attention(q, k, v, selection, return_lse=True, sinks=sinks)
     expected = brute_force(*low, oracles.causal(83, 83), sinks)[1]
-    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(other.double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(other.double(), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("impl", [None, "torch", "triton"])
