@@ -412,10 +412,10 @@ def measurement(rank, mesh):
     from stem.experiments.speed import shared
     from stem.experiments.speed.candidates import Shape
 
-    shape = Shape(640, q_heads=2, kv_heads=1, head_dim=16, dtype="float32")
+    shape = Shape(960, q_heads=2, kv_heads=1, head_dim=16, dtype="float32")
     few = stem.StemConfig(k_start=2, decay=1.0, block_size=SIZE, sink_blocks=1, local_blocks=1)
     row, dense = (shared.operator_row(shape, config, mesh) for config in (few, PLAIN.replace(density=1.0)))
-    ring = 2 * 640 * 16 * 4 * (mesh.size() - 1) / mesh.size() / 2**20
+    ring = 2 * 960 * 16 * 4 * (mesh.size() - 1) / mesh.size() / 2**20
     assert (
         row["ring_mib"] == dense["ring_mib"] == ring
         and row["received_mib"] < 0.2 * ring < ring <= dense["received_mib"]
