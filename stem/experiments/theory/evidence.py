@@ -86,6 +86,16 @@ class Claims:
         self.rows.append(dict(claim=claim, paper=paper, ours=ours, verdict=verdict, on=on or self.on))
 
 
+def value_verdict(change: float, free_blocks: int) -> str:
+    """Verdict on Table 1 from the relative change of the logits' error and the blocks of a late row that scores choose.
+
+    Changes below three per cent are none: two short prompts show a direction only.
+    """
+    if free_blocks < 2:
+        return f"not testable at this length: scores choose {free_blocks} block of a late row"
+    return "reproduced" if change < -0.03 else "not reproduced"
+
+
 @torch.no_grad()
 def document_losses(
     model,

@@ -62,3 +62,10 @@ def test_effect_needs_two_standard_errors():
     assert evidence.effect(rows, "better", "old") == "helps (-0.250 ± 0.058 nats)"
     assert evidence.effect(rows, "old", "better").startswith("hurts (+0.250")
     assert evidence.effect(rows, "noisy", "old").startswith("makes no clear difference")
+
+
+def test_the_value_term_is_not_judged_where_one_block_is_free():
+    assert evidence.value_verdict(-0.2, 1) == "not testable at this length: scores choose 1 block of a late row"
+    assert [evidence.value_verdict(change, 4) for change in (-0.05, -0.02, 0.1)] == [
+        "reproduced", "not reproduced", "not reproduced",
+    ]  # fmt: skip
