@@ -24,7 +24,7 @@ NUMBERS = {"i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}  # Triton's types as
 NUMBER_BYTES = 8  # of the buffer, for each number
 WARP = 32  # threads
 # Values of the driver's enumerations (cuda.h).
-MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float8_e4m3fn: 0}  # FP8 as bytes
 NOT_INTERLEAVED, PROMOTION_128_BYTES, FILL_WITH_ZEROS = 0, 2, 0
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 # As formats of struct: CUlaunchConfig (grid, block, bytes of shared memory, stream, attributes, how many), and one

@@ -246,10 +246,10 @@ def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_be
         first_row = first_query + consumer * ROWS
         copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
     for step in range(num_blocks):
-        first_key = kv_block * BLOCK
+        k_row, v_row = kv_block * BLOCK, kv_block * v_desc.block_type.shape[2]
         kv_block = load_block(kv_list, num_blocks - 2 - step)  # arrives while the rings are full
-        fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, first_key)
-        fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, first_key)
+        fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, k_row)
+        fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, v_row)
     return num_blocks
 
 
