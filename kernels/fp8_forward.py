@@ -50,6 +50,7 @@ from .hopper_forward import (
 )
 from .launch import Tiles, current_stream, launch
 
+NUM_STAGES = gl.constexpr(4)  # tiles in each ring
 HEADROOM = gl.constexpr(8.0)  # log2 of the largest weight; e4m3 ends at 448
 LAYOUTS = {
     width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8, rank=4) for width in (64, 128)
@@ -211,7 +212,7 @@ def fp8_forward_kernel(
     tasks = gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER)
     redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), scratch_ptr + 2)
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
-    shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), redo, num_tasks, problem)
+    shared = (q_inbox, make_ring(k_desc, NUM_STAGES), make_ring(v_desc, NUM_STAGES), redo, num_tasks, problem)
     scales = (q_scales_ptr, k_scales_ptr, v_scales_ptr, num_kv_blocks)
     outputs = (scales, out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries)
     gl.warp_specialize(

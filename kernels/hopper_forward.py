@@ -62,16 +62,17 @@ def make_barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def make_ring(desc):
-    """A ring of NUM_STAGES tiles: the tiles, the barriers that say when one is full, and those for when it is empty."""
-    tiles = gl.allocate_shared_memory(desc.dtype, [NUM_STAGES] + desc.block_type.shape, desc.layout)
-    return tiles, make_barriers(NUM_STAGES, 1), make_barriers(NUM_STAGES, NUM_CONSUMERS)
+def make_ring(desc, STAGES: gl.constexpr):
+    """A ring of tiles: the tiles, the barriers that say when one is full, and those for when it is empty."""
+    tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+    return tiles, make_barriers(STAGES, 1), make_barriers(STAGES, NUM_CONSUMERS)
 
 
 @gluon.jit
-def ring_slot(step):
+def ring_slot(tiles, step):
     """Slot of the ring that holds the tile of a step, and the parity of the slot's barriers in that round."""
-    return step % NUM_STAGES, (step // NUM_STAGES) & 1
+    STAGES: gl.constexpr = tiles.shape[0]
+    return step % STAGES, (step // STAGES) & 1
 
 
 @gluon.jit
@@ -91,7 +92,7 @@ def copy_tile(desc, batch, head, first_row, full, tile):
 def fill_slot(desc, ring, step, batch, head, first_row):
     """Producer: wait until the slot of this step is empty, and start filling it."""
     tiles, full, empty = ring
-    slot, parity = ring_slot(step)
+    slot, parity = ring_slot(tiles, step)
     mbarrier.wait(empty.index(slot), parity ^ 1)  # of the round before; passes in the first round
     copy_tile(desc, batch, head, first_row, full.index(slot), tiles.index(slot))
 
@@ -100,7 +101,7 @@ def fill_slot(desc, ring, step, batch, head, first_row):
 def wait_for_tile(ring, step):
     """Consumer: the tile of this step [BLOCK_SIZE, D], once it has landed."""
     tiles, full, _ = ring
-    slot, parity = ring_slot(step)
+    slot, parity = ring_slot(tiles, step)
     mbarrier.wait(full.index(slot), parity)
     return as_matrix(tiles.index(slot))
 
@@ -108,8 +109,8 @@ def wait_for_tile(ring, step):
 @gluon.jit
 def release_tile(ring, step):
     """Consumer: tell the producer that this half of the rows has read the tile of this step."""
-    _, _, empty = ring
-    slot, _ = ring_slot(step)
+    tiles, _, empty = ring
+    slot, _ = ring_slot(tiles, step)
     mbarrier.arrive(empty.index(slot))
 
 
@@ -434,7 +435,7 @@ def hopper_forward_kernel(
     redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), scratch_ptr + 2)
     # A ring for Q with one slot for each consumer: full, empty, tiles, and the task of each tile.
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
-    shared = (q_inbox, make_ring(k_desc), make_ring(v_desc), redo, num_tasks, problem)
+    shared = (q_inbox, make_ring(k_desc, NUM_STAGES), make_ring(v_desc, NUM_STAGES), redo, num_tasks, problem)
     outputs = (out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale * LOG2_E)
     gl.warp_specialize(
         [
