@@ -63,13 +63,22 @@ def reduce_kernel(
 
 
 @triton.jit
+def to_fp8(x):
+    """x in e4m3; quotients above its largest number by a rounding error become that number."""
+    return tl.clamp(x, -LARGEST, LARGEST).to(tl.float8e4nv)
+
+
+@triton.jit
 def scale_of(x):
     """The scale that maps the largest |x| to the largest FP8 number; 1 if all are 0."""
     largest = tl.max(tl.abs(x))
     return tl.where(largest > 0, largest / LARGEST, 1.0)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_q_heads", "num_kv_heads", "num_q_blocks", "num_kv_blocks"])
+LENGTHS = ["num_queries", "num_keys", "num_q_heads", "num_kv_heads", "num_q_blocks", "num_kv_blocks"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def quantize_kernel(
     q_ptr, k_ptr, v_ptr, means_ptr, v_scales_ptr, q8_ptr, k8_ptr, v8_ptr, q_scales_ptr, k_scales_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -96,11 +105,12 @@ def quantize_kernel(
             means = tl.load(means_ptr + kv_row * HEAD_DIM + dims)
             exists = (first + rows >= 0) & (first + rows < num_queries)
             q_row = batch * num_q_heads + head
-            tl.store(lse_ptr + q_row * num_queries + first + rows, tl.sum(x * means[None, :], axis=1) * scale, mask=exists)
+            by_mean = tl.sum(x * means[None, :], axis=1) * scale
+            tl.store(lse_ptr + q_row * num_queries + first + rows, by_mean, mask=exists)
             x_scale = scale_of(x)
             tl.store(q_scales_ptr + q_row * num_q_blocks + block, x_scale * scale * LOG2_E)
             to = q8_ptr + (q_row * num_queries + first) * HEAD_DIM
-            tl.store(to + tile, (x / x_scale).to(tl.float8e4nv), mask=exists[:, None])
+            tl.store(to + tile, to_fp8(x / x_scale), mask=exists[:, None])
     else:
         head = (member - num_q_heads) % num_kv_heads
         kv_row = batch * num_kv_heads + head
@@ -114,11 +124,11 @@ def quantize_kernel(
                 x_scale = scale_of(x)
                 tl.store(k_scales_ptr + kv_row * num_kv_blocks + block, x_scale)
                 to = k8_ptr + (kv_row * num_keys + first) * HEAD_DIM
-                tl.store(to + tile, (x / x_scale).to(tl.float8e4nv), mask=exists[:, None])
+                tl.store(to + tile, to_fp8(x / x_scale), mask=exists[:, None])
             else:
                 x = load_rows(v_ptr + batch * stride_vb + head * stride_vh, first, num_keys, stride_vn, BLOCK, HEAD_DIM)
                 x /= tl.load(v_scales_ptr + kv_row * HEAD_DIM + dims)[None, :]
-                values = x.to(tl.float8e4nv).reshape([BLOCK // 16, 2, 4, 2, HEAD_DIM])
+                values = to_fp8(x).reshape([BLOCK // 16, 2, 4, 2, HEAD_DIM])
                 values = tl.permute(values, [4, 0, 2, 1, 3]).reshape([HEAD_DIM, BLOCK])
                 to = v8_ptr + (kv_row * num_kv_blocks + block) * (BLOCK * HEAD_DIM)
                 tl.store(to + dims[:, None] * BLOCK + rows[None, :], values)
@@ -145,7 +155,10 @@ def quantize(
     num_kv_blocks = -(-num_keys // block_size)
     num_q_blocks = num_kv_blocks - (num_keys - num_queries) // block_size
     num_parts = -(-num_keys // STATISTICS_TOKENS)
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
     sums, maxima = new(batch, num_kv_heads, num_parts, head_dim), new(batch, num_kv_heads, num_parts, head_dim)
     means, v_scales = new(batch, num_kv_heads, head_dim), new(batch, num_kv_heads, head_dim)
     q8, k8 = new(*q.shape, dtype=FP8), new(*k.shape, dtype=FP8)

@@ -92,7 +92,8 @@ def block_sparse_attention(
             fp64); an explicit choice never falls back.
             "reference": token mask, softmax in fp32 or fp64, memory O(N^2). "torch": gathers the kept blocks. "triton":
             stem.kernels. "hopper": a forward pass for sm_90, fp16 or bf16, D 64 or 128, block_size 128; "triton"'s
-            backward. "flex": torch's FlexAttention, unfused on the CPU.
+            backward. "hopper_fp8": products in e4m3 with scales per block, no backward; never chosen by None.
+            "flex": torch's FlexAttention, unfused on the CPU.
         return_lse: Also return the natural log-sum-exp, fp32 (fp64 for fp64 inputs) [B, Hq, Nq].
         dropped: "skip", "mean" or "cells", see StemConfig; None takes selection.dropped.
     Returns:

@@ -11,7 +11,7 @@ from torch.library import custom_op
 
 from stem.config import StemConfig, check_config
 from stem.impl import operators
-from stem.impl.coverage import IMPLS
+from stem.impl.coverage import IMPLS, impl_for
 from stem.impl.stand_ins import kernel_stand_ins, with_stand_ins
 from stem.planning import CHOOSE_IMPL, select
 from stem.selection import BlockSelection
@@ -32,6 +32,7 @@ def traced_attention(
     check_config(config)
     check_prompt_length(prompt_length, k.shape[2])
     scale = check_scale(scale, q.shape[-1])
+    impl = impl_for(config.compute, impl)
     choose_impl = CHOOSE_IMPL[check_impl(impl, IMPLS, q.device, q.dtype)]
     lists = select_op(q, k, v, config.as_json, scale, choose_impl or "", prompt_length)
     selection = BlockSelection(*lists, config.block_size, lists[0].shape[3], q.shape[2], k.shape[2], config.dropped)

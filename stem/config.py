@@ -14,7 +14,7 @@ from stem.validation import check_choice, check_integer, check_number
 BlockSize = Literal[16, 32, 64, 128]
 
 SECTIONS = {
-    "grid": ("block_size",),
+    "grid": ("block_size", "compute"),
     "budget": ("density", "k_start", "k_start_regimes", "min_blocks", "allocation", "threshold", "dropped"),
     "decay": ("decay", "decay_from"),
     "always kept": (
@@ -83,6 +83,7 @@ class StemConfig:
 
     Grid
         block_size: Tokens per query and key block, B in the paper: 16, 32, 64 or 128 [tokens].
+        compute: dtype of the attention's products: that of the "input", or "fp8" (e4m3, sm_90, inference). Our choice.
     Budget, from at most one of density, k_start and k_start_regimes; with none of them, density is 0.25
         density: Share of the causal block pairs to compute, in (0, 1]; k_start is solved for. Our choice.
         k_start: Budget of the first row: blocks if int (>= 1), share of the key blocks if float in (0, 1]. Eq. 3.
@@ -143,6 +144,7 @@ class StemConfig:
     allocation: Literal["position_decay", "uniform", "adaptive"] = "position_decay"
     threshold: float | None = None
     dropped: Literal["skip", "mean", "cells"] = "skip"
+    compute: Literal["input", "fp8"] = "input"
 
     def __post_init__(self) -> None:
         for name, accepted in CHOICES.items():

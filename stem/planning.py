@@ -15,7 +15,7 @@ from stem import choose
 from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, kept_blocks, scores_matter
 from stem.config import StemConfig, check_config
 from stem.impl.attend import attend, empty_attention
-from stem.impl.coverage import resolve_impl
+from stem.impl.coverage import impl_for, resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
 from stem.impl.stand_ins import kernel_stand_ins
 from stem.selection import BlockSelection
@@ -26,8 +26,9 @@ SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are cach
 # With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 9 to 64 heads).
 LISTS_TOKENS, LISTS_ROWS = 640, 20 * 1024  # tokens of the prompt; queries of all heads and batch entries
 MOST_PLANS = 1024
+KERNELS = ("triton", "hopper", "hopper_fp8")
 # How scores and selection run for an implementation of the attention; None is Triton on CUDA and torch elsewhere.
-CHOOSE_IMPL = {"reference": "torch", "torch": "torch", "triton": "triton", "hopper": "triton", "flex": None}
+CHOOSE_IMPL = {"reference": "torch", "torch": "torch", "flex": None} | dict.fromkeys(KERNELS, "triton")
 
 WHY = {  # choice -> reason, for Plan.explain
     "all": "every row keeps every block, so the lists hold all of them",
@@ -93,13 +94,14 @@ class Plan:
     def __post_init__(self) -> None:
         p = self.problem
         self.rows = BlockRows.of(p.q_len, p.kv_len, p.config.block_size, p.prompt_length)
-        self.impl = resolve_impl(p.impl, p.device, p.dtype, p.head_dim, p.config.block_size)
+        impl = impl_for(p.config.compute, p.impl)
+        self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, p.config.block_size)
         self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
         if p.dtype == torch.float64 or not p.batch:
             self.choose_impl = "torch"
         self.choice = self._choice()
         self.path = self._path()
-        kernels_alone = p.impl in (None, "triton", "hopper") and not p.needs_grad and self.path in ("lists", "overlap")
+        kernels_alone = self.impl in KERNELS and not p.needs_grad and self.path in ("lists", "overlap")
         self.is_repeatable = p.is_plain and p.device.type == "cuda" and kernels_alone and not p.return_selection
         if self.is_repeatable:
             from stem.kernels.replay import replay
@@ -183,7 +185,7 @@ class Plan:
         p, rows = self.problem, self.rows
         if not p.batch:
             return "empty"
-        if p.impl is None and p.dense_kernel and keeps_every_block(rows, p.config):
+        if p.impl is None and p.config.compute == "input" and p.dense_kernel and keeps_every_block(rows, p.config):
             is_long = p.kv_len >= LISTS_TOKENS and p.batch * p.q_heads * p.q_len >= LISTS_ROWS
             if not (is_long and self.impl == "hopper" and not p.needs_grad):
                 return "dense"

@@ -41,6 +41,8 @@ def attend(
     if impl in ("torch", "flex"):
         attention = gather_attention if impl == "torch" else flex_attention
         return with_stand_ins(*attention(q, k, v, selection, scale), q, k, v, selection, scale)
+    if needs_grad and impl == "hopper_fp8":
+        raise NotImplementedError("impl='hopper_fp8' has no backward pass; train with compute='input'")
     if needs_grad:  # the operators hold the backward pass and cost the host some tens of us
         from stem.impl import operators
 
