@@ -67,7 +67,7 @@ def test_quantisation_equals_torch(num_queries, num_keys, head_dim):
     for found, expected in ((found_q, expected_q), (found_k, expected_k), (found_v[:, :, :num_keys], expected_v)):
         errors = (found - expected).abs()
         if DEVICE == "cpu":  # Triton's interpreter halves what rounds up to a power of two
-            halved = found * 2 == expected
+            halved = torch.isclose(found * 2, expected, rtol=1e-5) & (expected != 0)
             assert halved.float().mean() < 0.05
             errors = errors.where(~halved, 0)
         steps = errors / expected.abs().amax()
