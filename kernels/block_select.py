@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import for_all_lengths
 from .launch import launch
 
 SIGN_BIT = tl.constexpr(0x80000000)
@@ -127,7 +126,7 @@ def select_rows(
     tl.store(kv_num_blocks_ptr + list_rows, num_selected, mask=is_row)
 
 
-@for_all_lengths
+@triton.jit
 def select_topk_kernel(
     scores_ptr,
     budget_ptr,

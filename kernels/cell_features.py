@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2_E, for_all_lengths
+from .common import LOG2_E
 from .launch import launch
 
 FEATURE_TILE, FEATURE_WARPS = 8, 4  # cells of one program of cell_features, and its warps
@@ -81,7 +81,7 @@ def store_features(
         tl.store(features_ptr + HEAD_DIM + offsets, lower * scale, mask=exists)
 
 
-@for_all_lengths
+@triton.jit
 def cell_features_kernel(
     q_ptr,
     k_ptr,

@@ -7,14 +7,13 @@ large. The second launch computes flagged row tiles again, relative to the true 
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from .cell_features import Cells
-from .common import LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
+from .common import LARGEST_SUM, LOG2_E, SMALLEST_DOT, operand_dtype
 from .launch import launch
 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
@@ -82,7 +81,7 @@ def sums_too_large(flags_ptr, num_splits):
     return tl.max(tl.load(flags_ptr + splits, mask=splits < num_splits, other=0), axis=0) > 0
 
 
-@partial(for_all_lengths, aligned="num_kv_blocks")
+@triton.jit
 def pair_cells_kernel(
     q_features_ptr,
     k_features_ptr,

@@ -24,7 +24,6 @@ from .common import (
     SMALLEST_SCALE,
     SUMS,
     at_least_sm90,
-    for_all_lengths,
     is_aligned,
     operand_dtype,
     padded_dim,
@@ -258,7 +257,7 @@ def attend_tiles_ahead(
     return accumulator, sums
 
 
-@for_all_lengths
+@triton.jit
 def sparse_forward_kernel(
     q_ptr,
     k_source,
