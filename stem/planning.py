@@ -101,7 +101,7 @@ class Plan:
             self.choose_impl = "torch"
         self.choice = self._choice()
         self.path = self._path()
-        kernels_alone = self.impl in KERNELS and not p.needs_grad and self.path in ("lists", "overlap")
+        kernels_alone = p.impl in (None, *KERNELS) and not p.needs_grad and self.path in ("lists", "overlap")
         self.is_repeatable = p.is_plain and p.device.type == "cuda" and kernels_alone and not p.return_selection
         if self.is_repeatable:
             from stem.kernels.replay import replay
