@@ -93,7 +93,8 @@ def test_every_exercise_refuses_another_answer(name, tmp_path, monkeypatch):
     assert len(refused) == 3
 
 
-K01, K02, K05, K07 = "01_theory", "02_kernel_derivation", "05_train_small_model", "07_better_selection"
+K01, K02, K03, K04 = "01_theory", "02_kernel_derivation", "03_correctness", "04_speed"
+K05, K06, K07 = "05_train_small_model", "06_long_context_eval", "07_better_selection"
 WRONG = [  # notebook, text of the solution, its wrong replacement, part of the message
     (K01, "n * k - k * (k - 1) // 2", "n * k - k * k / 2", "this is Eq. 2"),
     (K01, ".log().clamp_min(0)", ".log()", "never below 0"),
@@ -107,6 +108,15 @@ WRONG = [  # notebook, text of the solution, its wrong replacement, part of the 
     (K02, ') - delta[:, None])', "))", "delta is missing"),
     (K02, "scale * dq,", "dq,", "the scale of dQ is missing"),
     (K02, "<= rows[:, None], weights, 0.0)", "< rows[:, None], weights, 0.0)", "entries are wrong"),
+    (K03, "q @ k.mT * q.shape[-1] ** -0.5", "q @ k.mT", "the scale is missing"),
+    (K03, "return mask & torch.ones_like(mask).tril()", "return mask", "a key after the query is seen"),
+    (K03, "(1.0, 1e4)", "(1.0,)", "item 'exp without a maximum'"),
+    (K03, "torch.randn(3, 2, 3, 12, 16", "torch.randn(3, 2, 3, 12, 64", "item 'the scale of 64 dimensions'"),
+    (K03, "torch.rand(2, 3, 12, 12,", "torch.rand(2, 1, 12, 12,", "item \"first head's mask for all\""),
+    (K04, "2 * shape.batch * shape", "shape.batch * shape", "two bytes an element"),
+    (K04, "2 * shape.q_heads + 2", "shape.q_heads + 2", "the output is written too"),
+    (K04, "size * (size + 1) // 2)", "size * size)", "only half of the diagonal counts"),
+    (K04, "free[0] + length", "max(free) + length", "got .*, expected"),
     (K05, "(step + 1)", "step", "step 0 takes a part"),
     (K05, "(0.1 + 0.9 * (1", "(0.0 + 1.0 * (1", "it ends at a tenth"),
     (K05, "- second * sin, second * cos +", "+ second * sin, second * cos -", "wrong way"),

@@ -82,7 +82,14 @@ def test_the_alternative_text_reads_the_figure():
     assert figures.describe(drawn()) == "falls: loss [nats] over step: Stem"
 
 
-@pytest.mark.parametrize(("measured", "labels"), [((4096, 1024, 1500), ["1K", "4K"]), ((1500, 300), ["300", "1500"])])
+@pytest.mark.parametrize(
+    ("measured", "labels"),
+    [
+        ((4096, 1024, 1500), ["1K", "4K"]),
+        ((1500, 300), ["300", "1500"]),
+        ([1024 << n for n in range(9)], ["1K", "4K", "16K", "64K", "256K"]),
+    ],
+)
 def test_an_axis_of_tokens_is_labelled_at_whole_k(measured, labels):
     _, ax = figures.new()
     figures.tokens_axis(ax, measured)
