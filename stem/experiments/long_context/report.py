@@ -273,7 +273,8 @@ def evaluation() -> str:
         if part.empty:
             continue
         asked, size = part[part.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()  # of most measures
-        sized = part.block_size.isna() | (part.block_size == size) | part.method.str.startswith("stem, ")  # presets
+        is_preset = part.asked.isna() & part.method.str.startswith("stem, ")
+        sized = part.block_size.isna() | (part.block_size == size) | is_preset
         at = part[(part.asked.isna() | (part.asked == asked)) & sized]
         parts += [
             f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
