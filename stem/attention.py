@@ -1,7 +1,5 @@
 """The pipeline: check, plan (stem.planning), choose the blocks (stem.choose), attend to them (stem.impl)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Autocast as SDPA treats it: inputs are cast once, at the entry, and products inside keep their own precision."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 

@@ -1,7 +1,5 @@
 """reduction="softmax": each key block's share of a query block's attention, estimated on cells of a few tokens."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

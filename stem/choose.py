@@ -1,7 +1,5 @@
 """From q, k and v to the kept blocks, in the way that a Plan names; on CUDA without a host synchronisation."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -1,7 +1,5 @@
 """stem_attention under torch.compile: selection and attention as two operators, which decide when the graph runs."""
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 

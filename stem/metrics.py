@@ -1,7 +1,5 @@
 """How good and how cheap a selection is."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Oracles: attention written as its definition, in fp32 or fp64. Memory O(N^2)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Block scores: how much each key block matters to each query block (Output-Aware Metric)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from stem.autocast import autocast_once

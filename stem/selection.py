@@ -1,7 +1,5 @@
 """From scores and a budget to the kept blocks: BlockSelection and how it is chosen."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -1,7 +1,5 @@
 """torch.func and forward-mode AD: impl="torch" and "reference" take part, the others raise an error that says so."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

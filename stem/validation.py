@@ -1,7 +1,5 @@
 """Checks of arguments: each error names the argument, its value and what is accepted."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from math import inf, isfinite
 from numbers import Integral, Real

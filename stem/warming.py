@@ -1,7 +1,5 @@
 """Compilation ahead of the first prompt."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable
@@ -32,13 +30,11 @@ def warm_up(
     batch_size: int = 1,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    backward: bool = False,
 ) -> WarmUp:
     """Compile the kernels that prompts of these lengths need, by attention on random tensors (no paper source).
 
-    They stay in Triton's cache on disk (TRITON_CACHE_DIR). A length also serves the others whose number of blocks has
-    the same next power of two. The progress bar needs tqdm. impl="torch", a CPU's default, compiles nothing; a line on
-    stderr says so.
+    They stay in Triton's cache on disk (TRITON_CACHE_DIR). The progress bar needs tqdm. impl="torch", a CPU's default,
+    compiles nothing; a line on stderr says so.
 
     Args:
         model: A model of transformers, or the shape (Hq, Hkv, D): query heads, key-value heads and head_dim.
@@ -46,7 +42,6 @@ def warm_up(
         lengths: Tokens of the prompts, >= 1 each.
         batch_size: Prompts at once.
         dtype, device: Default: the model's; for a shape bf16, and CUDA where there is one.
-        backward: Whether to compile for training too.
     Raises:
         TypeError, ValueError: For a bad model, shape, config or length, or an impl that does not cover them.
     """
@@ -68,24 +63,20 @@ def warm_up(
     before, knobs.compilation.listener = knobs.compilation.listener, note
     try:
         for layer, tokens in _with_progress([(layer, tokens) for layer in layers for tokens in lengths]):
-            _run(*layer, tokens, batch_size, backward)
+            _run(*layer, tokens, batch_size)
     finally:
         knobs.compilation.listener = before
     return WarmUp(len(compiled), time.perf_counter() - start)
 
 
-def _run(shape, config, impl, dtype, device, tokens: int, batch_size: int, backward: bool) -> None:
+def _run(shape, config, impl, dtype, device, tokens: int, batch_size: int) -> None:
     q_heads, kv_heads, head_dim = shape
     sizes = [(batch_size, tokens, heads, head_dim) for heads in (q_heads, kv_heads, kv_heads)]  # as projections give
-    options = dict(dtype=dtype, device=device)
-    q, k, v = (torch.randn(size, **options).transpose(1, 2).requires_grad_(backward) for size in sizes)
-    with torch.set_grad_enabled(backward):
-        if isinstance(config, StemConfig):
-            out = stem_attention(q, k, v, config, impl=impl)
-        else:
-            out = block_sparse_attention(q, k, v, config(q, k, v), impl=impl)
-    if backward:
-        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    q, k, v = (torch.randn(size, dtype=dtype, device=device).transpose(1, 2) for size in sizes)
+    if isinstance(config, StemConfig):
+        out = stem_attention(q, k, v, config, impl=impl)
+    else:
+        out = block_sparse_attention(q, k, v, config(q, k, v), impl=impl)
     if out.is_cuda:
         torch.cuda.synchronize(out.device)
 
@@ -97,17 +88,13 @@ def _layers(model, config, impl, dtype, device) -> list[tuple]:
     if not isinstance(model, nn.Module):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return [(_shape(model), config or StemConfig(), impl, dtype or torch.bfloat16, device)]
-    from stem.hf.models import attention_modules, attention_shape, own_attention
+    from stem.hf.models import sparse_layers
 
     layers = {}
-    for module in attention_modules(model).values():
-        layer = getattr(module, "stem_layer", None)
-        weight = next(x for x in module.parameters() if x.ndim > 1)  # sinks may be fp32 in a model of 16 bits
-        entry = config or (layer.config if layer else StemConfig())
-        if entry is not None and not own_attention(module):
-            kind = dtype or (weight.dtype if weight.is_floating_point() else torch.bfloat16)
-            chosen = impl or (layer.impl if layer else None)
-            layers[attention_shape(module), entry, chosen, kind, torch.device(device or weight.device)] = None
+    for shape, layer, weight in sparse_layers(model):
+        entry, chosen = config or (layer.config if layer else StemConfig()), impl or (layer.impl if layer else None)
+        if entry is not None:
+            layers[shape, entry, chosen, dtype or weight.dtype, torch.device(device or weight.device)] = None
     return list(layers)
 
 

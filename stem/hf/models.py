@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stem.config import StemConfig
 from stem.hf.forward import UNSUPPORTED
-from stem.hf.report import Selector
+from stem.hf.report import Layer, Selector
 
 MAX_HEAD_DIM = 256  # of stem.stem_attention
 HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size")  # names in modules of the dimensions of their queries and keys
@@ -68,6 +69,17 @@ def attention_shape(module: nn.Module) -> tuple[int, int, int]:
     config, heads = module.config, module.config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, _head_dim(module) or config.hidden_size // heads
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[tuple[int, int, int], Layer | None, Tensor]]:
+    """Shape, settings (None if Stem is not enabled) and a weight of each layer that Stem can make sparse."""
+    for module in attention_modules(model).values():
+        if not own_attention(module):
+            weight = next(x for x in module.parameters() if x.ndim > 1)  # sinks may be fp32 in a model of 16 bits
+            weight = (
+                weight if weight.is_floating_point() else torch.empty(0, dtype=torch.bfloat16, device=weight.device)
+            )
+            yield attention_shape(module), getattr(module, "stem_layer", None), weight
 
 
 def _head_dim(module: nn.Module) -> int:

@@ -1,7 +1,5 @@
 """Attention over the kept blocks by a named implementation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Names of the implementations, which problems each covers, and the forward kernel behind a name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Dense causal attention by torch's fused kernels, for selections that keep every block."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

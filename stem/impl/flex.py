@@ -1,7 +1,5 @@
 """impl="flex": torch's FlexAttention with the same lists; compiled on CUDA, unfused on the CPU."""
 
-from __future__ import annotations
-
 import warnings
 from functools import lru_cache
 

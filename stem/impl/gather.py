@@ -1,7 +1,5 @@
 """impl="torch": block-sparse attention by gathering the kept key blocks, fast on a CPU, differentiable, memory O(N)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 `impl` is that of stem.block_sparse_attention, "" where it is None: the operator then chooses when it runs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.library import custom_op

@@ -4,8 +4,6 @@ Each query attends to the kept blocks and, for every dropped block before the qu
 value whose logit is raised by ln(block_size): `dropped="mean"`. With "cells" it is one token for every CELL tokens.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -77,18 +75,11 @@ def kernel_stand_ins(
 
 
 def _merge(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k_means: Tensor,
-    v_means: Tensor,
-    dropped: Tensor,
-    scale: float,
-    raise_by: float,
+    out: Tensor, lse: Tensor, q: Tensor, k_means: Tensor, v_means: Tensor, dropped: Tensor, scale: float, extra: float
 ) -> tuple[Tensor, Tensor]:
     """One softmax over the kept blocks, as a single column, and the stand-ins of `dropped` [B, Hq, rows, means]."""
     grouped = k_means.shape[1], -1
-    logits = (q.to(k_means.dtype).unflatten(1, grouped) @ k_means[:, :, None].mT).flatten(1, 2) * scale + raise_by
+    logits = (q.to(k_means.dtype).unflatten(1, grouped) @ k_means[:, :, None].mT).flatten(1, 2) * scale + extra
     is_empty = lse.isneginf() & ~dropped.any(-1)
     columns = torch.cat([lse.masked_fill(is_empty, 0)[..., None], logits.masked_fill(~dropped, -torch.inf)], -1)
     weights = columns.softmax(-1)
