@@ -19,7 +19,6 @@ NAMES = [
     "07_better_selection",
 ]
 WORDS_PER_CODE_LINE = {"02_kernel_derivation": (4, 8)}  # the kernel notebook shows more code than the others
-THREE_EXERCISES = tuple(name for name in NAMES if name != "06_long_context_eval")
 
 
 def test_the_map_lists_every_notebook_and_its_links_exist():
@@ -82,9 +81,7 @@ def test_format(path, notebook):
     assert notebook.metadata.kernelspec.name == "python3"
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     assert path.stat().st_size < 500_000
-    assert len(notebook.cells) <= 60
-    if path.stem in THREE_EXERCISES:
-        assert len(notebook.cells) <= 50 and words(notebook) <= 2200
+    assert len(notebook.cells) <= 50 and words(notebook) <= 2200
 
 
 def test_no_trace_of_the_runner(path, notebook):
@@ -97,7 +94,7 @@ def test_title_cell_says_what_and_links_the_neighbours(path, notebook):
     assert title.cell_type == "markdown" and title.source.startswith("# ")
     for words in ("you will do", "you will learn", "you need"):
         assert words in title.source.lower(), words
-    assert "(README.md)" in title.source or path.stem not in THREE_EXERCISES  # the map and the glossary
+    assert "(README.md)" in title.source  # the map and the glossary
     for neighbour in NAMES[max(place - 1, 0) : place] + NAMES[place + 1 : place + 2]:
         assert f"{neighbour}.ipynb" in title.source
 
@@ -195,19 +192,18 @@ def test_figures_are_read(path, notebook):
 def test_pictures_have_alternative_texts(path, notebook):
     for cell in code(notebook):
         for output in cell.outputs:
-            if "image/png" in output.get("data", {}) and path.stem in THREE_EXERCISES:
+            if "image/png" in output.get("data", {}):
                 assert len(output.metadata["image/png"]["alt"].split()) > 3, cell.source
 
 
 def test_it_ends_with_what_to_read_next(path, notebook):
-    assert path.stem not in THREE_EXERCISES or "**Read next**" in notebook.cells[-1].source
+    assert "**Read next**" in notebook.cells[-1].source
 
 
 def test_exercises(path, notebook):
     stubs = tagged(notebook, "exercise")
-    count = 3 if path.stem in THREE_EXERCISES else 2
-    assert len(stubs) == count
+    assert len(stubs) == 3
     everything = "\n".join(cell.source for cell in code(notebook))
-    assert len(re.findall(r"\bexercise\(.+, against=", everything)) == count
+    assert len(re.findall(r"\bexercise\(.+, against=", everything)) == 3
     printed = [o.text for cell in code(notebook) for o in cell.outputs if o.output_type == "stream"]
-    assert "".join(printed).count("not attempted") == count
+    assert "".join(printed).count("not attempted") == 3
