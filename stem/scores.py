@@ -50,20 +50,20 @@ def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, imp
 
         inputs = score_inputs(q, k, v, config.block_size, config.score_stride, *config.value_term)
         return score_blocks(*inputs, scale)
-    bonus = config.value_weight * value_term(v, config, impl=impl)  # [B, Hkv, nk]
+    bonus = cell_bonus(v, config, impl)
     grid = config.block_size, config.score_stride
     q_sums = group_sums(q, *grid, reverse=True, offset=k.shape[2] - q.shape[2])
     return pair_sums(q_sums, group_sums(k, *grid), bonus, scale)
 
 
-def pair_sums(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, scale: float) -> Tensor:
+def pair_sums(q_sums: Tensor, k_sums: Tensor, bonus: Tensor | None, scale: float) -> Tensor:
     """Scores [B, Hq, nq, nk] from sums of queries and of keys, [B, H, blocks, S * D], and bonus [B, Hkv, nk]."""
     routing = q_sums.unflatten(1, (k_sums.shape[1], -1)) @ k_sums[:, :, None].mT * scale  # [B, Hkv, G, nq, nk]
-    return mask_future((routing + bonus[:, :, None, None]).flatten(1, 2))
+    return mask_future((routing if bonus is None else routing + bonus[:, :, None, None]).flatten(1, 2))
 
 
 def cell_bonus(v: Tensor, config: StemConfig, impl: str) -> Tensor | None:
-    """Value term times its weight, which `reduction="softmax"` adds to logits: [B, Hkv, nk]; None is zero."""
+    """Value term times its weight, which is added to scores or to the logits of cells: [B, Hkv, nk]; None is zero."""
     return config.value_weight * value_term(v, config, impl=impl) if config.value_weight else None
 
 

@@ -10,7 +10,7 @@ from numbers import Integral
 import torch
 
 from stem import patterns
-from stem.config import StemConfig
+from stem.config import PRESETS, StemConfig
 from stem.validation import check_choice
 
 Selector = Callable[..., object]  # (q, k, v) -> BlockSelection
@@ -42,22 +42,15 @@ def method_from_options(
         owners = [name for name in patterns.names() if foreign[0] in patterns.keywords(name)]
         raise TypeError(f"{foreign[0]} is no parameter of pattern={pattern!r} but of {', '.join(owners)}")
     if pattern == "dense":
-        for name in METHOD_OPTIONS:
-            if name != "pattern" and given.get(name) is not None:
+        no_layers = given.get("layers") is None
+        for name in (*METHOD_OPTIONS, *(("impl", "dense_layers") if no_layers else ())):
+            if name != "pattern" and given.get(name) not in (None, 0):
                 raise ValueError(f"pattern='dense' takes no other option, got {name}={given[name]!r}")
         return None
     native = {name: options[name] for name in accepted if name in options}
     config = config_from_options({name: value for name, value in options.items() if name not in native})
-    if pattern == "stem":
-        return config
-    select = partial(patterns.select, pattern, config=config, **native)
-    budgets = [name for name in ("density", "k_start", "k_start_regimes") if given.get(name) is not None]
-    if not _follows_budget(select, config) and native and budgets:
-        raise ValueError(
-            f"{budgets[0]}={given[budgets[0]]!r} has no effect with pattern={pattern!r} and {native}, "
-            "which set the density themselves; leave one of the two out"
-        )
-    return select
+    _refuse_unread(pattern, config, native, given)
+    return config if pattern == "stem" else partial(patterns.select, pattern, config=config, **native)
 
 
 def per_layer(
@@ -104,12 +97,42 @@ def _is_layer(layer: object, count: int) -> bool:
     return isinstance(layer, Integral) and not isinstance(layer, bool) and -count <= layer < count
 
 
-def _follows_budget(select: partial, config: StemConfig) -> bool:
-    """Whether a pattern keeps more blocks at density 1; its own checks of its parameters raise on the way."""
+class _Watched(StemConfig):
+    """A config that notes which of its fields are read, also by way of copies that leave them as they are."""
+
+    def __init__(self, config: StemConfig, read: set[str], changed: frozenset = frozenset()) -> None:
+        own = {name: getattr(config, name) for name in (*CONFIG_FIELDS, "as_json")}
+        vars(self).update(own, config=config, read=read, changed=changed)
+
+    def __getattribute__(self, name: str):
+        if name in CONFIG_FIELDS and name not in self.changed:
+            self.read.add(name)
+        return super().__getattribute__(name)
+
+    def replace(self, **changes) -> StemConfig:
+        return _Watched(self.config.replace(**changes), self.read, self.changed | set(changes))
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # cached functions read it again
+
+
+def _refuse_unread(pattern: str, config: StemConfig, native: Mapping, given: Mapping) -> None:
+    """Raise ValueError if an option in `given` has no effect; the pattern's checks of its parameters raise on the way.
+
+    A preset has no effect if its budget has none or, where another budget replaces that, if no field has one.
+    """
     q = torch.randn(1, 1, max(16 * config.block_size, 1024), 8, generator=torch.Generator().manual_seed(0))
-    kept = select(q, q, q).density()
-    full = config.replace(density=1.0, k_start=None, k_start_regimes=None, allocation="position_decay", threshold=None)
-    return kept == 1 or kept < select(q, q, q, config=full).density()
+    read = set()
+    patterns.select(pattern, q, q, q, config=_Watched(config.replace(dense_up_to=0), read), **native)
+    preset = PRESETS.get(given.get("preset"), {}).items()
+    of_preset = {name for name, value in preset if name not in given and getattr(config, name) == value}
+    of_preset = of_preset & BUDGET_FIELDS - {"allocation"} or of_preset
+    for name in ("preset", *CONFIG_FIELDS):
+        fields_set = of_preset if name == "preset" else {name}
+        if given.get(name) is not None and name not in native and not fields_set & read:
+            beside = f" and {native}" if native else ""
+            takes = f"{', '.join((*patterns.keywords(pattern), 'and here the fields'))} {', '.join(sorted(read))}"
+            effect = f"has no effect with pattern={pattern!r}{beside}"
+            raise ValueError(f"{name}={given[name]!r} {effect}; the pattern takes {takes}")
 
 
 def config_from_options(options: Mapping[str, object]) -> StemConfig:

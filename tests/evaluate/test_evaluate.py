@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import stem
 
@@ -43,7 +44,7 @@ def test_full_density_scores_what_lm_evals_own_class_scores(tiny, texts):
 
 def test_every_model_argument_reaches_the_attention(tiny, texts):
     pairs = [(texts[3], " the end")]
-    options = {"pretrained": tiny, "device": "cpu", "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
+    options = {"block_size": 16, "sink_blocks": 1, "local_blocks": 1}
     changes = [
         {"density": 1.0},
         {"k_start": 2},
@@ -55,7 +56,10 @@ def test_every_model_argument_reaches_the_attention(tiny, texts):
     changes += [{"k_start": 4, "pattern": "sliding_window"}, {"pattern": "sliding_window", "window_blocks": 6}]
     changes += [{"k_start": 2, "layers": {1: {"k_start": 3}}}, {"k_start": 4, "reduction": "softmax", "score_cells": 1}]
     changes += [{"allocation": "adaptive", "threshold": 0.02}]
-    scores = [_likelihoods(harness.StemLM(**(options | change)), pairs)[0] for change in changes]
+    for change in changes:
+        read = ["block_size"] if "pattern" in change else options
+        change.update({name: options[name] for name in read} | change)
+    scores = [_likelihoods(harness.StemLM(tiny, device="cpu", **change), pairs)[0] for change in changes]
     assert len({round(score, 3) for score in scores}) == len(changes), scores
 
 
@@ -175,6 +179,17 @@ def test_bad_model_arguments_are_named(tiny, options, error, message):
         ({"pattern": "dense", "preset": "paper"}, "got preset='paper'"),
         ({"pattern": "xattention", "tau": 0.9, "density": 0.5}, "density=0.5 has no effect with .*'tau': 0.9"),
         ({"pattern": "a_shape", "window_blocks": 2, "k_start": 4}, "k_start=4 has no effect with .*'window_blocks': 2"),
+        ({"pattern": "dense", "impl": "torch"}, "pattern='dense' takes no other option, got impl='torch'"),
+        ({"pattern": "dense", "dense_layers": [1]}, "got dense_layers=\\[1\\]"),
+        (
+            {"pattern": "xattention", "value_weight": 5},
+            "value_weight=5 has no effect with .*takes tau, and here .*density",
+        ),
+        ({"pattern": "sliding_window", "sink_blocks": 8}, "sink_blocks=8 has no effect with .*takes window_blocks, "),
+        ({"pattern": "uniform_topk", "value_norm": "log"}, "value_norm='log' has no effect"),
+        ({"preset": "adaptive", "min_blocks": 3}, "min_blocks=3 has no effect with pattern='stem'; .* threshold"),
+        ({"value_weight": 0, "value_norm": "zscore"}, "value_norm='zscore' has no effect"),
+        ({"score_cells": 8}, "score_cells=8 has no effect"),
         ({"pattern": 5}, "pattern must be one of .*got 5"),
         ({"pattern": None}, "pattern must be one of .*got None"),
         ({"preset": 5}, "preset must be one of .*got 5"),
@@ -201,6 +216,34 @@ def test_parameters_of_every_pattern_are_checked(pattern):
     for preset in ("paper", "angelslim", "hpc_ops"):
         harness.method_from_options({"pattern": pattern, "preset": preset, "block_size": 64})
     harness.method_from_options({"pattern": pattern, "decay": 0.5})
+
+
+@pytest.mark.parametrize("pattern", [name for name in patterns.names() if "tau" in patterns.keywords(name)])
+def test_a_budget_beside_a_parameter_that_sets_the_density_has_no_effect(pattern):
+    name = "gamma" if pattern == "flexprefill" else "tau"
+    budgets = {"decay": 0.5}, {"min_blocks": 2}, {"preset": "paper"}, {"preset": "angelslim"}, {"density": 0.5}
+    for budget in (*budgets, {"allocation": "adaptive", "threshold": 0.1}, {"preset": "adaptive"}):
+        with pytest.raises(ValueError, match=rf"has no effect with pattern='{pattern}' and .*: 0.5.*takes .*tau"):
+            harness.method_from_options({"pattern": pattern, name: 0.5, "block_size": 64, **budget})
+
+
+@pytest.mark.parametrize("pattern", [name for name in patterns.names() if name != "dense"])
+def test_a_field_that_is_accepted_changes_what_is_kept_and_no_other_does(pattern):
+    changes = dict(score_stride=8, decay=0.3, dense_first_blocks=40, dense_last_blocks=20, sink_blocks=9, min_blocks=40)
+    changes |= dict(local_blocks=6, forced="on_top", value_weight=9.0, value_norm="zscore", decay_from="k_start")
+    changes |= dict(dense_up_to=4096)
+    q, k, v = (3 * torch.randn(3, 1, 2, 1024, 16)).unbind(0)
+    options = {"block_size": 16, "k_start": 24}
+    before = patterns.select(pattern, q, k, v, stem.StemConfig(**options)).to_mask()
+    for name in changes.keys() - patterns.keywords(pattern).keys():
+        value = changes[name]
+        kept = patterns.select(pattern, q, k, v, stem.StemConfig(**options, **{name: value})).to_mask()
+        try:
+            harness.method_from_options({"pattern": pattern, **options, name: value})
+        except ValueError:
+            assert torch.equal(kept, before), name
+        else:
+            assert not torch.equal(kept, before), name
 
 
 @pytest.mark.parametrize("wrong", [0.5, [0.5], [True], True, None, "0", ["0"], -1, 5, {0: None}, [4], [None]], ids=repr)
