@@ -40,13 +40,13 @@ def traced_attention(
 def traced_block_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of stem.block_sparse_attention; one operator except for "reference" and "flex"."""
-    if impl in ("reference", "flex"):
+    """Output and log-sum-exp of stem.block_sparse_attention; one operator but for "reference", and "flex" on CUDA."""
+    if impl == "reference" or (impl == "flex" and q.is_cuda):
         from stem.impl.attend import attend
 
         return attend(q, k, v, selection, scale, impl, needs_grad=True)
     out, lse = operators.attend(q, k, v, selection, scale, impl)
-    if check_impl(impl, IMPLS, q.device, q.dtype) == "torch":
+    if check_impl(impl, IMPLS, q.device, q.dtype) in ("torch", "flex"):
         return with_stand_ins(out, lse, q, k, v, selection, scale)
     return kernel_stand_ins(out, lse, q, k, v, selection, scale, needs_grad=True)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -29,4 +30,14 @@ def refuse_transforms(error: Exception | None, *tensors: Tensor) -> None:
 def lasting_tensors() -> Iterator[None]:
     """Context for the tensors of a cache: outside inference mode and torch.func, they serve later calls of any kind."""
     with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
+
+
+@contextmanager
+def vmap_inside_operators() -> Iterator[None]:
+    """Context in an operator that uses vmap, which the checks of a compiled graph's first run would switch off."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for name in ("Batched", "VmapMode", "DynamicLayerFrontMode", "DynamicLayerBackMode"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, f"FuncTorch{name}"))
+    with _disable_current_modes(), torch._C._ForceDispatchKeyGuard(included, excluded):
         yield

@@ -54,6 +54,37 @@ def test_gradients_are_those_of_inputs_cast_by_hand(impl):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("impl", [None, *IMPLS])
+def test_a_backward_pass_in_an_autocast_block_gives_the_gradients_of_one_outside(impl, forward):
+    def gradients(backward):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=forward):
+            out, lse = stem.stem_attention(*inputs, CONFIG, impl=impl, return_lse=True)
+        loss = (out.float().sin() + lse[..., None].cos()).sum()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=backward):
+            loss.backward()
+        return [x.grad for x in inputs]
+
+    tensors = draw(torch.float32)
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "flex"] if "flex" in IMPLS else ["reference", "torch"])
+def test_second_derivatives_do_not_know_autocast_either(impl):
+    def second(autocast):
+        q = tensors[0].clone().requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            out = stem.block_sparse_attention(q, *tensors[1:], everything(), impl=impl)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), q)[0]
+
+    tensors = draw(torch.float64)  # which autocast leaves alone in the forward pass
+    torch.testing.assert_close(second(True), second(False), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("impl", [None, *IMPLS])
 def test_dtypes_are_those_of_sdpa(impl, dtypes):

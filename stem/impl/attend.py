@@ -1,11 +1,13 @@
 """Attention over the kept blocks by a named implementation."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from stem.impl.coverage import sparse_kernel
 from stem.impl.flex import flex_attention
-from stem.impl.gather import gather_attention
+from stem.impl.gather import gather_attention, gather_gradients
 from stem.impl.stand_ins import explicit_columns, kernel_stand_ins, with_stand_ins
 from stem.reference import masked_attention
 from stem.selection import BlockSelection
@@ -34,19 +36,64 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over the kept blocks by a resolved implementation."""
-    if impl == "reference":
-        return masked_attention(q, *explicit_columns(k, v, selection), scale, return_lse=True)
-    if impl in ("torch", "flex"):
-        attention = gather_attention if impl == "torch" else flex_attention
-        return with_stand_ins(*attention(q, k, v, selection, scale), q, k, v, selection, scale)
+    if impl in WITHOUT_KERNELS:
+        recomputed = needs_grad and not torch.compiler.is_compiling() and not (impl == "flex" and q.is_cuda)
+        if recomputed and (impl == "flex" or not is_transformed(q, k, v)):
+            return _Recomputed.apply(q, k, v, selection, scale, impl)
+        return WITHOUT_KERNELS[impl](q, k, v, selection, scale)
     if needs_grad and impl == "hopper_fp8":
         raise NotImplementedError("impl='hopper_fp8' has no backward pass; train with compute='input'")
     if needs_grad:  # the operators hold the backward pass and cost the host some tens of us
         from stem.impl import operators
 
-        refuse_transforms(None, q, k, v)  # operators would drop the tangent of forward-mode AD
+        refuse_transforms(None, f"impl={impl!r}", q, k, v)  # operators would drop the tangent of forward-mode AD
         out, lse = operators.attend(q, k, v, selection, scale, impl)
     else:
         lists = selection.kv_indices, selection.kv_num_blocks
         out, lse = sparse_kernel(impl)(q, k, v, *lists, selection.block_size, scale)
     return kernel_stand_ins(out, lse, q, k, v, selection, scale, needs_grad)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    return masked_attention(q, *explicit_columns(k, v, selection), scale, return_lse=True)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    return with_stand_ins(*gather_attention(q, k, v, selection, scale), q, k, v, selection, scale)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    return with_stand_ins(*flex_attention(q, k, v, selection, scale), q, k, v, selection, scale)
+
+
+WITHOUT_KERNELS = {"reference": _reference, "torch": _torch, "flex": _flex}
+
+
+class _Recomputed(torch.autograd.Function):
+    """Attention that keeps only its inputs for the backward pass, which recomputes it, always without autocast.
+
+    FlexAttention has no backward pass on the CPU, so its gradients are those of impl="torch".
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, selection, scale, impl):
+        ctx.save_for_backward(q, k, v)
+        ctx.selection, ctx.scale, ctx.impl = selection, scale, impl
+        return WITHOUT_KERNELS[impl](q, k, v, selection, scale)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        again = torch.is_grad_enabled()  # for a second derivative
+        selection, scale, is_reference = ctx.selection, ctx.scale, ctx.impl == "reference"
+        with torch.autocast(dout.device.type, enabled=False):
+            if not (again or is_reference or selection.stand_in_tokens):
+                return *gather_gradients(*ctx.saved_tensors, selection, scale, dout, dlse), None, None, None
+            with torch.enable_grad():
+                saved = ctx.saved_tensors
+                inputs = [x.view_as(x) if again and x.requires_grad else x.detach().requires_grad_() for x in saved]
+                if again or is_reference:
+                    outputs = (_reference if is_reference else _torch)(*inputs, selection, scale)
+                else:
+                    kept = _Recomputed.apply(*inputs, replace(selection, dropped="skip"), scale, "torch")
+                    outputs = with_stand_ins(*kept, *inputs, selection, scale)
+            return *torch.autograd.grad(outputs, inputs, (dout, dlse), create_graph=again), None, None, None

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from stem.scores import pad_to_grid
 from stem.selection import BlockSelection
@@ -19,21 +18,17 @@ LARGEST_SUM = 2.0**64  # of a row's weights exp(logit); and its inverse is the s
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over the kept blocks, a few query blocks at a time; see stem.block_sparse_attention.
-
-    With gradients each chunk is recomputed in the backward pass, except under torch.func, which does not allow it.
-    """
+    """Attention over the kept blocks, a few query blocks at a time; see stem.block_sparse_attention."""
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    transformed = is_transformed(q, k, v)
     size, offset, kv_heads = selection.block_size, k.shape[2] - q.shape[2], k.shape[1]
     blocks = _blocks(q, size, offset), _blocks(k, size), _blocks(v, size)
-    if q.device.type == "cpu" and not needs_grad and not transformed:
+    if q.device.type == "cpu" and not needs_grad and not is_transformed(q, k, v):
         out, lse, rest = _plain_attention(blocks, selection, kv_heads, scale)
         if len(rest):
-            out[rest], lse[rest] = _softmax_attention(blocks, selection, kv_heads, scale, False, rest)
+            out[rest], lse[rest] = _softmax_attention(blocks, selection, kv_heads, scale, rest)
     else:
         everything = torch.arange(len(blocks[0]), device=q.device)
-        out, lse = _softmax_attention(blocks, selection, kv_heads, scale, needs_grad and not transformed, everything)
+        out, lse = _softmax_attention(blocks, selection, kv_heads, scale, everything)
     heads_and_blocks = (*q.shape[:2], selection.num_q_blocks)
     queries = slice(offset % size, offset % size + q.shape[2])
     out, lse = (x.unflatten(0, heads_and_blocks).flatten(2, 3)[:, :, queries] for x in (out, lse))
@@ -114,7 +109,6 @@ def _softmax_attention(
     selection: BlockSelection,
     kv_heads: int,
     scale: float,
-    recompute: bool,
     rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Out and lse [R, size] of the query blocks `rows`, ascending, in chunks sorted by the lengths of their lists."""
@@ -123,8 +117,7 @@ def _softmax_attention(
     first = widths.count(0)  # rows without blocks come first and give zeros
     chunks = [(q_blocks[order[:first]] * 0, q_blocks.new_full((first, q_blocks.shape[1]), -torch.inf))]
     for chunk, *kept in _chunked_lists(selection, kv_heads, order, widths):
-        args = (q_blocks[chunk] * scale, k_blocks, v_blocks, *kept)
-        chunks.append(checkpoint(_attend, *args, use_reentrant=False) if recompute else _attend(*args))
+        chunks.append(_attend(q_blocks[chunk] * scale, k_blocks, v_blocks, *kept))
     inverse = order.argsort()
     return tuple(torch.cat(x)[inverse] for x in zip(*chunks, strict=True))
 

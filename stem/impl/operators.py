@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from stem.impl.coverage import resolve_impl, sparse_kernel
+from stem.impl.flex import flex_attention
 from stem.impl.gather import gather_attention, gather_gradients
 from stem.selection import BlockSelection
+from stem.transforms import vmap_inside_operators
 from stem.validation import compute_dtype
 
 
@@ -30,6 +32,10 @@ def attention_op(
     impl = resolve_impl(impl or None, q.device, q.dtype, q.shape[3], block_size)
     if impl == "torch":
         out, lse = gather_attention(q, k, v, _selection(q, k, kv_indices, kv_num_blocks, block_size), scale)
+    elif impl == "flex":
+        selection = _selection(q, k, kv_indices, kv_num_blocks, block_size)
+        with vmap_inside_operators():
+            out, lse = flex_attention(q, k, v, selection, scale)
     else:
         out, lse = sparse_kernel(impl)(q, k, v, kv_indices, kv_num_blocks, block_size, scale)
     return _laid_out_like(out, q), lse.contiguous()
@@ -57,9 +63,10 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not q.shape[0]:
         return tuple(_empty_like(x) for x in (q, k, k))
-    if resolve_impl(impl or None, q.device, q.dtype, q.shape[3], block_size) == "torch":
+    if resolve_impl(impl or None, q.device, q.dtype, q.shape[3], block_size) in ("torch", "flex"):
         selection = _selection(q, k, kv_indices, kv_num_blocks, block_size)
-        gradients = gather_gradients(q, k, v, selection, scale, dout, dlse)
+        with torch.autocast(q.device.type, enabled=False):
+            gradients = gather_gradients(q, k, v, selection, scale, dout, dlse)
     else:
         from stem.kernels.sparse_backward import sparse_backward
 

@@ -153,6 +153,24 @@ def test_a_model_of_transformers_compiles_into_one_graph():
     assert hf.density(model).density() == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled FlexAttention takes no blocks of 16")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_flex_compiles_into_one_graph(backend, needs_grad):
+    qkv = [x.detach().requires_grad_(needs_grad) for x in draw()]
+    selection = select(qkv)
+    for attention in (
+        lambda q, k, v: stem.stem_attention(q, k, v, CONFIG, impl="flex", return_lse=True),
+        lambda q, k, v: stem.block_sparse_attention(q, k, v, selection, impl="flex", return_lse=True),
+    ):
+        found = torch.compile(attention, fullgraph=True, backend=backend)(*qkv)
+        expected = attention(*qkv)
+        torch.testing.assert_close(found, expected)
+        if needs_grad:
+            found, expected = (torch.autograd.grad([x.sum() for x in out], qkv) for out in (found, expected))
+            torch.testing.assert_close(found, expected)
+
+
 def test_a_graph_with_symbolic_lengths_serves_every_length():
     graph = torch.compile(stem.stem_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (50, 64, 97):

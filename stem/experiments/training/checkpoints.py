@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ def save_checkpoint(path: Path, step: int, settings: Mapping, tensors: Mapping[s
         OSError: If the file cannot be written; the old checkpoint is still there.
     """
     metadata = {"step": str(step), "settings": json.dumps(settings)}
+    metadata["checksum"] = _checksum(metadata, tensors)
     partial = path.with_suffix(".partial")
     try:
         save_file(dict(tensors), partial, metadata)
@@ -86,22 +88,27 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     step, _ = read_header(path)
     with safe_open(path, "pt") as file:
+        metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
     weights = dict(model.named_parameters())
-    shapes = {"random.cpu": torch.get_rng_state().shape}
+    expected = {"random.cpu": torch.get_rng_state()}
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        expected["random.cuda"] = torch.cuda.get_rng_state()
     for name, weight in weights.items():
-        shapes |= {f"model.{name}": weight.shape, f"optimizer.{name}.step": torch.Size()}
-        shapes |= {f"optimizer.{name}.{moment}": weight.shape for moment in MOMENTS}
-    for name, shape in shapes.items():
-        found = tensors[name].shape if name in tensors else None
-        if found != shape:
-            about = "is missing" if found is None else f"has shape {tuple(found)}, expected {tuple(shape)}"
-            raise _unusable(path, f"does not hold this model: {name} {about}")
+        expected |= {f"model.{name}": weight, f"optimizer.{name}.step": torch.tensor(0.0)}
+        expected |= {f"optimizer.{name}.{moment}": weight for moment in MOMENTS}
+    for name, like_this in expected.items():
+        if wrong := _difference(tensors.get(name), like_this):
+            raise _unusable(path, f"does not hold this model: {name} {wrong}")
+    if metadata.get("checksum") != _checksum(metadata, tensors):
+        raise _unusable(
+            path, "has been damaged or changed since it was written: its checksum does not fit its contents"
+        )
     model.load_state_dict({name: like(tensors[f"model.{name}"], weight) for name, weight in weights.items()})
     for name, weight in weights.items():
         optimizer.state[weight] = {e: like(tensors[f"optimizer.{name}.{e}"], weight) for e in ("step", *MOMENTS)}
     torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
+    if "random.cuda" in expected:
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return step
 
@@ -169,6 +176,26 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
     """Add a row to a log with every digit of its floats, so that equal curves are equal files."""
     with path.open("a") as file:
         file.write(",".join(map(str, row.values())) + "\n")
+
+
+def _difference(found: Tensor | None, expected: Tensor) -> str | None:
+    """How a stored tensor cannot stand for one of the run, in words; None if it can."""
+    if found is None:
+        return "is missing"
+    for word in ("shape", "dtype"):
+        theirs, ours = (tuple(x) if word == "shape" else x for x in (getattr(found, word), getattr(expected, word)))
+        if theirs != ours:
+            return f"has {word} {theirs}, expected {ours}"
+    return None if not found.is_floating_point() or found.isfinite().all() else "holds NaN or infinity"
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over step and settings, and over names, dtypes, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(f"{metadata['step']} {metadata['settings']}".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _unusable(path: Path, reason: str) -> ValueError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stem.experiments.training import checkpoints
@@ -55,7 +56,23 @@ def rewrite(path: Path, change=lambda tensors: None, **metadata: str) -> None:
     step, settings = checkpoints.read_header(path)
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, {"step": str(step), "settings": json.dumps(settings)} | metadata)
+    with safe_open(path, "pt") as file:
+        checksum = file.metadata()["checksum"]
+    save_file(tensors, path, {"step": str(step), "settings": json.dumps(settings), "checksum": checksum} | metadata)
+
+
+def flip_a_bit(path: Path, name: str, bit: int = 16) -> None:
+    """Flip a bit in the first number of a checkpoint's tensor, in the file."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    first = 8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
+    content[first + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(content))
+
+
+def with_tensor(name: str, change):
+    """Change one tensor of a checkpoint by a function."""
+    return lambda path: rewrite(path, lambda tensors: tensors.update({name: change(tensors[name])}))
 
 
 DAMAGE = {
@@ -70,6 +87,39 @@ DAMAGE = {
     "other size": (
         lambda path: rewrite(path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)})),
         r"does not hold this model: model.norm.weight has shape \(64,\), expected \(32,\)",
+    ),
+    "weights in half": (
+        with_tensor("model.norm.weight", torch.Tensor.half),
+        "does not hold this model: model.norm.weight has dtype torch.float16, expected torch.float32",
+    ),
+    "moments in double": (
+        with_tensor("optimizer.norm.weight.exp_avg", torch.Tensor.double),
+        "does not hold this model: optimizer.norm.weight.exp_avg has dtype torch.float64, expected torch.float32",
+    ),
+    "steps as integers": (
+        with_tensor("optimizer.norm.weight.step", torch.Tensor.long),
+        "does not hold this model: optimizer.norm.weight.step has dtype torch.int64",
+    ),
+    "random state in float": (
+        with_tensor("random.cpu", torch.Tensor.float),
+        "does not hold this model: random.cpu has dtype torch.float32, expected torch.uint8",
+    ),
+    "other random state": (with_tensor("random.cpu", torch.zeros_like), "has been damaged or changed.*checksum"),
+    "NaN": (
+        with_tensor("model.norm.weight", lambda x: x / 0 - x / 0),
+        "does not hold this model: model.norm.weight holds NaN or infinity",
+    ),
+    "infinite moment": (
+        with_tensor("optimizer.norm.weight.exp_avg_sq", lambda x: x + torch.inf),
+        "does not hold this model: optimizer.norm.weight.exp_avg_sq holds NaN or infinity",
+    ),
+    "a bit of a weight": (lambda path: flip_a_bit(path, "model.norm.weight"), "has been damaged or changed.*checksum"),
+    "a bit of the random state": (lambda path: flip_a_bit(path, "random.cpu"), "has been damaged or changed.*checksum"),
+    "another step": (lambda path: rewrite(path, step="3"), "has been damaged or changed.*checksum"),
+    "no checksum": (lambda path: rewrite(path, checksum=""), "has been damaged or changed.*checksum"),
+    "one more tensor": (
+        lambda path: rewrite(path, lambda tensors: tensors.update(extra=torch.ones(1))),
+        "has been damaged or changed.*checksum",
     ),
     "no optimizer": (
         lambda path: rewrite(path, lambda tensors: tensors.pop("optimizer.norm.weight.exp_avg")),
