@@ -119,8 +119,10 @@ def _sparse_prefill(
                 row_masks = as_bool(mask).expand(q.shape[0], -1, -1, -1)
                 row_masks = _part(row_masks, index, *queries)[..., start:last]
                 attended = _attend_densely(*tensors, scale, row_masks, sinks)
-                layer.count_gaps(*tensors[:2])
+                layer.count_gaps(*tensors[:2], rows, offset)
             else:
+                if not offset:
+                    layer.begin(rows)
                 ended = layer.prompt_length is None or last < offset + q.shape[2]  # by padding on the right
                 prompt_length = None if ended else max(layer.prompt_length, last) - start
                 attended = _attend(layer, *tensors, scale, prompt_length, sinks)

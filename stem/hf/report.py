@@ -50,6 +50,7 @@ class Layer:
     shared: object = None  # stem.hf.shared.SharedPrompt, if several ranks share the model's prompts
     peers: object = None  # stem.distributed.exchange.Peers of tensor parallelism, each with a part of the heads
     gaps: int = 0  # prompts attended to densely since `enable`, because their padding has gaps
+    gapped: dict[int, int] = field(default_factory=dict)  # batch rows of such prompts: position of their last chunk
     handle: int = 0  # its key in LAYERS, by which a compiled graph names it
 
     def __post_init__(self) -> None:
@@ -89,12 +90,23 @@ class Layer:
         self.counts.append(kept[None, :, None])
         self.counts = [self._counted()]
 
-    def count_gaps(self, q: Tensor, k: Tensor) -> None:
-        """Add a dense call, q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D], as one that kept every causal block pair."""
+    def count_gaps(self, q: Tensor, k: Tensor, rows: list[int], offset: int) -> None:
+        """Add a dense call, q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D], as one that kept every causal block pair.
+
+        Prompts of these batch rows, with their first query at `offset`, count once, whatever their number of chunks,
+        and not again where a backward pass recomputes the call (gradient checkpointing).
+        """
         size = (self.config if isinstance(self.config, StemConfig) else StemConfig()).block_size
         every = causal_blocks(BlockRows.of(q.shape[2], k.shape[2], size))
         self.count(q, every, every)
-        self.gaps += q.shape[0]
+        if torch._C._current_graph_task_id() < 0:
+            self.gaps += sum(self.gapped.get(row, offset) >= offset for row in rows)
+            self.gapped.update(dict.fromkeys(rows, offset))
+
+    def begin(self, rows: list[int]) -> None:
+        """Note that prompts without gaps begin in these batch rows."""
+        for row in rows if self.gapped else ():
+            self.gapped.pop(row, None)
 
     def kept(self) -> Tensor:
         """Kept block pairs of each head since `enable`, int64 [Hq]; of all ranks with tensor parallelism."""

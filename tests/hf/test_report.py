@@ -6,6 +6,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+import transformers
 from tiny_models import FIXED, MOE, SPARSE, build, logits, tokens
 
 import stem
@@ -114,3 +115,50 @@ def test_prompts_with_gaps_count_as_dense():
         dense = 21 if size == 16 else 1  # causal block pairs of 96 tokens
         assert report[0]["density"] == pytest.approx((2 * (1 + 2 + 3 * 4) + dense) / (2 * 21 + dense))
         assert report[0]["head_density"] == pytest.approx([report[0]["density"]] * 4)
+
+
+def gaps(report):
+    return (
+        report[0]["attention"].removeprefix("stem").removeprefix("; prompts dense because of gaps in their padding: ")
+    )
+
+
+def test_a_prompt_with_gaps_counts_once_whatever_its_chunks():
+    model, ids = build(), tokens(96, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, 40:50] = 0  # in the second of three chunks
+
+    def read(chunks, mask=mask):
+        cache = transformers.DynamicCache(config=model.config)
+        for start, stop in zip([0, *chunks], chunks, strict=False):
+            part = dict(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            with torch.no_grad():
+                model(**part)
+
+    with hf.stem_prefill(model, FIXED) as report:
+        read([32, 64, 96])
+        assert gaps(report) == "1"
+        read([96])
+        assert gaps(report) == "2"
+        read([60, 70, 71, 96])  # one of one token
+        assert gaps(report) == "3"
+        read([96], torch.ones_like(ids))
+        read([32, 64, 96])
+        assert gaps(report) == "4"
+        mask[:2, 55:60] = 0
+        read([32, 64, 96])
+        assert gaps(report) == "6"
+        read([96], torch.ones_like(ids).masked_fill(torch.arange(96) < 9, 0))  # left padding is no gap
+        read([32, 64, 96])
+        assert gaps(report) == "8"
+
+
+def test_gradient_checkpointing_counts_a_prompt_once():
+    model, ids = build(), tokens(96, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, 40:50] = 0
+    model.train()
+    model.gradient_checkpointing_enable()
+    with hf.stem_prefill(model, FIXED) as report:
+        model(ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+    assert gaps(report) == "1"
