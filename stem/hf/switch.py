@@ -16,6 +16,10 @@ from stem.hf.report import NAME, Layer, Report, Selector
 from stem.impl.coverage import IMPLS, resolve_impl
 from stem.validation import check_choice, check_prompt_length
 
+BLOCKS: list[
+    dict[nn.Module, tuple[Layer | None, bool]]
+] = []  # open blocks of stem_prefill, by module what they restore
+
 
 def enable(
     model: nn.Module,
@@ -69,15 +73,7 @@ def enable(
 
 def disable(model: nn.Module) -> None:
     """Give a model back its attention from before `enable`. Models without Stem and later choices stay as they are."""
-    layers = _enabled_layers(model)
-    for layer in layers.values():  # a report says from here on what it says now
-        layer.settings = copy.copy(layer.settings)
-        if layer.shared is not None:
-            layer.shared.remove()
-    for module, layer in layers.items():
-        if module.config._attn_implementation == NAME:
-            _choose(module, layer.previous)
-        del module.stem_layer
+    _remove(_enabled_layers(model))
 
 
 @contextmanager
@@ -92,20 +88,28 @@ def stem_prefill(
     """`enable` for the length of a with block; yields the Report, which remains readable afterwards.
 
     The model then has its earlier attention (or Stem with its earlier config), unless the block chose another one.
+    Blocks may end in any order. The one that began last holds until its end.
     """
-    before = _enabled_layers(model)
-    paused = [module for module in before if module.config._attn_implementation == NAME]
+    modules = attention_modules(model).values()
+    before = {module: (getattr(module, "stem_layer", None), _is_chosen(module)) for module in modules}
     enable(model, config, impl, prompt_length=prompt_length, mesh=mesh)
+    BLOCKS.append(before)
     try:
         yield density(model)
     finally:
-        paused = [module for module in paused if module.config._attn_implementation == NAME]
-        disable(model)
-        for module, layer in before.items():
-            module.stem_layer, layer.settings = layer, module.config
-        for shared in {layer.shared for layer in before.values()} - {None}:
+        position = next(i for i, block in enumerate(BLOCKS) if block is before)
+        del BLOCKS[position]
+        for later in BLOCKS[position:]:  # blocks that began inside this one and have not ended
+            for module in later.keys() & before.keys():
+                later[module] = before.pop(module)
+        chosen = [module for module, (_, was_chosen) in before.items() if was_chosen and _is_chosen(module)]
+        _remove({module: module.stem_layer for module in before if hasattr(module, "stem_layer")})
+        for module, (layer, _) in before.items():
+            if layer is not None:
+                module.stem_layer, layer.settings = layer, module.config
+        for shared in {layer.shared for layer, _ in before.values() if layer is not None} - {None}:
             shared.install(model)
-        for module in paused:
+        for module in chosen:
             _choose(module, NAME)
 
 
@@ -139,6 +143,21 @@ def _tensor_parallel(model: nn.Module):
     from stem.distributed.exchange import Peers
 
     return Peers.of(mesh["tp"] if mesh.ndim > 1 else mesh, TIMEOUT)
+
+
+def _is_chosen(module: nn.Module) -> bool:
+    return module.config._attn_implementation == NAME
+
+
+def _remove(layers: dict[nn.Module, Layer]) -> None:
+    for layer in layers.values():  # a report says from here on what it says now
+        layer.settings = copy.copy(layer.settings)
+        if layer.shared is not None:
+            layer.shared.remove()
+    for module, layer in layers.items():
+        if _is_chosen(module):
+            _choose(module, layer.previous)
+        del module.stem_layer
 
 
 def _choose(module: nn.Module, implementation: str) -> None:

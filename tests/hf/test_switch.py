@@ -157,6 +157,67 @@ def test_blocks_within_blocks(error):
     assert inner.density() == counted and [row["attention"] for row in (*inner, *outer)] == ["stem"] * 6
 
 
+def entered(*arguments):
+    """The context and the report of an open block of stem_prefill."""
+    context = hf.stem_prefill(*arguments)
+    return context, context.__enter__()
+
+
+def exit_of(context):
+    context.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("before", [None, DENSE, "eager"])
+def test_blocks_that_overlap_without_nesting(before):
+    model, ids = build(), tokens()
+    if before == "eager":
+        model.set_attn_implementation("eager")
+    elif before is not None:
+        hf.enable(model, before)
+    implementation, first = model.config._attn_implementation, logits(model, ids)
+    with hf.stem_prefill(model, SPARSE):
+        sparse = logits(model, ids)
+    with hf.stem_prefill(model, FIXED):
+        fixed = logits(model, ids)
+    (a, report_a), (b, _), (c, report_c) = (entered(model, config) for config in (FIXED, FIXED, SPARSE))
+    assert torch.equal(logits(model, ids), sparse)
+    exit_of(a)
+    assert torch.equal(logits(model, ids), sparse) and report_a[0]["attention"] == "stem"
+    exit_of(c)
+    assert torch.equal(logits(model, ids), fixed)
+    exit_of(b)
+    assert torch.equal(logits(model, ids), first) and model.config._attn_implementation == implementation
+    assert report_c.density() < 0.7 and report_a.density() != report_a.density()  # NaN: never run
+    layers = [module.stem_layer.config for module in model.modules() if hasattr(module, "stem_layer")]
+    assert layers == ([DENSE] * 3 if before == DENSE else [])
+    hf.disable(model)
+    assert model.config._attn_implementation == ("eager" if before == "eager" else "sdpa")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_overlapping_blocks_with_two_models_of_one_config(order):
+    first, second, dense = twins()
+    contexts = [entered(model, SPARSE)[0] for model in (first, second)]
+    for i in order:
+        exit_of(contexts[i])
+        assert torch.equal(logits((first, second)[i], tokens()), dense[i])
+    for model in (first, second):
+        assert model.config._attn_implementation == "sdpa"
+        assert not any(hasattr(module, "stem_layer") for module in model.modules())
+
+
+def test_overlapping_blocks_with_a_model_and_a_part_of_it():
+    model, ids = build(), tokens()
+    dense = logits(model, ids)
+    for parts in ((model, model.model), (model.model, model)):
+        a, b = (entered(part, SPARSE)[0] for part in parts)
+        exit_of(a)
+        assert not torch.equal(logits(model, ids), dense)
+        exit_of(b)
+        assert torch.equal(logits(model, ids), dense) and model.config._attn_implementation == "sdpa"
+        assert not any(hasattr(module, "stem_layer") for module in model.modules())
+
+
 def test_a_copy_and_its_model_are_switched_separately():
     model, ids = build(), tokens()
     dense = logits(model, ids)
