@@ -11,7 +11,7 @@ from stem.impl.attend import apply_sinks, attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.planning import plan_for
 from stem.selection import BlockSelection, fit_selection
-from stem.transforms import is_transformed, refuse_transforms
+from stem.transforms import is_transformed, refuse_tracing, refuse_transforms
 from stem.validation import check_choice, check_qkv, check_scale, check_sinks
 
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
@@ -53,7 +53,8 @@ def stem_attention(
     if is_autocast(q):
         others = dict(return_selection=return_selection, return_lse=return_lse, prompt_length=prompt_length)
         return autocast_once(stem_attention)(q, k, v, options[0], scale=scale, sinks=sinks, impl=impl, **others)
-    if torch.compiler.is_compiling():
+    refuse_tracing("stem_attention")
+    if torch.compiler.is_compiling() or q.is_meta:
         from stem.compiled import traced_attention  # imports torch's compiler
 
         out, lse, selection = traced_attention(q, k, v, *options)
@@ -101,13 +102,14 @@ def block_sparse_attention(
         ValueError, TypeError: For bad shapes, dtypes, devices or names, or a selection that does not fit.
         NotImplementedError: For a transform of torch.func or a derivative that the implementation does not support.
     """
+    refuse_tracing("block_sparse_attention")
     check_qkv(q, k, v)
     selection = fit_selection(selection, q, k)
     if dropped is not None:
         check_choice("dropped", dropped, CHOICES["dropped"])
         selection = replace(selection, dropped=dropped)
     scale = check_scale(scale, q.shape[-1])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or q.is_meta:
         from stem.compiled import traced_block_attention
 
         out, lse = traced_block_attention(q, k, v, selection, scale, impl)
@@ -122,7 +124,7 @@ def block_sparse_attention(
         try:
             out, lse = attend(q, k, v, selection, scale, impl, needs_grad)
         except RuntimeError as error:
-            refuse_transforms(error, q, k, v)
+            refuse_transforms(error, "block_sparse_attention", q, k, v)
             raise
     if sinks is not None:
         check_sinks(sinks, q)

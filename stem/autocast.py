@@ -9,7 +9,7 @@ from torch import Tensor
 
 def is_autocast(x: object) -> bool:
     """Whether autocast is on for the device of a tensor; False for anything else."""
-    return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_once(function: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""stem_attention under torch.compile: selection and attention as two operators, which decide when the graph runs."""
+"""stem_attention under torch.compile and on meta tensors: two operators, which decide when the graph runs."""
 
 import json
 from functools import lru_cache
@@ -41,7 +41,7 @@ def traced_block_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of stem.block_sparse_attention; one operator but for "reference", and "flex" on CUDA."""
-    if impl == "reference" or (impl == "flex" and q.is_cuda):
+    if not q.is_meta and (impl == "reference" or (impl == "flex" and q.is_cuda)):
         from stem.impl.attend import attend
 
         return attend(q, k, v, selection, scale, impl, needs_grad=True)

@@ -118,7 +118,7 @@ class Plan:
         try:
             return self._run(q, k, v)
         except RuntimeError as error:
-            refuse_transforms(error, q, k, v)
+            refuse_transforms(error, "stem_attention", q, k, v)
             raise
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:

@@ -5,11 +5,13 @@ from torch import Tensor
 from stem.autocast import autocast_once
 from stem.cells import cell_scores, group_sums, mask_future, pad_to_grid
 from stem.config import StemConfig, check_config
+from stem.transforms import refused_by_name
 from stem.validation import check_finite, check_impl, check_qkv, check_scale, compute_dtype
 
 LOG_EPS = 1e-6  # added to value norms before the logarithm by AngelSlim and hpc-ops; smallest deviation of a z-score
 
 
+@refused_by_name("block_scores")
 @autocast_once
 def block_scores(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig, *, scale: float | None = None, impl: str | None = None

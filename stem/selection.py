@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stem.cells import mask_future
 from stem.config import StemConfig, check_config
+from stem.transforms import refused_by_name
 from stem.validation import check_impl
 
 CELL = 16  # tokens that one stand-in stands for with dropped="cells"
@@ -130,6 +131,7 @@ class BlockSelection:
         return self.kv_num_blocks, torch.nn.functional.pad(self.kv_indices, (0, missing))
 
 
+@refused_by_name("select_blocks")
 def select_blocks(
     scores: Tensor,
     budget: Tensor,

@@ -1,7 +1,8 @@
-"""torch.func and forward-mode AD: impl="torch" and "reference" take part, the others raise an error that says so."""
+"""torch.func, forward-mode AD, tracing and meta tensors: what takes part, and errors that name what does not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -17,13 +18,46 @@ def is_transformed(*tensors: Tensor) -> bool:
     return any(is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def refuse_transforms(error: Exception | None, *tensors: Tensor) -> None:
+def refuse_transforms(error: Exception | None, name: str, *tensors: Tensor) -> None:
     """Raise NotImplementedError in place of an internal error of torch if the tensors are transformed."""
     if is_transformed(*tensors):
         raise NotImplementedError(
-            "stem attention under torch.func and forward-mode AD: grad, vjp, jvp and their compositions need "
-            "impl='torch' or 'reference'; vmap is not supported, so put the mapped dimension into the batch"
+            f"{name} under torch.func and forward-mode AD: grad, vjp, jvp and their compositions need impl='torch' or "
+            "'reference'; vmap works over block_sparse_attention with these two, otherwise put the mapped dimension "
+            "into the batch"
         ) from error
+
+
+def refuse_tracing(name: str) -> None:
+    """Raise NotImplementedError under torch.jit.trace, which would keep the blocks of the example for all inputs."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"{name} under torch.jit.trace: the kept blocks depend on the data, and a trace would keep those of its "
+            "example; use torch.compile or torch.export"
+        )
+
+
+def refused_by_name(name: str) -> Callable:
+    """Decorator for a function of that name that looks at data: refuses vmap, torch.jit.trace and meta tensors."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            refuse_tracing(name)
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
+                if any(x.is_meta for x in tensors):
+                    raise NotImplementedError(f"{name} needs the data of its tensors, got meta tensors") from error
+                refuse_transforms(error, name, *tensors)
+                raise
+
+        return call
+
+    return decorate
 
 
 @contextmanager

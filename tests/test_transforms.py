@@ -5,12 +5,12 @@ import torch
 from torch.autograd import forward_ad
 
 import stem
-from stem import StemConfig
+from stem import BlockSelection, StemConfig
 
 SMALL = dict(block_size=16, score_stride=8, sink_blocks=1, local_blocks=1)
 CONFIGS = {"sparse": StemConfig(**SMALL, density=0.4), "everything": StemConfig(**SMALL, density=1.0)}
 RIGHT, REFUSED = (None, "torch", "reference"), ("triton", "flex")
-REFUSAL = pytest.raises(NotImplementedError, match="impl='torch' or 'reference'; vmap .* into the batch")
+REFUSAL = pytest.raises(NotImplementedError, match="impl='torch' or 'reference'; vmap .* these two, .* into the batch")
 
 
 def draw():
@@ -105,15 +105,72 @@ def test_other_implementations_refuse_by_name(attention, impl):
 
 
 @pytest.mark.parametrize("impl", RIGHT)
-def test_vmap_is_refused_or_right(attention, impl):
+def test_vmap_over_a_selection_is_right(impl):
     q, k, v = draw()
-    both = torch.stack([v, 2 * v])
-    try:
-        found = torch.func.vmap(lambda v: attention(q, k, v, impl))(both)
-    except NotImplementedError as error:
-        assert "put the mapped dimension into the batch" in str(error)
-    else:
-        torch.testing.assert_close(found, torch.stack([attention(q, k, x, impl) for x in both]), rtol=1e-5, atol=1e-5)
+    chosen = stem.stem_attention(q, k, v, CONFIGS["sparse"], return_selection=True)[1]
+    both = torch.stack([q, 2 * q])
+    found = torch.func.vmap(lambda q: stem.block_sparse_attention(q, k, v, chosen, impl=impl))(both)
+    expected = torch.stack([stem.block_sparse_attention(x, k, v, chosen, impl="reference") for x in both])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+CHOOSING = {
+    "stem_attention": lambda q, k, v: stem.stem_attention(q, k, v, CONFIGS["sparse"]),
+    "block_scores": lambda q, k, v: stem.block_scores(q, k, v, CONFIGS["sparse"]),
+    "select_blocks": lambda q, k, v: (
+        stem.select_blocks(q[..., :4, :4], stem.block_budget(4, CONFIGS["sparse"]), CONFIGS["sparse"]).kv_indices
+    ),
+} | {
+    f"patterns.select {name}": lambda q, k, v, name=name: (
+        stem.patterns.select(name, q, k, v, CONFIGS["sparse"]).kv_indices
+    )
+    for name in stem.patterns.names()
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_vmap_and_tracing_of_what_looks_at_data_are_refused_by_name(name):
+    inputs, public = draw(), name.split()[0]
+    with pytest.raises(
+        NotImplementedError, match=f"^{public} under torch.func .* put the mapped dimension into the bat"
+    ):
+        torch.func.vmap(CHOOSING[name])(*(torch.stack([x, 2 * x]) for x in inputs))
+    with pytest.raises(NotImplementedError, match=f"^{public} under torch.jit.trace: .* use torch.compile"):
+        torch.jit.trace(CHOOSING[name], tuple(inputs))
+
+
+def test_tracing_of_a_given_selection_is_refused_by_name():
+    selection = BlockSelection.every_block(1, 4, 50, 50, 16, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="block_sparse_attention under torch.jit.trace"):
+        torch.jit.trace(lambda q, k, v: stem.block_sparse_attention(q, k, v, selection), tuple(draw()))
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "reference", "flex", "triton", "hopper"])
+def test_meta_tensors_give_meta_results_like_those_of_sdpa(impl):
+    q, k, v = (x.bfloat16().mT.contiguous().mT.requires_grad_() for x in draw())
+    meta = [x.detach().to("meta").requires_grad_() for x in (q, k, v)]
+    out, selection, lse = stem.stem_attention(
+        *meta, CONFIGS["sparse"], impl=impl, return_selection=True, return_lse=True
+    )
+    again = stem.block_sparse_attention(*meta, selection, impl=impl)
+    assert out.is_meta and again.is_meta and lse.is_meta and lse.dtype == torch.float32
+    assert out.shape == again.shape == q.shape and out.dtype == again.dtype == q.dtype and lse.shape == q.shape[:3]
+    (out.sum() + lse.sum()).backward()
+    assert [x.grad.shape for x in meta] == [x.shape for x in (q, k, v)]
+    with torch.autocast("cpu", torch.float16):  # of another device
+        assert stem.stem_attention(*meta, CONFIGS["sparse"], impl=impl).dtype == torch.bfloat16
+
+
+def test_meta_tensors_have_scores_and_no_blocks():
+    meta = [x.to("meta") for x in draw()]
+    scores = stem.block_scores(*meta, CONFIGS["sparse"])
+    assert scores.is_meta and scores.shape == (1, 4, 4, 4)
+    with pytest.raises(NotImplementedError, match="select_blocks needs the data of its tensors, got meta tensors"):
+        stem.select_blocks(scores, stem.block_budget(4, CONFIGS["sparse"]), CONFIGS["sparse"])
+    with pytest.raises(NotImplementedError, match="patterns.select needs the data of its tensors, got meta tensors"):
+        stem.patterns.select("xattention", *meta, CONFIGS["sparse"])
+    with pytest.raises(ValueError, match="k must be on q's device meta, got cpu"):
+        stem.stem_attention(meta[0], *draw()[1:])
 
 
 def test_triton_has_no_second_derivative():

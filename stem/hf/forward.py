@@ -18,6 +18,8 @@ from stem.hf.report import LAYERS, NAME, Layer, causal_blocks
 from stem.hf.sinks import with_sink_key
 from stem.impl.attend import apply_sinks
 from stem.planning import plan_for
+from stem.selection import BlockSelection
+from stem.transforms import refuse_tracing
 from stem.validation import check_sinks
 
 UNSUPPORTED = {  # arguments of an attention call: what a value other than None or False asks for
@@ -87,7 +89,12 @@ def _prefill(
     layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, sinks: Tensor | None
 ) -> Tensor:
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    refuse_tracing("Stem attention")
+    if (
+        q.is_meta
+        or torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    ):
         return torch.ops.stem.sparse_prefill(q, k, v, mask, scale, sinks, layer.handle)
     return _sparse_prefill(layer, q, k, v, mask, scale, sinks)
 
@@ -193,6 +200,9 @@ def _attend(
         out, selection = stem_attention(q, k, v, config, return_selection=True, **options)
     else:
         selection = config(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
+        if not isinstance(selection, BlockSelection):
+            got = type(selection).__name__
+            raise TypeError(f"config of layer {layer.index}: a Selector must return a BlockSelection, got {got}")
         out = block_sparse_attention(q, k, v, selection, scale=scale, impl=impl, sinks=sinks)
     counts = selection.kv_num_blocks.sum((0, 2), keepdim=True, dtype=torch.int64)  # the lists may change later
     layer.count(q, selection.causal_pairs, counts)

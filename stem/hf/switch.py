@@ -6,19 +6,23 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from stem.config import StemConfig
-from stem.hf.models import attention_modules, config_by_layer, give_own_configs, own_attention, refuse_dense_models
+from stem.hf.models import (
+    attention_modules,
+    config_by_layer,
+    expected_problem,
+    give_own_configs,
+    own_attention,
+    refuse_dense_models,
+)
 from stem.hf.report import NAME, Layer, Report, Selector
 from stem.impl.coverage import IMPLS, resolve_impl
 from stem.validation import check_choice, check_prompt_length
 
-BLOCKS: list[
-    dict[nn.Module, tuple[Layer | None, bool]]
-] = []  # open blocks of stem_prefill, by module what they restore
+BLOCKS: list[dict] = []  # open blocks of stem_prefill: by attention module, the Layer to restore and whether it ran
 
 
 def enable(
@@ -36,16 +40,17 @@ def enable(
         config: For every layer (default StemConfig()), or per layer: a sequence, or a mapping from layer index. Layers
             with None, or missing in the mapping, are dense. A Selector (q, k, v) -> BlockSelection, for example
             functools.partial(stem.patterns.select, "xattention"), gets q scaled so that the softmax scale is D**-0.5.
-        impl: See stem.block_sparse_attention.
+        impl: See stem.block_sparse_attention. It is checked here for the device and dtype of each layer's weights
+            (autocast's dtype inside an autocast block), its head_dim and its block_size.
         prompt_length: Tokens of a prompt given in chunks, left padding included, see stem.stem_attention. Tokens after
             it, and the last token before right padding, count as its end. Default: each call ends its prompt.
         mesh: One dimension of ranks that share each prompt. Every rank calls the model with the whole prompt, computes
             its part, keeps its part of the cache, and gets the logits of one process: ask for few by logits_to_keep, as
             `generate` does. Inference only, without padding; see stem.distributed.
     Raises:
-        TypeError: If model is no torch module or a config is no StemConfig.
+        TypeError: If model is no torch module, a config is no StemConfig, or impl does not take the dtype.
         ValueError: If Stem cannot replace the model's attention or would leave every layer dense, config does not fit
-            the layers, a Selector is given a prompt_length, or a layer cannot share prompts.
+            the layers, impl does not cover a layer, a Selector is given a prompt_length, or a layer cannot share prompts.
     """
     check_choice("impl", impl, (None, *IMPLS))
     modules = attention_modules(model)
@@ -53,11 +58,11 @@ def enable(
     check_prompt_length(prompt_length, 1)
     if prompt_length is not None and any(map(callable, configs.values())):
         raise ValueError(f"prompt_length={prompt_length} is for a StemConfig, not for a Selector")
-    if impl is not None:  # dtype, heads and blocks are seen with the first prompt
-        device = next(model.parameters()).device
-        resolve_impl(impl, device, torch.bfloat16, 128, 128)
     own = {index: own_attention(module) for index, module in modules.items()}
     refuse_dense_models(model, {index: reason for index, reason in own.items() if configs[index] is not None})
+    for index, module in modules.items():
+        if impl is not None and configs[index] is not None and own[index] is None:
+            resolve_impl(impl, *expected_problem(module, configs[index]))
     shared, peers = _shared_prompt(mesh, configs, own), _tensor_parallel(model)
     disable(model)
     give_own_configs(model)

@@ -16,7 +16,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, s
         return _run(q, k, v, selection, scale)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return _run(q, k, v, selection, scale)
+        return _run(q.detach(), k.detach(), v.detach(), selection, scale)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:

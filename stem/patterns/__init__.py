@@ -63,6 +63,7 @@ from stem.patterns.blasst import skip_negligible
 from stem.patterns.common import Prompt
 from stem.patterns.reuse import reuse
 from stem.selection import BlockSelection
+from stem.transforms import refused_by_name
 from stem.validation import check_choice, check_finite, check_qkv
 
 __all__ = ["keywords", "names", "reuse", "select", "skip_negligible"]
@@ -104,6 +105,7 @@ def keywords(name: str) -> dict[str, object]:
     return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+@refused_by_name("patterns.select")
 @autocast_once
 def select(
     name: str, q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, **native: float | None

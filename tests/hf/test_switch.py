@@ -4,12 +4,14 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from tiny_models import DENSE, FIXED, SIZES, SPARSE, build, logits, tokens
 
+import stem
 from stem import hf
 
 
@@ -310,3 +312,39 @@ except RuntimeError as error:
 def test_stem_may_be_imported_after_the_model_was_made():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", TWO_LINES], check=True, env=environment)
+
+
+def test_the_implementation_is_checked_for_every_sparse_layer_before_anything_changes():
+    model = build().double()
+    with pytest.raises(TypeError, match="impl='triton' takes float16, bfloat16 or float32, got torch.float64"):
+        hf.enable(model, SPARSE, "triton")
+    assert model.config._attn_implementation == "sdpa"
+    hf.enable(model, [None] * 3, "triton")  # nothing to compute
+
+
+def test_the_checked_problem_is_that_of_the_prompts(monkeypatch):
+    model, seen = build().bfloat16(), []
+    monkeypatch.setattr("stem.hf.switch.resolve_impl", lambda *problem: seen.append(problem))
+    selector = partial(stem.patterns.select, "xattention", config=SPARSE)
+    hf.enable(model, {0: SPARSE, 1: selector, 2: lambda q, k, v: None}, "hopper")
+    problem = "hopper", torch.device("cpu"), torch.bfloat16, model.model.layers[0].self_attn.head_dim
+    assert seen == [(*problem, SPARSE.block_size), (*problem, SPARSE.block_size), (*problem, 128)]
+    seen.clear()
+    with torch.autocast("cpu", torch.float16):
+        hf.enable(model, SPARSE, "hopper")
+    assert {x[2] for x in seen} == {torch.float16}
+
+
+@pytest.mark.parametrize("wrong", [None, torch.ones(1, 4, 7, 7, dtype=torch.bool)], ids=["nothing", "a mask"])
+def test_a_selector_that_returns_no_selection_is_named(wrong):
+    model = build()
+    with hf.stem_prefill(model, {1: lambda q, k, v: wrong}):
+        with pytest.raises(TypeError, match=f"layer 1: .* must return a BlockSelection, got {type(wrong).__name__}"):
+            logits(model, tokens())
+
+
+def test_a_model_on_the_device_meta_has_meta_logits():
+    with torch.device("meta"):
+        model = build()
+    with hf.stem_prefill(model, SPARSE):
+        assert model(torch.zeros(1, 100, dtype=torch.long, device="meta")).logits.shape == (1, 100, 97)
