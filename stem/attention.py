@@ -11,12 +11,13 @@ from stem.impl.attend import apply_sinks, attend, empty_attention
 from stem.impl.coverage import resolve_impl
 from stem.planning import plan_for
 from stem.selection import BlockSelection, fit_selection
-from stem.transforms import is_transformed, refuse_tracing, refuse_transforms
+from stem.transforms import is_transformed, refused_by_name
 from stem.validation import check_choice, check_qkv, check_scale, check_sinks
 
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 
 
+@refused_by_name("stem_attention")
 def stem_attention(
     q: Tensor,
     k: Tensor,
@@ -53,7 +54,6 @@ def stem_attention(
     if is_autocast(q):
         others = dict(return_selection=return_selection, return_lse=return_lse, prompt_length=prompt_length)
         return autocast_once(stem_attention)(q, k, v, options[0], scale=scale, sinks=sinks, impl=impl, **others)
-    refuse_tracing("stem_attention")
     if torch.compiler.is_compiling() or q.is_meta:
         from stem.compiled import traced_attention  # imports torch's compiler
 
@@ -69,6 +69,7 @@ def stem_attention(
     return out, *((selection,) if return_selection else ()), *((lse,) if return_lse else ())
 
 
+@refused_by_name("block_sparse_attention")
 @autocast_once
 def block_sparse_attention(
     q: Tensor,
@@ -102,7 +103,6 @@ def block_sparse_attention(
         ValueError, TypeError: For bad shapes, dtypes, devices or names, or a selection that does not fit.
         NotImplementedError: For a transform of torch.func or a derivative that the implementation does not support.
     """
-    refuse_tracing("block_sparse_attention")
     check_qkv(q, k, v)
     selection = fit_selection(selection, q, k)
     if dropped is not None:
@@ -121,11 +121,7 @@ def block_sparse_attention(
         if is_transformed(q, k, v):
             impl, needs_grad = impl or "torch", True
         impl = resolve_impl(impl, q.device, q.dtype, q.shape[3], selection.block_size)
-        try:
-            out, lse = attend(q, k, v, selection, scale, impl, needs_grad)
-        except RuntimeError as error:
-            refuse_transforms(error, "block_sparse_attention", q, k, v)
-            raise
+        out, lse = attend(q, k, v, selection, scale, impl, needs_grad)
     if sinks is not None:
         check_sinks(sinks, q)
         out, lse = apply_sinks(out, lse, sinks)

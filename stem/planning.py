@@ -19,7 +19,7 @@ from stem.impl.coverage import impl_for, resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
 from stem.impl.stand_ins import kernel_stand_ins
 from stem.selection import BlockSelection
-from stem.transforms import is_transformed, refuse_transforms
+from stem.transforms import is_transformed
 from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale
 
 SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are cached: launches dominate there
@@ -115,11 +115,7 @@ class Plan:
         """
         if self.is_repeatable:
             return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:3]), None
-        try:
-            return self._run(q, k, v)
-        except RuntimeError as error:
-            refuse_transforms(error, "stem_attention", q, k, v)
-            raise
+        return self._run(q, k, v)
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
         """The kept blocks, read only; see the functions of stem.choose."""

@@ -28,28 +28,21 @@ def refuse_transforms(error: Exception | None, name: str, *tensors: Tensor) -> N
         ) from error
 
 
-def refuse_tracing(name: str) -> None:
-    """Raise NotImplementedError under torch.jit.trace, which would keep the blocks of the example for all inputs."""
-    if torch.jit.is_tracing():
-        raise NotImplementedError(
-            f"{name} under torch.jit.trace: the kept blocks depend on the data, and a trace would keep those of its "
-            "example; use torch.compile or torch.export"
-        )
-
-
 def refused_by_name(name: str) -> Callable:
-    """Decorator for a function of that name that looks at data: refuses vmap, torch.jit.trace and meta tensors."""
+    """Decorator for a function of that name: NotImplementedError where torch cannot transform, trace or compute it."""
 
     def decorate(function: Callable) -> Callable:
         @wraps(function)
         def call(*args, **kwargs):
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
-            refuse_tracing(name)
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if torch.jit.is_tracing():
+                why = "the kept blocks depend on the data, and a trace would keep those of its example"
+                raise NotImplementedError(f"{name} under torch.jit.trace: {why}; use torch.compile or torch.export")
             try:
                 return function(*args, **kwargs)
             except RuntimeError as error:
+                tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
                 if any(x.is_meta for x in tensors):
                     raise NotImplementedError(f"{name} needs the data of its tensors, got meta tensors") from error
                 refuse_transforms(error, name, *tensors)

@@ -19,7 +19,7 @@ from stem.hf.sinks import with_sink_key
 from stem.impl.attend import apply_sinks
 from stem.planning import plan_for
 from stem.selection import BlockSelection
-from stem.transforms import refuse_tracing
+from stem.transforms import refused_by_name
 from stem.validation import check_sinks
 
 UNSUPPORTED = {  # arguments of an attention call: what a value other than None or False asks for
@@ -85,11 +85,11 @@ def stem_attention_forward(
     return prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
 
 
+@refused_by_name("Stem attention")
 def _prefill(
     layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, sinks: Tensor | None
 ) -> Tensor:
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-    refuse_tracing("Stem attention")
     if (
         q.is_meta
         or torch.compiler.is_compiling()

@@ -50,7 +50,7 @@ def enable(
     Raises:
         TypeError: If model is no torch module, a config is no StemConfig, or impl does not take the dtype.
         ValueError: If Stem cannot replace the model's attention or would leave every layer dense, config does not fit
-            the layers, impl does not cover a layer, a Selector is given a prompt_length, or a layer cannot share prompts.
+            the layers, impl does not cover one, a Selector is given a prompt_length, or a layer cannot share prompts.
     """
     check_choice("impl", impl, (None, *IMPLS))
     modules = attention_modules(model)
