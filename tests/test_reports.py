@@ -1,5 +1,8 @@
 """Inputs on which public reports of neighbouring projects found faults, beside those of each module's own tests."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,32 @@ from stem import BlockSelection, StemConfig, patterns
 
 SMALL = StemConfig(block_size=16, score_stride=8, sink_blocks=1, local_blocks=1, density=0.5)
 ADAPTIVE = StemConfig.preset("adaptive")
+
+
+def in_threads(function, count=4):
+    """Results of a function in several threads at once."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda _: function(), range(count)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled FlexAttention takes no blocks of 16")
+def test_flex_in_threads_leaves_the_filters_of_warnings_alone():
+    q, before = torch.randn(1, 2, 96, 16), list(warnings.filters)
+    expected = stem.stem_attention(q, q, q, SMALL, impl="reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for out in in_threads(lambda: stem.stem_attention(q, q, q, SMALL, impl="flex")):
+            torch.testing.assert_close(out, expected)
+    assert list(warnings.filters) == before
+
+
+def test_one_model_in_threads_gives_the_logits_of_one_thread():
+    model, ids = tiny(), torch.randint(50, (2, 100))
+    stem.hf.enable(model, SMALL)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        for logits in in_threads(lambda: model(ids).logits.clone()):
+            assert torch.equal(logits, expected)
 
 
 def layouts():
