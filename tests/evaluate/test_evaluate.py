@@ -229,11 +229,11 @@ def test_a_budget_beside_a_parameter_that_sets_the_density_has_no_effect(pattern
 
 @pytest.mark.parametrize("pattern", [name for name in patterns.names() if name != "dense"])
 def test_a_field_that_is_accepted_changes_what_is_kept_and_no_other_does(pattern):
-    changes = dict(score_stride=8, decay=0.9, dense_first_blocks=40, dense_last_blocks=20, sink_blocks=9, min_blocks=40)
+    changes = dict(score_stride=8, decay=0.9, dense_first_blocks=55, dense_last_blocks=20, sink_blocks=9, min_blocks=55)
     changes |= dict(local_blocks=6, forced="on_top", value_weight=9.0, value_norm="zscore", decay_from="k_start")
     changes |= dict(dense_up_to=4096)
     q, k, v = (3 * torch.randn(3, 1, 2, 1024, 16)).unbind(0)
-    options = {"block_size": 16, "k_start": 24, "decay": 0.2}
+    options = {"block_size": 16, "k_start": 40}
     before = patterns.select(pattern, q, k, v, stem.StemConfig(**options)).to_mask()
     for name in changes.keys() - patterns.keywords(pattern).keys():
         value = changes[name]
