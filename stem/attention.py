@@ -54,7 +54,7 @@ def stem_attention(
     if is_autocast(q):
         others = dict(return_selection=return_selection, return_lse=return_lse, prompt_length=prompt_length)
         return autocast_once(stem_attention)(q, k, v, options[0], scale=scale, sinks=sinks, impl=impl, **others)
-    if torch.compiler.is_compiling() or q.is_meta:
+    if torch.compiler.is_compiling() or getattr(q, "is_meta", False):
         from stem.compiled import traced_attention  # imports torch's compiler
 
         out, lse, selection = traced_attention(q, k, v, *options)
