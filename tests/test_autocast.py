@@ -54,13 +54,14 @@ def test_gradients_are_those_of_inputs_cast_by_hand(impl):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dropped", ["skip", "mean"])
 @pytest.mark.parametrize("forward", [False, True])
 @pytest.mark.parametrize("impl", [None, *IMPLS])
-def test_a_backward_pass_in_an_autocast_block_gives_the_gradients_of_one_outside(impl, forward):
+def test_a_backward_pass_in_an_autocast_block_gives_the_gradients_of_one_outside(impl, forward, dropped):
     def gradients(backward):
         inputs = [x.clone().requires_grad_() for x in tensors]
         with torch.autocast(DEVICE, torch.bfloat16, enabled=forward):
-            out, lse = stem.stem_attention(*inputs, CONFIG, impl=impl, return_lse=True)
+            out, lse = stem.stem_attention(*inputs, CONFIG.replace(dropped=dropped), impl=impl, return_lse=True)
         loss = (out.float().sin() + lse[..., None].cos()).sum()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=backward):
             loss.backward()
