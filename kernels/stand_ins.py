@@ -269,6 +269,8 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output, *tensors)
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def _differentiate(ctx, dout: torch.Tensor, dlse: torch.Tensor):
     """Gradients by formula, products by torch, some query blocks at a time; see sparse_backward for the letters."""
     merged, merged_lse, out, lse, q, k, v, kv_indices, kv_num_blocks = ctx.saved_tensors
