@@ -19,7 +19,7 @@ from stem.hf.models import (
     refuse_dense_models,
 )
 from stem.hf.report import NAME, Layer, Report, Selector
-from stem.impl.coverage import IMPLS, resolve_impl
+from stem.impl.coverage import IMPLS, impl_for, resolve_impl
 from stem.validation import check_choice, check_prompt_length
 
 BLOCKS: list[dict] = []  # open blocks of stem_prefill: by attention module, the Layer to restore and whether it ran
@@ -61,8 +61,9 @@ def enable(
     own = {index: own_attention(module) for index, module in modules.items()}
     refuse_dense_models(model, {index: reason for index, reason in own.items() if configs[index] is not None})
     for index, module in modules.items():
-        if impl is not None and configs[index] is not None and own[index] is None:
-            resolve_impl(impl, *expected_problem(module, configs[index]))
+        chosen = impl_for(getattr(configs[index], "compute", "input"), impl)
+        if chosen is not None and configs[index] is not None and own[index] is None:
+            resolve_impl(chosen, *expected_problem(module, configs[index]))
     shared, peers = _shared_prompt(mesh, configs, own), _tensor_parallel(model)
     disable(model)
     give_own_configs(model)

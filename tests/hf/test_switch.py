@@ -318,6 +318,8 @@ def test_the_implementation_is_checked_for_every_sparse_layer_before_anything_ch
     model = build().double()
     with pytest.raises(TypeError, match="impl='triton' takes float16, bfloat16 or float32, got torch.float64"):
         hf.enable(model, SPARSE, "triton")
+    with pytest.raises(ValueError, match="impl='hopper_fp8' does not cover"):
+        hf.enable(model, SPARSE.replace(compute="fp8"))
     assert model.config._attn_implementation == "sdpa"
     hf.enable(model, [None] * 3, "triton")  # nothing to compute
 
