@@ -36,7 +36,7 @@ COLOURS = {  # one colour for each method in all notebooks
     "flexprefill": PALETTE[4],
     "flashprefill": PALETTE[5],
     "flashprefill_v2": "#6b3f1d",
-    "subblock": "#2ca25f",
+    "subblock": "#7fbc41",
     "cosa": "#c51b8a",
     "blasst": "#bcbd22",
     **dict.fromkeys(("sliding_window", "window"), "#e377c2"),
@@ -147,6 +147,7 @@ def label_lines(ax: Axes) -> None:
     """
     for text in [text for text in ax.texts if text.get_gid() == LINE_LABEL]:
         text.remove()
+    ax.autoscale_view()  # limits of new lines are set late, and transData does not ask for them
     ends = []
     for line in ax.get_lines():
         x, y = (np.asarray(values, float) for values in line.get_data())

@@ -61,6 +61,9 @@ def test_labels_stand_at_the_ends_of_lines_without_overlap_and_follow_the_scale(
         return {text.get_text(): text.get_position()[1] for text in ax.texts}
 
     linear = places()
+    ax.get_ylim()
+    end = ax.transAxes.inverted().transform(ax.transData.transform((2, 1000)))[1]
+    assert end > 0.9 and linear["run 1000"] == pytest.approx(end, abs=0.005)
     heights = sorted(linear.values())
     assert len(linear) == 4 and min(np.diff(heights)) > 0.04 and 0 <= heights[0] and heights[-1] <= 1
     ax.set_ylim(0.1, 1e6)
