@@ -148,7 +148,7 @@ def test_an_experiment_has_one_name(name):
     assert f"stem.experiments.{name}" in FILES
     assert (ROOT / "tests" / "experiments" / name).is_dir()
     assert re.search(rf"^{name}:.*## ", (ROOT / "Makefile").read_text(), re.M), f"no `make {name}`"
-    assert list((ROOT / "results" / name).rglob("*.csv")), f"no rows in results/{name}"
+    assert any((ROOT / "results" / name).iterdir()), f"nothing in results/{name}"
 
 
 def test_changelog_names_modules_that_exist():
