@@ -6,7 +6,7 @@ import torch
 
 from stem.validation import check_impl
 
-IMPLS = ("reference", "torch", "triton", "hopper", "hopper_fp8", "flex")
+IMPLS = ("reference", "torch", "triton", "hopper", "flex", "hopper_fp8")
 
 
 def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
