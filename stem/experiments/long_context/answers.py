@@ -9,7 +9,7 @@ __all__ = ["STUDIES", "add_arguments", "main"]
 
 TASKS = ("niah_multikey_1", "niah_multiquery", "ruler_vt")
 STUDIES = {
-    "smoke": Study((1024,), TASKS[:1], ("stem", "xattention"), (0.5,), (32,), samples=2),
+    "smoke": Study((512,), TASKS[:1], ("stem", "xattention"), (0.5,), (32,), samples=2),
     "full": Study((4096, 8192), TASKS, densities=(0.1, 0.25), block_sizes=(64, 128), samples=50, presets=True),
 }
 

@@ -9,7 +9,7 @@ __all__ = ["STUDIES", "add_arguments", "main"]
 
 KINDS = ("python source", "prose")
 STUDIES = {
-    "smoke": Study((1024,), (DOCUMENTS,), ("stem", "xattention", "adaptive"), (0.31,), (32,), windows=1, kinds=KINDS),
+    "smoke": Study((512,), (DOCUMENTS,), ("stem", "xattention", "adaptive"), (0.31,), (32,), windows=1, kinds=KINDS),
     "full": Study((8192,), (DOCUMENTS,), densities=(0.1, 0.16, 0.25), block_sizes=(128, 64), presets=True),
 }
 
