@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from stem._env import ensure_triton_mode
+from stem.kernels.mode import ensure_triton_mode
 
 TRITON_MODE = ensure_triton_mode()
 

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from stem._env import check_triton_on_cpu
+from stem.kernels.mode import check_triton_on_cpu
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -15,8 +15,6 @@ from stem.validation import check_integer
 
 
 class WarmUp(NamedTuple):
-    """Result of `warm_up`."""
-
     kernels: int  # compiled now; kernels loaded from Triton's cache on disk do not count
     seconds: float
 
@@ -57,9 +55,7 @@ def warm_up(
         return WarmUp(0, 0.0)
     from triton import knobs
 
-    def note(*, cache_hit: bool, **others) -> None:
-        compiled.extend([] if cache_hit else [others])
-
+    note = lambda cache_hit, **others: compiled.extend([] if cache_hit else [others])  # noqa: E731
     before, knobs.compilation.listener = knobs.compilation.listener, note
     try:
         for layer, tokens in _with_progress([(layer, tokens) for layer in layers for tokens in lengths]):
@@ -77,14 +73,12 @@ def _run(shape, config, impl, dtype, device, tokens: int, batch_size: int) -> No
         out = stem_attention(q, k, v, config, impl=impl)
     else:
         out = block_sparse_attention(q, k, v, config(q, k, v), impl=impl)
-    if out.is_cuda:
-        torch.cuda.synchronize(out.device)
+    torch.cuda.synchronize(out.device) if out.is_cuda else None
 
 
 def _layers(model, config, impl, dtype, device) -> list[tuple]:
     """Shape, config (or Selector), impl, dtype and device of the layers that may be sparse; equal ones count once."""
-    if config is not None:
-        check_config(config)
+    check_config(StemConfig() if config is None else config)
     if not isinstance(model, nn.Module):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return [(_shape(model), config or StemConfig(), impl, dtype or torch.bfloat16, device)]
@@ -109,8 +103,7 @@ def _shape(shape) -> tuple[int, int, int]:
 
 
 def _runs_torch(shape, config, impl, dtype, device) -> bool:
-    block_size = getattr(config, "block_size", 128)
-    return resolve_impl(impl, device, dtype, shape[2], block_size) in ("torch", "reference")
+    return resolve_impl(impl, device, dtype, shape[2], getattr(config, "block_size", 128)) in ("torch", "reference")
 
 
 def _with_progress(calls: list) -> Iterable:

@@ -162,7 +162,7 @@ def test_changelog_names_modules_that_exist():
 
 def test_the_method_is_compact():
     method = [p for p in (ROOT / "stem").rglob("*.py") if p.relative_to(ROOT).parts[1] not in BESIDE_THE_METHOD]
-    assert sum(len(path.read_text().splitlines()) for path in method) < 2760
+    assert sum(len(path.read_text().splitlines()) for path in method) < 2700
 
 
 def test_long_files_say_why():

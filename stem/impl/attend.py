@@ -1,6 +1,7 @@
 """Attention over the kept blocks by a named implementation."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,15 +59,11 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale
     return masked_attention(q, *explicit_columns(k, v, selection), scale, return_lse=True)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    return with_stand_ins(*gather_attention(q, k, v, selection, scale), q, k, v, selection, scale)
+def _torch(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, by=gather_attention):
+    return with_stand_ins(*by(q, k, v, selection, scale), q, k, v, selection, scale)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    return with_stand_ins(*flex_attention(q, k, v, selection, scale), q, k, v, selection, scale)
-
-
-WITHOUT_KERNELS = {"reference": _reference, "torch": _torch, "flex": _flex}
+WITHOUT_KERNELS = {"reference": _reference, "torch": _torch, "flex": partial(_torch, by=flex_attention)}
 
 
 class _Recomputed(torch.autograd.Function):

@@ -105,11 +105,7 @@ def _plain_attention(
 
 
 def _softmax_attention(
-    all_blocks: tuple[Tensor, Tensor, Tensor],
-    selection: BlockSelection,
-    kv_heads: int,
-    scale: float,
-    rows: Tensor,
+    all_blocks: tuple[Tensor, Tensor, Tensor], selection: BlockSelection, kv_heads: int, scale: float, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Out and lse [R, size] of the query blocks `rows`, ascending, in chunks sorted by the lengths of their lists."""
     q_blocks, k_blocks, v_blocks = all_blocks
