@@ -206,7 +206,8 @@ def test_changing_a_knob_changes_the_attention(qkv, field, shared, one, other):
 
 
 def test_every_field_is_in_the_list_of_knobs():
-    assert {field.name for field in fields(StemConfig)} == {field for field, *_ in KNOBS}
+    elsewhere = {"compute"}  # needs a GPU: tests/kernels/test_fp8_forward.py
+    assert {field.name for field in fields(StemConfig)} == {field for field, *_ in KNOBS} | elsewhere
 
 
 @pytest.mark.parametrize("share", [0.5, np.float32(0.5), np.float64(0.5)], ids=["float", "float32", "float64"])
