@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from stem.transforms import lasting_tensors
 from stem.vllm.backend import StemBuilder, StemImpl
 
 
@@ -63,13 +64,14 @@ def packed_orders(num_heads: int, page: int, head_dim: int, dtype: torch.dtype, 
     vLLM's own function writes rows into a page here: first the number of the row, then that of the dimension, which
     every dtype holds exactly.
     """
-    rows = torch.arange(page)[:, None, None].expand(page, num_heads, head_dim)
-    dims = torch.arange(head_dim).expand(page, num_heads, head_dim)
-    places = []
-    for numbers in (rows, dims):
-        cache = torch.zeros(2, 1, num_heads, page, head_dim, dtype=dtype)  # keys and values
-        x = numbers.to(dtype).contiguous()
-        ops.cpu_attn_reshape_and_cache(x, x, cache[0], cache[1], torch.arange(page), isa)
-        places.append(cache[:, 0, 0].flatten(1).long())  # [2, page * D]
-    row, dim = places
-    return tuple((row * head_dim + dim).argsort(dim=-1))
+    with lasting_tensors():
+        rows = torch.arange(page)[:, None, None].expand(page, num_heads, head_dim)
+        dims = torch.arange(head_dim).expand(page, num_heads, head_dim)
+        places = []
+        for numbers in (rows, dims):
+            cache = torch.zeros(2, 1, num_heads, page, head_dim, dtype=dtype)  # keys and values
+            x = numbers.to(dtype).contiguous()
+            ops.cpu_attn_reshape_and_cache(x, x, cache[0], cache[1], torch.arange(page), isa)
+            places.append(cache[:, 0, 0].flatten(1).long())  # [2, page * D]
+        row, dim = places
+        return tuple((row * head_dim + dim).argsort(dim=-1))
