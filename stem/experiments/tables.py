@@ -45,6 +45,7 @@ SECTIONS = {
     "speed": speed.speed,
     "beyond": speed.beyond,
     "drop_in": speed.drop_in,
+    "variants": speed.variants,
     "quality": long_context.quality,
     "evaluation": long_context.evaluation,
     "training": training.training,

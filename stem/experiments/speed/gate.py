@@ -82,7 +82,7 @@ def reference_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: Blo
     expected = torch.empty(batch, q_heads, len(rows), dim, dtype=torch.float64, device=q.device)
     for b in range(batch):
         for h in range(q_heads):
-            keep = _kept_keys(selection, b, h, rows, tokens)
+            keep = kept_keys(selection, b, h, rows, tokens)
             logits = q[b, h, rows].double() @ k[b, h // group].double().T * dim**-0.5  # [R, N]
             expected[b, h] = logits.masked_fill(~keep, -torch.inf).softmax(-1) @ v[b, h // group].double()
     return expected
@@ -129,7 +129,7 @@ def reference_gradients(
         for g in range(group):
             h = q_heads - group + g
             for chunk in every.split(max(1, GRADIENT_CHUNK // tokens)):
-                keep = _kept_keys(selection, b, h, chunk, tokens)
+                keep = kept_keys(selection, b, h, chunk, tokens)
                 queries, arriving = q[b, h, chunk].double(), dout[b, h, chunk].double()
                 weights = (queries @ keys.T * scale).masked_fill(~keep, -torch.inf).softmax(-1)
                 dweights = arriving @ values.T
@@ -213,7 +213,7 @@ def check_selection(
     return 0.0
 
 
-def _kept_keys(selection: BlockSelection | None, b: int, h: int, rows: Tensor, tokens: int) -> Tensor:
+def kept_keys(selection: BlockSelection | None, b: int, h: int, rows: Tensor, tokens: int) -> Tensor:
     """Causal keys in the selected blocks of some rows of a whole prompt: bool [R, N], True = attend."""
     causal = torch.arange(tokens, device=rows.device) <= rows[:, None]
     if selection is None:

@@ -224,3 +224,24 @@ def drop_in() -> str:
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]
         parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
+
+
+def variants() -> str:
+    """For each machine a table of stem.experiments.speed.variants: times, speed-ups over dense attention and errors."""
+    rows = full_rows("speed/variants")
+    rows = rows[rows.latency_ms.notna()] if len(rows) else rows
+    if rows.empty:
+        return "No full run of `python -m stem.experiments.speed.variants` is committed yet."
+    parts = []
+    for device, part in by_device(rows):
+        lines = []
+        for (what, tokens), group in part.groupby(["what", "tokens"], sort=False):
+            dense = group[(group.variant == "dense") & ~group.provider.isin(FP8)].latency_ms.min()
+            for row in group.sort_values(["density", "latency_ms"], ascending=[False, True]).to_dict("records"):
+                name = f"dense, {DENSE_LABELS[row['provider']]}" if row["variant"] == "dense" else row["variant"]
+                times = [number(row["latency_ms"]), number(row.get("choosing_ms", NAN))]
+                rates = [number(row["tflops"]), number(dense / row["latency_ms"], "×"), f"{row['error']:.2%}"]
+                lines.append([what, tokens_label(tokens), name, f"{row['density']:.1%}", *times, *rates])
+        header = ["q, k and v", "tokens", "variant", "density", "operator [ms]", "of it, choosing [ms]", "TFLOP/s"]
+        parts.append(f"**{device}**\n\n{markdown_table([*header, 'over the fastest dense', 'error'], lines)}")
+    return "\n\n".join(parts)

@@ -1,0 +1,60 @@
+"""stem.experiments.speed.variants: references with stand-ins, thresholds for a density, rows, and the command line."""
+
+import oracles
+import pandas as pd
+import pytest
+import torch
+from sparse_inputs import lists_of, random_inputs, random_mask
+
+import stem
+from stem.experiments.speed import report, variants
+
+
+@pytest.mark.parametrize("dropped", ["skip", "mean", "cells"])
+def test_reference_equals_the_oracle(dropped):
+    q, k, v = (x.cpu() for x in random_inputs(4, 2, 200, 200, 16))
+    mask, rows = random_mask(1, 4, 200, 200, 32, keep=0.3), torch.tensor([0, 31, 100, 199])
+    selection = stem.BlockSelection(*(x.cpu() for x in lists_of(mask)), 32, 7, 200, 200, dropped)
+    found = variants.reference_rows(q, k, v, rows, selection)
+    if dropped == "skip":
+        expected = stem.block_sparse_attention(q.double(), k.double(), v.double(), selection, impl="reference")
+    else:
+        expected, _ = oracles.attention_with_stand_ins(q, k, v, mask, 32, selection.stand_in_tokens)
+    torch.testing.assert_close(found, expected[:, :, rows], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.6])
+def test_threshold_gives_the_density(density):
+    q, k, v = (torch.randn(1, heads, 1024, 16) for heads in (4, 2, 2))
+    config = variants.threshold_for(density, q, k, v, variants.ADAPTIVE.replace(block_size=32, score_cells=2))
+    assert stem.stem_attention(q, k, v, config, return_selection=True)[1].density() == pytest.approx(density, rel=0.02)
+
+
+def test_rows(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("STEM_RESULTS", str(tmp_path))
+    small = stem.StemConfig(density=0.3, block_size=32, sink_blocks=1, local_blocks=1)
+    kinds = {"kept": small, "means": small.replace(dropped="mean"), "fails": small.replace(compute="fp8")}
+    monkeypatch.setattr(variants, "VARIANTS", kinds)
+    monkeypatch.setattr(variants, "ON_CPU", tuple(kinds))
+    monkeypatch.setitem(variants.TOKENS, ("cpu", "smoke"), 512)
+    variants.main(["--device", "cpu"])
+    (file,) = (tmp_path / "speed" / "variants").iterdir()
+    rows = pd.read_csv(file).set_index("variant")
+    assert list(rows.index) == ["dense", *kinds] and set(rows.provider) == {"sdpa_cpu", "stem"}
+    assert rows.error[:3].max() < 1e-5 and (rows.latency_ms[:3] > 0).all()
+    assert rows.density["kept"] == rows.density["means"] == pytest.approx(0.3, abs=0.05)
+    assert "hopper_fp8" in rows.message["fails"] and rows.message[:3].isna().all()
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_table(monkeypatch):
+    common = dict(what="random normal", tokens=2048, device="a GPU", profile="full", error=0.002, tflops=500.0)
+    rows = [
+        dict(variant="dense", provider="fa3", density=1.0, latency_ms=8.0),
+        dict(variant="dense", provider="fa3_fp8", density=1.0, latency_ms=4.0),
+        dict(variant="released, FP8", provider="stem", density=0.2, latency_ms=2.0, choosing_ms=0.5),
+    ]
+    monkeypatch.setattr(report, "full_rows", lambda experiment: pd.DataFrame([common | row for row in rows]))
+    *_, fa3, fp8, stem_row = report.variants().splitlines()[2:]
+    assert "dense, FlashAttention-3 | 100.0% | 8 | – | 500 | 1× | 0.20%" in fa3 + fp8
+    assert stem_row == "| random normal | 2K | released, FP8 | 20.0% | 2 | 0.5 | 500 | 4× | 0.20% |"
