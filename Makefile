@@ -9,7 +9,7 @@ CHOSEN = $(if $(METHODS),--methods $(METHODS)) $(if $(MODEL),--model $(MODEL)) $
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test serve-test lint theory correctness speed training long_context evaluation quality extend serving tables notebooks lab lab-test clean
+.PHONY: help env reproduce test serve-test lint theory correctness speed hopper training long_context evaluation quality extend serving tables notebooks lab lab-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,9 @@ correctness: $(INSTALLED) ## run notebook 03, which writes results/correctness/ 
 
 speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full LENGTHS="1024 2048"]
 	$(BIN)/python -m stem.experiments.speed --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
+
+hopper: $(INSTALLED) ## time the stages of the Hopper kernel and write results/hopper/; needs a Hopper GPU  [PROFILE=smoke|full]
+	$(BIN)/python -m stem.experiments.hopper --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 training: $(INSTALLED) ## train the small models and write results/training/; resumes in runs/  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.training --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
