@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from stem.experiments import records
 from stem.experiments.figures import COLOURS, PALETTE, label_lines, lines, log_y, new, styled, tokens_axis, tokens_label
 from stem.experiments.speed.candidates import BASELINES
+from stem.experiments.speed.factors import EVERY_BLOCK, WINDOW, kinds
 from stem.experiments.speed.peers import FP8
 from stem.experiments.speed.report import fastest_dense, over_dense, wins_from
 
@@ -122,6 +123,7 @@ def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figur
     lengths = {name: "no length" if first is None else tokens_label(first) for name, first in wins.items()}
     figure, ax = new()
     _speedups(ratios.add_suffix(" budget"), ax, PALETTE, "over the fastest dense", ratios.index)
+    _mark_without_choice(ratios, ax)
     dense = " and ".join(sorted(set(fastest_dense(rows)[ratios.index])))
     ax.set_title(f"Stem beats {dense} from " + ", ".join(f"{n} ({name})" for name, n in lengths.items()))
     ax.set(ylim=(0, None))
@@ -135,12 +137,23 @@ def never_slower(ratios: Mapping[str, pd.DataFrame]) -> Figure:
     figure, axes = new(len(ratios), width=5.2)
     for (how, table), ax in zip(ratios.items(), np.atleast_1d(axes), strict=True):
         _speedups(table, ax, PALETTE, "over the fastest dense", table.index)
+        _mark_without_choice(table, ax)
         ax.axhspan(1 - ACCEPTED_LOSS, 1.0, color="0.9", label=f"at most {ACCEPTED_LOSS:.0%} slower")
         tokens, name = table.stack().idxmin()
         ax.set_title(f"{how}: worst case {table[name][tokens]:.2f}×, {name} at {tokens_label(tokens)} tokens")
         log_y(ax)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the last panel, because lines fill all panels
     return figure
+
+
+def _mark_without_choice(table: pd.DataFrame, ax: Axes) -> None:
+    """Mark speed-ups of configs that choose nothing: hollow where every block is kept, square for sinks and window."""
+    kept = kinds(table.columns, table.index)
+    for kind, marker in ((EVERY_BLOCK, "o"), (WINDOW, "s")):
+        shown = table[kept == kind].stack().dropna()
+        tokens = shown.index.get_level_values(0)
+        if len(shown):
+            ax.plot(tokens, shown, marker, mfc="white", mec="0.2", markersize=6, label=kind)
 
 
 def _speedups(table: pd.DataFrame, ax: Axes, colours: Sequence, of: str, tokens: Iterable[int]) -> None:

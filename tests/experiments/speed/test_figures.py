@@ -89,7 +89,11 @@ def test_never_slower_names_the_slowest():
     ratios = pd.DataFrame(dict(paper=[0.99, 1.5], adaptive=[1.2, float("nan")]), index=pd.Index([1024, 2048]))
     (ax,) = figures.never_slower({"called": ratios}).axes
     assert title(ax) == "called: worst case 0.99×, paper at 1K tokens"
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["paper", "adaptive", "at most 3% slower"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [
+        "paper", "adaptive", "every block", "sinks and window", "at most 3% slower"
+    ]  # fmt: skip
+    marked = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert marked["every block"] == [[1024, 1.2]] and [1024, 0.99] in marked["sinks and window"]
     two = figures.never_slower({"called": ratios, "graph": 2 * ratios}).axes
     assert [title(ax) for ax in two] == [
         "called: worst case 0.99×, paper at 1K tokens",
