@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = ("theory", "correctness", "speed", "training", "long_context")
+EXPERIMENTS = ("theory", "correctness", "speed", "hopper", "training", "long_context")
 FLOORS = (("stem.kernels",), ("stem",), ("stem.experiments",), ("scripts", "notebooks"))  # lowest first
 ALLOWED = {  # packages -> the modules that may import them; notebooks and scripts may import anything
     ("pandas", "matplotlib", "seaborn", "papermill", "nbval"): ("stem.experiments",),

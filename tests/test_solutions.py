@@ -95,6 +95,7 @@ def test_every_exercise_refuses_another_answer(name, tmp_path, monkeypatch):
 
 K01, K02, K03, K04 = "01_theory", "02_kernel_derivation", "03_correctness", "04_speed"
 K05, K06, K07 = "05_train_small_model", "06_long_context_eval", "07_better_selection"
+K08 = "08_hopper"
 WRONG = [  # notebook, text of the solution, its wrong replacement, part of the message
     (K01, "n * k - k * (k - 1) // 2", "n * k - k * k / 2", "this is Eq. 2"),
     (K01, ".log().clamp_min(0)", ".log()", "never below 0"),
@@ -127,6 +128,11 @@ WRONG = [  # notebook, text of the solution, its wrong replacement, part of the 
     (K07, " + q.clamp_max(0) @ cell.amin(0)", "", "got .*, expected"),
     (K07, "topk(count).values", "topk(count + 1).values", "one place too far"),
     (K07, ".masked_fill(diagonal, torch.inf)", "", "entries are wrong"),
+    (K08, "step // slots % 2", "step % 2", "the parity flips once a round"),
+    (K08, "landed[-1] if landed else 0) +", "0) +", "a copy waits for the copy before it"),
+    (K08, "done[i - slots] if i >= slots", "done[i - 1] if i >= 1", "the ring lets copies run ahead"),
+    (K08, "<= rows[:, None], logits", "< num_cells, logits", "a key cell after the query cell counts"),
+    (K08, "+ first // CELLS + blocks", "+ blocks", "are NaN: never written"),
 ]  # fmt: skip
 
 

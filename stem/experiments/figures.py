@@ -87,6 +87,7 @@ def describe(figure: Figure) -> str:
         names += ax.get_legend_handles_labels()[1] if ax.get_legend() else []
         axes = f"{ax.get_ylabel()} over {ax.get_xlabel()}" if ax.get_xlabel() and ax.get_ylabel() else ax.get_xlabel()
         told.append(": ".join(part for part in (title, axes, ", ".join(names)) if part))
+    told += [", ".join(text.get_text() for text in legend.get_texts()) for legend in figure.legends]
     return " ".join(". ".join(part for part in told if part).split())
 
 

@@ -9,7 +9,8 @@ from matplotlib.patches import Patch
 
 from stem.experiments.figures import PALETTE, new, styled
 
-COLOURS = {"waits": "0.85", "QKᵀ": PALETTE[0], "PV": PALETTE[2], "softmax": PALETTE[1], "softmax, PV": PALETTE[8]}
+COLOURS = {"until issued": "0.85", "waits for a slot": "0.93", "QKᵀ": PALETTE[0], "PV": PALETTE[2]}
+COLOURS |= {"softmax": PALETTE[1], "softmax, PV": PALETTE[8]}
 COLOURS |= {"load, QKᵀ": PALETTE[0], "softmax, block sums": PALETTE[1], "store": PALETTE[7]}
 
 IN_TURN = ("one slot", "ring", "two consumers")
@@ -21,13 +22,13 @@ GROUPS = ("consumer 0", "consumer 1", "producer")
 def segments(stage: str, group: int) -> list[tuple[str, str, str]]:
     """Names of the work of a group of warps: (name, mark, mark); "next" is the first mark of the next step."""
     if group == 2:
-        return [("waits", "tile", "logits"), ("waits", "logits", "output")]
+        return [("waits for a slot", "tile", "logits"), ("waits for a slot", "logits", "output")]
     if stage == "fp8":
-        return [("waits", "tile", "issued"), ("QKᵀ", "issued", "logits"), ("softmax", "logits", "weights")]
+        return [("until issued", "tile", "issued"), ("QKᵀ", "issued", "logits"), ("softmax", "logits", "weights")]
     last = [("PV", "logits", "output"), ("softmax", "output", "next")]
     if stage not in IN_TURN:
         last = [("softmax, PV", "logits", "output")]
-    return [("waits", "tile", "issued"), ("QKᵀ", "issued", "logits"), *last]
+    return [("until issued", "tile", "issued"), ("QKᵀ", "issued", "logits"), *last]
 
 
 @styled()
@@ -75,9 +76,9 @@ def _lane(ax: Axes, steps: pd.DataFrame, stage: str, group: int, start: float) -
             ax.barh([group] * len(bars), bars[last] - bars[first], left=bars[first] - start, **look)
             drawn.append(name)
     if group == 2:
-        for mark, letter in (("logits", "K"), ("output", "V")):
-            for clock in steps[mark].dropna() - start:
-                ax.text(clock, 2, letter, ha="center", va="center", fontsize=9, clip_on=True)
+        for mark, letter in (("logits", "$K$"), ("output", "$V$")):
+            clocks = steps[mark].dropna() - start
+            ax.plot(clocks, [2] * len(clocks), linestyle="", marker=letter, color="black", markersize=6)
     return drawn
 
 

@@ -46,6 +46,6 @@ def block_cycles(rows: pd.DataFrame) -> pd.DataFrame:
     """Clock cycles between two key blocks of a consumer, the median by stage, and the share that tensor cores need."""
     of_consumers = rows[(rows.part == "attention") & (rows.group < 2)].dropna(subset="tile")
     steps = of_consumers.sort_values("step").groupby(["stage", "group"], sort=False).tile.diff()
-    cycles = steps.groupby(of_consumers.stage, sort=False).median()
+    cycles = steps.groupby(of_consumers.stage).median()[of_consumers.stage.unique()]
     rate = [TENSOR_FLOP["fp8" if stage == "fp8" else "bf16"] for stage in cycles.index]
     return pd.DataFrame(dict(cycles=cycles, tensor_cores=BLOCK_FLOP / pd.Series(rate, cycles.index) / cycles))
