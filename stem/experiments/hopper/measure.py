@@ -14,6 +14,7 @@ from stem.experiments.hopper import variants
 from stem.experiments.speed import gate
 from stem.experiments.speed.bench import measure
 from stem.experiments.speed.candidates import Problem, Shape
+from stem.experiments.speed.variants import threshold_for
 from stem.metrics import attention_flops
 
 TIMED = Shape(2**15)  # attention of one layer of Llama-3.1-8B
@@ -70,8 +71,7 @@ def cell_times(seed: int = 0) -> Iterator[dict]:
 
     problem = problem_of(TIMED, seed, DENSITY)
     q, k, v = problem.qkv
-    config = stem.StemConfig.preset("adaptive")
-    config = config.replace(threshold=threshold_at(stem.block_scores(q, k, v, config), DENSITY))
+    config = threshold_for(DENSITY, q, k, v, stem.StemConfig.preset("adaptive"))
     cells, scale = kernel_cells(TIMED.tokens, TIMED.tokens, config), TIMED.head_dim**-0.5
     features = cell_features(q, k, cells, scale)
     about = dict(tokens=TIMED.tokens, q_heads=TIMED.q_heads)
@@ -96,13 +96,6 @@ def cell_times(seed: int = 0) -> Iterator[dict]:
         yield dict(part="adaptive", stage=stage, density=selection.density()) | about | measure(call, "cuda")
 
 
-def threshold_at(scores: Tensor, density: float) -> float:
-    """The share that a fraction `density` of the causal blocks exceeds, from scores [1, H, nq, nk]."""
-    shares = scores[0, ::8].exp()
-    shares = shares[shares > 0]  # of the causal blocks
-    return shares[:: len(shares) // 2**20 + 1].quantile(1 - density).item()
-
-
 def pairing(module, features: tuple[Tensor, Tensor], cells) -> Callable[[], Tensor]:
     """The call of a module's pair_cells: sums [B * Hq, cells, nk] of all query blocks, which are one chunk."""
 
@@ -120,11 +113,7 @@ def sums_error(sums: Tensor, q_features: Tensor, k_features: Tensor, cells) -> f
         WrongResult: If it is above MOST_ERROR.
     """
     logits = q_features[0, -1, -32:].double() @ k_features[0, -1].double().T
-    last = (
-        torch.arange(cells.kv_len - 32 * cells.q_cell, cells.kv_len, cells.q_cell, device=sums.device)
-        + cells.q_cell
-        - 1
-    )
+    last = cells.kv_len - 1 - cells.q_cell * torch.arange(31, -1, -1, device=sums.device)  # position of each cell
     starts = torch.arange(logits.shape[1], device=sums.device) * cells.k_cell
     logits = logits.masked_fill(starts > last[:, None], -torch.inf)
     weights = (logits * math.log(2)).softmax(-1)  # logits are powers of two

@@ -1,5 +1,6 @@
 """Correctness gate of the timings: results must agree with an fp64 reference on sampled rows before they are timed."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,16 +77,37 @@ def check_output(
 
 
 def reference_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: BlockSelection | None = None) -> Tensor:
-    """Attention of some query rows over the causal keys of their selected blocks, in fp64: [B, Hq, R, D]."""
+    """Attention of some query rows over the causal keys of their selected blocks, in fp64: [B, Hq, R, D].
+
+    Dropped blocks before a row's block stand in by their means where the selection says so.
+    """
     batch, q_heads, tokens, dim = q.shape
     group = q_heads // k.shape[1]
+    per_mean = selection.stand_in_tokens if selection else 0
     expected = torch.empty(batch, q_heads, len(rows), dim, dtype=torch.float64, device=q.device)
     for b in range(batch):
         for h in range(q_heads):
-            keep = kept_keys(selection, b, h, rows, tokens)
-            logits = q[b, h, rows].double() @ k[b, h // group].double().T * dim**-0.5  # [R, N]
-            expected[b, h] = logits.masked_fill(~keep, -torch.inf).softmax(-1) @ v[b, h // group].double()
+            keep = _kept_keys(selection, b, h, rows, tokens)
+            keys, values = k[b, h // group].double(), v[b, h // group].double()
+            if per_mean:
+                keep, keys, values = _with_means(keep, keys, values, rows, selection)
+            logits = q[b, h, rows].double() @ keys.T * dim**-0.5  # [R, N + means]
+            if per_mean:
+                logits[:, tokens:] += math.log(per_mean)
+            expected[b, h] = logits.masked_fill(~keep, -torch.inf).softmax(-1) @ values
     return expected
+
+
+def _with_means(
+    keep: Tensor, keys: Tensor, values: Tensor, rows: Tensor, selection: BlockSelection
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [N, D] and the bool mask [R, N], each followed by its part for the stand-ins of whole blocks."""
+    size, per_mean = selection.block_size, selection.stand_in_tokens
+    whole = (selection.num_kv_blocks - 1) * size
+    block = torch.arange(0, whole, per_mean, device=keys.device) // size  # of each stand-in
+    dropped = (block < (rows // size)[:, None]) & ~keep[:, block * size]
+    k_means, v_means = (x[:whole].unflatten(0, (-1, per_mean)).mean(1) for x in (keys, values))
+    return torch.cat([keep, dropped], 1), torch.cat([keys, k_means]), torch.cat([values, v_means])
 
 
 def check_gradients(
@@ -129,7 +151,7 @@ def reference_gradients(
         for g in range(group):
             h = q_heads - group + g
             for chunk in every.split(max(1, GRADIENT_CHUNK // tokens)):
-                keep = kept_keys(selection, b, h, chunk, tokens)
+                keep = _kept_keys(selection, b, h, chunk, tokens)
                 queries, arriving = q[b, h, chunk].double(), dout[b, h, chunk].double()
                 weights = (queries @ keys.T * scale).masked_fill(~keep, -torch.inf).softmax(-1)
                 dweights = arriving @ values.T
@@ -213,7 +235,7 @@ def check_selection(
     return 0.0
 
 
-def kept_keys(selection: BlockSelection | None, b: int, h: int, rows: Tensor, tokens: int) -> Tensor:
+def _kept_keys(selection: BlockSelection | None, b: int, h: int, rows: Tensor, tokens: int) -> Tensor:
     """Causal keys in the selected blocks of some rows of a whole prompt: bool [R, N], True = attend."""
     causal = torch.arange(tokens, device=rows.device) <= rows[:, None]
     if selection is None:

@@ -58,26 +58,6 @@ def threshold_for(density: float, q: Tensor, k: Tensor, v: Tensor, config: stem.
     return config
 
 
-def reference_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, selection: stem.BlockSelection) -> Tensor:
-    """Attention of sampled query rows to kept blocks and to the stand-ins of dropped ones, in fp64: [1, Hq, R, D]."""
-    tokens, size, (_, heads, length, dim) = selection.stand_in_tokens, selection.block_size, q.shape
-    if not tokens:
-        return gate.reference_rows(q, k, v, rows, selection)
-    whole, group = (selection.num_kv_blocks - 1) * size, heads // k.shape[1]
-    block_of = torch.arange(0, whole, tokens, device=q.device) // size  # of each stand-in
-    expected = torch.empty(1, heads, len(rows), dim, dtype=torch.float64, device=q.device)
-    for h in range(heads):
-        keys, values = (x[0, h // group].double() for x in (k, v))
-        k_means, v_means = (x[:whole].unflatten(0, (-1, tokens)).mean(1) for x in (keys, values))
-        kept = gate.kept_keys(selection, 0, h, rows, length)
-        dropped = (block_of < (rows // size)[:, None]) & ~kept[:, block_of * size]
-        logits = q[0, h, rows].double() @ torch.cat([keys, k_means]).T * dim**-0.5
-        logits[:, length:] += math.log(tokens)
-        weights = logits.masked_fill(~torch.cat([kept, dropped], 1), -torch.inf).softmax(-1)
-        expected[0, h] = weights @ torch.cat([values, v_means])
-    return expected
-
-
 def row_of(
     call: Callable[[], Tensor], qkv: tuple[Tensor, ...], selection: stem.BlockSelection | None, seed: int
 ) -> dict[str, Any]:
@@ -85,7 +65,7 @@ def row_of(
     q, k, v = qkv
     size = selection.block_size if selection else candidates.CONFIGS["released"].block_size
     rows = gate.sampled_rows(q.shape[2], size, seed).to(q.device)
-    expected = reference_rows(*qkv, rows, selection) if selection else gate.reference_rows(*qkv, rows)
+    expected = gate.reference_rows(*qkv, rows, selection)
     with gate.poisoned_buffers() if selection else nullcontext():
         found = call()[:, :, rows].double()
     row = dict(error=((found - expected).norm() / expected.norm()).item())

@@ -4,9 +4,11 @@ import dataclasses
 import os
 import time
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_inputs import lists_of, random_inputs, random_mask
 
 import stem
 from stem.experiments import records
@@ -333,3 +335,16 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     rows = records.read_rows("speed")
     rows = rows[rows["profile"] == "smoke"].set_index("tokens")
     assert set(rows.loc[[64], "seed"]) == {1} and set(rows.loc[[100], "seed"]) == {0} and 128 in rows.index
+
+
+@pytest.mark.parametrize("dropped", ["skip", "mean", "cells"])
+def test_reference_rows_with_stand_ins_equal_the_oracle(dropped):
+    q, k, v = (x.cpu() for x in random_inputs(4, 2, 200, 200, 16))
+    mask, rows = random_mask(1, 4, 200, 200, 32, keep=0.3), torch.tensor([0, 31, 100, 199])
+    selection = stem.BlockSelection(*(x.cpu() for x in lists_of(mask)), 32, 7, 200, 200, dropped)
+    found = gate.reference_rows(q, k, v, rows, selection)
+    if dropped == "skip":
+        expected = stem.block_sparse_attention(q.double(), k.double(), v.double(), selection, impl="reference")
+    else:
+        expected, _ = oracles.attention_with_stand_ins(q, k, v, mask, 32, selection.stand_in_tokens)
+    torch.testing.assert_close(found, expected[:, :, rows], rtol=1e-10, atol=1e-10)
