@@ -11,6 +11,7 @@ from stem.experiments import records, scoreboard
 from stem.experiments.correctness import report as correctness
 from stem.experiments.long_context import report as long_context
 from stem.experiments.serving import report as serving
+from stem.experiments.speed import factors
 from stem.experiments.speed import report as speed
 from stem.experiments.training import report as training
 
@@ -43,6 +44,7 @@ SECTIONS = {
     "headline": scoreboard.headline,
     "correctness": correctness.correctness,
     "speed": speed.speed,
+    "factors": factors.table,
     "beyond": speed.beyond,
     "drop_in": speed.drop_in,
     "variants": speed.variants,

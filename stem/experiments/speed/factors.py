@@ -4,9 +4,10 @@ import pandas as pd
 
 from stem.budget import BlockRows, keeps_every_block, scores_matter
 from stem.config import StemConfig
+from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, number, tokens_label
 from stem.experiments.speed.candidates import BRIEFLY, CONFIGS
 from stem.experiments.speed.peers import FP8
-from stem.experiments.speed.report import DENSE_LABELS
+from stem.experiments.speed.report import CONFIG_LABELS, DENSE_LABELS
 
 EVERY_BLOCK, WINDOW, CHOSEN = "every block", "sinks and window", "chosen"
 
@@ -46,3 +47,25 @@ def factors(rows: pd.DataFrame, config: str) -> pd.DataFrame:
     found = dict(dense=dense.provider.map(DENSE_LABELS), pairs=dense.flop / sparse.flop)
     found |= dict(rate=sparse.tflops / dense.tflops, share=sparse.latency_ms / whole)
     return pd.DataFrame(found).assign(operator=dense.latency_ms / whole)
+
+
+def table() -> str:
+    """For each machine a table of `factors`; configs and lengths at which nothing is chosen are marked."""
+    rows = full_rows("speed")
+    if rows.empty:
+        return no_rows("04_speed")
+    header = ["tokens", "config", "fewer pairs", "kernel's rate", "share of attention", "speed-up", "blocks"]
+    parts = []
+    for device, part in by_device(rows):
+        found = pd.concat([factors(part, config).assign(config=config) for config in CONFIGS])
+        lines = [
+            [tokens_label(tokens), CONFIG_LABELS[row.config], *(number(x, "×") for x in (row.pairs, row.rate))]
+            + [
+                f"{row.share:.0%}",
+                f"{number(row.operator, '×')} ({row.dense})",
+                kept_by(CONFIGS[row.config], int(tokens)),
+            ]
+            for tokens, row in found.sort_index(kind="stable").iterrows()
+        ]
+        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
+    return "\n\n".join(parts)

@@ -34,3 +34,13 @@ def test_presets_that_are_dense_on_short_prompts():
     table = factors.kinds(["released", "adaptive", "default"], [2048, 16384])
     assert table.loc[2048].tolist() == [factors.EVERY_BLOCK, factors.EVERY_BLOCK, factors.WINDOW]
     assert table.loc[16384].tolist() == [factors.CHOSEN] * 3
+
+
+def test_table_shows_the_factors_and_marks_what_has_no_choice(monkeypatch):
+    timed = [("attention", "sdpa_cudnn", "dense", 8.0, 100.0), ("attention", "stem_hopper", "default", 2.5, 25.0)]
+    timed += [("operator", "stem", "default", 4.0, 25.0)]
+    rows = pd.DataFrame(timed, columns=["operation", "provider", "config", "latency_ms", "flop"])
+    rows = rows.assign(tokens=4096, device="a GPU", profile="full", tflops=rows.flop / rows.latency_ms)
+    monkeypatch.setattr(factors, "full_rows", lambda experiment: rows)
+    line = factors.table().splitlines()[-1]
+    assert line == "| 4K | density 0.25 | 4× | 0.8× | 62% | 2× (cuDNN) | sinks and window |"
