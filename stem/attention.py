@@ -5,19 +5,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stem.autocast import autocast_once, is_autocast
+from stem.autocast import autocast_once
 from stem.config import CHOICES, StemConfig
-from stem.impl.attend import apply_sinks, attend, empty_attention
+from stem.impl.attend import apply_sinks, attend
 from stem.impl.coverage import resolve_impl
 from stem.planning import plan_for
 from stem.selection import BlockSelection, fit_selection
 from stem.transforms import is_transformed, refused_by_name
-from stem.validation import check_choice, check_qkv, check_scale, check_sinks
+from stem.validation import check_choice, check_qkv, check_scale
 
 DEFAULT = StemConfig()  # made once: torch.compile cannot make one
 
 
 @refused_by_name("stem_attention")
+@autocast_once
 def stem_attention(
     q: Tensor,
     k: Tensor,
@@ -51,9 +52,6 @@ def stem_attention(
         ValueError, TypeError: For bad shapes, dtypes, devices or names, and for non-finite input on the CPU.
     """
     options = DEFAULT if config is None else config, scale, impl, prompt_length
-    if is_autocast(q):
-        others = dict(return_selection=return_selection, return_lse=return_lse, prompt_length=prompt_length)
-        return autocast_once(stem_attention)(q, k, v, options[0], scale=scale, sinks=sinks, impl=impl, **others)
     if torch.compiler.is_compiling() or getattr(q, "is_meta", False):
         from stem.compiled import traced_attention  # imports torch's compiler
 
@@ -61,9 +59,7 @@ def stem_attention(
     else:
         plan = plan_for(q, k, v, *options, return_selection, return_lse or sinks is not None)
         out, lse, _, selection = plan.run(q, k, v)
-    if sinks is not None:
-        check_sinks(sinks, q)
-        out, lse = apply_sinks(out, lse, sinks)
+    out, lse = apply_sinks(out, lse, sinks)
     if not (return_selection or return_lse):
         return out
     return out, *((selection,) if return_selection else ()), *((lse,) if return_lse else ())
@@ -113,16 +109,11 @@ def block_sparse_attention(
         from stem.compiled import traced_block_attention
 
         out, lse = traced_block_attention(q, k, v, selection, scale, impl)
-    elif not q.shape[0]:
-        resolve_impl(impl, q.device, q.dtype, q.shape[3], selection.block_size)
-        out, lse = empty_attention(q, k, v)
     else:
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if is_transformed(q, k, v):
             impl, needs_grad = impl or "torch", True
         impl = resolve_impl(impl, q.device, q.dtype, q.shape[3], selection.block_size)
         out, lse = attend(q, k, v, selection, scale, impl, needs_grad)
-    if sinks is not None:
-        check_sinks(sinks, q)
-        out, lse = apply_sinks(out, lse, sinks)
+    out, lse = apply_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def is_autocast(x: object) -> bool:
     """Whether autocast is on for the device of a tensor; False for anything else."""
-    return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    is_on = torch._C._is_any_autocast_enabled()  # 1 us faster than the question for a device
+    return is_on and isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_once(function: Callable) -> Callable:
@@ -20,6 +21,8 @@ def autocast_once(function: Callable) -> Callable:
 
     @wraps(function)
     def call(*args, **kwargs):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if not is_autocast(first):
             return function(*args, **kwargs)

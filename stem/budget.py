@@ -65,10 +65,7 @@ class BlockRows(NamedTuple):
 
     def at_the_end(self, config: StemConfig) -> StemConfig:
         """Config for a prompt that ends with these rows, giving them the blocks that the whole prompt gives them."""
-        if self.prompt == self.stop:
-            return config
-        dense = config.dense_blocks_of(self.prompt)
-        return _fewer_last_blocks(config, dense, self.prompt - self.stop, self.half_full - self.stop)
+        return config if self.prompt == self.stop else _fewer_last_blocks(self, config)
 
 
 @lru_cache(maxsize=4096)
@@ -122,9 +119,11 @@ def causal_pairs(num_kv_blocks: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _fewer_last_blocks(config: StemConfig, dense: int, missing: int, missing_half_full: int) -> StemConfig:
-    last, exact = max(0, config.dense_last_blocks - missing), max(0, config.exact_last_blocks - missing_half_full)
-    return config.replace(dense_up_to=0, dense_first_blocks=dense, dense_last_blocks=last, exact_last_blocks=exact)
+def _fewer_last_blocks(rows: BlockRows, config: StemConfig) -> StemConfig:
+    last = max(0, config.dense_last_blocks - (rows.prompt - rows.stop))
+    exact = max(0, config.exact_last_blocks - (rows.half_full - rows.stop))
+    first = config.dense_blocks_of(rows.prompt)
+    return config.replace(dense_up_to=0, dense_first_blocks=first, dense_last_blocks=last, exact_last_blocks=exact)
 
 
 @lru_cache(maxsize=256)

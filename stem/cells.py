@@ -30,8 +30,6 @@ def cell_scores(
     Returns:
         fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
-    if scale < 0:  # the larger of two products is the smaller one of their negatives
-        q, scale = -q, -scale
     if impl == "triton":
         from stem.kernels.cell_scores import cell_scores as score_cells
 

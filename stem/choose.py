@@ -49,31 +49,23 @@ def choose_share(
 
 
 def choose_topk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    rows: BlockRows,
-    scale: float,
-    budget: Tensor,
-    width: int,
-    at_once: bool,
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, rows: BlockRows, scale: float, budget: tuple[Tensor, int]
 ) -> tuple[Tensor, Tensor]:
-    """Lists of the best blocks by mean score, as many as the budget says, by Triton and some rows at a time.
+    """Lists of the best blocks by mean score, as many as the `device_budget` says, by Triton and some rows at a time.
 
-    `device_budget` gives budget and width. `at_once` takes one launch, for up to score_select.MAX_KV_BLOCKS key blocks.
+    Scores and lists take one launch for up to score_select.MAX_KV_BLOCKS key blocks.
     """
     from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
     from stem.kernels.block_select import empty_lists, select_topk
-    from stem.kernels.score_select import score_select
+    from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
 
-    (batch, heads, q_len), kv_len, size = q.shape[:3], k.shape[2], config.block_size
+    (batch, heads, q_len), kv_len, size, (budget, width) = q.shape[:3], k.shape[2], config.block_size, budget
     num_q_blocks, offset = rows.stop - rows.first, kv_len - q_len
     lists = empty_lists(batch, heads, num_q_blocks, width, q.device)
     scale = routing_scale(q.shape[3], config, scale)
     step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * rows.stop)))
     args = q, k, v, size, config.score_stride, *config.value_term
-    if at_once and step == num_q_blocks:
+    if rows.stop <= MAX_KV_BLOCKS and step == num_q_blocks:
         inputs = score_inputs(*args, first_q_block=full_rows(rows, config))
         return score_select(*inputs, scale, budget, *config.always_kept, lists)
     q_sums, k_sums, value_bonus = score_inputs(*args, num_q_blocks=step)

@@ -125,7 +125,7 @@ class Plan:
         if self.choice == "all":
             return BlockSelection.every_block(p.batch, p.q_heads, p.q_len, p.kv_len, p.config.block_size, p.device)
         if self.choice == "topk":
-            return self._selection(choose.choose_topk(q, k, v, p.config, rows, p.scale, *self.budget, self.is_short))
+            return self._selection(choose.choose_topk(q, k, v, p.config, rows, p.scale, self.budget))
         if self.choice == "share":
             return self._selection(choose.choose_share(q, k, v, p.config, rows, p.scale))
         return choose.choose_scores(q, k, v, p.config, rows, p.scale, self.choose_impl)

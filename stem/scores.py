@@ -52,10 +52,9 @@ def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, imp
 
         inputs = score_inputs(q, k, v, config.block_size, config.score_stride, *config.value_term)
         return score_blocks(*inputs, scale)
-    bonus = cell_bonus(v, config, impl)
     grid = config.block_size, config.score_stride
     q_sums = group_sums(q, *grid, reverse=True, offset=k.shape[2] - q.shape[2])
-    return pair_sums(q_sums, group_sums(k, *grid), bonus, scale)
+    return pair_sums(q_sums, group_sums(k, *grid), cell_bonus(v, config, impl), scale)
 
 
 def pair_sums(q_sums: Tensor, k_sums: Tensor, bonus: Tensor | None, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from stem.cells import mask_future
 from stem.config import StemConfig, check_config
 from stem.transforms import refused_by_name
-from stem.validation import check_impl
+from stem.validation import check_impl, check_integer
 
 CELL = 16  # tokens that one stand-in stands for with dropped="cells"
 
@@ -46,8 +46,7 @@ class BlockSelection:
             raise TypeError(f"block_mask must be a bool tensor, got {getattr(block_mask, 'dtype', type(block_mask))}")
         if block_mask.ndim != 4:
             raise ValueError(f"block_mask must be [B, Hq, nq, nk], got shape {tuple(block_mask.shape)}")
-        if not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f"block_size must be an int >= 1, got {block_size!r}")
+        check_integer("block_size", block_size, 1)
         nq, nk = block_mask.shape[-2:]
         if block_mask.device.type == "cpu" and block_mask.triu(nk - nq + 1).any():
             raise ValueError("block_mask must not keep a future block (above the diagonal), got one that does")

@@ -97,10 +97,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The softmax scale, head_dim**-0.5 when None."""
     if scale is None:
         return head_dim**-0.5
-    if not isinstance(scale, Real) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not 0 < scale < inf:
-        raise ValueError(f"scale must be positive and finite, got {scale!r}")
+    check_number("scale", scale, 0.0, open_below=True)
     return float(scale)
 
 

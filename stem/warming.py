@@ -84,12 +84,7 @@ def _layers(model, config, impl, dtype, device) -> list[tuple]:
         return [(_shape(model), config or StemConfig(), impl, dtype or torch.bfloat16, device)]
     from stem.hf.models import sparse_layers
 
-    layers = {}
-    for shape, layer, weight in sparse_layers(model):
-        entry, chosen = config or (layer.config if layer else StemConfig()), impl or (layer.impl if layer else None)
-        if entry is not None:
-            layers[shape, entry, chosen, dtype or weight.dtype, torch.device(device or weight.device)] = None
-    return list(layers)
+    return sparse_layers(model, config, impl, dtype, device)
 
 
 def _shape(shape) -> tuple[int, int, int]:

@@ -280,7 +280,7 @@ def test_non_finite_input_is_named(name, value):
         (dict(impl="cuda"), ValueError, "impl.*'torch', 'triton'.*'cuda'"),
         (dict(impl="flex"), ValueError, "impl.*'torch', 'triton'.*'flex'"),
         (dict(impl="triton"), TypeError, "triton.*float32.*float64"),
-        (dict(scale=-1.0), ValueError, "scale.*positive.*-1.0"),
+        (dict(scale=-1.0), ValueError, "scale must be in .0, inf., got -1.0"),
     ],
     ids=["dict", "none", "unknown-impl", "attention-impl", "fp64-triton", "scale"],
 )

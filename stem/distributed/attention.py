@@ -21,7 +21,7 @@ from stem.distributed.exchange import Peers
 from stem.distributed.layout import Layout
 from stem.impl.attend import apply_sinks
 from stem.planning import Plan, Problem
-from stem.validation import check_finite, check_layouts, check_prompt_length, check_scale, check_sinks, compute_dtype
+from stem.validation import check_finite, check_layouts, check_prompt_length, check_scale, compute_dtype
 
 TIMEOUT = 120.0  # of each collective [s]
 
@@ -97,9 +97,7 @@ def stem_attention(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse = _Differentiable.apply(q, k, v, call) if needs_grad else call.forward(q, k, v)
     selection = call.selection
-    if sinks is not None:
-        check_sinks(sinks, q)
-        out, lse = apply_sinks(out, lse, sinks)
+    out, lse = apply_sinks(out, lse, sinks)
     if wrap:
         out, lse = wrap(out), wrap(lse)
     if not (return_selection or return_lse):

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stem.attention import block_sparse_attention, stem_attention
-from stem.autocast import autocast_once, is_autocast
+from stem.autocast import autocast_once
 from stem.config import StemConfig
 from stem.hf.padding import as_bool, once, packed_mask, rows_by_span, stem_mask, token_mask
 from stem.hf.report import LAYERS, NAME, Layer, causal_blocks
@@ -20,7 +20,6 @@ from stem.impl.attend import apply_sinks
 from stem.planning import plan_for
 from stem.selection import BlockSelection
 from stem.transforms import refused_by_name
-from stem.validation import check_sinks
 
 UNSUPPORTED = {  # arguments of an attention call: what a value other than None or False asks for
     "output_attentions": "attention weights, which are never materialised",
@@ -81,11 +80,11 @@ def stem_attention_forward(
         raise ValueError("is_causal=False: Stem attention is causal; give this layer the config None (dense)")
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: Stem attention has none; set the model's attention dropout to 0")
-    prefill = autocast_once(_prefill) if is_autocast(query) else _prefill  # q and k may be fp32, v in autocast's dtype
-    return prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
+    return _prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
 
 
 @refused_by_name("Stem attention")
+@autocast_once  # q and k may be fp32, v in autocast's dtype
 def _prefill(
     layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, sinks: Tensor | None
 ) -> Tensor:
@@ -191,9 +190,6 @@ def _attend(
         plan = plan_for(q, k, v, config, scale, impl, prompt_length, return_lse=sinks is not None, return_counts=True)
         out, lse, counts, _ = plan.run(q, k, v)
         layer.count(q, causal_blocks(plan.rows), plan.kept_blocks if counts is None else counts)
-        if sinks is None:
-            return out
-        check_sinks(sinks, q)
         return apply_sinks(out, lse, sinks)[0]
     if isinstance(config, StemConfig):  # in a compiled graph with gradients
         options = dict(scale=scale, sinks=sinks, impl=impl, prompt_length=prompt_length)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stem.autocast import is_autocast
 from stem.config import StemConfig
 from stem.hf.forward import UNSUPPORTED
-from stem.hf.report import Layer, Selector
+from stem.hf.report import Selector
 
 MAX_HEAD_DIM = 256  # of stem.stem_attention
 HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size")  # names in modules of the dimensions of their queries and keys
@@ -72,15 +72,18 @@ def attention_shape(module: nn.Module) -> tuple[int, int, int]:
     return heads, kv_heads, _head_dim(module) or config.hidden_size // heads
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[tuple[int, int, int], Layer | None, Tensor]]:
-    """Shape, settings (None if Stem is not enabled) and a weight of each layer that Stem can make sparse."""
+def sparse_layers(model: nn.Module, config, impl, dtype, device) -> list[tuple]:
+    """Shape, config, impl, dtype and device of the layers that may be sparse, by default their own; equal ones once."""
+    found = {}
     for module in attention_modules(model).values():
         if not own_attention(module):
+            layer = getattr(module, "stem_layer", None)
+            entry, chosen = config or (layer.config if layer else StemConfig()), impl or (layer.impl if layer else None)
             weight = next(x for x in module.parameters() if x.ndim > 1)  # sinks may be fp32 in a model of 16 bits
-            weight = (
-                weight if weight.is_floating_point() else torch.empty(0, dtype=torch.bfloat16, device=weight.device)
-            )
-            yield attention_shape(module), getattr(module, "stem_layer", None), weight
+            kind = dtype or (weight.dtype if weight.is_floating_point() else torch.bfloat16)
+            if entry is not None:
+                found[attention_shape(module), entry, chosen, kind, torch.device(device or weight.device)] = None
+    return list(found)
 
 
 def _head_dim(module: nn.Module) -> int:

@@ -156,4 +156,4 @@ class SharedPrompt:
         parts = self.peers.gather(torch.cat([out.to(lse.dtype), lse[..., None]], -1), "the exchange while decoding")()
         weights = parts[..., -1:].softmax(0)
         out, lse = (weights * parts[..., :-1]).sum(0).to(q.dtype), parts[..., -1].logsumexp(0)
-        return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+        return apply_sinks(out, lse, sinks)[0]

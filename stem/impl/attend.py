@@ -13,7 +13,7 @@ from stem.impl.stand_ins import explicit_columns, kernel_stand_ins, with_stand_i
 from stem.reference import masked_attention
 from stem.selection import BlockSelection
 from stem.transforms import is_transformed, refuse_transforms
-from stem.validation import compute_dtype
+from stem.validation import check_sinks, compute_dtype
 
 
 def empty_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,11 +22,14 @@ def empty_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q + nothing, (q.sum(-1) + nothing).to(compute_dtype(q.dtype))
 
 
-def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+def apply_sinks(out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Output [B, Hq, Nq, D] and log-sum-exp [B, Hq, Nq] with one more key of value 0, whose logits are sinks [Hq].
 
     Without gradients the output is overwritten.
     """
+    if sinks is None:
+        return out, lse
+    check_sinks(sinks, out)
     sinks = sinks.to(lse.dtype)[:, None]
     share = torch.sigmoid(lse - sinks)[..., None]  # of the softmax that the other keys keep
     keeps = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(out, lse, sinks)
@@ -37,6 +40,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over the kept blocks by a resolved implementation."""
+    if not q.shape[0]:
+        return empty_attention(q, k, v)
     if impl in WITHOUT_KERNELS:
         recomputed = needs_grad and not torch.compiler.is_compiling() and not (impl == "flex" and q.is_cuda)
         if recomputed and (impl == "flex" or not is_transformed(q, k, v)):
