@@ -29,6 +29,7 @@ from torch import Tensor
 
 import stem
 from stem import hf
+from stem.config import StemConfig
 from stem.experiments import documents, records
 from stem.experiments.long_context import measures, methods, ruler, samples
 from stem.experiments.long_context.methods import Method
@@ -166,7 +167,7 @@ class ForcedChoice:
     @cache  # noqa: B019
     def _calibrated(self, method: Method, length: int) -> Method | None:
         """The method with the threshold of its density, if it has one; None where no threshold fits."""
-        if method.name not in methods.ADAPTIVE:
+        if not isinstance(method.attention, StemConfig) or method.attention.threshold is None:
             return method
         try:
             within = dict(tolerance=TOLERANCE * method.asked)

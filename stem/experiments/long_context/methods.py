@@ -8,7 +8,7 @@ method (see comparison.py), and the rows say which share of the kept blocks was 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -16,18 +16,32 @@ from torch import Tensor
 from stem import hf, patterns
 from stem.budget import causal_pairs
 from stem.config import StemConfig
+from stem.selection import BlockSelection
 
 GRID = ((1, 1), (1, 2), (2, 4), (4, 4))  # (sink, local) blocks; the last is the paper's
 LEAST_CHOSEN = 0.2  # smallest chosen share from which a row says something about a method's scores
 DENSE_LAYERS = 2  # first layers that AngelSlim keeps dense
 NO_VALUE = "stem, no value term"  # position decay alone, the middle row of the paper's Table 5
-CONFIG_FORCED = ("stem", NO_VALUE, "uniform_topk", "random", "subblock")  # read the config's sink and local blocks
-ADAPTIVE = ("adaptive", "adaptive, cells alone")  # the preset, and without exact shares of the last block of queries
+TUNED = "adaptive, low density"  # settings tuned for 8 % of the blocks, see `VARIANTS`
+ORACLE = "oracle by threshold"  # exact mass under adaptive's allocation
+EVERY = 1 << 20  # blocks, more than any prompt has
+LAST_DENSE = ("stem", "uniform_topk", "xattention", "subblock", "flashprefill_v2", "adaptive")
+VARIANTS = {  # name -> (method that it varies, fields of its config that differ)
+    NO_VALUE: ("stem", dict(value_weight=0.0)),
+    **{f"{name}, last block dense": (name, dict(dense_last_blocks=1)) for name in LAST_DENSE},
+    "stem, means": ("stem", dict(dropped="mean")),
+    "adaptive, cells alone": ("adaptive", dict(exact_last_blocks=0)),
+    "adaptive, means": ("adaptive", dict(dropped="mean")),
+    "adaptive, means of 16": ("adaptive", dict(dropped="cells")),
+    TUNED: ("adaptive", dict(dense_last_blocks=1, dropped="mean")),
+    ORACLE: ("adaptive", dict(exact_last_blocks=EVERY, score_pooling="mean")),
+    "flashprefill_v2, means": ("flashprefill_v2", dict(dropped="mean")),
+}  # fmt: skip
+CONFIG_FORCED = ("stem", "uniform_topk", "random", "subblock")  # read the config's sink and local blocks
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
     "tri_shape", "random",
 )  # fmt: skip  # patterns that depend on the shapes alone
-OWN = (NO_VALUE, *ADAPTIVE)  # names that are no pattern's
 PRESETS = ("paper", "angelslim", "hpc_ops")
 
 
@@ -70,8 +84,8 @@ def candidates(name: str, density: float, block_size: int, length: int) -> list[
     """One method with every forced choice that leaves its scores at least `LEAST_CHOSEN` of the kept blocks.
 
     Args:
-        name: A name of `all_names`. Patterns without forced blocks of their own choice have one candidate. Adaptive
-            methods get the preset's threshold, which the caller calibrates for the density.
+        name: A name of `all_names`. Patterns without forced blocks of their own choice have one candidate. "adaptive"
+            and its variants get the preset's threshold, which the caller calibrates for the density.
         density, block_size, length: Asked for, in (0, 1]; of blocks; of the prompts [tokens].
     """
     if name in BLIND and name != "random":
@@ -81,25 +95,27 @@ def candidates(name: str, density: float, block_size: int, length: int) -> list[
 
 
 def _forced_choices(name: str, block_size: int) -> list[Forced]:
-    if name == "vertical_slash":  # MInference's 30 first tokens and 100 nearest offsets
+    base, changes = VARIANTS.get(name, (name, {}))
+    if base == "vertical_slash":  # MInference's 30 first tokens and 100 nearest offsets
         return [Forced(1, 1 + -(-99 // block_size))]
-    if name in ("flexprefill", "blasst"):
-        return [Forced(int(name == "flexprefill"), 1)]
-    native = {} if name in OWN else patterns.keywords(name)
-    dense = sorted({0, native.get("dense_last_blocks", 0)})
-    if not native.keys() & {"sink_blocks"} and name not in (*OWN, *CONFIG_FORCED):
+    if base in ("flexprefill", "blasst"):
+        return [Forced(int(base == "flexprefill"), 1)]
+    native = {} if base == "adaptive" else patterns.keywords(base)
+    if not native.keys() & {"sink_blocks"} and base not in ("adaptive", *CONFIG_FORCED):
         return [Forced(1, 1)]
-    return [Forced(*pair, last) for pair in GRID for last in dense]
+    dense = {0, native.get("dense_last_blocks", 0)}
+    dense = {changes["dense_last_blocks"]} if "dense_last_blocks" in changes else dense
+    return [Forced(*pair, last) for pair in GRID for last in sorted(dense)]
 
 
 def _method(name: str, density: float, block_size: int, forced: Forced | None) -> Method:
+    base, changes = VARIANTS.get(name, (name, {}))
     kept = {} if forced is None else dict(sink_blocks=forced.sink_blocks, local_blocks=forced.local_blocks)
-    if name in ADAPTIVE:
-        changes = dict(exact_last_blocks=0) if name != "adaptive" else {}
-        attention = StemConfig.preset("adaptive", block_size=block_size, dense_up_to=0, **kept, **changes)
+    if base == "adaptive":
+        attention = StemConfig.preset("adaptive", block_size=block_size, **dict(dense_up_to=0) | kept | changes)
         return Method(name, attention, block_size, density, forced)
-    config, native = StemConfig(block_size=block_size, density=density), {}
-    if name in CONFIG_FORCED:
+    config, native = StemConfig(block_size=block_size, density=density, **changes), {}
+    if base in CONFIG_FORCED:
         config = config.replace(**kept)
     elif forced is not None:
         values = dict(
@@ -108,15 +124,29 @@ def _method(name: str, density: float, block_size: int, forced: Forced | None) -
             window_blocks=forced.local_blocks,
             dense_last_blocks=forced.dense_last_blocks,
         )
-        native = {key: value for key, value in values.items() if key in patterns.keywords(name)}
-    if name in (NO_VALUE, "stem"):
-        return Method(name, config if name == "stem" else config.replace(value_weight=0.0), block_size, density, forced)
-    attention = _selector(name, config, native)
+        native = {key: value for key, value in values.items() if key in patterns.keywords(base)}
+    attention = config if base == "stem" else _selector(base, config, native)
     return Method(name, attention, block_size, density, forced)
+
+
+def _with_last_block_dense(name: str, config: StemConfig, native: dict[str, int]) -> hf.Selector:
+    """A pattern whose last query block keeps every block, inside the density of the config."""
+
+    def select(q: Tensor, k: Tensor, v: Tensor):
+        blocks = -(-k.shape[2] // config.block_size)
+        others = (config.density * causal_pairs(blocks) - blocks) / causal_pairs(blocks - 1)
+        mask = patterns.select(name, q, k, v, config=config.replace(density=others), **native).to_mask()
+        mask[:, :, -1] = True
+        found = BlockSelection.from_mask(mask, config.block_size, q_len=q.shape[2], kv_len=k.shape[2])
+        return replace(found, dropped=config.dropped)
+
+    return select
 
 
 def _selector(name: str, config: StemConfig, native: dict[str, int]) -> hf.Selector:
     """A pattern as a selector; a pattern of `BLIND` selects once for all layers of the same shapes."""
+    if config.dense_last_blocks and "dense_last_blocks" not in native:
+        return _with_last_block_dense(name, config, native)
     choose, made = partial(patterns.select, name, config=config, **native), {}
 
     def select_once(q: Tensor, k: Tensor, v: Tensor):
@@ -147,10 +177,10 @@ def control(block_size: int) -> Method:
 
 
 def all_names() -> tuple[str, ...]:
-    """All names that `candidates` takes: Stem, adaptive, the other patterns, and last the costly oracles."""
-    others = [name for name in patterns.names() if name not in ("stem", "dense")]
-    others.sort(key=lambda name: (name.startswith("oracle"), name in BLIND))
-    return ("stem", *OWN, *others)
+    """All names that `candidates` takes: Stem, adaptive, the other patterns, their variants, and last the oracles."""
+    others = [name for name in (*patterns.names(), *VARIANTS) if name not in ("stem", "dense", NO_VALUE)]
+    others.sort(key=lambda name: (name.startswith("oracle"), name in BLIND, name in VARIANTS))
+    return ("stem", NO_VALUE, "adaptive", *others)
 
 
 def chosen_names(names: Iterable[str]) -> tuple[str, ...]:

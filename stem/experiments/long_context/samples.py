@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from stem.experiments import documents
-from stem.experiments.long_context import ruler
+from stem.experiments.long_context import ruler, signatures
 from stem.validation import check_choice
 
-FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt")  # tasks that order their answers
+# tasks that order their answers
+FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt", signatures.TASK)
 
 _KIND_TOKENS: dict[tuple[str, str], list[int]] = {}  # (kind, fingerprint of the tokenizer) -> tokens of all its text
 
@@ -30,9 +31,9 @@ class Prompts(NamedTuple):
 
 
 def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> Prompts:
-    """RULER samples of exactly `length` tokens, so that a batch needs no padding (our choice).
+    """Samples of RULER or of `signatures` of exactly `length` tokens, so that a batch needs no padding (our choice).
 
-    RULER's prompts are a little shorter. The end of CPython's language reference fills the gap in front of the prompt.
+    Their prompts are a little shorter. The end of CPython's language reference fills the gap in front of the prompt.
     A BOS token stands at the very start and nowhere else.
 
     Args:
@@ -42,7 +43,8 @@ def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0
         ValueError: If the task does not order its answers, or a sample does not fit.
     """
     check_choice("task", task, FIXED_ORDER)
-    rows, start = ruler.stored_samples(task, tokenizer, length, samples, seed), _start(tokenizer)
+    of_task, start = signatures.samples if task == signatures.TASK else ruler.stored_samples, _start(tokenizer)
+    rows = of_task(task, tokenizer, length, samples, seed)
     plain = partial(tokenizer, add_special_tokens=False, verbose=False)
     prompts = plain([f"{row['input']} {row['gen_prefix']}" for row in rows]).input_ids
     answers = [row["outputs"] for row in rows]  # in the order of the question

@@ -1,5 +1,7 @@
 """Methods of a comparison: forced blocks and what they leave to choose, names, controls, blind patterns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,10 +61,43 @@ def test_dense_last_rows_are_a_choice_where_a_method_has_them():
     assert choices == {0, patterns.keywords("flashprefill")["dense_last_blocks"]}
 
 
-def test_adaptive_and_its_variant_differ_in_the_last_block_only():
-    (preset, *_), (cells_alone, *_) = (methods.candidates(name, 0.5, 64, 8192) for name in methods.ADAPTIVE)
-    assert preset.attention.exact_last_blocks == 1
-    assert cells_alone.attention == preset.attention.replace(exact_last_blocks=0)
+def test_variants_differ_from_their_method_in_the_named_fields_only():
+    for name, (base, changes) in methods.VARIANTS.items():
+        (ours, *_), (theirs, *_) = (methods.candidates(of, 0.5, 64, 8192) for of in (name, base))
+        if isinstance(theirs.attention, stem.StemConfig):
+            assert ours.attention == theirs.attention.replace(**changes) != theirs.attention
+    assert methods.candidates("adaptive", 0.5, 64, 8192)[0].attention.exact_last_blocks == 1
+
+
+@pytest.mark.parametrize("name", [name for name in methods.LAST_DENSE if name != "adaptive"])
+def test_a_dense_last_block_is_inside_the_density_and_counts_as_forced(name):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 640, 16), torch.randn(1, 1, 640, 16), torch.randn(1, 1, 640, 16)
+    found, plain = (methods.candidates(of, 0.3, 16, 640) for of in (f"{name}, last block dense", name))
+    masks = [kept(of[0], q, k, v) for of in (found, plain)]
+    assert masks[0][:, :, -1].all() and not masks[1][:, :, -1].all()
+    assert not masks[0][:, :, -2].all()
+    assert all(of.forced.dense_last_blocks == 1 for of in found)
+    assert int(masks[0].sum()) == pytest.approx(int(masks[1].sum()), rel=0.06)
+
+
+def test_the_oracle_by_threshold_keeps_the_blocks_of_the_largest_true_mass():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 320, 16), torch.randn(1, 1, 320, 16), torch.randn(1, 1, 320, 16)
+    oracle = methods.candidates(methods.ORACLE, 0.9, 16, 320)[0]
+    mass = stem.metrics.block_attention_mass(q, k, 16)
+    threshold, row, key = 0.05, torch.arange(20)[:, None], torch.arange(20)
+    mask = kept(replace(oracle, attention=oracle.attention.replace(threshold=threshold)), q, k, v)
+    forced = (key < 1) | (row == key)
+    assert torch.equal(mask, ((mass > threshold) | forced) & (key <= row))
+
+
+def test_means_reach_the_attention_of_patterns_and_configs():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 640, 16), torch.randn(1, 1, 640, 16), torch.randn(1, 1, 640, 16)
+    pattern = methods.candidates("flashprefill_v2, means", 0.3, 16, 640)[0].attention(q, k, v)
+    assert pattern.dropped == "mean"
+    assert methods.candidates("adaptive, means of 16", 0.5, 64, 8192)[0].attention.dropped == "cells"
 
 
 def test_presets_hold_angelslims_dense_layers_both_ways():
