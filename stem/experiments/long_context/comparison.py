@@ -13,6 +13,7 @@ control, a short window that must fail. A measure on which the control does not 
 `density` is the computed share of the causal block pairs, and `asked` the density asked for. `sink_blocks`,
 `local_blocks` and `dense_last_blocks` are the forced blocks: of the pairs in `methods.GRID`, those with which the
 method did best on calibration samples that no row reports. `chosen` is the share of the kept blocks that scores chose.
+`threshold` is that of an adaptive method.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from stem import hf
 from stem.config import StemConfig
 from stem.experiments import documents, records
 from stem.experiments.long_context import measures, methods, ruler, samples
+from stem.experiments.long_context.measures import InChunks
 from stem.experiments.long_context.methods import Method
 from stem.experiments.long_context.samples import Prompts
 
@@ -105,8 +107,8 @@ class Comparison:
         dense = self._dense[key]
         if method.attention is None:
             return dense, dense, 1.0
-        with attending(self.model, method) as report:
-            ours = measure(self.model, *about)
+        with attending(self.model, method, ids.shape[1]) as report:
+            ours = measure(self.model if method.chunk is None else InChunks(self.model, method.chunk), *about)
         return ours, dense, report.density()
 
     def _add(self, method: Method, about: dict, values: Tensor, dense: Tensor) -> None:
@@ -117,6 +119,8 @@ class Comparison:
         who = dict(method=method.name, block_size=method.block_size, asked=method.asked)
         share = chosen_share(method, about["length"], about["density"], self.model)
         kept = dict(asdict(method.forced) if method.forced else {}, chosen=None if share is None else round(share, 4))
+        if (threshold := getattr(method.attention, "threshold", None)) is not None:
+            kept["threshold"] = float(f"{threshold:.5g}")
         about = about | {"density": round(about["density"], 4)}
         row = {**who, **about, **numbers, "count": len(values), "model": self.name, "seed": self.seed, **kept}
         self.rows.append(row | {"values": " ".join(f"{value:.5g}" for value in values.tolist())})
@@ -125,11 +129,15 @@ class Comparison:
                 self.samples.append({**who, **about, "sample": sample, "value": pair[0], "dense": pair[1]})
 
 
-def attending(model, method: Method):
-    """Context in which a model attends by a method that is not dense; it yields the report of `stem.hf`."""
+def attending(model, method: Method, length: int | None = None):
+    """Context in which a model attends by a method that is not dense; it yields the report of `stem.hf`.
+
+    Methods that read prompts in chunks need the prompts' length.
+    """
     layers = model.config.get_text_config().num_hidden_layers
     of = {layer: method.attention for layer in range(method.dense_layers, layers)}
-    return hf.stem_prefill(model, of if method.dense_layers else method.attention)
+    prompt_length = None if method.chunk is None else length
+    return hf.stem_prefill(model, of if method.dense_layers else method.attention, prompt_length=prompt_length)
 
 
 def chosen_share(method: Method, length: int, density: float, model) -> float | None:
@@ -150,7 +158,13 @@ class ForcedChoice:
 
     @cache  # noqa: B019 - lives as long as a run
     def best(self, name: str, density: float, block_size: int, length: int, of_documents: bool) -> Method | None:
-        """The candidate that loses least on documents, or on needles; None if none leaves enough to the scores."""
+        """The candidate that loses least on documents, or on needles; None if none leaves enough to the scores.
+
+        Names of `methods.TRANSFERRED` take their forced blocks and threshold from "adaptive" at one length.
+        """
+        if name in methods.TRANSFERRED:
+            found = self.best("adaptive", density, block_size, methods.TRANSFER_LENGTH, True)
+            return found and replace(found, name=name, chunk=methods.TRANSFERRED[name])
         found = [self._calibrated(each, length) for each in methods.candidates(name, density, block_size, length)]
         found = [each for each in found if each is not None]
         if len(found) < 2:
@@ -264,7 +278,13 @@ def _inputs(tokenizer, study: Study, seed: int, task: str, length: int):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the parts "answers", "loss" and "extension"."""
     parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
-    parser.add_argument("--methods", metavar="NAME", nargs="+", choices=methods.all_names(), help="only these methods")
+    parser.add_argument(
+        "--methods",
+        metavar="NAME",
+        nargs="+",
+        choices=methods.chosen_names((*methods.all_names(), *methods.TRANSFERRED)),
+        help="only these methods",
+    )
     parser.add_argument("--lengths", metavar="TOKENS", nargs="+", type=int, help="lengths of the samples")
     parser.add_argument("--densities", metavar="SHARE", nargs="+", type=float, help="densities asked for, in (0, 1]")
     parser.add_argument("--block-sizes", metavar="TOKENS", nargs="+", type=int, help="block sizes")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 from stem import hf, pretrained
 from stem.budget import block_budget
@@ -85,6 +87,24 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
     chosen = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
+
+
+class InChunks:
+    """A model that reads its prompts in chunks of some tokens through a cache, for `answer_scores` and the losses."""
+
+    def __init__(self, model, tokens: int) -> None:
+        self.model, self.tokens = model, tokens
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def get_decoder(self):
+        return self._read
+
+    def _read(self, ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        cache, decoder = DynamicCache(config=self.model.config), self.model.get_decoder()
+        parts = [decoder(part, past_key_values=cache, use_cache=True) for part in ids.split(self.tokens, 1)]
+        return SimpleNamespace(last_hidden_state=torch.cat([part.last_hidden_state for part in parts], 1))
 
 
 class LastRow(NamedTuple):

@@ -25,6 +25,9 @@ NO_VALUE = "stem, no value term"  # position decay alone, the middle row of the 
 TUNED = "adaptive, low density"  # settings tuned for 8 % of the blocks, see `VARIANTS`
 ORACLE = "oracle by threshold"  # exact mass under adaptive's allocation
 EVERY = 1 << 20  # blocks, more than any prompt has
+# "adaptive" with one threshold for all lengths and tasks, calibrated at TRANSFER_LENGTH; the second one in chunks
+TRANSFER_LENGTH, TRANSFER_CHUNK = 16_384, 4_096  # [tokens]
+TRANSFERRED = {"adaptive, threshold of 16K": None, "adaptive, threshold of 16K, chunks of 4K": TRANSFER_CHUNK}
 LAST_DENSE = ("stem", "uniform_topk", "xattention", "subblock", "flashprefill_v2", "adaptive")
 VARIANTS = {  # name -> (method that it varies, fields of its config that differ)
     NO_VALUE: ("stem", dict(value_weight=0.0)),
@@ -74,6 +77,7 @@ class Method:
     asked: float | None = None  # density asked for; None where the method sets its own
     forced: Forced | None = None  # None where scores choose nothing
     dense_layers: int = 0  # first layers that stay dense
+    chunk: int | None = None  # tokens of a prefill's chunks; None is the whole prompt at once
 
     def chosen_share(self, length: int, density: float) -> float | None:
         """Share of the kept blocks that scores chose in the sparse layers, at the density that they computed."""
@@ -184,8 +188,8 @@ def all_names() -> tuple[str, ...]:
 
 
 def chosen_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names that are in `all_names`, in that order."""
-    return tuple(name for name in all_names() if name in set(names))
+    """The names that are in `all_names` or `TRANSFERRED`, in that order."""
+    return tuple(name for name in (*all_names(), *TRANSFERRED) if name in set(names))
 
 
 def window_control(block_size: int = 64) -> StemConfig:

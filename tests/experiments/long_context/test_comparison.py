@@ -152,8 +152,43 @@ def test_the_adaptive_preset_is_calibrated_for_each_density(ruler_rows, tokenize
     found = comparison.run(study, model, tokenizer, "tiny", show=told.append)
     rows = [row for row in found if row["method"] == "adaptive"]
     assert {row["asked"] for row in rows} == {0.55} and asked[0] == (0.55, 1, 1)
+    assert {row["threshold"] for row in rows} == {0.9}
     assert {row["density"] for row in rows} == {0.4167}  # a threshold of 0.9 leaves the forced blocks
     assert any("adaptive at density 0.7, 256 tokens is left out: no threshold fits" in line for line in told)
+
+
+def test_one_threshold_serves_every_length_and_chunks(tokenizer, model, monkeypatch):
+    calibrated = []
+
+    def calibrate(model, prompts, density, config, tolerance):
+        calibrated.append(prompts[0].shape[1])
+        return stem.hf.calibration.Calibration(config.replace(threshold=0.03), density)
+
+    monkeypatch.setattr(stem, "calibrate", calibrate)
+    monkeypatch.setattr(comparison.ForcedChoice, "_loss", lambda self, method, *_: method.forced.local_blocks)
+    monkeypatch.setattr(samples, "calibration_windows", lambda _, length, count: [torch.ones(1, length)])
+    choice = comparison.ForcedChoice(model, tokenizer)
+    whole, chunks = (choice.best(name, 0.5, 64, 8192, False) for name in methods.TRANSFERRED)
+    assert whole.attention == chunks.attention == choice.best("adaptive", 0.5, 64, 16384, True).attention
+    assert set(calibrated) == {methods.TRANSFER_LENGTH} and (whole.chunk, chunks.chunk) == (None, 4096)
+    assert [of.name for of in (whole, chunks)] == list(methods.TRANSFERRED)
+
+
+def test_prompts_in_chunks_get_the_losses_of_whole_prompts_and_the_density_of_chunks(tokenizer, model):
+    config = stem.StemConfig.preset("adaptive", block_size=16, score_cells=4, dense_up_to=0, threshold=0.08)
+    ids, found = torch.randint(999, (2, 256)), []
+    for chunk in (None, 64):
+        small = comparison.Comparison(model, tokenizer, "tiny")
+        small.loss(methods.Method("adaptive", config, 16, None, methods.Forced(1, 2), chunk=chunk), {"a": ids})
+        found.append(small.rows[-1])
+    with stem.hf.stem_prefill(model, config, prompt_length=256) as report:
+        losses = measures.document_losses(measures.InChunks(model, 64), ids)
+    assert found[1]["value"] == pytest.approx(float(losses[:, 128:].mean()), rel=1e-4)
+    assert found[1]["density"] == round(report.density(), 4)
+    assert torch.allclose(
+        measures.document_losses(measures.InChunks(model, 100), ids), measures.document_losses(model, ids), atol=1e-4
+    )
+    assert 0.2 < found[0]["density"] < 0.95 and found[1]["dense"] == pytest.approx(found[0]["dense"], rel=1e-4)
 
 
 def test_a_measurement_that_fails_is_raised_after_the_others(ruler_rows, tokenizer, model, windows, monkeypatch):
