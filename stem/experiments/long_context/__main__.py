@@ -3,9 +3,11 @@
 import argparse
 
 from stem.experiments import records
-from stem.experiments.long_context import answers, extension, logits, loss, selection_cost
+from stem.experiments.long_context import answers, extension, logits, loss, matched, selection_cost
 
-PARTS = dict(answers=answers, loss=loss, logits=logits, selection_cost=selection_cost, extension=extension)
+PARTS = dict(
+    answers=answers, loss=loss, logits=logits, selection_cost=selection_cost, matched=matched, extension=extension
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,8 +23,10 @@ LEAST_CHOSEN = 0.2  # smallest chosen share from which a row says something abou
 DENSE_LAYERS = 2  # first layers that AngelSlim keeps dense
 NO_VALUE = "stem, no value term"  # position decay alone, the middle row of the paper's Table 5
 TUNED = "adaptive, low density"  # settings tuned for 8 % of the blocks, see `VARIANTS`
-ORACLE = "oracle by threshold"  # exact mass under adaptive's allocation
+ORACLE, TUNED_ORACLE = "oracle by threshold", "oracle by threshold, low density"  # true mass, otherwise the same
 EVERY = 1 << 20  # blocks, more than any prompt has
+LOW_DENSITY = dict(dense_last_blocks=1, dropped="mean")
+EXACT = dict(exact_last_blocks=EVERY, score_pooling="mean")  # every share is the true attention mass
 # "adaptive" with one threshold for all lengths and tasks, calibrated at TRANSFER_LENGTH; the second one in chunks
 TRANSFER_LENGTH, TRANSFER_CHUNK = 16_384, 4_096  # [tokens]
 TRANSFERRED = {"adaptive, threshold of 16K": None, "adaptive, threshold of 16K, chunks of 4K": TRANSFER_CHUNK}
@@ -36,8 +38,9 @@ VARIANTS = {  # name -> (method that it varies, fields of its config that differ
     "adaptive, cells alone": ("adaptive", dict(exact_last_blocks=0)),
     "adaptive, means": ("adaptive", dict(dropped="mean")),
     "adaptive, means of 16": ("adaptive", dict(dropped="cells")),
-    TUNED: ("adaptive", dict(dense_last_blocks=1, dropped="mean")),
-    ORACLE: ("adaptive", dict(exact_last_blocks=EVERY, score_pooling="mean")),
+    TUNED: ("adaptive", LOW_DENSITY),
+    ORACLE: ("adaptive", EXACT),
+    TUNED_ORACLE: ("adaptive", LOW_DENSITY | EXACT),
     "flashprefill_v2, means": ("flashprefill_v2", dict(dropped="mean")),
 }  # fmt: skip
 CONFIG_FORCED = ("stem", "uniform_topk", "random", "subblock")  # read the config's sink and local blocks
@@ -93,8 +96,8 @@ def candidates(name: str, density: float, block_size: int, length: int) -> list[
         density, block_size, length: Asked for, in (0, 1]; of blocks; of the prompts [tokens].
     """
     if name in BLIND and name != "random":
-        return [_method(name, density, block_size, None)]
-    found = [_method(name, density, block_size, forced) for forced in _forced_choices(name, block_size)]
+        return [make(name, density, block_size, None)]
+    found = [make(name, density, block_size, forced) for forced in _forced_choices(name, block_size)]
     return [each for each in found if each.chosen_share(length, density) >= LEAST_CHOSEN]
 
 
@@ -112,7 +115,8 @@ def _forced_choices(name: str, block_size: int) -> list[Forced]:
     return [Forced(*pair, last) for pair in GRID for last in sorted(dense)]
 
 
-def _method(name: str, density: float, block_size: int, forced: Forced | None) -> Method:
+def make(name: str, density: float, block_size: int, forced: Forced | None) -> Method:
+    """The method of a name of `all_names` with these forced blocks; None where it has no choice of them."""
     base, changes = VARIANTS.get(name, (name, {}))
     kept = {} if forced is None else dict(sink_blocks=forced.sink_blocks, local_blocks=forced.local_blocks)
     if base == "adaptive":

@@ -18,7 +18,7 @@ def test_without_a_part_all_run_with_their_defaults(ran):
     assert (
         [name for name, _ in ran]
         == list(__main__.PARTS)
-        == ["answers", "loss", "logits", "selection_cost", "extension"]
+        == ["answers", "loss", "logits", "selection_cost", "matched", "extension"]
     )
     assert {options.profile for _, options in ran} == {"full"}
     assert ran[0][1].methods is None and ran[4][1].evaluate_only is False
