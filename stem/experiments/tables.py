@@ -9,6 +9,7 @@ import re
 
 from stem.experiments import records, scoreboard
 from stem.experiments.correctness import report as correctness
+from stem.experiments.long_context import matched_report
 from stem.experiments.long_context import report as long_context
 from stem.experiments.serving import report as serving
 from stem.experiments.speed import factors
@@ -48,6 +49,7 @@ SECTIONS = {
     "beyond": speed.beyond,
     "drop_in": speed.drop_in,
     "variants": speed.variants,
+    "matched": matched_report.section,
     "quality": long_context.quality,
     "evaluation": long_context.evaluation,
     "training": training.training,

@@ -185,7 +185,7 @@ class ForcedChoice:
             return method
         try:
             within = dict(tolerance=TOLERANCE * method.asked)
-            found = stem.calibrate(self.model, [self.windows(length)], method.asked, method.attention, **within)
+            found = stem.calibrate(self.model, self.windows(length).split(1), method.asked, method.attention, **within)
         except ValueError as error:
             self.show(f"{method.name} at density {method.asked}, {length} tokens is left out: {error}")
             return None

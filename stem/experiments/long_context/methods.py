@@ -25,7 +25,7 @@ NO_VALUE = "stem, no value term"  # position decay alone, the middle row of the 
 TUNED = "adaptive, low density"  # settings tuned for 8 % of the blocks, see `VARIANTS`
 ORACLE, TUNED_ORACLE = "oracle by threshold", "oracle by threshold, low density"  # true mass, otherwise the same
 EVERY = 1 << 20  # blocks, more than any prompt has
-LOW_DENSITY = dict(dense_last_blocks=1, dropped="mean")
+LOW_DENSITY = dict(dropped="cells")  # best of results/long_context/tuning/
 EXACT = dict(exact_last_blocks=EVERY, score_pooling="mean")  # every share is the true attention mass
 # "adaptive" with one threshold for all lengths and tasks, calibrated at TRANSFER_LENGTH; the second one in chunks
 TRANSFER_LENGTH, TRANSFER_CHUNK = 16_384, 4_096  # [tokens]
@@ -37,7 +37,6 @@ VARIANTS = {  # name -> (method that it varies, fields of its config that differ
     "stem, means": ("stem", dict(dropped="mean")),
     "adaptive, cells alone": ("adaptive", dict(exact_last_blocks=0)),
     "adaptive, means": ("adaptive", dict(dropped="mean")),
-    "adaptive, means of 16": ("adaptive", dict(dropped="cells")),
     TUNED: ("adaptive", LOW_DENSITY),
     ORACLE: ("adaptive", EXACT),
     TUNED_ORACLE: ("adaptive", LOW_DENSITY | EXACT),

@@ -31,7 +31,6 @@ MODELS = {  # names in rows -> here
     "gemma3-270m": "Gemma 3 270M",
 }
 PARTS = ("answers", "loss", "extension")
-ANSWERED = "Log-likelihood of the right answer, minus dense [nats], 95 % interval of the difference:"
 GENERATED = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
 READ = "Loss on documents, minus dense [nats per token], mean over all positions, 95 % interval:"
 UNITS = {"answer": "log p(answer), minus dense [nats]", "loss": "loss, minus dense [nats per token]"}
@@ -222,24 +221,45 @@ def quality() -> str:
 
 
 def _by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
-    """Table of paired differences to dense attention: one column per block size and density asked for."""
-    part = part.dropna(subset="values")
+    """Table of paired differences to dense attention: one column per block size and density asked for.
+
+    Methods that set their own density come last, in a column of their own.
+    """
+    part = part.dropna(subset="difference")
     columns = sorted(part.dropna(subset="asked").groupby(["block_size", "asked"]).groups)
-    cells, order = {}, {}
+    cells, order, own = {}, {}, []
     for method, of in part[part.method != "dense"].groupby("method", sort=False):
         for size, asked in columns:
             row = of[(of.block_size == size) & (of.asked == asked)]
             if len(row):
-                difference = paired(part, method, block_size=size, asked=asked)
-                texts = [form.format(x) for x in difference[:3]]
-                density = row.density.mean()
+                difference, density = _difference(part, row), row.density.mean()
                 told = f" ({density:.1%})" if abs(density - asked) > 0.005 else ""
-                cells[method, size, asked] = f"{texts[0]} [{texts[1]}, {texts[2]}]{told}"
+                cells[method, size, asked] = _interval(difference, form) + told
                 order.setdefault(method, []).append(difference.mean)
+        if of.asked.isna().all():
+            row = of[of.block_size == of.block_size.max()]
+            told = f"{_interval(_difference(part, row), form)} ({row.density.mean():.1%})"
+            own.append([method, *[MISSING] * len(columns), told])
     sign = -1 if "loss" in set(part.measure) else 1
     best = sorted(order, key=lambda method: (-len(order[method]), -sign * sum(order[method]) / len(order[method])))
     header = ["method", *(f"blocks of {size:.0f}, {asked:.0%}" for size, asked in columns)]
-    return markdown_table(header, [[name, *(cells.get((name, *at), MISSING) for at in columns)] for name in best])
+    lines = [[name, *(cells.get((name, *at), MISSING) for at in columns)] for name in best]
+    if own:
+        header, lines = [*header, "own density"], [*([*line, MISSING] for line in lines), *own]
+    return markdown_table(header, lines)
+
+
+def _difference(part: pd.DataFrame, of: pd.DataFrame) -> Difference:
+    """Difference to dense attention of one method's rows at one density: of one task, or of the samples of all."""
+    row = of.iloc[0]
+    if len(of) == 1:
+        return Difference(row.difference, row.low, row.high, row["count"])
+    return paired(part, row.method, block_size=row.block_size, asked=row.asked)
+
+
+def _interval(difference: Difference, form: str) -> str:
+    mean, low, high = (form.format(value) for value in difference[:3])
+    return f"{mean} [{low}, {high}]"
 
 
 def _cost_sentence() -> str:
@@ -272,34 +292,19 @@ def evaluation() -> str:
         part = part[part.length.isin(part[part.method != "dense"].length)]
         if part.empty:
             continue
-        asked, size = part[part.asked.notna()].groupby(["asked", "block_size"]).size().idxmax()  # of most measures
-        is_preset = part.asked.isna() & part.method.str.startswith("stem, ")
-        sized = part.block_size.isna() | (part.block_size == size) | is_preset
-        at = part[(part.asked.isna() | (part.asked == asked)) & sized]
-        parts += [
-            f"**{model}** on {device}, blocks of {size:.0f} tokens, asked for {asked:.0%} of the block pairs, "
-            "teacher-forced in one sparse forward. The short window is the control that must fail.",
-            _differences(ANSWERED, at[at.measure == "answer"], "{:.1f}"),
-            _differences(GENERATED, at[at.measure == "generated"], "{:+.0%}"),
-            _by_size(part[(part.measure == "answer") & part.asked.notna()]),
-        ]
+        parts.append(
+            f"**{model}** on {device}, log-likelihood of the right answer minus dense [nats], teacher-forced in one "
+            "sparse forward, 95 % interval, and the computed density where it differs from the density asked for. The "
+            "short window is the control that must fail."
+        )
+        answers = part[(part.measure == "answer") & part.task.notna()]
+        for (length, task), of in answers.groupby(["length", "task"], sort=False):
+            dense = of[of.method == "dense"].value.mean()
+            count = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
+            title = f"{task}, {tokens_label(length)} tokens, {count} samples, dense {dense:.2f} nats:"
+            parts += [title, _by_density(of, "{:+.2f}")]
+        parts.append(_differences(GENERATED, part[part.measure == "generated"], "{:+.0%}"))
     return "\n\n".join(filter(None, parts))
-
-
-def _by_size(answers: pd.DataFrame) -> str:
-    """Answers of one task at the longest prompts, minus dense, one column per block size and density asked for."""
-    answers = answers.dropna(subset="difference")
-    counts = answers.drop_duplicates(["task", "asked", "block_size"]).groupby("task", sort=False).size()
-    if counts.empty or counts.max() < 2:
-        return ""
-    of = answers[answers.task == counts.idxmax()]
-    of = of[of.length == of.length.max()]
-    table = of.pivot_table(index="method", columns=["block_size", "asked"], values="difference")
-    table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
-    names = [f"{size:.0f}, {asked:.0%}" for size, asked in table.columns]
-    lines = [[method, *(MISSING if pd.isna(x) else f"{x:.1f}" for x in nats)] for method, nats in table.iterrows()]
-    title = f"{of.task.iloc[0]} at {tokens_label(of.length.iloc[0])} by block size and density asked for, minus dense "
-    return f"{title}[nats]:\n\n{markdown_table(['method', *names], lines)}"
 
 
 def _differences(title: str, rows: pd.DataFrame, form: str) -> str:

@@ -21,7 +21,7 @@ def test_without_a_part_all_run_with_their_defaults(ran):
         == ["answers", "loss", "logits", "selection_cost", "matched", "extension"]
     )
     assert {options.profile for _, options in ran} == {"full"}
-    assert ran[0][1].methods is None and ran[4][1].evaluate_only is False
+    assert ran[0][1].methods is None and ran[5][1].evaluate_only is False
 
 
 @pytest.mark.parametrize("words", [["--profile", "full", "loss"], ["loss", "--profile", "full"]])

@@ -97,7 +97,7 @@ def test_means_reach_the_attention_of_patterns_and_configs():
     q, k, v = torch.randn(1, 2, 640, 16), torch.randn(1, 1, 640, 16), torch.randn(1, 1, 640, 16)
     pattern = methods.candidates("flashprefill_v2, means", 0.3, 16, 640)[0].attention(q, k, v)
     assert pattern.dropped == "mean"
-    assert methods.candidates("adaptive, means of 16", 0.5, 64, 8192)[0].attention.dropped == "cells"
+    assert methods.candidates(methods.TUNED, 0.5, 64, 8192)[0].attention.dropped == "cells"
 
 
 def test_presets_hold_angelslims_dense_layers_both_ways():

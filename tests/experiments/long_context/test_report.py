@@ -123,11 +123,13 @@ def test_a_panel_for_each_length(rows):
 
 def test_tables_hold_intervals_and_what_scores_chose(rows):
     text = report.evaluation()
-    assert "**SmolLM2-135M** on Made-up GPU, blocks of 64 tokens, asked for 25% of the block pairs" in text
-    assert "| method | density | chosen by scores | samples | a, 4K | b, 4K | a, 8K | b, 8K |" in text
-    stem, window = "| stem | 25.0% | 50% | 3 | -6.0 [-7.0, -5.0] |", "| window | 10.0% | – | 3 | -18.0 [-19.0, -17.0] |"
+    assert "**SmolLM2-135M** on Made-up GPU, log-likelihood of the right answer minus dense" in text
+    assert (
+        "a, 4K tokens, 3 samples, dense -3.00 nats:\n\n| method | blocks of 64, 25% | blocks of 64, 50% | own density |"
+        in text
+    )
+    stem, window = "| stem | -6.00 [-7.00, -5.00] |", "| window | – | – | -18.00 [-19.00, -17.00] (10.0%) |"
     assert text.index("| xattention |") < text.index(stem) < text.index(window)  # best first
-    assert "a at 8K by block size and density asked for" in text and "| method | 64, 25% | 64, 50% |" in text
     assert "extended" not in text  # it has dense rows only
     quality = report.quality()
     assert "windows of 8K tokens of each kind of text" in quality and "prose -3.00" in quality

@@ -1,0 +1,142 @@
+"""Table of speed at matched accuracy, and of the search for settings of `adaptive` at a low density, from rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+
+from stem.experiments.long_context import report
+from stem.experiments.long_context.report import Difference
+from stem.experiments.markdown import MISSING, full_rows, markdown_table, number, tokens_label
+from stem.experiments.speed.report import DENSE_LABELS
+
+NEEDLES = "niah_multikey_1"
+NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
+BLOCK_SIZE = 128
+SEARCHED = 8  # settings that the table of the search shows
+
+
+class Point(NamedTuple):
+    """A method at a density: paired differences to dense attention, and the density that its needles computed."""
+
+    asked: float
+    needles: Difference
+    documents: Difference
+    density: float
+
+    @property
+    def is_within(self) -> bool:
+        return self.needles.mean >= NATS and self.documents.mean <= LOSS
+
+
+def points(rows: pd.DataFrame, model: str, length: int) -> dict[str, list[Point]]:
+    """Method -> its points by rising density, where needles and documents were measured in blocks of `BLOCK_SIZE`."""
+    rows = report.whole(rows[(rows.model == model) & (rows.length == length) & (rows.task != "all")])
+    needles = rows[(rows.measure == "answer") & (rows.task == NEEDLES)]
+    documents, found = rows[rows.measure == "loss"], {}
+    own = needles[(needles.block_size == BLOCK_SIZE) & needles.asked.notna()]
+    for (method, asked), of in own.groupby(["method", "asked"]):
+        pair = [report.paired(part, method, block_size=BLOCK_SIZE, asked=asked) for part in (needles, documents)]
+        if all(difference.count for difference in pair):
+            found.setdefault(method, []).append(Point(asked, *pair, of.density.mean()))
+    return found
+
+
+def matched() -> str:
+    """Each method at the lowest density within the bounds, and its operator's time there beside dense kernels."""
+    times = full_rows("long_context/matched")
+    if times.empty:
+        return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
+    captured = times[times.source.str.startswith("captured")]
+    parts = []
+    for (device, source, length), of in captured.groupby(["device", "source", "tokens"]):
+        name = source.removeprefix("captured from ")
+        model = report.MODELS.get(name, name)
+        wide = times[(times.device == device) & (times.source == "random normal")]
+        found = points(report.rows(parts=("answers", "loss")), model, length)
+        parts.append(
+            _table(found, {tokens_label(length): of} | {tokens_label(n): t for n, t in wide.groupby("tokens")})
+        )
+        heads = of.iloc[0]
+        parts.insert(
+            -1,
+            f"**{model}, {tokens_label(length)} tokens, on {device}.** Each method at its lowest measured density at "
+            f"which needles ({NEEDLES}) lose at most {-NATS} nats and documents at most {LOSS} nats per token in the "
+            f"mean, in blocks of {BLOCK_SIZE}; where no density is within both bounds, the highest one. Times [ms] are "
+            f"of one layer with selection: the mean of {heads.layers:.0f} captured layers ({heads.q_heads:.0f} query "
+            f"and {heads.kv_heads:.0f} KV heads of {heads.head_dim:.0f})"
+            + "".join(
+                f", and random normal inputs at {tokens_label(n)} in the shape of Llama-3.1-8B"
+                for n in [*wide.tokens.unique()]
+            )
+            + ". In brackets: attention over the lists alone. Selections but Stem's and adaptive's are this "
+            "repository's PyTorch code.",
+        )
+    return "\n\n".join(parts)
+
+
+def _table(found: dict[str, list[Point]], times: dict[str, pd.DataFrame]) -> str:
+    dense = {label: of[of.asked.isna()].sort_values("operator_ms") for label, of in times.items()}
+    lines = []
+    for method, of in found.items():
+        within = [point for point in of if point.is_within]
+        point = within[0] if within else of[-1]
+        cells = []
+        for label, rows in times.items():
+            row = rows[(rows.method == method) & (rows.asked == point.asked)]
+            cells += [_time(row), _ratio(dense[label], row)]
+        if set(cells) == {MISSING}:
+            continue
+        values = [" ".join(str(difference).split(", n")[:1]) for difference in point[1:3]]
+        lines.append((not within, point.density, [method, _share(point, within), *values, *cells]))
+    header = ["method", "density", "needles", "documents"]
+    for label, of in dense.items():
+        fastest = DENSE_LABELS.get(of.method.iloc[0], of.method.iloc[0])
+        header += [f"{label} [ms]", f"over {fastest}, {number(of.operator_ms.iloc[0])} ms"]
+    return markdown_table(header, [line for *_, line in sorted(lines, key=lambda line: line[:2])])
+
+
+def _share(point: Point, within: list[Point]) -> str:
+    return f"{point.density:.1%}" if within else f"none to {point.density:.1%}"
+
+
+def _time(row: pd.DataFrame) -> str:
+    return f"{number(row.operator_ms.iloc[0])} ({number(row.attention_ms.iloc[0])})" if len(row) else MISSING
+
+
+def _ratio(dense: pd.DataFrame, row: pd.DataFrame) -> str:
+    return f"{dense.operator_ms.iloc[0] / row.operator_ms.iloc[0]:.2f}×" if len(row) and len(dense) else MISSING
+
+
+def section() -> str:
+    """The section of results/README.md: `matched` and `search`."""
+    return "\n\n".join(filter(None, (matched(), search())))
+
+
+def search() -> str:
+    """The best settings that the search for `adaptive` at a low density found, on samples that no other row reports."""
+    rows = full_rows("long_context/tuning")
+    if rows.empty:
+        return ""
+    parts = []
+    for (device, length, asked), of in rows.groupby(["device", "length", "asked"]):
+        own = of[(of.anchors == 1) & ~of.changes.str.contains("exact_last_blocks=1048576")]
+        others = of.drop(own.index)
+        lines = [
+            [
+                row.changes if row.anchors == 1 else f"the first line, reused by {row.anchors:.0f} layers each",
+                f"{row.density_needles:.1%}, {row.density_documents:.1%}",
+                f"{row.needles:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
+                f"{row.documents:+.4f}",
+            ]
+            for row in pd.concat([own.sort_values("score").head(SEARCHED), others]).itertuples()
+        ]
+        header = ["fields of the preset that differ", "density of needles, documents", "needles", "documents"]
+        parts.append(
+            f"**Search for `adaptive` at {asked:.0%}** on {device}: {len(of)} settings at {tokens_label(length)} "
+            f"tokens, on {of['count'].max():.0f} needles and calibration windows that no other table reports. The "
+            f"best {min(SEARCHED, len(own))}, then true mass in the place of scores, and selections that several "
+            f"layers reuse.\n\n{markdown_table(header, lines)}"
+        )
+    return "\n\n".join(parts)

@@ -1,0 +1,79 @@
+"""Speed at matched accuracy: the lowest density within both bounds, and times at that density beside dense kernels."""
+
+import pandas as pd
+import pytest
+
+from stem.experiments.long_context import matched_report, report
+
+MODEL, LENGTH = "Qwen2.5-Coder-0.5B", 2**15
+
+
+def quality(method, asked, nats, loss, density=None):
+    """Two rows of a method: needles and one kind of document."""
+    about = dict(
+        method=method, asked=asked, block_size=128.0 if method != "dense" else None, length=LENGTH, model=MODEL
+    )
+    about |= dict(density=density or asked or 1.0, count=2, difference=0.0, low=0.0, high=0.0, start=None, stop=None)
+    needles = dict(measure="answer", task="niah_multikey_1", values=f"{nats} {nats}")
+    documents = dict(measure="loss", task="prose", values=f"{loss} {loss}", start=0, stop=LENGTH - 1)
+    return [about | needles, about | documents]
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    found = [
+        *quality("dense", None, 0.0, 0.0),
+        *quality("adaptive", 0.25, -0.1, 0.001),
+        *quality("adaptive", 0.15, -0.24, 0.004, density=0.14),
+        *quality("adaptive", 0.08, -0.26, 0.004),  # needles miss their bound
+        *quality("xattention", 0.15, -0.1, 0.006),  # documents miss theirs
+        *quality("xattention", 0.25, -0.3, 0.001),
+    ]
+    monkeypatch.setattr(report, "rows", lambda **parts: pd.DataFrame(found))
+    times = [
+        dict(method=method, asked=asked, operator_ms=ms, attention_ms=ms / 2, source=source, tokens=tokens)
+        for source, tokens in ((f"captured from {MODEL}", LENGTH), ("random normal", 2**17))
+        for method, asked, ms in (
+            ("sdpa_cudnn", None, 12.0), ("fa3", None, 9.0), ("adaptive", 0.25, 4.0), ("adaptive", 0.15, 3.0),
+            ("adaptive", 0.08, 1.0), ("xattention", 0.25, 6.0),
+        )
+    ]  # fmt: skip
+    about = dict(device="NVIDIA H200", layers=24, q_heads=14, kv_heads=2, head_dim=64)
+    monkeypatch.setattr(matched_report, "full_rows", lambda name: pd.DataFrame(times).assign(**about))
+
+
+def test_points_pair_needles_and_documents_by_density(rows):
+    found = matched_report.points(report.rows(), MODEL, LENGTH)
+    assert [(point.asked, point.is_within) for point in found["adaptive"]] == [
+        (0.08, False),
+        (0.15, True),
+        (0.25, True),
+    ]
+    assert not any(point.is_within for point in found["xattention"])
+    assert found["adaptive"][1].needles.mean == pytest.approx(-0.24) and found["adaptive"][1].density == 0.14
+
+
+def test_a_method_is_shown_at_its_lowest_density_within_the_bounds(rows):
+    lines = [line for line in matched_report.matched().splitlines() if line.startswith("|")]
+    assert lines[0].count("over FlashAttention-3, 9 ms") == 2
+    ours, theirs = (line.strip("| ").split(" | ") for line in lines[2:])
+    assert ours == [
+        "adaptive",
+        "14.0%",
+        "-0.240 [-0.240, -0.240]",
+        "+0.004 [+0.004, +0.004]",
+        *["3 (1.5)", "3.00×"] * 2,
+    ]
+    assert theirs[:2] == ["xattention", "none to 25.0%"] and theirs[4:6] == ["6 (3)", "1.50×"]
+
+
+def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatch):
+    names = [f"score_cells={i}" for i in range(12)] + ["exact_last_blocks=1048576", "score_cells=0"]
+    frame = pd.DataFrame(
+        dict(changes=name, anchors=1 + (i == 13), score=12.0 - i, needles=-i / 10, low=-1.0, high=0.0, documents=0.01)
+        for i, name in enumerate(names)
+    ).assign(device="NVIDIA H200", length=2**14, asked=0.08, count=12, density_needles=0.08, density_documents=0.079)
+    monkeypatch.setattr(matched_report, "full_rows", lambda name: frame)
+    lines = [line.split(" | ")[0].strip("| ") for line in matched_report.search().splitlines() if line.startswith("|")]
+    best = [f"score_cells={i}" for i in range(11, 11 - matched_report.SEARCHED, -1)]
+    assert lines[2:] == [*best, "exact_last_blocks=1048576", "the first line, reused by 2 layers each"]
