@@ -168,13 +168,16 @@ def _time(name: str, operation: str, config: str, told: str, section: str) -> st
 def _needles() -> str:
     """Needles and documents of `adaptive` and of published Stem against dense attention, at one density."""
     ours, published = (verdicts.against_dense(method) for method in ("adaptive", "stem"))
+    dense_end = verdicts.against_dense("stem, last block dense")
     if not ours or not published:
         return f"**Quality at equal density**: {WRITES['answers']}."
     (name, difference, *_), rows = ours[0], "[rows](results/README.md#long-context-evaluation)"
+    mended = f" and {-dense_end[0].difference.mean:.2f} with a dense last query block" if dense_end else ""
     return (
         f"**Quality: `adaptive` loses {-difference.mean:.2f} nats on {name}, published Stem "
-        f"{-published[0].difference.mean:.1f}**, log p(answer) minus dense. `adaptive`: {'; '.join(map(str, ours))}. "
-        f"Stem: {'; '.join(map(str, published))} ({rows})."
+        f"{-published[0].difference.mean:.1f}{mended}**, log p(answer) minus dense. `adaptive`: "
+        f"{'; '.join(map(str, ours))}. Stem: {'; '.join(map(str, published))}"
+        f"{''.join(f'; with a dense last query block {each}' for each in dense_end)} ({rows})."
     )
 
 

@@ -14,6 +14,7 @@ from stem.experiments.speed.report import DENSE_LABELS
 NEEDLES = "niah_multikey_1"
 NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
 BLOCK_SIZE = 128
+REUSED = ", then true mass in the place of scores, and selections that several layers reuse"
 SEARCHED = 8  # settings that the table of the search shows
 
 
@@ -136,7 +137,6 @@ def search() -> str:
         parts.append(
             f"**Search for `adaptive` at {asked:.0%}** on {device}: {len(of)} settings at {tokens_label(length)} "
             f"tokens, on {of['count'].max():.0f} needles and calibration windows that no other table reports. The "
-            f"best {min(SEARCHED, len(own))}, then true mass in the place of scores, and selections that several "
-            f"layers reuse.\n\n{markdown_table(header, lines)}"
+            f"best {min(SEARCHED, len(own))}{REUSED if len(others) else ''}.\n\n{markdown_table(header, lines)}"
         )
     return "\n\n".join(parts)

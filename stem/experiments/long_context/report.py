@@ -299,12 +299,29 @@ def evaluation() -> str:
         )
         answers = part[(part.measure == "answer") & part.task.notna()]
         for (length, task), of in answers.groupby(["length", "task"], sort=False):
-            dense = of[of.method == "dense"].value.mean()
+            dense = of.dense.mean()
             count = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
             title = f"{task}, {tokens_label(length)} tokens, {count} samples, dense {dense:.2f} nats:"
             parts += [title, _by_density(of, "{:+.2f}")]
+        parts.append(_last_block(answers))
         parts.append(_differences(GENERATED, part[part.measure == "generated"], "{:+.0%}"))
     return "\n\n".join(filter(None, parts))
+
+
+def _last_block(answers: pd.DataFrame) -> str:
+    """Sentences on how a dense last query block alone changes the answers of other methods, at equal density."""
+    told, suffix = [], ", last block dense"
+    for (length, task, size, asked), _ in answers.dropna(subset="asked").groupby(
+        ["length", "task", "block_size", "asked"]
+    ):
+        cell = answers[(answers.length == length) & (answers.task == task)]
+        for name in sorted(name for name in set(cell.method) if name.endswith(suffix)):
+            change = paired(cell, name, name.removesuffix(suffix), block_size=size, asked=asked)
+            if change.count:
+                told.append(f"{name.removesuffix(suffix)} {change} ({task}, {tokens_label(length)}, {asked:.0%})")
+    return (
+        f"A dense last query block, at equal density, changes the answers by [nats]: {'; '.join(told)}." if told else ""
+    )
 
 
 def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
