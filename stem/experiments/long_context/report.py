@@ -303,12 +303,12 @@ def evaluation() -> str:
             count = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
             title = f"{task}, {tokens_label(length)} tokens, {count} samples, dense {dense:.2f} nats:"
             parts += [title, _by_density(of, "{:+.2f}")]
-        parts.append(_last_block(answers))
+        parts.append(last_block(answers))
         parts.append(_differences(GENERATED, part[part.measure == "generated"], "{:+.0%}"))
     return "\n\n".join(filter(None, parts))
 
 
-def _last_block(answers: pd.DataFrame) -> str:
+def last_block(answers: pd.DataFrame) -> str:
     """Sentences on how a dense last query block alone changes the answers of other methods, at equal density."""
     told, suffix = [], ", last block dense"
     for (length, task, size, asked), _ in answers.dropna(subset="asked").groupby(

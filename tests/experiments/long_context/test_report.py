@@ -145,3 +145,17 @@ def test_the_rule_for_a_verdict():
     assert [report.verdict(nats) for nats in (0.1, -0.4, -0.6, -5.1)] == [
         "close to dense", "close to dense", "worse than dense", "fails",
     ]  # fmt: skip
+
+
+def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
+    about = dict(model="m", measure="answer", task="a", length=4096, start=None, stop=None, block_size=64)
+    frame = pd.DataFrame(
+        about | dict(method=method, asked=asked, values=values)
+        for method, asked, values in (
+            ("stem", 0.1, "-9.0 -7.0"), ("stem, last block dense", 0.1, "-1.0 -1.0"), ("stem", 0.2, "-5.0 -5.0"),
+            ("xattention, last block dense", 0.1, "-1.0 -1.0"),
+        )
+    )  # fmt: skip
+    told = "changes the answers by [nats]: stem +7.000 [+6.000, +8.000], n = 2 (a, 4K, 10%)."
+    assert report.last_block(frame).endswith(told)
+    assert report.last_block(frame[frame.method == "stem"]) == ""
