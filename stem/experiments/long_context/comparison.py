@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -248,6 +249,7 @@ def run(
                     comparison.generated(found, inputs(task, length))
         except Exception as error:  # one failure must not cost the other measurements; raised at the end
             error.add_note(f"measuring {method} on {task} at {length} tokens, density {density}")
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
             errors.append(error)
             show(f"{method} on {task} failed: {error}")
         if save and comparison.rows and time.monotonic() - saved > SAVE_EVERY_S:

@@ -1,6 +1,7 @@
 """Comparisons: rows hold pairs on equal samples, forced blocks are chosen elsewhere, and a study runs to its limit."""
 
 import argparse
+import traceback
 
 import pytest
 import torch
@@ -203,6 +204,9 @@ def test_a_measurement_that_fails_is_raised_after_the_others(ruler_rows, tokeniz
         comparison.run(study, model, tokenizer, "tiny", show=lambda line: None, save=saved.append)
     assert {row["method"] for row in saved[-1]} == {"dense", "window"}
     assert "measuring random on niah_multikey_2" in raised.value.exceptions[0].__notes__[0]
+    frames = list(traceback.walk_tb(raised.value.exceptions[0].__traceback__))
+    assert len(frames) > 1
+    assert not any(frame.f_locals for frame, _ in frames[1:])  # tensors of a failed measurement are free
 
 
 def options(*words: str) -> argparse.Namespace:
