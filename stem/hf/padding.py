@@ -77,12 +77,13 @@ def token_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
 def once(handle: int, x: Tensor | None, about: Hashable, look: Callable[[], Any]) -> Any:
     """look(), remembered for a mask x and a hashable `about` from the first layer of a forward pass to the last.
 
-    A layer, named by its handle, that asks again begins another pass, for which x may have been rewritten. Where x
-    counts its versions, another version does the same for the layers of another model.
+    A layer, named by its handle, that asks again begins another pass, for which x may have been rewritten. Another
+    version of x does the same for the layers of another model. Tensors of inference mode count no versions, so every
+    layer looks at them.
     """
-    if x is None or torch.compiler.is_compiling():
+    if x is None or torch.compiler.is_compiling() or x.is_inference():
         return look()
-    about = about, None if x.is_inference() else x._version
+    about = about, x._version
     known, found, asked = LOOKED_AT.get(x, (None, None, ()))
     if known != about or handle in asked:
         found, asked = look(), set()
