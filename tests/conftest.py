@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,6 +32,7 @@ def fresh_plans(monkeypatch):
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty and its relatives return NaN (the largest integer for int types), so that unwritten values show."""
+    _device_constructors()  # torch caches its functions for torch.device, which must not be the poisoned ones
     for owner, name in [
         (torch, "empty"),
         (torch, "empty_like"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import _device_constructors
 
 import stem
 from stem import BlockSelection, StemConfig
@@ -186,3 +187,10 @@ def test_other_errors_stay_as_they_are():
         torch.func.grad(lambda q: stem.stem_attention(q, k, v / 0, CONFIGS["sparse"]).sum())(q)
     with forward_ad.dual_level():  # of other tensors
         assert torch.equal(stem.stem_attention(q, k, v, impl="triton"), stem.stem_attention(q, k, v, impl="triton"))
+
+
+def test_poisoned_buffers_leave_torch_device_alone(request):
+    _device_constructors.cache_clear()
+    request.getfixturevalue("poisoned_empty")
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta
