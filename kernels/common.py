@@ -10,7 +10,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_SUM = tl.constexpr(2.0**64)  # of weights relative to a guessed maximum; fp32 and bf16 end at 2^128
 SUMS = tl.constexpr(8)  # partial sums of a row's weights: as many as keep every addition inside a thread
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for 0: kernels take row maxima before they scale
+SMALLEST_SCALE = 1e-30  # stands for 0: kernels take row maxima before they scale, and divide by the scale
 SMALLEST_DOT = 16  # columns of the smallest product
 TMA_BYTES = 16  # alignment of addresses and strides
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -18,37 +18,34 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .common import LN_2, SUMS, num_multiprocessors
+from .common import LN_2, SUMS
 from .fp8_quantize import quantize
 from .hopper_forward import (
     BLOCK_SIZE,
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
-    LAUNCH_REGISTERS,
     NUM_CONSUMERS,
     PRODUCER_REGISTERS,
     PRODUCER_WARPS,
     VARYING,
+    Tasks,
     as_matrix,
     find_task,
-    heads_at_once,
     load_block,
     make_barriers,
     make_ring,
     mask_future,
-    new_scratch,
     produce,
     release_tile,
     row_maxima,
     scale_rows,
     start_logits,
     store_rows,
-    stream_scratch,
     wait_for_task,
     wait_for_tile,
     write_number,
 )
-from .launch import Tiles, current_stream, launch
+from .launch import Tiles
 
 NUM_STAGES = gl.constexpr(4)  # tiles in each ring
 HEADROOM = gl.constexpr(8.0)  # log2 of the largest weight; e4m3 ends at 448
@@ -197,7 +194,7 @@ def consume(
 def fp8_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, q_scales_ptr, k_scales_ptr, v_scales_ptr, kv_indices_ptr,
     kv_num_blocks_ptr, scratch_ptr, stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once,
-    num_queries, num_keys, num_q_blocks, num_kv_blocks, max_blocks, full_rows, rows_ahead, num_tasks,
+    num_queries, num_keys, num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, num_kv_blocks,
 ):  # fmt: skip
     """See hopper_forward_kernel. Tiles of v_desc are [D, BLOCK_SIZE], one key block transposed.
 
@@ -219,7 +216,7 @@ def fp8_forward_kernel(
         [
             (consume, (0,) + shared + outputs),
             (consume, (1,) + shared + outputs),
-            (produce, (q_desc, k_desc, v_desc, scratch_ptr) + shared),
+            (produce, (0, (k_desc, v_desc), q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -241,42 +238,16 @@ def sparse_forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the lists in FP8, for problems that hopper_forward.supports; see sparse_forward.sparse_forward."""
-    batch, num_q_heads, num_queries, head_dim = q.shape
-    _, num_kv_heads, num_keys, _ = k.shape
-    lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
-    (q8, q_scales), (k8, k_scales), (v8, v_scales) = quantize(q, k, v, BLOCK_SIZE, scale, lse)
-    num_q_blocks, num_kv_blocks = q_scales.shape[2], k_scales.shape[2]
+    head_dim = q.shape[3]
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    (q8, *q_scales), (k8, *k_scales), (v8, *v_scales) = quantize(q, k, v, BLOCK_SIZE, scale, lse)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    num_tasks = num_q_blocks * batch * num_q_heads
-    num_programs = min(num_tasks, num_multiprocessors(q.device))
-    heads = heads_at_once(num_keys, head_dim // 2, batch * num_kv_heads) * (num_q_heads // num_kv_heads)
+    tasks = Tasks.of(q, k, out, k8.element_size())
     q_tiles = Tiles(q8, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     k_tiles = Tiles(k8, (1, 1, BLOCK_SIZE, head_dim), describe_tiles)
     v_tiles = Tiles(v8, (1, 1, head_dim, BLOCK_SIZE), describe_tiles)
-    if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream
-        scratch = new_scratch(q.device, num_tasks)
-    else:
-        scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
+    tensors = q_tiles, k_tiles, v_tiles, out, lse, *q_scales, *k_scales, *v_scales
     lists = kv_indices.contiguous(), kv_num_blocks.contiguous()
-    launch(
-        fp8_forward_kernel,
-        (num_programs,),
-        (q_tiles, k_tiles, v_tiles, out, lse, q_scales, k_scales, v_scales, *lists, scratch),
-        (
-            *out.stride()[:3],
-            num_q_heads,
-            num_q_heads // num_kv_heads,
-            heads,
-            num_queries,
-            num_keys,
-            num_q_blocks,
-            num_kv_blocks,
-            kv_indices.shape[3],
-            0,
-            0,
-            num_tasks,
-        ),
-        num_warps=CONSUMER_WARPS.value,
-        maxnreg=LAUNCH_REGISTERS,
-    )
+    num_kv_blocks = k_scales[0].shape[2]
+    tasks.launch(fp8_forward_kernel, (*tensors, *lists, tasks.scratch), kv_indices.shape[3], (num_kv_blocks,))
     return out, lse

@@ -20,8 +20,10 @@ overflows at 2^16 and always takes the online softmax.
 The file exceeds 400 lines because it holds one kernel: its partitions share barriers, rings and layouts.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -33,6 +35,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .common import LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, num_multiprocessors, with_dense_rows
 from .launch import Tiles, current_stream, launch
+from .stand_ins import block_means, dropped_blocks
 
 BLOCK_SIZE = 128
 HEAD_DIMS = (64, 128)
@@ -234,8 +237,13 @@ def wait_for_task(q_inbox, parity, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem):
-    """Copy the halves of a query block, then K and V of its listed blocks, last one first; returns their number."""
+def feed(
+    q_desc, k_desc, v_desc, means, q_inbox, k_ring, v_ring, task, parity, steps_before, problem, PER_BLOCK: gl.constexpr
+):
+    """Copy the halves of a query block, then K and V of its listed blocks, last one first, then those of stand-ins.
+
+    Returns the number of tiles of K.
+    """
     q_full, _, q_tiles, _ = q_inbox
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
@@ -251,7 +259,23 @@ def feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_be
         kv_block = load_block(kv_list, num_blocks - 2 - step)  # arrives while the rings are full
         fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, k_row)
         fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, v_row)
-    return num_blocks
+    num_tiles = num_blocks
+    if PER_BLOCK > 0:
+        k_means_desc, v_means_desc = means
+        num_tiles += stand_in_tiles(first_query, kv_list, problem, PER_BLOCK, BLOCK)
+        for tile in range(num_blocks, num_tiles):
+            first_mean = (tile - num_blocks) * BLOCK
+            fill_slot(k_means_desc, k_ring, steps_before + tile, batch, kv_head, first_mean)
+            fill_slot(v_means_desc, v_ring, steps_before + tile, batch, kv_head, first_mean)
+    return num_tiles
+
+
+@gluon.jit
+def stand_in_tiles(first_query, kv_list, problem, PER_BLOCK: gl.constexpr, BLOCK: gl.constexpr):
+    """Tiles of the stand-ins of all blocks before a query block; 0 if the query block keeps all of them."""
+    _, _, is_read = kv_list
+    num_means = (first_query + problem[4]) // BLOCK * PER_BLOCK
+    return gl.where(is_read, (num_means + BLOCK - 1) // BLOCK, 0)
 
 
 @gluon.jit
@@ -264,7 +288,10 @@ def announce_end(q_inbox, parity, num_tasks):
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo, num_tasks, problem):
+def produce(
+    PER_BLOCK: gl.constexpr, means, q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo, num_tasks,
+    problem,
+):  # fmt: skip
     """Feed task after task to the consumers, then again every task that they have noted."""
     _, q_empty, _, _ = q_inbox
     last_noted, redo_ptr = redo
@@ -272,7 +299,9 @@ def produce(q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo,
     steps_before = 0  # of all tasks so far
     task = gl.program_id(0)
     while task < num_tasks:
-        steps_before += feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem)
+        steps_before += feed(
+            q_desc, k_desc, v_desc, means, q_inbox, k_ring, v_ring, task, parity, steps_before, problem, PER_BLOCK
+        )
         parity ^= 1
         task = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
     announce_end(q_inbox, parity, num_tasks)
@@ -282,7 +311,9 @@ def produce(q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo,
     for consumer in gl.static_range(NUM_CONSUMERS):
         task = read_number(last_noted.index(consumer), PRODUCER_WARPS)
         while task >= 0:
-            steps_before += feed(q_desc, k_desc, v_desc, q_inbox, k_ring, v_ring, task, parity, steps_before, problem)
+            steps_before += feed(
+                q_desc, k_desc, v_desc, means, q_inbox, k_ring, v_ring, task, parity, steps_before, problem, PER_BLOCK
+            )
             parity ^= 1
             task = gl.load(redo_ptr + consumer * num_tasks + task)
     announce_end(q_inbox, parity, num_tasks)
@@ -292,64 +323,123 @@ def produce(q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo,
 
 
 @gluon.jit
+def load_flags(dropped_ptr, first_mean, LOGITS: gl.constexpr, PER_BLOCK: gl.constexpr):
+    """Flags of the blocks of a tile of stand-ins, one for each column of its logits: 0 if the block is not dropped."""
+    means = first_mean + gl.arange(0, LOGITS.instr_shape[1], gl.SliceLayout(0, LOGITS))
+    return gl.load(dropped_ptr + means // PER_BLOCK)
+
+
+@gluon.jit
+def raise_dropped(logits, flags, raise_by):
+    """Logits of stand-ins plus `raise_by`; -inf where the block is not dropped."""
+    return logits + gl.where(flags != 0, raise_by, float("-inf"))[None, :]
+
+
+@gluon.jit
+def attend_run(
+    q_tile, q_read, k_ring, v_ring, first_step, num_tiles, accumulator, reference, sums, scale_log2, position,
+    first_key, stand_ins, ONLINE: gl.constexpr, PER_BLOCK: gl.constexpr, LAST: gl.constexpr,
+):  # fmt: skip
+    """Attend to a run of tiles, at least one: to blocks, or with PER_BLOCK to stand-ins, PER_BLOCK for each block.
+
+    The softmax goes on from accumulator, reference and partial sums. `position` is that of the first query, first_key
+    of the first tile's first key. The first tile of blocks is the only one that needs a mask: the diagonal block is the
+    last one of a list, and the first one here. LAST: arrives at `q_read` after the last use of the queries.
+    """
+    LOGITS: gl.constexpr = reference.type.layout.parent
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, k_width=2)
+    if PER_BLOCK > 0:
+        flags = load_flags(stand_ins[0], 0, LOGITS, PER_BLOCK)
+    logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
+    logits = hopper.warpgroup_mma_wait(0, [logits])
+    release_tile(k_ring, first_step)
+    before = reference
+    if PER_BLOCK > 0:
+        logits = raise_dropped(logits, flags, stand_ins[1])
+        largest = row_maxima(logits, scale_log2)
+        if ONLINE:
+            reference = gl.maximum(reference, largest)
+        else:
+            reference = gl.where(reference == float("-inf"), largest, reference)  # the list was empty
+        rescale = gl.where(reference == float("-inf"), 1.0, gl.exp2(before - reference))
+        accumulator, sums = scale_rows(accumulator, rescale), scale_rows(sums, rescale)
+    else:
+        logits = mask_future(logits, position, first_key)
+        reference = row_maxima(logits, scale_log2)
+    weights, tile_sums = exponentials(logits, reference, scale_log2, WEIGHTS, q_tile.dtype)
+    sums += tile_sums
+    for step in range(first_step + 1, first_step + num_tiles):
+        if PER_BLOCK > 0:  # arrives beside QK^T
+            flags = load_flags(stand_ins[0], (step - first_step) * LOGITS.instr_shape[1], LOGITS, PER_BLOCK)
+        logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
+        v_tile = wait_for_tile(v_ring, step - 1)
+        accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+        logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
+        release_tile(k_ring, step)
+        if PER_BLOCK > 0:
+            logits = raise_dropped(logits, flags, stand_ins[1])
+        if ONLINE:
+            before = reference
+            reference = gl.maximum(reference, row_maxima(logits, scale_log2))
+        weights, tile_sums = exponentials(logits, reference, scale_log2, WEIGHTS, q_tile.dtype)
+        accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+        release_tile(v_ring, step - 1)
+        if ONLINE:
+            rescale = gl.exp2(before - reference)
+            accumulator = scale_rows(accumulator, rescale)
+            sums = scale_rows(sums, rescale)
+        sums += tile_sums
+    if LAST:
+        mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
+    v_tile = wait_for_tile(v_ring, first_step + num_tiles - 1)
+    accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+    accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+    release_tile(v_ring, first_step + num_tiles - 1)
+    return accumulator, reference, sums
+
+
+@gluon.jit
 def attend(
-    q_tile, q_read, k_ring, v_ring, first_step, num_blocks, first_position, last_key, scale_log2, ONLINE: gl.constexpr
-):
+    q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_tiles, first_position, last_key, scale_log2, stand_ins,
+    ONLINE: gl.constexpr, PER_BLOCK: gl.constexpr,
+):  # fmt: skip
     """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
 
-    Arrives at `q_read` after the last use of the queries. ONLINE: the reference follows the running maximum; otherwise
-    it is that of the first tile.
+    The first `num_blocks` of `num_tiles` tiles are blocks, the others stand-ins. Arrives at `q_read` after the last use
+    of the queries. ONLINE: the reference follows the running maximum; otherwise it is that of the first tile.
     """
-    DTYPE: gl.constexpr = q_tile.dtype
     ROWS: gl.constexpr = q_tile.shape[0]
     HEAD_DIM: gl.constexpr = q_tile.shape[1]
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, HEAD_DIM, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, k_width=2)
     accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
     reference = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
-    row_sums = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, LOGITS))
+    no_weights = gl.full([ROWS, BLOCK], 0.0, gl.float32, LOGITS)
+    sums = gl.sum(no_weights.reshape([ROWS, BLOCK // SUMS, SUMS]), axis=1)
     if num_blocks > 0:
-        # The last block of the list: the diagonal one if that is listed, and then the only one that needs a mask.
-        logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
-        logits = hopper.warpgroup_mma_wait(0, [logits])
-        release_tile(k_ring, first_step)
-        logits = mask_future(logits, first_position, last_key)
-        reference = row_maxima(logits, scale_log2)
-        weights, sums = exponentials(logits, reference, scale_log2, WEIGHTS, DTYPE)
-        for step in range(first_step + 1, first_step + num_blocks):
-            logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
-            v_tile = wait_for_tile(v_ring, step - 1)
-            accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-            logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
-            release_tile(k_ring, step)
-            if ONLINE:
-                before = reference
-                reference = gl.maximum(reference, row_maxima(logits, scale_log2))
-            weights, tile_sums = exponentials(logits, reference, scale_log2, WEIGHTS, DTYPE)
-            accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-            release_tile(v_ring, step - 1)
-            if ONLINE:
-                rescale = gl.exp2(before - reference)
-                accumulator = scale_rows(accumulator, rescale)
-                sums = scale_rows(sums, rescale)
-            sums += tile_sums
-        mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
-        v_tile = wait_for_tile(v_ring, first_step + num_blocks - 1)
-        accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-        accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-        release_tile(v_ring, first_step + num_blocks - 1)
-        row_sums = gl.convert_layout(gl.sum(sums, axis=1), row_sums.type.layout)
-    else:
+        accumulator, reference, sums = attend_run(
+            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, accumulator, reference, sums, scale_log2,
+            first_position, last_key, stand_ins, ONLINE, 0, PER_BLOCK == 0,
+        )  # fmt: skip
+    if PER_BLOCK > 0:
+        if num_tiles > num_blocks:
+            accumulator, reference, sums = attend_run(
+                q_tile, q_read, k_ring, v_ring, first_step + num_blocks, num_tiles - num_blocks, accumulator, reference,
+                sums, scale_log2, first_position, 0, stand_ins, ONLINE, PER_BLOCK, True,
+            )  # fmt: skip
+        else:
+            mbarrier.arrive(q_read)
+    elif num_blocks == 0:
         mbarrier.arrive(q_read)
-    return accumulator, reference, row_sums
+    return accumulator, reference, gl.convert_layout(gl.sum(sums, axis=1), gl.SliceLayout(1, LOGITS))
 
 
 @gluon.jit
 def consume_round(
-    parity, first_step, CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
+    parity, first_step, CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem, stand_ins,
     out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, ONLINE: gl.constexpr,
+    PER_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Task by task until the end is announced: attend, store output and log-sum-exp; without ONLINE, note overflows.
 
@@ -368,9 +458,16 @@ def consume_round(
         num_blocks = kv_list[1]
         first_row = first_query + CONSUMER * ROWS
         last_key = load_block(kv_list, num_blocks - 1) * BLOCK
+        num_tiles = num_blocks
+        dropped_ptr, flags_of_row, raise_by = stand_ins
+        if PER_BLOCK > 0:
+            num_tiles += stand_in_tiles(first_query, kv_list, problem, PER_BLOCK, BLOCK)
+            list_row = batch_head * problem[0] + (first_query + offset) // BLOCK - offset // BLOCK
+            dropped_ptr += list_row.to(gl.int64) * flags_of_row
         accumulator, reference, row_sums = attend(
-            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, offset + first_row, last_key, scale_log2, ONLINE
-        )
+            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_tiles, offset + first_row, last_key, scale_log2,
+            (dropped_ptr, raise_by), ONLINE, PER_BLOCK,
+        )  # fmt: skip
         if not ONLINE:
             if gl.max((row_sums >= LARGEST_SUM).to(gl.int32), axis=0) > 0:
                 gl.store(redo_ptr + CONSUMER * num_tasks + task, noted)
@@ -384,7 +481,7 @@ def consume_round(
         head_ptr = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
         store_rows(head_ptr, out_tile.to(q_tile.dtype), first_row, num_queries, stride_on)
         parity ^= 1
-        first_step += num_blocks
+        first_step += num_tiles
         task = wait_for_task(q_inbox, parity, CONSUMER)
     write_number(noted, last_noted.index(CONSUMER), CONSUMER_WARPS)
     mbarrier.arrive(q_read)  # the producer may read it and announce a task
@@ -393,18 +490,18 @@ def consume_round(
 
 @gluon.jit
 def consume(
-    CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
+    CONSUMER: gl.constexpr, PER_BLOCK: gl.constexpr, stand_ins, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
     out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2,
 ):  # fmt: skip
     """Attend from half of a query block to its listed blocks: all tasks, then again those that were noted."""
     NO_ROOM: gl.constexpr = q_inbox[2].dtype == gl.float16
     parity, first_step = consume_round(
-        gl.to_tensor(0), gl.to_tensor(0), CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
-        out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, NO_ROOM,
+        gl.to_tensor(0), gl.to_tensor(0), CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem, stand_ins,
+        out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, NO_ROOM, PER_BLOCK,
     )  # fmt: skip
     consume_round(
-        parity, first_step, CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
-        out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, True,
+        parity, first_step, CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem, stand_ins,
+        out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, True, PER_BLOCK,
     )  # fmt: skip
 
 
@@ -415,8 +512,9 @@ VARYING += ["max_blocks", "full_rows", "rows_ahead", "num_tasks"]
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr,
+    k_means_desc, v_means_desc, dropped_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
-    num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, scale,
+    num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, flags_of_row, scale, raise_by, PER_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """One persistent program computes one task after another. Grid: any number of programs, one for a multiprocessor.
 
@@ -424,6 +522,9 @@ def hopper_forward_kernel(
     the first `full_rows` query blocks are not read, those of others only after gdc_wait. scratch_ptr: two int32
     counters, 0 before and after the launch: tasks taken after the first of each program, which is its own number, and
     programs that have ended; then an int32 for every task and consumer.
+
+    PER_BLOCK: stand-ins of a dropped block, see stand_ins.py. `raise_by` is the logarithm of a stand-in's tokens over
+    scale, and each query block has `flags_of_row` flags of dropped blocks. With 0, dropped blocks are skipped.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
@@ -437,11 +538,14 @@ def hopper_forward_kernel(
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
     shared = (q_inbox, make_ring(k_desc, NUM_STAGES), make_ring(v_desc, NUM_STAGES), redo, num_tasks, problem)
     outputs = (out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale * LOG2_E)
+    means, stand_ins = (k_desc, v_desc), (kv_num_blocks_ptr, flags_of_row, raise_by)
+    if PER_BLOCK > 0:
+        means, stand_ins = (k_means_desc, v_means_desc), (dropped_ptr, flags_of_row, raise_by)
     gl.warp_specialize(
         [
-            (consume, (0,) + shared + outputs),
-            (consume, (1,) + shared + outputs),
-            (produce, (q_desc, k_desc, v_desc, scratch_ptr) + shared),
+            (consume, (0, PER_BLOCK, stand_ins) + shared + outputs),
+            (consume, (1, PER_BLOCK, stand_ins) + shared + outputs),
+            (produce, (PER_BLOCK, means, q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -455,12 +559,12 @@ def is_sm90(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def heads_at_once(num_keys: int, head_dim: int, num_kv_heads: int) -> int:
+def heads_at_once(num_keys: int, key_bytes: int, num_kv_heads: int) -> int:
     """Number of KV heads of all batch entries that take turns, a divisor of their number; several for short prompts.
 
     With several heads, all long tasks come before all short ones, and no multiprocessor begins a long one near the end.
     """
-    most = max(1, BYTES_AT_ONCE // (2 * num_keys * head_dim * DTYPES[0].itemsize))
+    most = max(1, BYTES_AT_ONCE // (2 * num_keys * key_bytes))
     return max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= most)
 
 
@@ -499,60 +603,93 @@ def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, list(shape), TMA_LAYOUT)
 
 
+class Tasks(NamedTuple):
+    """Tasks of a problem as both forward kernels for sm_90 take them."""
+
+    number: int
+    programs: int
+    heads: int
+    """Query heads that take turns."""
+
+    numbers: tuple[int, ...]
+    """Arguments of a kernel from the strides of its output to num_q_blocks."""
+
+    scratch: torch.Tensor
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, bytes_of: int) -> "Tasks":
+        """Tasks for queries like q and keys like k, of which each number takes `bytes_of` bytes in the kernel."""
+        (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+        num_q_blocks = -(-num_keys // BLOCK_SIZE) - (num_keys - num_queries) // BLOCK_SIZE
+        heads_per_kv_head = num_q_heads // num_kv_heads
+        heads = heads_at_once(num_keys, head_dim * bytes_of, batch * num_kv_heads) * heads_per_kv_head
+        num_tasks = num_q_blocks * batch * num_q_heads
+        num_programs = min(num_tasks, num_multiprocessors(q.device))
+        if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream
+            scratch = new_scratch(q.device, num_tasks)
+        else:
+            scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
+        numbers = *out.stride()[:3], num_q_heads, heads_per_kv_head, heads, num_queries, num_keys, num_q_blocks
+        return cls(num_tasks, num_programs, heads, numbers, scratch)
+
+    def launch(
+        self, kernel, tensors: tuple, max_blocks: int, numbers: tuple = (), full_rows: int = 0, **constants: int
+    ) -> None:
+        """Launch a kernel of these tasks, with its first tensors and its numbers after the number of tasks."""
+        ahead = min(full_rows, -(-self.programs // self.heads))  # a full row for each program until lists are written
+        numbers = *self.numbers, max_blocks, full_rows, ahead, self.number, *numbers
+        launch(
+            kernel,
+            (self.programs,),
+            tensors,
+            numbers,
+            overlap=full_rows > 0,
+            **constants,
+            num_warps=CONSUMER_WARPS.value,
+            maxnreg=LAUNCH_REGISTERS,
+        )
+
+
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Do everything in sparse_forward but its launch, so that the launch can overlap with the kernel before it.
 
     Returns:
-        attend(kv_indices, kv_num_blocks, full_rows=0) -> out, lse. The first `full_rows` query blocks keep all their
-        causal blocks, whatever the lists say. If there are any, the kernel that was launched last may still run when
-        attention to them begins (programmatic dependent launch). The kernels that wrote q, k and v must have ended
-        before that kernel began.
+        attend(kv_indices, kv_num_blocks, full_rows=0, tokens=0) -> out, lse. The first `full_rows` query blocks keep
+        all their causal blocks, whatever the lists say. If there are any, the kernel that was launched last may still
+        run when attention to them begins (programmatic dependent launch). The kernels that wrote q, k and v must have
+        ended before that kernel began. `tokens`: of a stand-in of the dropped blocks, see stand_ins.py; 0 skips them.
     """
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
+    scale = max(float(scale), SMALLEST_SCALE)
     q, k, v = (with_dense_rows(x, tma=True) for x in (q, k, v))
-    batch, num_q_heads, num_queries, head_dim = q.shape
-    _, num_kv_heads, num_keys, _ = k.shape
-    num_q_blocks = -(-num_keys // BLOCK_SIZE) - (num_keys - num_queries) // BLOCK_SIZE
+    head_dim = q.shape[3]
     out = torch.empty_like(q)
-    lse = q.new_empty(batch, num_q_heads, num_queries, dtype=torch.float32)
-    num_tasks = num_q_blocks * batch * num_q_heads
-    num_programs = min(num_tasks, num_multiprocessors(q.device))
-    heads = heads_at_once(num_keys, head_dim, batch * num_kv_heads) * (num_q_heads // num_kv_heads)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tasks = Tasks.of(q, k, out, q.element_size())
     q_tiles = Tiles(q, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
-    k_tiles, v_tiles = (Tiles(x, (1, 1, BLOCK_SIZE, head_dim), describe_tiles) for x in (k, v))
-    capturing = torch.cuda.is_current_stream_capturing()  # a graph may run on any stream
-    if capturing:
-        scratch = new_scratch(q.device, num_tasks)
-    else:
-        scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
+    key_tile = 1, 1, BLOCK_SIZE, head_dim
+    k_tiles, v_tiles = (Tiles(x, key_tile, describe_tiles) for x in (k, v))
 
     def attend(
-        kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, full_rows: int = 0
+        kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, full_rows: int = 0, tokens: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        launch(
+        num_kv_blocks = -(-k.shape[2] // BLOCK_SIZE)
+        per_block, raise_by, stand_ins, flags_of_row = 0, 0.0, (None, None, None), 0
+        if tokens and num_kv_blocks > 1:
+            means = (Tiles(block_means(x, BLOCK_SIZE, tokens), key_tile, describe_tiles) for x in (k, v))
+            stand_ins = *means, dropped_blocks(kv_indices, kv_num_blocks, num_kv_blocks)
+            per_block, raise_by, flags_of_row = BLOCK_SIZE // tokens, math.log(tokens) / scale, stand_ins[2].shape[3]
+        tensors = q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous()
+        tasks.launch(
             hopper_forward_kernel,
-            (num_programs,),
-            (q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous(), scratch),
-            (
-                *out.stride()[:3],
-                num_q_heads,
-                num_q_heads // num_kv_heads,
-                heads,
-                num_queries,
-                num_keys,
-                num_q_blocks,
-                kv_indices.shape[3],
-                full_rows,
-                min(full_rows, -(-num_programs // heads)),  # one full row for each program while the lists are written
-                num_tasks,
-                max(float(scale), SMALLEST_SCALE),
-            ),
-            overlap=full_rows > 0,
-            num_warps=CONSUMER_WARPS.value,
-            maxnreg=LAUNCH_REGISTERS,
+            (*tensors, tasks.scratch, *stand_ins),
+            kv_indices.shape[3],
+            (flags_of_row, scale, raise_by),
+            full_rows,
+            PER_BLOCK=per_block,
         )
         return out, lse
 
@@ -567,6 +704,7 @@ def sparse_forward(
     kv_num_blocks: torch.Tensor,
     block_size: int,
     scale: float,
+    tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the lists, for problems that `supports` accepts; see sparse_forward.sparse_forward."""
-    return prepare(q, k, v, scale)(kv_indices, kv_num_blocks)
+    """Attention over the lists, for problems that `supports` accepts; see sparse_forward.sparse_forward and prepare."""
+    return prepare(q, k, v, scale)(kv_indices, kv_num_blocks, tokens=tokens)

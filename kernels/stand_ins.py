@@ -1,8 +1,9 @@
-"""Dropped blocks stand in by means of their keys and values: merged in place into the result of a forward kernel.
+"""Dropped blocks stand in by means of their keys and values.
 
 A stand-in is the mean of TOKENS consecutive keys, and of their values; its logit is raised by ln(TOKENS). A query sees
-those of the blocks before its own that its list does not hold. The online softmax of the forward kernel continues: its
-state is out, with a running sum of 1 relative to the log-sum-exp.
+those of the blocks before its own that its list does not hold. The forward kernel for sm_90 attends to them itself,
+from `block_means` and `dropped_blocks`. Results of the other forward kernels are merged with them in place: the online
+softmax continues, its state is out, with a running sum of 1 relative to the log-sum-exp.
 """
 
 import math
@@ -15,54 +16,56 @@ from torch.library import custom_op
 
 from .common import LN_2, LOG2_E, operand_dtype, padded_dim, with_dense_rows
 from .launch import Tiles, launch
-from .sparse_forward import can_describe, describe_tiles, load_keys, load_rows
+from .sparse_forward import can_describe, describe_tiles, load_keys, load_rows, online_softmax_update
 
 FLAGS = 1024  # flags that a program writes at a time
+FLAGS_AT_ONCE = 128  # most flags that an attention kernel reads at a time; rows of flags are multiples of it
+LOWEST = tl.constexpr(-1e38)  # running maximum of a row without keys; -inf - -inf would be NaN
 CHUNK_LOGITS = 1 << 26  # of the backward pass at a time: 256 MiB
 
 
 @triton.jit
 def means_kernel(
-    k_ptr,
-    v_ptr,
-    k_means_ptr,
-    v_means_ptr,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    num_kv_heads,
+    x_ptr,
+    means_ptr,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    num_heads,
     num_means,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One program computes a mean of TOKENS keys, or of their values. Grid: (num_means, B * Hkv, 2)."""
+    """One program computes a mean of TOKENS rows of x. Grid: (num_means, B * H)."""
     mean, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    x_ptr += batch_head // num_heads * stride_xb + batch_head % num_heads * stride_xh
+    rows = load_rows(x_ptr, mean * TOKENS, 0, stride_xn, TOKENS, HEAD_DIM, BLOCK_D, tl.float32, CHECK_ROWS=False)
     dims = tl.arange(0, BLOCK_D)
-    place = (batch_head * num_means + mean) * HEAD_DIM + dims
-    if tl.program_id(2) == 0:
-        k_ptr += batch * stride_kb + head * stride_kh
-        rows = load_rows(k_ptr, mean * TOKENS, 0, stride_kn, TOKENS, HEAD_DIM, BLOCK_D, tl.float32, CHECK_ROWS=False)
-        tl.store(k_means_ptr + place, tl.sum(rows, axis=0) / TOKENS, mask=dims < HEAD_DIM)
-    else:
-        v_ptr += batch * stride_vb + head * stride_vh
-        rows = load_rows(v_ptr, mean * TOKENS, 0, stride_vn, TOKENS, HEAD_DIM, BLOCK_D, tl.float32, CHECK_ROWS=False)
-        tl.store(v_means_ptr + place, tl.sum(rows, axis=0) / TOKENS, mask=dims < HEAD_DIM)
+    means_ptr += (batch_head * num_means + mean) * HEAD_DIM
+    tl.store(means_ptr + dims, tl.sum(rows, axis=0) / TOKENS, mask=dims < HEAD_DIM)
 
 
 @triton.jit
-def dropped_kernel(dropped_ptr, kv_indices_ptr, kv_num_blocks_ptr, num_kv_blocks, max_blocks, FLAGS: tl.constexpr):
-    """One program flags the key blocks that a list does not hold with 1, the others with 0. Grid: (B * Hq * nq,)."""
+def dropped_kernel(
+    dropped_ptr,
+    kv_indices_ptr,
+    kv_num_blocks_ptr,
+    num_q_blocks,
+    num_kv_blocks,
+    max_blocks,
+    flags_of_row,
+    FLAGS: tl.constexpr,
+):
+    """One program flags the key blocks before a query block that its list does not hold. Grid: (B * Hq * nq,)."""
     row = tl.program_id(0).to(tl.int64)
-    dropped_ptr += row * num_kv_blocks
+    q_block = num_kv_blocks - num_q_blocks + row % num_q_blocks
+    dropped_ptr += row * flags_of_row
     kv_indices_ptr += row * max_blocks
     places = tl.arange(0, FLAGS)
-    for first in range(0, num_kv_blocks, FLAGS):
-        tl.store(dropped_ptr + first + places, tl.full([FLAGS], 1, tl.int8), mask=first + places < num_kv_blocks)
+    for first in range(0, flags_of_row, FLAGS):
+        blocks = first + places
+        tl.store(dropped_ptr + blocks, (blocks < q_block).to(tl.int8), mask=blocks < flags_of_row)
     tl.debug_barrier()  # the same program overwrites them
     num_blocks = tl.load(kv_num_blocks_ptr + row)
     for first in range(0, num_blocks, FLAGS):
@@ -93,8 +96,8 @@ def stand_ins_kernel(
     num_queries,
     num_keys,
     num_q_blocks,
-    num_kv_blocks,
     num_means,
+    flags_of_row,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,7 +122,7 @@ def stand_ins_kernel(
     if not TMA:
         k_source += batch * stride_kb + kv_head * stride_kh
         v_source += batch * stride_kb + kv_head * stride_kh
-    dropped_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
+    dropped_ptr += (batch_head * num_q_blocks + row) * flags_of_row
     offset = num_keys - num_queries  # absolute position of query 0
     q_block = offset // BLOCK_SIZE + row  # on the key grid
     first_query = q_block * BLOCK_SIZE + tile_in_block * BLOCK_M - offset
@@ -131,8 +134,9 @@ def stand_ins_kernel(
     out_pointers = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_on + dims[None, :]
     out_mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
     lse_pointers = lse_ptr + batch_head * num_queries + queries
-    running_max = tl.load(lse_pointers, mask=exists, other=float("-inf")) * LOG2_E  # [M], in powers of two
-    running_sum = tl.where(running_max == float("-inf"), 0.0, 1.0)
+    lse = tl.load(lse_pointers, mask=exists, other=float("-inf"))
+    running_sum = tl.where(lse == float("-inf"), 0.0, 1.0)
+    running_max = tl.maximum(lse * LOG2_E, LOWEST)  # [M], in powers of two
     accumulator = tl.load(out_pointers, mask=out_mask, other=0.0).to(tl.float32)  # [M, BLOCK_D]
 
     scale_log2 = scale * LOG2_E
@@ -145,20 +149,15 @@ def stand_ins_kernel(
         v_tile = load_keys(
             v_source, batch, kv_head, first, num_means, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, True, TMA
         )
-        means = first + tl.arange(0, BLOCK_N)
-        is_dropped = tl.load(dropped_ptr + means // (BLOCK_SIZE // TOKENS), mask=means < visible, other=0)
-        bias = tl.where(is_dropped != 0, LOG2_TOKENS, float("-inf"))  # [BLOCK_N]
-        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee") * scale_log2 + bias[None, :]
-        new_max = tl.maximum(running_max, tl.max(logits, axis=1))
-        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(logits - reference[:, None])
-        rescale = tl.exp2(running_max - reference)
-        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
-        accumulator = accumulator * rescale[:, None]
-        accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee")
-        running_max = new_max
-    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # no key at all: out 0 and lse -inf
-    tl.store(lse_pointers, (running_max + tl.log2(running_sum)) * LN_2, mask=exists)
+        is_dropped = tl.load(dropped_ptr + (first + tl.arange(0, BLOCK_N)) // (BLOCK_SIZE // TOKENS))
+        raises = tl.where(is_dropped != 0, LOG2_TOKENS, float("-inf"))  # [BLOCK_N]
+        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee") * scale_log2 + raises[None, :]
+        accumulator, running_max, running_sum = online_softmax_update(
+            logits, v_tile, accumulator, running_max, running_sum
+        )
+    lse = tl.where(running_sum == 0.0, float("-inf"), (running_max + tl.log2(running_sum)) * LN_2)
+    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # no key at all: out 0
+    tl.store(lse_pointers, lse, mask=exists)
     tl.store(out_pointers, (accumulator / running_sum[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -170,6 +169,39 @@ def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype) -> dict[str, 
         return dict(BLOCK_M=min(block_size, rows), BLOCK_N=rows, num_warps=8, num_stages=1)
     rows = min(block_size, 128 if head_dim <= 128 else 64)
     return dict(BLOCK_M=rows, BLOCK_N=64, num_warps=4, num_stages=2)
+
+
+def block_means(x: torch.Tensor, block_size: int, tokens: int) -> torch.Tensor:
+    """Means of `tokens` consecutive rows of x [B, H, N, D], of all blocks but the last: contiguous [B, H, means, D]."""
+    x = with_dense_rows(x)
+    batch, num_heads, num_tokens, head_dim = x.shape
+    num_means = (-(-num_tokens // block_size) - 1) * (block_size // tokens)
+    means = x.new_empty(batch, num_heads, num_means, head_dim)
+    launch(
+        means_kernel,
+        (num_means, batch * num_heads),
+        (x, means),
+        (*x.stride()[:3], num_heads, num_means),
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_dim(head_dim),
+        TOKENS=tokens,
+    )
+    return means
+
+
+def dropped_blocks(kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, num_kv_blocks: int) -> torch.Tensor:
+    """Flags int8 [B, Hq, nq, nk or more]: 1 where a key block lies before the query block and its list lacks it."""
+    num_q_blocks, max_blocks = kv_indices.shape[2:]
+    flags_of_row = -(-num_kv_blocks // FLAGS_AT_ONCE) * FLAGS_AT_ONCE
+    dropped = kv_indices.new_empty(*kv_num_blocks.shape, flags_of_row, dtype=torch.int8)
+    launch(
+        dropped_kernel,
+        (kv_num_blocks.numel(),),
+        (dropped, kv_indices.contiguous(), kv_num_blocks.contiguous()),
+        (num_q_blocks, num_kv_blocks, max_blocks, flags_of_row),
+        FLAGS=FLAGS,
+    )
+    return dropped
 
 
 def add_stand_ins(
@@ -192,45 +224,26 @@ def add_stand_ins(
         tokens: Tokens of a stand-in, a divisor of block_size.
         tiles: Like the result of `tile_sizes`, which None takes.
     """
-    batch, num_q_heads, num_queries, head_dim = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
-    num_q_blocks, max_blocks = kv_indices.shape[2:]
-    num_kv_blocks = -(-num_keys // block_size)
-    num_means = (num_kv_blocks - 1) * (block_size // tokens)
-    if not num_means:
+    (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    num_q_blocks, num_kv_blocks = kv_indices.shape[2], -(-num_keys // block_size)
+    if num_kv_blocks == 1:
         return out, lse
     tiles = tile_sizes(head_dim, block_size, q.dtype) if tiles is None else tiles
-    q, k, v = with_dense_rows(q), with_dense_rows(k), with_dense_rows(v)
-    k_means, v_means = (k.new_empty(batch, num_kv_heads, num_means, head_dim) for _ in range(2))
-    dims = dict(HEAD_DIM=head_dim, BLOCK_D=padded_dim(head_dim))
-    launch(
-        means_kernel,
-        (num_means, batch * num_kv_heads, 2),
-        (k, v, k_means, v_means),
-        (*k.stride()[:3], *v.stride()[:3], num_kv_heads, num_means),
-        **dims,
-        TOKENS=tokens,
-    )
-    dropped = torch.empty(batch, num_q_heads, num_q_blocks, num_kv_blocks, dtype=torch.int8, device=q.device)
-    launch(
-        dropped_kernel,
-        (batch * num_q_heads * num_q_blocks,),
-        (dropped, kv_indices.contiguous(), kv_num_blocks.contiguous()),
-        (num_kv_blocks, max_blocks),
-        FLAGS=FLAGS,
-    )
-    tma = can_describe(k_means)
-    sources = (Tiles(x, (1, 1, tiles["BLOCK_N"], head_dim), describe_tiles) if tma else x for x in (k_means, v_means))
+    q, means = with_dense_rows(q), [block_means(x, block_size, tokens) for x in (k, v)]
+    dropped = dropped_blocks(kv_indices, kv_num_blocks, num_kv_blocks)
+    tma = can_describe(means[0])
+    sources = (Tiles(x, (1, 1, tiles["BLOCK_N"], head_dim), describe_tiles) if tma else x for x in means)
     launch(
         stand_ins_kernel,
         (num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads),
         (q, *sources, out, lse, dropped),
         (
-            *(stride for x in (q, k_means, out) for stride in x.stride()[:3]),
-            *(num_q_heads, num_q_heads // num_kv_heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, num_means),
-            float(scale),
+            *(stride for x in (q, means[0], out) for stride in x.stride()[:3]),
+            *(num_q_heads, num_q_heads // num_kv_heads, num_queries, num_keys, num_q_blocks),
+            *(means[0].shape[2], dropped.shape[3], float(scale)),
         ),
-        **dims,
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_dim(head_dim),
         BLOCK_SIZE=block_size,
         TOKENS=tokens,
         LOG2_TOKENS=math.log2(tokens),

@@ -17,7 +17,6 @@ from stem.config import StemConfig, check_config
 from stem.impl.attend import attend, empty_attention
 from stem.impl.coverage import impl_for, resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
-from stem.impl.stand_ins import kernel_stand_ins
 from stem.selection import BlockSelection
 from stem.transforms import is_transformed
 from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale
@@ -210,8 +209,7 @@ class Plan:
 
             start = prepare(q, k, v, p.scale)  # may launch kernels of its own, so it comes first
             selection, full = self.choose(q, k, v), full_rows(self.rows, p.config)  # full rows need no list
-            out, lse = start(selection.kv_indices, selection.kv_num_blocks, full)
-            out, lse = kernel_stand_ins(out, lse, q, k, v, selection, p.scale, needs_grad=False)
+            out, lse = start(selection.kv_indices, selection.kv_num_blocks, full, selection.stand_in_tokens)
         else:
             selection = self.choose(q, k, v)
             out, lse = attend(q, k, v, selection, p.scale, self.impl, p.needs_grad)

@@ -55,8 +55,10 @@ def attend(
         refuse_transforms(None, f"impl={impl!r}", q, k, v)  # operators would drop the tangent of forward-mode AD
         out, lse = operators.attend(q, k, v, selection, scale, impl)
     else:
-        lists = selection.kv_indices, selection.kv_num_blocks
-        out, lse = sparse_kernel(impl)(q, k, v, *lists, selection.block_size, scale)
+        lists = selection.kv_indices, selection.kv_num_blocks, selection.block_size
+        if impl == "hopper":  # one kernel attends to blocks and stand-ins
+            return sparse_kernel(impl)(q, k, v, *lists, scale, selection.stand_in_tokens)
+        out, lse = sparse_kernel(impl)(q, k, v, *lists, scale)
     return kernel_stand_ins(out, lse, q, k, v, selection, scale, needs_grad)
 
 

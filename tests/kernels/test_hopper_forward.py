@@ -44,7 +44,7 @@ def forward(q, k, v, mask, scale):
 def test_heads_in_turn_divide_all_heads_and_fit(num_keys, head_dim, num_kv_heads, expected):
     from stem.kernels.hopper_forward import BYTES_AT_ONCE, heads_at_once
 
-    found = heads_at_once(num_keys, head_dim, num_kv_heads)
+    found = heads_at_once(num_keys, 2 * head_dim, num_kv_heads)
     assert found == expected and num_kv_heads % found == 0
     assert found == 1 or found * 2 * 2 * num_keys * head_dim <= BYTES_AT_ONCE
 
@@ -261,7 +261,7 @@ def test_an_explicit_choice_never_falls_back(device):
             attend(*arguments)
 
 
-def compile_for_sm90(head_dim):
+def compile_for_sm90(head_dim, per_block):
     """Compile ahead of time, as a launch with aligned pointers would; bytes of shared memory."""
     import triton
     from stem.kernels import hopper_forward
@@ -274,10 +274,17 @@ def compile_for_sm90(head_dim):
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
-        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32",
+        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32", raise_by="fp32",
+        k_means_desc=tile(128), v_means_desc=tile(128), dropped_ptr="*i8",
     )  # fmt: skip
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
-    source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, {}, aligned)
+    constants = dict(PER_BLOCK=per_block)
+    if not per_block:
+        constants |= dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None)
+    names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    divisible = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name == "flags_of_row"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 
@@ -296,4 +303,4 @@ def test_it_compiles_for_sm90(tmp_path):
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_for_sm90(head_dim) for head_dim in (64, 128)]))
+    print(json.dumps([compile_for_sm90(*case) for case in ((64, 0), (128, 0), (128, 1), (64, 8))]))

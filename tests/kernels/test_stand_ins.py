@@ -26,6 +26,8 @@ def with_stand_ins(impl, q, k, v, kv_indices, kv_num_blocks, block_size, scale, 
     from stem.impl.coverage import sparse_kernel
 
     lists = kv_indices, kv_num_blocks, block_size
+    if impl == "hopper":
+        return sparse_kernel(impl)(q, k, v, *lists, scale, tokens)
     out, lse = sparse_kernel(impl)(q, k, v, *lists, scale)
     return add_stand_ins(out, lse, q, k, v, *lists, tokens, scale) if tokens else (out, lse)
 
@@ -72,12 +74,26 @@ ON_SM90 = {  # q heads, KV heads, queries, keys, D, tokens
 @needs_sm90
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", ON_SM90)
-def test_after_the_forward_for_sm90(case, dtype):
+def test_inside_the_forward_for_sm90(case, dtype):
     *sizes, tokens = ON_SM90[case]
     mask = random_mask(1, *(sizes[i] for i in (0, 2, 3)), BLOCK_SIZE, diagonal=False, keep=0.2)
     mask[:, 0, 0] = False
     rtol = 1e-3 if dtype == torch.float16 else 6e-3
     check("hopper", *random_inputs(*sizes, dtype), mask, BLOCK_SIZE, tokens, rtol)
+
+
+@needs_sm90
+@pytest.mark.parametrize("tokens", [16, 128])
+def test_merged_and_attended_stand_ins_agree(tokens):
+    from stem.kernels.stand_ins import add_stand_ins
+
+    q, k, v = random_inputs(4, 2, 700, 3001, 128, torch.bfloat16)
+    lists = lists_of(random_mask(1, 4, 700, 3001, BLOCK_SIZE, diagonal=False, keep=0.1))
+    inside = with_stand_ins("hopper", q, k, v, *lists, BLOCK_SIZE, 0.1, tokens)
+    kept = with_stand_ins("hopper", q, k, v, *lists, BLOCK_SIZE, 0.1)
+    after = add_stand_ins(*kept, q, k, v, *lists, BLOCK_SIZE, tokens, 0.1)
+    for x, y in zip(inside, after, strict=True):
+        assert (x.float() - y.float()).norm() < 6e-3 * y.float().norm()
 
 
 @needs_sm90

@@ -76,7 +76,7 @@ ONE_SLOT: Edits = {"NUM_STAGES = ": ["NUM_STAGES = gl.constexpr(1)"]}
 ONE_CONSUMER: Edits = {  # of eight warps, with the rows of both
     "NUM_CONSUMERS = ": ["NUM_CONSUMERS = gl.constexpr(1)"],
     "CONSUMER_WARPS = ": ["CONSUMER_WARPS = gl.constexpr(8)"],
-    "(consume, (1,) + shared": [],
+    "(consume, (1, PER_BLOCK": [],
     "[CONSUMER_WARPS, PRODUCER_WARPS],": ["[PRODUCER_WARPS],"],
     "[CONSUMER_REGISTERS, PRODUCER_REGISTERS],": ["[PRODUCER_REGISTERS],"],
 }

@@ -100,9 +100,13 @@ def compile_for_sm90(stage):
     types = dict(
         q_desc=tile(128 // module.NUM_CONSUMERS.value), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16",
         lse_ptr="*fp32", kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32",
+        raise_by="fp32",
     )  # fmt: skip
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
-    source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, {}, aligned)
+    constants = dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None, PER_BLOCK=0)
+    names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}
+    source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     options = {"num_warps": module.CONSUMER_WARPS.value, "maxnreg": module.LAUNCH_REGISTERS}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return compiled.metadata.shared, compiled.asm["ptx"].count("%clock64")
