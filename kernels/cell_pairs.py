@@ -14,7 +14,8 @@ import triton.language as tl
 
 from .cell_features import Cells
 from .common import LARGEST_SUM, LOG2_E, SMALLEST_DOT, operand_dtype
-from .launch import launch
+from .launch import Tiles, launch
+from .sparse_forward import can_describe, describe_tiles
 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
 DEPTH_BYTES = 256  # of the part of a wider row that one product reads
@@ -37,19 +38,36 @@ def load_features(features_ptr, cells, num_cells, depth, DEPTH: tl.constexpr, DT
 
 
 @triton.jit
+def load_key_cells(
+    k_source, batch, kv_head, first_column, depth, num_k_cells,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Load DEPTH_TILE features of COLUMNS key cells; k_source: descriptor, or pointer to the features of the head."""
+    if TMA:
+        return k_source.load([batch, kv_head, first_column, depth]).reshape(COLUMNS, DEPTH_TILE)
+    else:
+        columns = first_column + tl.arange(0, COLUMNS)
+        return load_features(k_source, columns, num_k_cells, depth + tl.arange(0, DEPTH_TILE), DEPTH, DTYPE)
+
+
+@triton.jit
 def cell_logits(
-    q_tile, q_features_ptr, k_features_ptr, bonus_ptr, rows, first_column, num_q_cells, num_k_cells,
+    q_tile, q_features_ptr, k_source, batch, kv_head, bonus_ptr, rows, first_column, num_q_cells, num_k_cells,
     last_positions, all_see,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_TILE: tl.constexpr, K_CELL: tl.constexpr,
-    CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    CELLS_PER_BLOCK: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Logits of query cells and COLUMNS key cells, in base 2, -inf in the future; q_tile: first features of `rows`."""
     columns, depth = first_column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH_TILE)
-    k_tile = load_features(k_features_ptr, columns, num_k_cells, depth, DEPTH, DTYPE)
+    k_tile = load_key_cells(
+        k_source, batch, kv_head, first_column, 0, num_k_cells, COLUMNS, DEPTH, DEPTH_TILE, DTYPE, TMA
+    )
     logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")
     for later in range(DEPTH_TILE, DEPTH, DEPTH_TILE):  # features too wide for one product
         q_later = load_features(q_features_ptr, rows, num_q_cells, later + depth, DEPTH, DTYPE)
-        k_later = load_features(k_features_ptr, columns, num_k_cells, later + depth, DEPTH, DTYPE)
+        k_later = load_key_cells(
+            k_source, batch, kv_head, first_column, later, num_k_cells, COLUMNS, DEPTH, DEPTH_TILE, DTYPE, TMA
+        )
         logits = tl.dot(q_later, k_later.T, logits, input_precision="ieee")
     if bonus_ptr is not None:
         bonus = tl.load(bonus_ptr + columns // CELLS_PER_BLOCK, mask=columns < num_k_cells, other=0.0)
@@ -84,7 +102,7 @@ def sums_too_large(flags_ptr, num_splits):
 @triton.jit
 def pair_cells_kernel(
     q_features_ptr,
-    k_features_ptr,
+    k_source,
     bonus_ptr,
     sums_ptr,
     flags_ptr,
@@ -108,13 +126,15 @@ def pair_cells_kernel(
     DEPTH_TILE: tl.constexpr,
     DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
     REDO: tl.constexpr,
 ):
     """One program pairs ROWS query cells of one head with those of split_cells key cells that they see.
 
     Grid: (B * Hq, row tiles, splits of the keys).
     Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
-    The longest rows come first. bonus_ptr: fp32 [B * Hkv, nk] added to the logits of a block's cells, or None.
+    The longest rows come first. k_source: descriptor of the key features with TMA, else a pointer. bonus_ptr: fp32
+    [B * Hkv, nk] added to the logits of a block's cells, or None.
     sums_ptr: [B * Hq, chunk_cells, nk], the weights of the key cells of a block that the query cell sees; of later
     blocks it is not written. For 16-bit features it is bf16. flags_ptr: int32 like the grid, 1 where the sum of all
     weights of a program is not below LARGEST_SUM; written without REDO. With REDO, programs return at once if no split
@@ -128,7 +148,8 @@ def pair_cells_kernel(
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
     q_features_ptr += batch_head * num_q_cells * DEPTH
-    k_features_ptr += batch_kv_head * num_k_cells * DEPTH
+    if not TMA:
+        k_source += batch_kv_head * num_k_cells * DEPTH
     if bonus_ptr is not None:
         bonus_ptr += batch_kv_head * num_kv_blocks
     sums_ptr += batch_head * chunk_cells * num_kv_blocks
@@ -143,22 +164,23 @@ def pair_cells_kernel(
     num_seen = tl.cdiv(end, K_CELL)  # key cells that some row sees
     block_in_tile = tl.arange(0, SUMS)
     BLOCKS: tl.constexpr = COLUMNS // CELLS_PER_BLOCK
+    batch, kv_head = batch.to(tl.int32), (head // heads_per_kv_head).to(tl.int32)
 
     q_cells = first_cell + rows
     q_tile = load_features(q_features_ptr, q_cells, num_q_cells, tl.arange(0, DEPTH_TILE), DEPTH, DTYPE)
     reference = tl.full([ROWS], float("-inf"), tl.float32)
     for first_column in tl.range(0, num_seen if REDO else COLUMNS, COLUMNS, num_stages=STAGES):
         logits = cell_logits(
-            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells, first_column, num_q_cells, num_k_cells,
-            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
+            q_tile, q_features_ptr, k_source, batch, kv_head, bonus_ptr, q_cells, first_column, num_q_cells,
+            num_k_cells, last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE, TMA,
         )  # fmt: skip
         reference = tl.maximum(reference, tl.max(logits, axis=1))
     start = tl.program_id(2) * split_cells
     total = tl.zeros([ROWS, SUMS], tl.float32)
     for first_column in tl.range(start, tl.minimum(num_seen, start + split_cells), COLUMNS, num_stages=STAGES):
         logits = cell_logits(
-            q_tile, q_features_ptr, k_features_ptr, bonus_ptr, q_cells, first_column, num_q_cells, num_k_cells,
-            last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE,
+            q_tile, q_features_ptr, k_source, batch, kv_head, bonus_ptr, q_cells, first_column, num_q_cells,
+            num_k_cells, last_positions, all_see, COLUMNS, DEPTH, DEPTH_TILE, K_CELL, CELLS_PER_BLOCK, DTYPE, TMA,
         )  # fmt: skip
         sums = sum_weights(logits, reference, CELLS_PER_BLOCK, SUMS, DTYPE)
         blocks = first_column // CELLS_PER_BLOCK + block_in_tile
@@ -197,6 +219,8 @@ def pair_cells(
     chunk_cells = chunk_rows * cells.query_cells
     sums = q_features.new_empty(heads, chunk_cells, num_kv_blocks, dtype=sums_dtype)
     num_columns = -(-k_features.shape[2] // columns)
+    tma = can_describe(k_features)
+    k_source = Tiles(k_features, (1, 1, columns, depth_tile), describe_tiles) if tma else k_features
     for first_row in range(0, num_rows, chunk_rows):
         rows = min(chunk_rows, num_rows - first_row)
         row_tiles = -(-rows * cells.query_cells // ROW_TILE)
@@ -204,7 +228,7 @@ def pair_cells(
         launch_twice(
             pair_cells_kernel,
             (heads, row_tiles, num_splits),
-            (q_features, k_features, value_bonus, sums),
+            (q_features, k_source, value_bonus, sums),
             (
                 num_q_heads,
                 heads_per_kv_head,
@@ -226,6 +250,7 @@ def pair_cells(
             SUMS=max(SMALLEST_DOT, columns // cells.key_cells),
             DEPTH_TILE=depth_tile,
             DTYPE=operand,
+            TMA=tma,
             STAGES=1 if depth > depth_tile else STAGES if columns <= COLUMN_TILE else 2,
             num_warps=WARPS,
             num_stages=2,

@@ -37,7 +37,8 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
             pointed = sums_type if name.endswith("sums_ptr") else POINTERS.get(name, "fp32")
             return "*" + (input_type if pointed == "x" else pointed)
         if name.endswith("_source"):
-            tile = f"{constants['BLOCK_N']}, {constants['HEAD_DIM']}"
+            rows, columns = ("BLOCK_N", "HEAD_DIM") if "BLOCK_N" in constants else ("COLUMNS", "DEPTH_TILE")
+            tile = f"{constants[rows]}, {constants[columns]}"
             return f"tensordesc<{input_type}[1, 1, {tile}]>" if constants["TMA"] else "*" + input_type
         return "fp32" if name in ("scale", "value_weight", "peak", "threshold") else "i32"
 
@@ -155,7 +156,7 @@ def cell_cases():
         tiles = dict(Q_CELL=128 // cells, K_CELL=128 // cells, CELLS_PER_BLOCK=cells)
         tiles |= dict(ROWS=cell_pairs.ROW_TILE, COLUMNS=columns, SUMS=16)
         operands = dict(bf16=tl.bfloat16, fp32=tl.float32)[operand]
-        wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=stages)
+        wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=stages, TMA=operand != "fp32")
         optional = {} if name == "strided" else dict(bonus_ptr=None)
         for redo in (False, True):
             constants = tiles | wide | optional | dict(REDO=redo)
