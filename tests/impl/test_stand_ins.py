@@ -79,7 +79,7 @@ def test_head_dims_and_scales(head_dim, scale):
     selection = random_selection(q, k, 32)
     expected, _ = oracle(q, k, v, selection, "cells", scale)
     for impl in IMPLS:
-        out = block_sparse_attention(q, k, v, selection, scale, impl, dropped="cells")
+        out = block_sparse_attention(q, k, v, selection, scale, impl=impl, dropped="cells")
         torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
 
 

@@ -44,7 +44,7 @@ def check(impl, q, k, v, mask, block_size, tokens, rtol):
     torch.testing.assert_close(lse[finite], expected_lse[finite], rtol=0, atol=10 * rtol)
     if mask.shape[3] > 1:
         skipped = with_stand_ins(impl, q, k, v, *lists_of(mask), block_size, 0.3)[0].cpu().double()
-        assert (skipped - expected).norm() > 0.05 * expected.norm()
+        assert (skipped - expected).norm() > 2 * rtol * expected.norm()  # without stand-ins the check above fails
 
 
 @pytest.mark.parametrize("tiles", [None, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)])
@@ -97,7 +97,7 @@ def test_merged_and_attended_stand_ins_agree(tokens):
 
 
 @needs_sm90
-@pytest.mark.parametrize("boost", [4.0, 40.0])
+@pytest.mark.parametrize("boost", [4.0, 25.0])
 def test_stand_ins_far_above_the_first_tile(boost):
     q, k, v = inputs_with_late_maxima(1.0, 1024, 128, torch.bfloat16)
     q += 1
@@ -108,11 +108,11 @@ def test_stand_ins_far_above_the_first_tile(boost):
 
 
 @needs_sm90
-@pytest.mark.parametrize("tokens", [3000, 8192])
-def test_overlapped_and_replayed_calls(tokens):
+@pytest.mark.parametrize("tokens, path", [(3000, "overlap"), (8192, "lists")])
+def test_overlapped_and_replayed_calls(tokens, path):
     q, k, v = (torch.randn(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
-    config = stem.StemConfig(density=0.3, dropped="mean")
-    assert plan_for(q, k, v, config, impl="hopper").path == "overlap"
+    config = stem.StemConfig(density=0.3, sink_blocks=1, local_blocks=1, dropped="mean")
+    assert plan_for(q, k, v, config, impl="hopper").path == path
     expected = stem.stem_attention(q, k, v, config, impl="triton").float()
     for _ in range(4):
         found = stem.stem_attention(q, k, v, config, impl="hopper").float()
