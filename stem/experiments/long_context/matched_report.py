@@ -7,11 +7,10 @@ from typing import NamedTuple
 import pandas as pd
 
 from stem.experiments.long_context import report
-from stem.experiments.long_context.report import Difference
+from stem.experiments.long_context.report import NEEDLES, Difference
 from stem.experiments.markdown import MISSING, full_rows, markdown_table, number, tokens_label
 from stem.experiments.speed.report import DENSE_LABELS
 
-NEEDLES = "niah_multikey_1"
 NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
 BLOCK_SIZE = 128
 REUSED = ", then true mass in the place of scores, and selections that several layers reuse"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stem.experiments import figures
 from stem.experiments.long_context.measures import interval
-from stem.experiments.long_context.methods import BLIND, LEAST_CHOSEN
+from stem.experiments.long_context.methods import BLIND, LEAST_CHOSEN, TRANSFERRED
 from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, number, tokens_label
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
@@ -31,6 +31,7 @@ MODELS = {  # names in rows -> here
     "gemma3-270m": "Gemma 3 270M",
 }
 PARTS = ("answers", "loss", "extension")
+NEEDLES = "niah_multikey_1"  # the task on which verdicts about needles rest
 GENERATED = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
 READ = "Loss on documents, minus dense [nats per token], mean over all positions, 95 % interval:"
 UNITS = {"answer": "log p(answer), minus dense [nats]", "loss": "loss, minus dense [nats per token]"}
@@ -309,8 +310,8 @@ def evaluation() -> str:
 
 
 def last_block(answers: pd.DataFrame) -> str:
-    """Sentences on how a dense last query block alone changes the answers of other methods, at equal density."""
-    told, suffix = [], ", last block dense"
+    """Table of how a dense last query block alone changes the answers of other methods, at equal density."""
+    lines, suffix = [], ", last block dense"
     for (length, task, size, asked), _ in answers.dropna(subset="asked").groupby(
         ["length", "task", "block_size", "asked"]
     ):
@@ -318,9 +319,28 @@ def last_block(answers: pd.DataFrame) -> str:
         for name in sorted(name for name in set(cell.method) if name.endswith(suffix)):
             change = paired(cell, name, name.removesuffix(suffix), block_size=size, asked=asked)
             if change.count:
-                told.append(f"{name.removesuffix(suffix)} {change} ({task}, {tokens_label(length)}, {asked:.0%})")
-    return (
-        f"A dense last query block, at equal density, changes the answers by [nats]: {'; '.join(told)}." if told else ""
+                lines.append([name.removesuffix(suffix), task, tokens_label(length), f"{asked:.0%}", change])
+    header = ["method", "task", "tokens", "density", "change"]
+    title = "What a dense last query block, at equal density, changes in the answers [nats]:"
+    return f"{title}\n\n{markdown_table(header, lines)}" if lines else ""
+
+
+def transfer(rows: pd.DataFrame) -> pd.DataFrame:
+    """`adaptive` with the threshold of one length, of `methods.TRANSFERRED`: density and difference to dense attention.
+
+    One line per measure, task, length, density asked for and way to read the prompt. Documents are all kinds together.
+    """
+    found = whole(rows[rows.method.isin(TRANSFERRED) & (rows.task != "all")]).dropna(subset="difference")
+    lines = []
+    for (measure, length, asked, method), of in found.groupby(["measure", "length", "asked", "method"]):
+        for task, cell in [("documents", of)] if measure == "loss" else of.groupby("task"):
+            kinds = rows[(rows.measure == measure) & (rows.length == length) & rows.task.isin(cell.task)]
+            difference = paired(whole(kinds), method, block_size=cell.block_size.iloc[0], asked=asked)
+            chunk = TRANSFERRED[method]
+            read = "whole" if chunk is None else f"chunks of {tokens_label(chunk)}"
+            lines.append([measure, task, tokens_label(length), asked, read, cell.density.mean(), *difference])
+    return pd.DataFrame(
+        lines, columns=["measure", "task", "tokens", "asked", "prompt", "density", "difference", "low", "high", "n"]
     )
 
 

@@ -103,13 +103,14 @@ class Against(NamedTuple):
 
 
 def against_dense(method: str, asked: float = ASKED) -> list[Against]:
-    """Needles and documents of a method in blocks of 128 tokens, each at the longest samples of the largest model."""
+    """One task of needles, and documents, in blocks of 128 tokens, at the longest samples of the largest model."""
     found = []
     for what, part, measure in (("needles", "answers", "answer"), ("documents", "loss", "loss")):
         rows = report.rows(parts=(part,))
         if rows.empty:
             continue
-        rows = report.whole(rows[(rows.measure == measure) & (rows.task != "all")])
+        of_task = rows.task == report.NEEDLES if measure == "answer" else rows.task != "all"
+        rows = report.whole(rows[(rows.measure == measure) & of_task])
         rows = rows[rows.block_size.isna() | (rows.block_size == 128)]
         for (model, length), of in sorted(rows.groupby(["model", "length"]), key=_importance):
             difference = report.paired(of, method, block_size=128, asked=asked)

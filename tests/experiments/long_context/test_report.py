@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from stem.experiments import records
-from stem.experiments.long_context import report
+from stem.experiments.long_context import methods, report
 
 METHODS = {"dense": 0.0, "window": -18.0, "stem": -6.0, "xattention": -0.2, "random": -20.0}
 
@@ -147,6 +147,33 @@ def test_the_rule_for_a_verdict():
     ]  # fmt: skip
 
 
+def test_a_threshold_of_another_length_is_told_by_task_and_documents_together():
+    whole, chunks = methods.TRANSFERRED
+    about = dict(model="m", block_size=128.0, asked=0.25, length=8192)
+    answer = about | dict(measure="answer", start=None)
+    loss = about | dict(measure="loss", start=0)
+    dense = dict(method="dense", asked=None, block_size=None, density=1.0, difference=0.0)
+    frame = pd.DataFrame(
+        [
+            answer | dict(task="a", method=whole, density=0.2, difference=-2.0, values="-3.0 -5.0"),
+            answer | dict(task="b", method=whole, density=0.3, difference=-1.0, values="-2.0 -2.0"),
+            answer | dense | dict(task="a", values="-2.0 -2.0"),
+            answer | dense | dict(task="b", values="-1.0 -1.0"),
+            loss | dict(task="prose", method=chunks, density=0.2, difference=0.2, values="1.2"),
+            loss | dict(task="source", method=chunks, density=0.4, difference=0.4, values="1.4"),
+            loss | dict(task="all", method=chunks, density=0.9, difference=9.0, values="9.0"),
+            loss | dense | dict(task="prose", values="1.0"),
+            loss | dense | dict(task="source", values="1.0"),
+            loss | dict(task="source", method="stem", density=0.4, difference=0.4, values="7.0"),
+        ]
+    ).assign(stop=8192)
+    found = report.transfer(frame)
+    assert found.task.tolist() == ["a", "b", "documents"] and set(found.tokens) == {"8K"}
+    assert found.difference.tolist() == pytest.approx([-2, -1, 0.3]) and found.n.tolist() == [2, 2, 2]
+    assert found.density.tolist() == pytest.approx([0.2, 0.3, 0.3])
+    assert found.prompt.tolist() == ["whole", "whole", "chunks of 4K"]
+
+
 def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
     about = dict(model="m", measure="answer", task="a", length=4096, start=None, stop=None, block_size=64)
     frame = pd.DataFrame(
@@ -156,6 +183,6 @@ def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
             ("xattention, last block dense", 0.1, "-1.0 -1.0"),
         )
     )  # fmt: skip
-    told = "changes the answers by [nats]: stem +7.000 [+6.000, +8.000], n = 2 (a, 4K, 10%)."
-    assert report.last_block(frame).endswith(told)
+    told = "| stem | a | 4K | 10% | +7.000 [+6.000, +8.000], n = 2 |"
+    assert report.last_block(frame).splitlines()[4:] == [told]
     assert report.last_block(frame[frame.method == "stem"]) == ""

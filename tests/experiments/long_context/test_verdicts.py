@@ -15,16 +15,16 @@ def results(made_up_machine):
     """An empty results folder."""
 
 
-def write(part, losses, lengths=(16384,), measure="loss", model=MODEL, chosen=0.5):
+def write(part, losses, lengths=(16384,), measure="loss", model=MODEL, chosen=0.5, task="prose"):
     rows = []
     for length in lengths:
         for method, values in {"dense": (1.0,) * 4, **losses}.items():
-            about = dict(method=method, model=model, measure=measure, task="prose", length=length, start=0, stop=length)
+            about = dict(method=method, model=model, measure=measure, task=task, length=length, start=0, stop=length)
             about |= dict(block_size=None, asked=None) if method == "dense" else dict(block_size=128, asked=0.25)
             mean = sum(values) / len(values)
             about |= dict(value=mean, dense=1.0, difference=mean - 1, low=0, high=0, count=len(values), density=0.25)
             rows.append(about | {"chosen": chosen, "values": " ".join(map(str, values))})
-    records.write_rows(f"long_context/{part}", rows, "full", same=("method", "length", "model", "measure"))
+    records.write_rows(f"long_context/{part}", rows, "full", same=("method", "length", "model", "measure", "task"))
 
 
 def test_a_step_of_table_5_is_reproduced_only_where_the_interval_excludes_zero():
@@ -98,7 +98,8 @@ def test_the_readmes_lines_are_the_claims_that_matter_most():
 
 
 def test_needles_and_documents_of_a_method_against_dense():
-    write("answers", {"adaptive": [0.8] * 4, "stem": [-17.0] * 4}, measure="answer")
+    write("answers", {"adaptive": [0.8] * 4, "stem": [-17.0] * 4}, measure="answer", task="niah_multikey_1")
+    write("answers", {"adaptive": [9.0] * 4, "stem": [9.0] * 4}, measure="answer", task="ruler_vt")  # offsets no needle
     write("loss", {"adaptive": [1.0] * 4, "stem": [1.02] * 4})
     needles, documents = verdicts.against_dense("stem")
     assert needles.difference.mean == pytest.approx(-18.0) and documents.difference.mean == pytest.approx(0.02)
