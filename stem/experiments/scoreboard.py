@@ -3,7 +3,7 @@
 import pandas as pd
 
 from stem import StemConfig, block_budget
-from stem.experiments.long_context import verdicts
+from stem.experiments.long_context import matched_report, verdicts
 from stem.experiments.markdown import full_rows, markdown_table, number, tokens_label
 from stem.experiments.speed.report import DENSE_LABELS, best_ratio
 from stem.experiments.theory import paper
@@ -75,10 +75,13 @@ def claims() -> list[tuple[str, str, str, str]]:
 
 
 def headline() -> str:
-    """Three numbers, each with its baseline and density: operator, time to first token, quality at equal density."""
+    """Three numbers, each with its baseline and density: operator, time to first token, quality at equal density.
+
+    The operator's is at matched accuracy where a timed method is within its bounds, else at a density of 25 %.
+    """
     operator, first = "block selection included", "whole model in the shape of Llama-3.1-8B with random weights"
     lines = [
-        _time("Operator", "operator", "default", operator, "speed"),
+        _matched() or _time("Operator", "operator", "default", operator, "speed"),
         _time("Time to first token", "ttft", "released", first, "training-whole-models-real-tensors"),
         _needles(),
     ]
@@ -150,6 +153,24 @@ def _latency() -> tuple[str, str]:
     ratio = row.speedup_vs_sdpa_flash
     verdict = "reproduced" if ratio >= _paper_ratio() else "partly" if ratio > 1 else "not reproduced"
     return f"{ratio:.1f}×, density {row.density:.1%} ({row.device})", verdict
+
+
+def _matched() -> str:
+    """Speed-up of the fastest method within the bounds on needles and documents over the fastest dense kernel."""
+    found = matched_report.fastest()
+    if found is None:
+        return ""
+    dense, row, point = found.dense, found.row, found.point
+    name = DENSE_LABELS.get(dense.method, dense.method)
+    times = f"{number(dense.operator_ms)} → {number(row.operator_ms)} ms"
+    return (
+        f"**Operator at matched accuracy: {dense.operator_ms / row.operator_ms:.1f}× over {name} ({times})** at "
+        f"{tokens_label(row.tokens)} tokens and density {row.density:.1%}, block selection included, on one "
+        f"{row.device}. `{found.method}` is within {-matched_report.NATS} nats of dense attention on needles and "
+        f"{matched_report.LOSS} on documents there: {point.needles}; {point.documents} ({found.model}, "
+        f"{tokens_label(found.length)}, density {point.density:.1%}) "
+        "([rows](results/README.md#speed-at-matched-accuracy))."
+    )
 
 
 def _time(name: str, operation: str, config: str, told: str, section: str) -> str:

@@ -76,6 +76,35 @@ def matched() -> str:
     return "\n\n".join(parts)
 
 
+class Fastest(NamedTuple):
+    """The fastest method within both bounds at the longest timed length."""
+
+    method: str
+    point: Point
+    model: str
+    length: int  # of needles and documents [tokens]
+    row: pd.Series  # its times
+    dense: pd.Series  # times of the fastest dense kernel
+
+
+def fastest() -> Fastest | None:
+    """The method within both bounds whose operator takes least time at the longest timed length; None without one."""
+    times = full_rows("long_context/matched")
+    captured = times[times.source.str.startswith("captured")] if len(times) else times
+    found = []
+    for (device, source, length), _ in captured.groupby(["device", "source", "tokens"]) if len(captured) else ():
+        name = source.removeprefix("captured from ")
+        model = report.MODELS.get(name, name)
+        wide = times[(times.device == device) & (times.tokens == times.tokens.max())]
+        dense = wide[wide.asked.isna()].sort_values("operator_ms")
+        for method, of in points(report.rows(parts=("answers", "loss")), model, length).items():
+            point = next((point for point in of if point.is_within), None)
+            row = wide[(wide.method == method) & (wide.asked == point.asked)] if point else wide[:0]
+            if len(row) and len(dense):
+                found.append(Fastest(method, point, model, length, row.iloc[0], dense.iloc[0]))
+    return min(found, key=lambda of: of.row.operator_ms, default=None)
+
+
 def _table(found: dict[str, list[Point]], times: dict[str, pd.DataFrame]) -> str:
     dense = {label: of[of.asked.isna()].sort_values("operator_ms") for label, of in times.items()}
     lines = []

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from stem.experiments import scoreboard
 from stem.experiments.long_context import matched_report, report
 
 MODEL, LENGTH = "Qwen2.5-Coder-0.5B", 2**15
@@ -31,8 +32,8 @@ def rows(monkeypatch):
     ]
     monkeypatch.setattr(report, "rows", lambda **parts: pd.DataFrame(found))
     times = [
-        dict(method=method, asked=asked, operator_ms=ms, attention_ms=ms / 2, source=source, tokens=tokens)
-        for source, tokens in ((f"captured from {MODEL}", LENGTH), ("random normal", 2**17))
+        dict(method=method, asked=asked, density=asked, source=source, tokens=n, operator_ms=ms, attention_ms=ms / 2)
+        for source, n in ((f"captured from {MODEL}", LENGTH), ("random normal", 2**17))
         for method, asked, ms in (
             ("sdpa_cudnn", None, 12.0), ("fa3", None, 9.0), ("adaptive", 0.25, 4.0), ("adaptive", 0.15, 3.0),
             ("adaptive", 0.08, 1.0), ("xattention", 0.25, 6.0),
@@ -77,3 +78,15 @@ def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatc
     lines = [line.split(" | ")[0].strip("| ") for line in matched_report.search().splitlines() if line.startswith("|")]
     best = [f"score_cells={i}" for i in range(11, 11 - matched_report.SEARCHED, -1)]
     assert lines[2:] == [*best, "exact_last_blocks=1048576", "the first line, reused by 2 layers each"]
+
+
+def test_the_headline_is_the_fastest_method_within_both_bounds(rows, monkeypatch):
+    found = matched_report.fastest()
+    assert (found.method, found.point.asked) == ("adaptive", 0.15)  # 0.08 is faster and outside
+    assert (found.row.operator_ms, found.row.tokens, found.dense.method) == (3.0, 2**17, "fa3")
+    told = scoreboard._matched()
+    assert told.startswith("**Operator at matched accuracy: 3.0× over FlashAttention-3 (9 → 3 ms)** at 128K tokens")
+    assert "within 0.25 nats" in told and "-0.240 [-0.240, -0.240], n = 2; +0.004" in told
+    monkeypatch.setattr(matched_report, "NATS", -0.1)
+    monkeypatch.setattr(matched_report, "LOSS", 0.0005)
+    assert matched_report.fastest() is None and scoreboard._matched() == ""
