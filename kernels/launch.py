@@ -72,7 +72,7 @@ def launch(
         kernel[grid](*with_descriptors(tensors), *numbers, **constants)
     else:
         grid = (*grid, 1, 1)[:3]
-        start, layouts = variant.direct, [layout(x) for x in tensors]
+        start, layouts = variant.direct, [layout(x) if type(x) is Tiles else None for x in tensors]
         # after an error of the driver, Triton launches again and raises it
         if start is None or is_watched() or start(grid, current_stream(device), addresses, layouts, overlap):
             variant.compiled[grid](*with_descriptors(tensors), *numbers, *variant.constants)

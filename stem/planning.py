@@ -196,8 +196,9 @@ class Plan:
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         p = self.problem
-        check_finite(q=q, k=k, v=v)
-        if q.is_cuda and torch.cuda.is_current_stream_capturing() and self not in CAPTURED:
+        if not q.is_cuda:
+            check_finite(q=q, k=k, v=v)
+        elif torch.cuda.is_current_stream_capturing() and self not in CAPTURED:
             CAPTURED.append(self)
         selection = None
         if self.path == "empty":
@@ -208,8 +209,11 @@ class Plan:
             from stem.kernels.hopper_forward import prepare
 
             start = prepare(q, k, v, p.scale)  # may launch kernels of its own, so it comes first
-            selection, full = self.choose(q, k, v), full_rows(self.rows, p.config)  # full rows need no list
-            out, lse = start(selection.kv_indices, selection.kv_num_blocks, full, selection.stand_in_tokens)
+            lists = choose.choose_topk(q, k, v, p.config, self.rows, p.scale, self.budget)
+            if p.return_selection or p.return_counts or p.config.dropped != "skip":
+                selection = self._selection(lists)
+            stand_in_tokens = selection.stand_in_tokens if selection else 0
+            out, lse = start(*lists, full_rows(self.rows, p.config), stand_in_tokens)  # full rows need no list
         else:
             selection = self.choose(q, k, v)
             out, lse = attend(q, k, v, selection, p.scale, self.impl, p.needs_grad)
