@@ -391,8 +391,8 @@ def num_parts(dtype: torch.dtype) -> int:
 def empty_sums(batch: int, num_heads: int, num_blocks: int, depth: int, x: torch.Tensor) -> torch.Tensor:
     """Memory for the group sums of inputs like `x`."""
     if num_parts(x.dtype) == 1:
-        return x.new_empty(batch, num_heads, num_blocks, depth)
-    return x.new_empty(batch, num_heads, num_blocks, 2, depth, dtype=torch.bfloat16)
+        return torch.empty(batch, num_heads, num_blocks, depth, dtype=x.dtype, device=x.device)
+    return torch.empty(batch, num_heads, num_blocks, 2, depth, dtype=torch.bfloat16, device=x.device)
 
 
 @cache
@@ -460,7 +460,7 @@ def raw_inputs(
     k_sums = empty_sums(batch, num_kv_heads, num_kv_blocks, stride * head_dim, k)
     log_term = value_norm == "log"
     value_shape = (batch, num_kv_heads, num_kv_blocks, *(() if log_term else (block_size // stride,)))
-    values = v.new_empty(value_shape, dtype=torch.float32)
+    values = torch.empty(value_shape, dtype=torch.float32, device=v.device)  # 1 us faster than v.new_empty
     num_kv_programs = batch * num_kv_heads * num_kv_blocks
     grid = (2 * num_kv_programs + batch * num_q_heads * num_q_blocks, stride // constants["GROUPS"])
     sizes = num_q_heads, num_kv_heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, num_kv_programs

@@ -667,7 +667,7 @@ def prepare(
     q, k, v = (with_dense_rows(x, tma=True) for x in (q, k, v))
     head_dim = q.shape[3]
     out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tasks = Tasks.of(q, k, out, q.element_size())
     q_tiles = Tiles(q, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     key_tile = 1, 1, BLOCK_SIZE, head_dim

@@ -55,25 +55,23 @@ def choose_topk(
 
     Scores and lists take one launch for up to score_select.MAX_KV_BLOCKS key blocks.
     """
-    from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
-    from stem.kernels.block_select import empty_lists, select_topk
-    from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
+    from stem.kernels import block_scores, block_select, score_select
 
     (batch, heads, q_len), kv_len, size, (budget, width) = q.shape[:3], k.shape[2], config.block_size, budget
     num_q_blocks, offset = rows.stop - rows.first, kv_len - q_len
-    lists = empty_lists(batch, heads, num_q_blocks, width, q.device)
+    lists = block_select.empty_lists(batch, heads, num_q_blocks, width, q.device)
     scale = routing_scale(q.shape[3], config, scale)
     step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * rows.stop)))
     args = q, k, v, size, config.score_stride, *config.value_term
-    if rows.stop <= MAX_KV_BLOCKS and step == num_q_blocks:
-        inputs = score_inputs(*args, first_q_block=full_rows(rows, config))
-        return score_select(*inputs, scale, budget, *config.always_kept, lists)
-    q_sums, k_sums, value_bonus = score_inputs(*args, num_q_blocks=step)
+    if rows.stop <= score_select.MAX_KV_BLOCKS and step == num_q_blocks:
+        inputs = block_scores.score_inputs(*args, first_q_block=full_rows(rows, config))
+        return score_select.score_select(*inputs, scale, budget, *config.always_kept, lists)
+    q_sums, k_sums, value_bonus = block_scores.score_inputs(*args, num_q_blocks=step)
     for row in range(0, num_q_blocks, step):
         if row:
             start, stop = ((rows.first + x) * size - offset for x in (row, row + step))
             chunk = q[:, :, start:stop]
-            q_sums = block_sums(chunk, size, config.score_stride, reverse=True, offset=offset + start)
-        scores = score_blocks(q_sums, k_sums, value_bonus, scale, rows.first + row)
-        select_topk(scores, budget, *config.always_kept, width, lists, row)
+            q_sums = block_scores.block_sums(chunk, size, config.score_stride, reverse=True, offset=offset + start)
+        scores = block_scores.score_blocks(q_sums, k_sums, value_bonus, scale, rows.first + row)
+        block_select.select_topk(scores, budget, *config.always_kept, width, lists, row)
     return lists
