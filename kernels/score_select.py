@@ -136,12 +136,13 @@ def score_select(
     parts = 2 if q_sums.dtype == torch.bfloat16 else 1
     heads_per_kv_head = num_q_heads // num_kv_heads
     sizes = heads_per_kv_head, num_q_blocks, num_kv_blocks, num_q_blocks - q_sums.shape[2]
+    can_overlap = at_least_sm90(q_sums.device)
     launch(
         score_select_kernel,
         (-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads),
         (q_sums, k_sums, value_bonus, budget, *lists),
         (*sizes, sink_blocks, local_blocks, max_blocks, float(scale)),
-        overlap=at_least_sm90(q_sums.device),
+        overlap=can_overlap,
         ON_TOP=on_top,
         DEPTH=q_sums.shape[-1],
         PARTS=parts,
@@ -151,7 +152,7 @@ def score_select(
         DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),
         PRECISION=PRECISION,
-        CAN_OVERLAP=at_least_sm90(q_sums.device),
+        CAN_OVERLAP=can_overlap,
         num_warps=WARPS,
         num_stages=STAGES,
     )

@@ -106,6 +106,10 @@ class Plan:
             from stem.kernels.replay import replay
 
             self.replay = replay
+        if self.path == "overlap":
+            from stem.kernels.hopper_forward import prepare
+
+            self.prepare = prepare
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         """Output, log-sum-exp, counts and selection for tensors of this problem; None for what was not asked for.
@@ -206,9 +210,7 @@ class Plan:
         elif self.path == "dense":
             out, lse = fused_attention(q, k, v, p.scale, p.dense_kernel, p.return_lse)
         elif self.path == "overlap":  # of scoring, selection and attention (programmatic dependent launch)
-            from stem.kernels.hopper_forward import prepare
-
-            start = prepare(q, k, v, p.scale)  # may launch kernels of its own, so it comes first
+            start = self.prepare(q, k, v, p.scale)  # may launch kernels of its own, so it comes first
             lists = choose.choose_topk(q, k, v, p.config, self.rows, p.scale, self.budget)
             if p.return_selection or p.return_counts or p.config.dropped != "skip":
                 selection = self._selection(lists)
