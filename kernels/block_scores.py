@@ -11,14 +11,14 @@ fp32 inputs stay fp32.
 The file exceeds 400 lines because its kernels share the format of the sums.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .common import at_least_sm90
+from .common import at_least_sm90, for_all_lengths
 from .launch import launch
 
 MAX_GROUPS_PER_TILE = 16  # rows of the [groups, D] tile that one program holds in registers
@@ -100,7 +100,7 @@ def split_pair(index, num_heads):
     return index // num_heads, index % num_heads
 
 
-@triton.jit
+@for_all_lengths
 def score_inputs_kernel(
     q_ptr,
     k_ptr,
@@ -184,7 +184,7 @@ def score_inputs_kernel(
         gdc_launch_dependents()
 
 
-@triton.jit
+@for_all_lengths
 def block_sums_kernel(
     x_ptr,
     sums_ptr,
@@ -214,7 +214,7 @@ def block_sums_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@for_all_lengths
 def value_norms_kernel(
     v_ptr,
     norms_ptr,
@@ -247,7 +247,7 @@ def load_log_norms(norms_ptr, groups, num_groups):
     return tl.log(tl.load(norms_ptr + groups, mask=groups < num_groups, other=0.0) + LOG_EPS)
 
 
-@triton.jit
+@for_all_lengths
 def standardize_kernel(
     norms_ptr,
     value_bonus_ptr,
@@ -347,7 +347,7 @@ def score_tile(
     return finish_scores(scores, value_bonus_ptr, first_q_block + rows, kv_blocks, is_block, scale)
 
 
-@triton.jit
+@partial(for_all_lengths, aligned="num_kv_blocks")
 def score_blocks_kernel(
     q_sums_ptr,
     k_sums_ptr,

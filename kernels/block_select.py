@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import for_all_lengths
 from .launch import launch
 
 SIGN_BIT = tl.constexpr(0x80000000)
@@ -126,7 +127,7 @@ def select_rows(
     tl.store(kv_num_blocks_ptr + list_rows, num_selected, mask=is_row)
 
 
-@triton.jit
+@for_all_lengths
 def select_topk_kernel(
     scores_ptr,
     budget_ptr,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2_E
+from .common import LOG2_E, for_all_lengths
 from .launch import launch
 
 FEATURE_TILE, FEATURE_WARPS = 8, 4  # cells of one program of cell_features, and its warps
@@ -81,7 +81,7 @@ def store_features(
         tl.store(features_ptr + HEAD_DIM + offsets, lower * scale, mask=exists)
 
 
-@triton.jit
+@for_all_lengths
 def cell_features_kernel(
     q_ptr,
     k_ptr,

@@ -7,13 +7,14 @@ large. The second launch computes flagged row tiles again, relative to the true 
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from .cell_features import Cells
-from .common import LARGEST_SUM, LOG2_E, SMALLEST_DOT, operand_dtype
+from .common import LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
 from .launch import Tiles, launch
 from .sparse_forward import can_describe, describe_tiles
 
@@ -99,7 +100,7 @@ def sums_too_large(flags_ptr, num_splits):
     return tl.max(tl.load(flags_ptr + splits, mask=splits < num_splits, other=0), axis=0) > 0
 
 
-@triton.jit
+@partial(for_all_lengths, aligned="num_kv_blocks")
 def pair_cells_kernel(
     q_features_ptr,
     k_source,

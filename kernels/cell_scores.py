@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
-from .common import LN_2
+from .common import LN_2, for_all_lengths
 from .launch import launch
 from .token_pairs import pair_tokens
 
@@ -63,7 +63,7 @@ def pool_shares(
     return tl.where(causal, tl.log2(tl.maximum(shares, TINY)) * LN_2, float("-inf"))
 
 
-@triton.jit
+@for_all_lengths
 def pool_shares_kernel(
     sums_ptr,
     scores_ptr,

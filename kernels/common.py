@@ -1,6 +1,8 @@
 """Constants, operand dtypes, padded dimensions and TMA alignment that several kernels share."""
 
+from collections.abc import Callable
 from functools import cache
+from inspect import signature
 
 import torch
 import triton
@@ -14,6 +16,19 @@ SMALLEST_SCALE = 1e-30  # stands for 0: kernels take row maxima before they scal
 SMALLEST_DOT = 16  # columns of the smallest product
 TMA_BYTES = 16  # alignment of addresses and strides
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def for_all_lengths(function: Callable, aligned: str = "") -> triton.JITFunction:
+    """triton.jit for a kernel that is not compiled again for every kind of prompt length.
+
+    Triton compiles again where an int becomes 1 or a multiple of 16. Here only strides may cause that, and the argument
+    `aligned`, the length of rows that are written in wider pieces if it is a multiple of 16. The kernel takes tensors
+    first, the last one named *_ptr or *_source.
+    """
+    names = [name for name, of in signature(function).parameters.items() if of.annotation is not tl.constexpr]
+    last_tensor = max(i for i, name in enumerate(names) if name.endswith(("_ptr", "_source")))
+    numbers = [name for name in names[last_tensor + 1 :] if not name.startswith("stride_") and name != aligned]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 @cache

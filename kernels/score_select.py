@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .block_scores import PRECISION, finish_scores, operand_dtype
 from .block_select import row_size, select_rows
-from .common import at_least_sm90
+from .common import at_least_sm90, for_all_lengths
 from .launch import launch
 
 MAX_KV_BLOCKS = 32  # of a row; with 64, two kernels are faster on an NVIDIA H200
@@ -60,7 +60,7 @@ def products_by_shares(
     return tl.sum(products, axis=0)
 
 
-@triton.jit
+@for_all_lengths
 def score_select_kernel(
     q_sums_ptr,
     k_sums_ptr,

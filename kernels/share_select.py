@@ -11,7 +11,7 @@ from .block_select import empty_lists, is_forced
 from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
 from .cell_scores import cell_constants, pool_shares, token_constants
-from .common import LOG2_E
+from .common import LOG2_E, for_all_lengths
 from .launch import launch
 from .token_pairs import pair_tokens
 
@@ -54,7 +54,7 @@ def select_row(
     tl.store(kv_num_blocks_ptr + list_row, num_selected)
 
 
-@triton.jit
+@for_all_lengths
 def select_above_kernel(
     scores_ptr,
     kv_indices_ptr,
@@ -93,7 +93,7 @@ def pool_select_row(
     select_row(scores, blocks, row, batch_head, *lists, *rules)
 
 
-@triton.jit
+@for_all_lengths
 def pool_select_kernel(
     sums_ptr,
     kv_indices_ptr,

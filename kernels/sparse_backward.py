@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import LOG2_E, TMA_BYTES, at_least_sm90, num_multiprocessors, operand_dtype, padded_dim, with_dense_rows
+from .common import (
+    LOG2_E,
+    TMA_BYTES,
+    at_least_sm90,
+    for_all_lengths,
+    num_multiprocessors,
+    operand_dtype,
+    padded_dim,
+    with_dense_rows,
+)
 
 STATISTICS_ROWS = 64  # rows of one program of row_statistics_kernel, fewer if blocks are smaller
 MAX_SPLITS = 8  # most fp32 copies of dK and dV for a small problem
@@ -82,7 +91,7 @@ def store_tile(
     tl.store(pointers, tile.to(x_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@for_all_lengths
 def row_statistics_kernel(
     out_ptr,
     dout_ptr,
@@ -179,7 +188,7 @@ def add_to_dq(
     return tl.dot(dlogits.to(DTYPE), k_tile, dq_tile, input_precision="ieee")
 
 
-@triton.jit
+@for_all_lengths
 def dq_kernel(
     q,
     k,
@@ -335,7 +344,7 @@ def add_to_dkv(
     return dk_tile, dv_tile
 
 
-@triton.jit
+@for_all_lengths
 def dkv_kernel(
     q,
     k,

@@ -24,6 +24,7 @@ from .common import (
     SMALLEST_SCALE,
     SUMS,
     at_least_sm90,
+    for_all_lengths,
     is_aligned,
     operand_dtype,
     padded_dim,
@@ -257,7 +258,7 @@ def attend_tiles_ahead(
     return accumulator, sums
 
 
-@triton.jit
+@for_all_lengths
 def sparse_forward_kernel(
     q_ptr,
     k_source,

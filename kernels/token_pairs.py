@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .cell_features import Cells
 from .cell_pairs import WARPS, launch_twice, split_keys, sums_too_large
-from .common import LARGEST_SUM, LOG2_E, operand_dtype, padded_dim
+from .common import LARGEST_SUM, LOG2_E, for_all_lengths, operand_dtype, padded_dim
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def token_products(
     return products, 0.0 if bonus_ptr is None else tl.load(bonus_ptr + block) * LOG2_E
 
 
-@triton.jit
+@for_all_lengths
 def pair_tokens_kernel(
     q_ptr,
     k_ptr,
