@@ -23,6 +23,7 @@ The file exceeds 400 lines because it holds one kernel: its partitions share bar
 import math
 from collections.abc import Callable
 from functools import cache, lru_cache
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,9 @@ CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
 BYTES_AT_ONCE = 4 << 20  # of keys and values of the heads in turn; with more, an NVIDIA H200 is slower at 8K and above
+GRAPH_TASKS = 1 << 19  # of all launches that graphs record, 4 MiB of scratch memory
+FOR_GRAPHS: dict[torch.device, torch.Tensor] = {}  # what is left of it, zeros since before the first capture
+LOCK = Lock()  # of FOR_GRAPHS
 TMA_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
@@ -577,7 +581,25 @@ def new_scratch(device: torch.device, num_tasks: int) -> torch.Tensor:
 @lru_cache(maxsize=64)  # launches of a stream run one after the other, and each leaves the counters at 0
 def stream_scratch(device: torch.device, stream: int, num_tasks: int) -> torch.Tensor:
     """Scratch memory shared by all launches of a size on the current stream."""
+    if device not in FOR_GRAPHS:
+        FOR_GRAPHS[device] = new_scratch(device, GRAPH_TASKS)
     return new_scratch(device, num_tasks)
+
+
+def launch_scratch(device: torch.device, num_tasks: int) -> torch.Tensor:
+    """Scratch memory of a launch on the current stream; one that a CUDA graph records has its own, for good.
+
+    A graph may run on any stream. Zeros within the graph, for want of FOR_GRAPHS, would cost each replay some us.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        return stream_scratch(device, current_stream(device.index), num_tasks)
+    size = -(-(2 + NUM_CONSUMERS.value * num_tasks) // 4) * 4  # addresses stay multiples of 16 bytes
+    with LOCK:
+        left = FOR_GRAPHS.get(device)
+        if left is None or len(left) < size:
+            return new_scratch(device, num_tasks)
+        FOR_GRAPHS[device] = left[size:]
+        return left[:size]
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
@@ -625,25 +647,22 @@ class Tasks(NamedTuple):
         heads = heads_at_once(num_keys, head_dim * bytes_of, batch * num_kv_heads) * heads_per_kv_head
         num_tasks = num_q_blocks * batch * num_q_heads
         num_programs = min(num_tasks, num_multiprocessors(q.device))
-        if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream
-            scratch = new_scratch(q.device, num_tasks)
-        else:
-            scratch = stream_scratch(q.device, current_stream(q.get_device()), num_tasks)
         numbers = *out.stride()[:3], num_q_heads, heads_per_kv_head, heads, num_queries, num_keys, num_q_blocks
-        return cls(num_tasks, num_programs, heads, numbers, scratch)
+        return cls(num_tasks, num_programs, heads, numbers, launch_scratch(q.device, num_tasks))
 
     def launch(
         self, kernel, tensors: tuple, max_blocks: int, numbers: tuple = (), full_rows: int = 0, **constants: int
     ) -> None:
         """Launch a kernel of these tasks, with its first tensors and its numbers after the number of tasks."""
         ahead = min(full_rows, -(-self.programs // self.heads))  # a full row for each program until lists are written
+        num_q_blocks = self.numbers[-1]
         numbers = *self.numbers, max_blocks, full_rows, ahead, self.number, *numbers
         launch(
             kernel,
             (self.programs,),
             tensors,
             numbers,
-            overlap=full_rows > 0,
+            overlap=0 < full_rows < num_q_blocks,
             **constants,
             num_warps=CONSUMER_WARPS.value,
             maxnreg=LAUNCH_REGISTERS,
@@ -657,9 +676,10 @@ def prepare(
 
     Returns:
         attend(kv_indices, kv_num_blocks, full_rows=0, tokens=0) -> out, lse. The first `full_rows` query blocks keep
-        all their causal blocks, whatever the lists say. If there are any, the kernel that was launched last may still
-        run when attention to them begins (programmatic dependent launch). The kernels that wrote q, k and v must have
-        ended before that kernel began. `tokens`: of a stand-in of the dropped blocks, see stand_ins.py; 0 skips them.
+        all their causal blocks, whatever the lists say. If these are some but not all, the kernel that was launched
+        last may still run when attention to them begins (programmatic dependent launch). The kernels that wrote q, k
+        and v must have ended before that kernel began. `tokens`: of a stand-in of the dropped blocks, see stand_ins.py;
+        0 skips them.
     """
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale

@@ -57,6 +57,44 @@ def test_scratch_is_no_inference_tensor():
     assert not scratch.is_inference() and not scratch.any()
 
 
+def test_launches_that_graphs_record_have_zeros_of_their_own(monkeypatch):
+    from stem.kernels import hopper_forward
+    from stem.kernels.hopper_forward import launch_scratch, new_scratch
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(hopper_forward, "FOR_GRAPHS", {})
+    new = launch_scratch(cpu, 5)  # nothing was prepared
+    hopper_forward.FOR_GRAPHS[cpu] = left = new_scratch(cpu, 20)
+    first, second = launch_scratch(cpu, 5), launch_scratch(cpu, 6)
+    for x, num_tasks in ((new, 5), (first, 5), (second, 6)):
+        assert len(x) >= 2 + 2 * num_tasks and not x.any()
+        x.fill_(7)
+    assert first.data_ptr() == left.data_ptr() and second.data_ptr() == first.data_ptr() + 4 * len(first)
+    assert len(first) % 4 == 0  # 16 bytes
+    many = launch_scratch(cpu, 30)  # more than is left
+    assert not many.any() and many.data_ptr() not in (left.data_ptr(), second.data_ptr())
+
+
+@needs_sm90
+def test_graphs_run_side_by_side():
+    from stem.kernels.hopper_forward import sparse_forward
+
+    q, k, v = random_inputs(32, 8, 3000, 3000, 128, torch.bfloat16)
+    problem = q, k, v, *lists_of(random_mask(1, 32, 3000, 3000, BLOCK_SIZE)), BLOCK_SIZE, 0.1
+    expected, _ = sparse_forward(*problem)
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            outs += [sparse_forward(*problem)[0] for _ in range(3)]
+    for _ in range(10):
+        for graph in graphs:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+
+
 @pytest.fixture
 def check(assert_close_to_oracle):
     """Run the kernel on q, k, v and a block mask, and compare out and lse with the oracle."""
