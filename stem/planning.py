@@ -143,7 +143,7 @@ class Plan:
         if self.path == "dense":
             return f"{call}: torch's dense kernel ({p.dense_kernel}) attends, because every row keeps every block."
         how = f'{WHY[self.choice].format(self.choose_impl)}; impl="{self.impl}" attends'
-        if self.path == "overlap":
+        if self.path == "overlap" and not keeps_every_block(self.rows, p.config):
             first = f"the first {full_rows(self.rows, p.config)} rows, which keep every block"
             how += f", beginning with {first}, while the other rows' blocks are chosen"
         if p.config.dropped != "skip" and not keeps_every_block(self.rows, p.config):
@@ -188,8 +188,9 @@ class Plan:
             is_long = p.kv_len >= LISTS_TOKENS and p.batch * p.q_heads * p.q_len >= LISTS_ROWS
             if not (is_long and self.impl == "hopper" and not p.needs_grad):
                 return "dense"
-        if self.impl == "hopper" and self.choice == "topk" and not p.needs_grad and self.is_short:
-            return "overlap" if full_rows(rows, p.config) else "lists"
+        if self.impl == "hopper" and not p.needs_grad and full_rows(rows, p.config):  # these rows need no lists
+            at_once = self.choice == "topk" and self.is_short
+            return "overlap" if at_once or keeps_every_block(rows, p.config) else "lists"
         return "lists"
 
     @property

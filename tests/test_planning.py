@@ -41,7 +41,7 @@ def problem(tokens, config, device=CUDA, **changes):
 
 TABLE = [  # tokens, config, changes -> path, choice, impl, repeatable
     (512, DENSE, {}, "dense", "forced", "hopper", False),
-    (1024, DENSE, {}, "lists", "forced", "hopper", True),
+    (1024, DENSE, {}, "overlap", "forced", "hopper", True),
     (1024, StemConfig(), {}, "lists", "forced", "hopper", True),
     (1024, PAPER, {}, "lists", "forced", "hopper", True),
     (1024, DENSE, dict(q_heads=8), "dense", "forced", "hopper", False),
@@ -59,12 +59,12 @@ TABLE = [  # tokens, config, changes -> path, choice, impl, repeatable
     (2**17, PAPER, {}, "lists", "topk", "hopper", True),
     (2**17, PAPER, dict(q_len=1000), "lists", "topk", "hopper", True),
     (2**17, PAPER.replace(reduction="softmax"), {}, "lists", "scores", "hopper", True),
-    (4096, ADAPTIVE, {}, "lists", "forced", "hopper", True),
+    (4096, ADAPTIVE, {}, "overlap", "forced", "hopper", True),
     (4096, ADAPTIVE, dict(needs_grad=True), "dense", "forced", "hopper", False),
     (4096, ADAPTIVE, dict(prompt_length=2**15), "lists", "share", "hopper", True),
     (2**15, ADAPTIVE, {}, "lists", "share", "hopper", True),
     (2**15, ADAPTIVE, dict(impl="torch"), "lists", "scores", "torch", False),
-    (2**15, StemConfig(density=1.0), dict(dense_kernel=None), "lists", "all", "hopper", True),
+    (2**15, StemConfig(density=1.0), dict(dense_kernel=None), "overlap", "all", "hopper", True),
     (2**15, PAPER, dict(batch=0), "empty", "scores", "hopper", False),
     (1024, StemConfig(density=1.0), dict(device=CPU), "dense", "forced", "torch", False),
     (1024, StemConfig(density=1.0), dict(device=CPU, impl="torch"), "lists", "forced", "torch", False),
