@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -62,6 +64,9 @@ def stem_attention_forward(
     layer: Layer | None = getattr(module, "stem_layer", None)
     sinks = kwargs.pop("s_aux", None)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_plain = attention_mask is None and sinks is None and is_causal and not dropout
+    if is_plain and _is_whole_prompt(layer, query, key, value, kwargs):
+        return _attend_whole(layer, query, key, value, scaling, None), None
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
         ends = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
         attention_mask = _packed(layer, attention_mask, query, key, *ends)
@@ -81,6 +86,32 @@ def stem_attention_forward(
     if dropout > 0:
         raise ValueError(f"dropout={dropout}: Stem attention has none; set the model's attention dropout to 0")
     return _prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
+
+
+def _is_whole_prompt(layer: Layer | None, q: Tensor, k: Tensor, v: Tensor, options: dict) -> bool:
+    """Whether a sparse layer gets a whole prompt in ordinary tensors, so that nothing but its plan has to be looked up.
+
+    Small models on short prompts wait for the host, so such a call reaches its kernels as directly as SDPA does.
+    """
+    return (
+        layer is not None
+        and type(layer.config) is StemConfig
+        and layer.own is layer.shared is None
+        and 1 < q.shape[2] == k.shape[2]
+        and q.shape[3] == v.shape[3]
+        and options.get("cu_seq_lens_q") is None
+        and type(q) is type(k) is type(v) is Tensor
+        and not (torch.compiler.is_compiling() or q.is_meta or torch.is_autocast_enabled(q.device.type))
+        and torch._C._get_tracing_state() is peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def _attend_whole(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None) -> Tensor:
+    """Stem attention of whole prompts, [B, N, Hq, D]."""
+    prompt_length = None if layer.prompt_length is None else max(layer.prompt_length, q.shape[2])
+    with on_device_of(q):
+        return _attend(layer, q, k, v, scale, prompt_length, sinks).transpose(1, 2).contiguous()
 
 
 @refused_by_name("Stem attention")
@@ -107,9 +138,7 @@ def _sparse_prefill(
 ) -> Tensor:
     """Stem attention of each sequence by itself, [B, Nq, Hq, value dim]; padding queries give zeros."""
     if mask is None and q.shape[2] == k.shape[2] and v.shape[3] == q.shape[3]:  # whole prompts, without what follows
-        prompt_length = None if layer.prompt_length is None else max(layer.prompt_length, q.shape[2])
-        with on_device_of(q):
-            return _attend(layer, q, k, v, scale, prompt_length, sinks).transpose(1, 2).contiguous()
+        return _attend_whole(layer, q, k, v, scale, sinks)
     value_dim = v.shape[3]  # smaller than D in latent attention; zeros change neither norms nor sums
     v = pad(v, (0, q.shape[3] - value_dim)) if value_dim < q.shape[3] else v
     out = None
@@ -188,6 +217,9 @@ def _attend(
     config, impl = layer.config, layer.impl
     if isinstance(config, StemConfig) and not torch.compiler.is_compiling():
         plan = plan_for(q, k, v, config, scale, impl, prompt_length, return_lse=sinks is not None, return_counts=True)
+        if plan.path == "dense" and sinks is None:
+            layer.count(q, causal_blocks(plan.rows), plan.kept_blocks)
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         out, lse, counts, _ = plan.run(q, k, v)
         layer.count(q, causal_blocks(plan.rows), plan.kept_blocks if counts is None else counts)
         return apply_sinks(out, lse, sinks)[0]
