@@ -18,13 +18,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stem.experiments.speed", description=__doc__)
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke", help="which lengths, and which file")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="measure these only; other rows stay")
+    parser.add_argument("--parts", choices=("operator", *beyond.PARTS), nargs="+", help="these only; other rows stay")
     parser.add_argument("--impls", nargs="+", metavar="IMPL", help="default: triton and hopper on CUDA, torch on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows, start = [], time.perf_counter()
-    same = ("operation", "provider", "config", "tokens") if options.lengths else None
+    same = ("operation", "provider", "config", "tokens") if options.lengths or options.parts else None
     for label, found in _everything(options, device):
         rows += found
         print(f"{time.perf_counter() - start:6.1f} s  {label}  {len(found)} rows", flush=True)
@@ -38,11 +39,12 @@ def _everything(options: argparse.Namespace, device: str) -> Iterator[tuple[str,
     """Yield (label, rows): the operator by length, then `beyond`, then the operator at extreme lengths."""
     lengths = options.lengths or bench.LENGTHS[device, options.profile]
     common = dict(impls=options.impls, seed=options.seed)
+    parts = options.parts or ("operator", *(() if options.lengths else beyond.PARTS))
+    lengths = lengths if "operator" in parts else ()
     ordinary = [n for n in lengths if n < bench.ONE_CONFIG_TOKENS or options.lengths]
-    for tokens, found in bench.sweep(ordinary, device, **common):
+    for tokens, found in bench.sweep(ordinary, device, **common) if lengths else ():
         yield f"{tokens:>8,} tokens", found
-    if not options.lengths:
-        yield from beyond.beyond_the_operator(device, options.profile, **common)
+    yield from beyond.beyond_the_operator(device, options.profile, parts=parts, **common)
     once = dict(common, impls=options.impls or candidates.default_impls(device), configs=[*bench.CONFIGS][:1], dense=())
     for tokens in sorted(set(lengths) - set(ordinary)):
         yield f"{tokens:>8,} tokens", bench.case(replace(bench.SHAPES[device], tokens=tokens), device, **once)

@@ -9,9 +9,10 @@ import torch
 from pandas.api.types import is_numeric_dtype
 from torch import Tensor
 
+import stem
 from stem import pretrained
 from stem.experiments.documents import stdlib_documents
-from stem.experiments.speed import candidates, drop_in, first_token
+from stem.experiments.speed import candidates, drop_in, first_token, peers
 from stem.experiments.speed.bench import run, with_speedups
 from stem.experiments.speed.candidates import CONFIGS, DENSE, SHAPES, Problem, Shape
 from stem.experiments.theory import flow
@@ -20,6 +21,9 @@ TRAINING_TOKENS = {"cuda": (2**15, 2**13), "cpu": (2**11,)}  # forward and backw
 TRAINING_CONFIG = "default"
 CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
 CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
+BREAK_EVEN_TOKENS = (2048, 3000, 4096, 5500, 8192, 12000, 16384)  # on CUDA
+LOW_DENSITY, EIGHT_PERCENT = 0.08, "adaptive, 8 %"  # of the first token and the config's name, see `calibrated`
+PARTS = ("training", "first token", "drop-in", "captured", "break-even")
 
 
 def training_case(
@@ -45,24 +49,70 @@ def captured_case(
     found = []
     for layer in layers:
         with torch.no_grad():
-            q, k, v = (x.contiguous() for x in flow.capture(model, ids, layer))
-            shape = Shape(q.shape[2], 1, q.shape[1], k.shape[1], q.shape[3], str(q.dtype).removeprefix("torch."))
-            problem = Problem(shape, CONFIGS["default"], device, impls[0], seed, (q, k, v))
+            problem = _captured_problem(flow.capture(model, ids, layer), CONFIGS["default"], device, impls[0], seed)
             compared = [candidates.attention_candidate(*named) for named in candidates.dense_attends(device).items()]
             for impl in impls:
                 compared += [c for c in candidates.stem_candidates(impl) if c.operation in ("attention", "operator")]
             for candidate in compared:
                 found.append(run(replace(candidate, operation=f"captured {candidate.operation}"), problem, "default"))
+    return with_speedups(_over_layers(found), seed)
+
+
+def break_even_cases(
+    model: torch.nn.Module, name: str, ids: Tensor, layers: Iterable[int], device: str, *, seed: int = 0
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield (label, rows) by length of the preset adaptive without its `dense_up_to`, on q, k, v of a model's layers.
+
+    Operations are "captured <name> attention" (dense) and "captured <name> operator", on CUDA from a graph as well.
+    Shorter prompts are the first tokens of the captured ones; ids are [1, N]. Rows are those of `captured_case`.
+    """
+    config = stem.StemConfig.preset("adaptive", dense_up_to=0)
+    captured = flow.captures(model, ids, layers)
+    dense = {name: of for name, of in candidates.dense_attends(device).items() if name not in (*peers.FP8, "fa4")}
+    compared = [candidates.attention_candidate(*named) for named in dense.items()] + candidates.stem_candidates(None)
+    compared += [candidates.graph_candidate(candidate) for candidate in compared] if device == "cuda" else []
+    named = [replace(c, operation=_captured_name(c.operation, name)) for c in compared]
+    for tokens in BREAK_EVEN_TOKENS:
+        found = []
+        for qkv in captured.values() if tokens <= ids.shape[1] else ():
+            with torch.no_grad():
+                short = tuple(x[:, :, :tokens] for x in qkv)
+                problem = _captured_problem(short, config, device, candidates.default_impls(device)[-1], seed)
+                found += [run(candidate, problem, candidates.NEVER_DENSE) for candidate in named]
+        if found:
+            yield f"break-even on {name}, {tokens:,} tokens", with_speedups(_over_layers(found), seed)
+
+
+def _captured_name(operation: str, name: str) -> str:
+    prefix = candidates.GRAPH if operation.startswith(candidates.GRAPH) else ""
+    return f"{prefix}captured {name} {operation.removeprefix(prefix)}"
+
+
+def _captured_problem(qkv: tuple[Tensor, ...], config: stem.StemConfig, device: str, impl: str, seed: int) -> Problem:
+    q, k, v = (x.contiguous() for x in qkv)
+    shape = Shape(q.shape[2], 1, q.shape[1], k.shape[1], q.shape[3], str(q.dtype).removeprefix("torch."))
+    return Problem(shape, config, device, impl, seed, (q, k, v))
+
+
+def _over_layers(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for the rows of all layers: median latency, mean density, worst error."""
     rows, keys = pd.DataFrame(found), ["operation", "provider"]
     how = {name: "median" if is_numeric_dtype(of) else "first" for name, of in rows.drop(columns=keys).items()}
     how |= {name: of for name, of in dict(density="mean", error_vs_fp64="max").items() if name in rows}
     how["error"] = lambda of: "; ".join(filter(None, of))
     merged = rows.groupby(keys, sort=False, as_index=False).agg(how)
-    return with_speedups([row.dropna().to_dict() for _, row in merged.iterrows()], seed)
+    return [row.dropna().to_dict() for _, row in merged.iterrows()]
+
+
+def calibrated(settings: dict[str, int], tokens: int, device: str, dtype: torch.dtype, seed: int) -> stem.StemConfig:
+    """The preset adaptive with the threshold at which two layers of a model's shape compute LOW_DENSITY."""
+    model = first_token.random_llama(settings | dict(num_hidden_layers=2), device, dtype, seed)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    return stem.calibrate(model, [ids], LOW_DENSITY, stem.StemConfig.preset("adaptive"), tolerance=0.002).config
 
 
 def beyond_the_operator(
-    device: str, profile: str, *, impls: Sequence[str] | None = None, seed: int = 0
+    device: str, profile: str, *, impls: Sequence[str] | None = None, seed: int = 0, parts: Sequence[str] = PARTS
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield (label, rows) of training, whole models, and a real model's q, k and v; headline measurements first."""
     common = dict(impls=impls or candidates.default_impls(device), seed=seed)
@@ -73,17 +123,36 @@ def beyond_the_operator(
 
     cuda, dtype = device == "cuda", getattr(torch, SHAPES[device].dtype)
     first, *others = TRAINING_TOKENS[device]
-    yield train(first, flex=cuda)
-    model = first_token.random_llama(first_token.LLAMA_8B if cuda else first_token.TINY, device, dtype, seed)
-    configs = ("released",) if cuda else ("default",)
-    for tokens in first_token.LENGTHS[device, profile]:
-        rows = first_token.case(model, tokens, device, configs=configs, seed=seed)
-        yield f"time to first token, {tokens:,} tokens", rows
-    del model  # 16 GB on CUDA
-    yield from drop_in.cases(device, profile, seed=seed)
-    small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
-    text = "\n".join(stdlib_documents().values())[: 8 * CAPTURED_TOKENS[device]]  # more than enough characters
-    ids = torch.tensor(tokenizer(text).input_ids[: CAPTURED_TOKENS[device]])[None].to(device)
-    yield "captured from SmolLM2", captured_case(small, ids, CAPTURED_LAYERS[device], device, **common)
-    for tokens in others if profile == "full" else ():
+    if "training" in parts:
+        yield train(first, flex=cuda)
+    if "first token" in parts:
+        yield from _first_token_cases(device, profile, dtype, seed)
+    if "drop-in" in parts:
+        yield from drop_in.cases(device, profile, seed=seed)
+    parts = {*parts} - ({"break-even"} if not cuda else set())
+    if parts & {"captured", "break-even"}:
+        small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
+        text = "\n".join(stdlib_documents().values())[: 8 * BREAK_EVEN_TOKENS[-1]]  # more than enough
+        ids = torch.tensor(tokenizer(text).input_ids)[None].to(device)
+    if "captured" in parts:
+        rows = captured_case(small, ids[:, : CAPTURED_TOKENS[device]], CAPTURED_LAYERS[device], device, **common)
+        yield "captured from SmolLM2", rows
+    if "break-even" in parts:
+        longest = min(BREAK_EVEN_TOKENS[-1], small.config.max_position_embeddings)
+        yield from break_even_cases(small, "SmolLM2", ids[:, :longest], CAPTURED_LAYERS[device], device, seed=seed)
+    for tokens in others if profile == "full" and "training" in parts else ():
         yield train(tokens, flex=False)
+
+
+def _first_token_cases(
+    device: str, profile: str, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    settings = first_token.LLAMA_8B if device == "cuda" else first_token.TINY
+    lengths = first_token.LENGTHS[device, profile]
+    configs = {"released": CONFIGS["released"]} if device == "cuda" else {"default": CONFIGS["default"]}
+    longest = calibrated(settings, lengths[0], device, dtype, seed) if device == "cuda" else None
+    model = first_token.random_llama(settings, device, dtype, seed)
+    for tokens in lengths:
+        more = {EIGHT_PERCENT: longest} if longest and tokens == lengths[0] else {}
+        rows = first_token.case(model, tokens, device, configs=configs | more, seed=seed)
+        yield f"time to first token, {tokens:,} tokens", rows

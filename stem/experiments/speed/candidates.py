@@ -16,7 +16,18 @@ from stem.experiments.speed import gate, peers
 
 # "released" is the schedule of the method's public code, the preset angelslim. "default" is StemConfig().
 CONFIGS = {"released": stem.StemConfig.preset("angelslim"), "default": stem.StemConfig()}
-SHORT = (1024, 1500, 2048, 3000, 4096, 5500, 8192, 12000, 16384)  # powers of two, and lengths that end inside a block
+SHORT = (
+    640,
+    1024,
+    1500,
+    2048,
+    3000,
+    4096,
+    5500,
+    8192,
+    12000,
+    16384,
+)  # powers of two, and lengths that end inside a block
 BRIEFLY = {  # config -> lengths at which CUDA times attention and the whole operator only
     # the released schedule with its sink and local blocks inside the budget
     "three_regime": (stem.StemConfig.preset("angelslim", forced="inside"), (2**14, 2**15, 2**16, 2**17)),
@@ -26,6 +37,7 @@ BRIEFLY = {  # config -> lengths at which CUDA times attention and the whole ope
 }
 GRAPH = "graph "  # prefix of an operation that was replayed from a CUDA graph, at all lengths of SHORT
 PREFILL = "prefill "  # prefix of an operation, before the name of a model, see stem.experiments.speed.drop_in
+NEVER_DENSE = "adaptive, never dense"  # config: the preset without its limit `dense_up_to`, for the limit's break-even
 PRESETS = ("paper", "released", "hpc_ops", "adaptive")  # configs of the rows that are presets of StemConfig
 DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},

@@ -1,7 +1,7 @@
 """Time to first token: the prefill of a whole model with random weights, dense and with Stem, and its peak memory."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from stem import hf
+from stem import StemConfig, hf
 from stem.experiments.speed import peers
 from stem.experiments.speed.bench import first_line, latencies, with_speedups
-from stem.experiments.speed.candidates import CONFIGS, DENSE, Shape
+from stem.experiments.speed.candidates import DENSE, Shape
 
 # meta-llama/Llama-3.1-8B without weights and rescaled rotary frequencies; the other sizes are LlamaConfig's defaults
 LLAMA_8B = dict(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256)
@@ -55,7 +55,9 @@ def dense_contexts(model: nn.Module, device: str) -> dict[str, Callable[[], Abst
     return contexts | {name: partial(peers.attention_of, model, name) for name in found}
 
 
-def case(model: nn.Module, tokens: int, device: str, *, configs: Iterable[str], seed: int = 0) -> list[dict[str, Any]]:
+def case(
+    model: nn.Module, tokens: int, device: str, *, configs: Mapping[str, StemConfig], seed: int = 0
+) -> list[dict[str, Any]]:
     """Rows of operation "ttft" (time to first token) of one length: the dense back ends, then Stem with each config.
 
     The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards.
@@ -68,9 +70,9 @@ def case(model: nn.Module, tokens: int, device: str, *, configs: Iterable[str], 
     rows = []
     for name, context in dense_contexts(model, device).items():
         rows.append(common | dict(provider=name, config="dense") | timed(context()))
-    for name in configs:
-        about = dict(provider="stem", config=name, block_size=CONFIGS[name].block_size)
-        rows.append(common | about | timed(hf.stem_prefill(model, CONFIGS[name])))
+    for name, config in configs.items():
+        about = dict(provider="stem", config=name, block_size=config.block_size)
+        rows.append(common | about | timed(hf.stem_prefill(model, config)))
     return with_speedups(rows, seed)
 
 

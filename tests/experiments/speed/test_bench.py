@@ -161,7 +161,7 @@ def test_a_buffer_left_unwritten_is_refused():
 
 def test_rows_of_a_case(fast, monkeypatch):
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
-    rows = bench.case(SMALL, "cpu", configs=["small"], impls=["torch"])
+    rows = bench.case(SMALL, "cpu", configs={"small": CONFIG}, impls=["torch"])
     assert [row["operation"] for row in rows] == ["attention", "scores", "selection", "attention", "operator"]
     assert [row["error"] for row in rows] == [""] * 5
     assert all(set(row) <= set(bench.COLUMNS) for row in rows)
@@ -200,20 +200,20 @@ def test_interpreted_kernels_pass_the_gate(fast, monkeypatch):
         pytest.skip("the kernels are compiled here; python -m stem.experiments.speed is their test")
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     shape = dataclasses.replace(SMALL, tokens=40, q_heads=2, kv_heads=1, dtype="float16")
-    rows = bench.case(shape, "cpu", configs=["small"], impls=["triton"], dense=[])
+    rows = bench.case(shape, "cpu", configs={"small": CONFIG}, impls=["triton"], dense=[])
     assert [row["error"] for row in rows] == [""] * 4
 
 
 def test_one_failing_provider_costs_one_row(fast, monkeypatch):
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
     monkeypatch.setattr(stem, "block_sparse_attention", lambda *args, **options: 1 / 0)
-    rows = bench.case(SMALL, "cpu", configs=["small"], impls=["torch"])
+    rows = bench.case(SMALL, "cpu", configs={"small": CONFIG}, impls=["torch"])
     assert [row["error"] for row in rows] == ["", "", "", "ZeroDivisionError: division by zero", ""]
 
 
 def test_implementations_share_one_selection(fast, monkeypatch):
     monkeypatch.setattr(bench, "CONFIGS", {"small": CONFIG})
-    rows = bench.case(SMALL, "cpu", configs=["small"], impls=["torch", "hopper"], dense=[])
+    rows = bench.case(SMALL, "cpu", configs={"small": CONFIG}, impls=["torch", "hopper"], dense=[])
     assert [(row["operation"], row["provider"]) for row in rows[4:]] == [
         ("attention", "stem_hopper"),
         ("operator", "stem_hopper"),
@@ -278,10 +278,32 @@ def test_rows_of_captured_tensors(fast, monkeypatch, tiny):
         assert row["speedup_vs_sdpa_cpu"] == 1.0 and set(row) <= set(bench.COLUMNS)
 
 
+def test_rows_of_the_break_even(fast, monkeypatch, tiny):
+    monkeypatch.setattr(beyond, "BREAK_EVEN_TOKENS", (300, 400))
+    ids = torch.randint(1024, (1, 320))
+    ((label, (dense, sparse)),) = beyond.break_even_cases(tiny, "Tiny", ids, [0, 1], "cpu")  # 400 are not there
+    assert label == "break-even on Tiny, 300 tokens"
+    assert (dense["operation"], sparse["operation"]) == ("captured Tiny attention", "captured Tiny operator")
+    assert (dense["config"], sparse["config"]) == ("dense", "adaptive, never dense")
+    assert dense["error"] == sparse["error"] == "" and dense["tokens"] == sparse["tokens"] == 300
+    assert sparse["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / sparse["latency_ms"])
+    assert 0.5 < sparse["density"] <= 1
+
+
+def test_the_threshold_of_the_first_token_is_calibrated(monkeypatch):
+    def calibrate(model, prompts, density, config, *, tolerance):
+        assert model.config.num_hidden_layers == 2 and [tuple(ids.shape) for ids in prompts] == [(1, 5300)]
+        assert density == 0.08 and tolerance < 0.01
+        return stem.hf.calibration.Calibration(config.replace(threshold=0.25), density)
+
+    monkeypatch.setattr(stem, "calibrate", calibrate)
+    config = beyond.calibrated(first_token.TINY, 5300, "cpu", torch.float32, 0)
+    assert config == stem.StemConfig.preset("adaptive", threshold=0.25)
+
+
 def test_rows_of_time_to_first_token(monkeypatch, tiny):
-    monkeypatch.setattr(first_token, "CONFIGS", {"small": CONFIG})
     monkeypatch.setattr(first_token, "CALLS", 1)
-    dense, sparse = first_token.case(tiny, 100, "cpu", configs=["small"])
+    dense, sparse = first_token.case(tiny, 100, "cpu", configs={"small": CONFIG})
     assert (dense["provider"], sparse["provider"]) == ("sdpa_cpu", "stem") and dense["error"] == sparse["error"] == ""
     assert dense["density"] == 1.0 and sparse["density"] == pytest.approx(0.5, abs=0.05)
     assert sparse["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / sparse["latency_ms"])
@@ -297,8 +319,7 @@ def test_the_first_token_is_that_of_the_whole_model(tiny):
 
 def test_a_model_that_fails_costs_one_row(monkeypatch, tiny):
     monkeypatch.setattr(first_token, "first_token", lambda model, ids: torch.full((1, 8), torch.nan))
-    monkeypatch.setattr(first_token, "CONFIGS", {"small": CONFIG})
-    for row in first_token.case(tiny, 64, "cpu", configs=["small"]):
+    for row in first_token.case(tiny, 64, "cpu", configs={"small": CONFIG}):
         assert row["error"].startswith("FloatingPointError: the logits") and "latency_ms" not in row
 
 

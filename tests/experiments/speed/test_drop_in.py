@@ -37,8 +37,17 @@ def test_all_ways_take_turns(tiny, monkeypatch):
         drop_in, "_timed", lambda model, ids: order.append(model.config._attn_implementation) or (2.0, 1.0)
     )
     rows = drop_in.case("tiny", tiny, 100, "cpu")
-    assert order == (["sdpa"] * 3 + ["stem"] * 6) * 2
+    assert order == (["sdpa"] * 2 + ["stem"] * 4) * 2
     assert [(row["latency_ms"], row["host_ms"]) for row in rows] == [(2, 1)] * 3
+
+
+def test_long_prompts_take_fewer_turns(tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(drop_in, "_timed", lambda *args: calls.append(args) or (2.0, 1.0))
+    monkeypatch.setitem(drop_in.ROUNDS, "cpu", 9)
+    monkeypatch.setattr(drop_in, "SECONDS", 0)
+    drop_in.case("tiny", tiny, 100, "cpu")
+    assert len(calls) == drop_in.LEAST_ROUNDS * drop_in.CALLS * 3
 
 
 def test_a_way_that_computes_something_else_is_not_timed(tiny, monkeypatch):
