@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stem.kernels.mode import check_triton_on_cpu
+from stem.transforms import is_transformed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,7 +90,10 @@ def check_finite(**tensors: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     for name, x in tensors.items():
-        if x.is_cpu and x.numel() and not torch.stack(x.aminmax()).isfinite().all():  # one pass, no copy
+        if not (x.is_cpu and x.numel()):
+            continue
+        extremes = (x.amin(), x.amax()) if is_transformed(x) else x.aminmax()  # neither copies x; the latter has no jvp
+        if not torch.stack(extremes).isfinite().all():
             raise ValueError(f"{name} must be finite, got {int((~x.isfinite()).sum())} NaN or infinite values")
 
 
