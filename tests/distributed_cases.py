@@ -1,4 +1,4 @@
-"""Cases that several gloo processes run together; tests/distributed/ starts the processes and reads the outcome."""
+"""Cases that several gloo processes run together, on CPUs or on one GPU; tests/distributed/ reads their outcome."""
 
 import json
 import os
@@ -18,6 +18,8 @@ from stem.distributed import Layout, PeerError, attention, layout, shards, stem_
 from stem.distributed.exchange import Peers
 
 SIZE = 16
+DEVICE = sys.argv[4] if len(sys.argv) > 4 else "cpu"  # of the tensors: "cpu", or "cuda", which all ranks share
+IMPL = None if DEVICE == "cpu" else "torch"  # of small blocks in fp32, whose kernels take minutes to compile
 TIMEOUT = 60.0  # of the collectives, long enough for a busy machine [s]
 GRID = dict(block_size=SIZE, sink_blocks=1, local_blocks=2)
 REGIMES = dict(k_start_regimes=((0, 0.3, 1),))
@@ -49,12 +51,13 @@ def case(function):
 def inputs(tokens, q_heads=4, kv_heads=2, dim=16, batch=1, dtype=torch.float32):
     """Random q, k and v, equal on all ranks."""
     generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(batch, h, tokens, dim, generator=generator).to(dtype) for h in (q_heads, kv_heads, kv_heads)]
+    shapes = ((batch, heads, tokens, dim) for heads in (q_heads, kv_heads, kv_heads))
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
 def assert_same_lists(selection, expected):
     """The lists of a RowSelection are those of the rows of a BlockSelection, bit by bit."""
-    rows = selection.q_blocks - (expected.num_kv_blocks - expected.num_q_blocks)
+    rows = selection.q_blocks.to(DEVICE) - (expected.num_kv_blocks - expected.num_q_blocks)
     indices, counts = expected.kv_indices[:, :, rows], expected.kv_num_blocks[:, :, rows]
     assert torch.equal(selection.kv_num_blocks, counts)
     width = int(counts.max()) if counts.numel() else 0
@@ -64,7 +67,7 @@ def assert_same_lists(selection, expected):
 def compare(rank, mesh, config, q, k, v, where=None, **options):
     """Compare a call of all ranks with a call of one process: lists, output and log-sum-exp."""
     where = where or Layout.zigzag(k.shape[2], mesh.size(), config.block_size)
-    everything = dict(return_selection=True, return_lse=True, **options)
+    everything = dict(return_selection=True, return_lse=True, impl=IMPL) | options
     out, selection, lse = stem.stem_attention(q, k, v, config, **everything)
     mine = (where.shard(x, rank) for x in (q, k, v))
     found = stem_attention(*mine, config, mesh=mesh, layout=where, timeout=TIMEOUT, **everything)
@@ -104,6 +107,34 @@ def register_configs():
 register_configs()
 
 
+def register_blocks_of_128():
+    """Presets as they are, in bf16, on kernels of the GPU: lists bit by bit, outputs up to their rounding."""
+    configs = {name: stem.StemConfig.preset(name) for name in ("paper", "angelslim", "hpc_ops")}
+    configs["default"] = stem.StemConfig(density=0.2)
+    configs["adaptive"] = stem.StemConfig.preset("adaptive", dense_up_to=0, threshold=0.02)  # drops noise, too
+    for name, config in configs.items():
+
+        def run(rank, mesh, config=config):
+            for tokens in (9000, 33000):
+                q, k, v = inputs(tokens, 8, 2, 128, dtype=torch.bfloat16)
+                where = Layout.zigzag(tokens, mesh.size(), config.block_size)
+                everything = dict(return_selection=True, return_lse=True)
+                out, selection, lse = stem.stem_attention(q, k, v, config, **everything)
+                mine = (where.shard(x, rank) for x in (q, k, v))
+                found = stem_attention(*mine, config, mesh=mesh, layout=where, timeout=TIMEOUT, **everything)
+                assert_same_lists(found[1], selection)
+                assert selection.density() < 0.95
+                error = stem.metrics.rel_l2_error(found[0].float(), where.shard(out, rank).float())
+                assert error < 5e-3, (tokens, error)
+                torch.testing.assert_close(found[2], where.shard(lse, rank), atol=1e-3, rtol=0)
+
+        CASES[f"blocks_of_128_{name}"] = run
+
+
+if DEVICE == "cuda":
+    register_blocks_of_128()
+
+
 @case
 def triton_of_long_rows(rank, mesh):
     """More than 32 key blocks take other kernels."""
@@ -114,7 +145,8 @@ def triton_of_long_rows(rank, mesh):
 def implementations_dtypes_and_batches(rank, mesh):
     compare(rank, mesh, PLAIN, *inputs(200), impl="reference")
     compare(rank, mesh, PLAIN, *inputs(200), impl="flex")
-    compare(rank, mesh, PLAIN, *inputs(200, batch=2), scale=0.4, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    compare(rank, mesh, PLAIN, *inputs(200, batch=2), scale=0.4, sinks=sinks)
     compare(rank, mesh, ADAPTIVE, *inputs(200, dtype=torch.float64))
     compare(rank, mesh, ADAPTIVE, *inputs(200, dtype=torch.bfloat16))
 
@@ -141,7 +173,7 @@ def gradients(rank, mesh):
         with changed(shards, "GATHER_SHARE", share), changed(layout, "IMBALANCE", 1.0):
             tensors = [x.requires_grad_() for x in inputs(333)]
             out, lse = stem.stem_attention(*tensors, config, impl="torch", return_lse=True)
-            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
             ((out * weights).sum() + (lse * weights[..., 0]).sum()).backward()
             where = Layout.zigzag(333, mesh.size(), SIZE).chunked()
             mine = [where.shard(x.detach(), rank).requires_grad_() for x in tensors]
@@ -174,7 +206,7 @@ def dtensors(rank, mesh):
 @case
 def a_mesh_of_two_dimensions(rank, mesh):
     """The sequence over one dimension, the heads over another, as DTensors."""
-    mesh = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("context", "heads"))
+    mesh = init_device_mesh(DEVICE, (mesh.size(), 1), mesh_dim_names=("context", "heads"))
     q, k, v = inputs(333)
     split = Layout.zigzag(333, mesh.size(0), SIZE).chunked()
     placements = [Shard(2), Shard(1)]
@@ -467,13 +499,13 @@ def z_a_dead_rank_is_named(rank, mesh):
         raise AssertionError("no PeerError")
 
 
-def main(rank, world, folder):
-    """Run all cases on one rank; the outcome of each, null or a traceback, goes to a file of JSON lines."""
+def main(rank, world, folder, names):
+    """Run the named cases, or all, on one rank; each outcome, null or a traceback, goes to a file of JSON lines."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("context",))
+    mesh = init_device_mesh(DEVICE, (world,), mesh_dim_names=("context",))
     with Path(folder, f"{rank}.jsonl").open("w", buffering=1) as file:
-        for name in sorted(CASES):
+        for name in sorted(names or CASES):
             torch.manual_seed(0)
             begin, outcome = time.monotonic(), None
             try:
@@ -485,4 +517,4 @@ def main(rank, world, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[5:])

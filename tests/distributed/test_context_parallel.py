@@ -1,4 +1,4 @@
-"""Prompts shared by 2 and 3 gloo processes; see tests/distributed_cases.py."""
+"""Prompts shared by 2 and 3 gloo processes, on CPUs and on one GPU; see tests/distributed_cases.py."""
 
 import json
 import os
@@ -8,15 +8,18 @@ from pathlib import Path
 
 import distributed_cases
 import pytest
+import torch
 
 LIMIT = 900  # seconds of one start of processes; it catches hangs only
 CASES = Path(distributed_cases.__file__)
+ON_GPU = [f"lists_and_outputs_{name}" for name in distributed_cases.CONFIGS]
+ON_GPU += [f"blocks_of_128_{name}" for name in ("default", "paper", "angelslim", "hpc_ops", "adaptive")]
+ON_GPU += ["chunks", "gradients", "any_layout", "a_mesh_of_two_dimensions", "kept_blocks_are_balanced"]
+ON_GPU += ["only_named_blocks_travel"]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
-def outcomes(request, tmp_path_factory):
-    """Outcomes of all cases by name, one for each rank; a rank that ended has none."""
-    folder = tmp_path_factory.mktemp("ranks")
+def run(folder, world, device, names=()):
+    """Outcomes of cases by name, one for each rank, a rank that ended has none; and the exit codes."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -24,9 +27,9 @@ def outcomes(request, tmp_path_factory):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", CASES, str(rank), str(request.param), folder], env=environment
+            [sys.executable, "-W", "ignore", CASES, str(rank), str(world), folder, device, *names], env=environment
         )
-        for rank in range(request.param)
+        for rank in range(world)
     ]
     try:
         for rank in ranks:
@@ -34,13 +37,24 @@ def outcomes(request, tmp_path_factory):
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 13, *[0] * (request.param - 2)]
     found = {}
-    for rank in range(request.param):
+    for rank in range(world):
         for line in (folder / f"{rank}.jsonl").read_text().splitlines():
             name, outcome, seconds = json.loads(line)
             found.setdefault(name, {})[rank] = outcome
+    return found, [rank.returncode for rank in ranks]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
+def outcomes(request, tmp_path_factory):
+    found, codes = run(tmp_path_factory.mktemp("ranks"), request.param, "cpu")
+    assert codes == [0, 13, *[0] * (request.param - 2)]
     return found
+
+
+@pytest.fixture(scope="module")
+def outcomes_on_gpu(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("ranks"), 2, "cuda", ON_GPU)[0]
 
 
 @pytest.mark.parametrize("name", sorted(distributed_cases.CASES))
@@ -49,3 +63,9 @@ def test_ranks_compute_the_prompt_of_one_process(outcomes, name):
     assert name in outcomes and len(outcomes[name]) >= ranks
     for rank, outcome in outcomes[name].items():
         assert outcome is None, f"rank {rank}: {outcome}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_two_ranks_of_one_gpu_compute_the_prompt_of_one_process(outcomes_on_gpu, name):
+    assert outcomes_on_gpu[name] == {0: None, 1: None}
