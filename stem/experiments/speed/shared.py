@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,6 +32,7 @@ DENSITIES = (0.207, 0.08)
 LENGTHS = {"full": [2**15, 2**17, 2**19, 2**20], "smoke": [2**12]}  # tokens of the operator
 MODEL_TOKENS = {"full": 2**18, "smoke": 2**11}
 MESSAGES = (2**24, 2**27, 2**30)  # bytes that a rank receives from each other rank
+PLANNED = (2, 8, 64, 512)  # ranks
 CALLS = 5
 TIMING = "perf_counter on every rank, the slowest rank of each of five calls, clocks not locked"
 WHAT = "the measurement"
@@ -152,6 +154,21 @@ def predict(shape: Shape, density: float, named: float, ranks: int, machine: Mac
 
     found = parts(ranks)
     return found | dict(speedup=parts(1)["latency_ms"] / found["latency_ms"])
+
+
+def plan(shape: Shape, machine: Machine, ranks: Sequence[int] = PLANNED) -> pd.DataFrame:
+    """Predictions by density and number of ranks, where every rank receives all key blocks (`named` is 1).
+
+    Returns:
+        Columns: latency_ms, attention_ms and exchange_ms of a rank, received_gib, and speedup over one rank.
+    """
+    found = {}
+    for density in DENSITIES:
+        for number in ranks:
+            row = predict(shape, density, 1.0, number, machine)
+            found[density, number] = row | dict(received_gib=row["received_mib"] / 1024)
+    table = pd.DataFrame(found).T.rename_axis(["density", "ranks"])
+    return table[["latency_ms", "attention_ms", "exchange_ms", "received_gib", "speedup"]]
 
 
 def _times(call: Callable[[], Tensor], peers: Peers) -> list[float]:

@@ -3,7 +3,7 @@
 import pytest
 
 from stem.experiments.speed.candidates import Shape
-from stem.experiments.speed.shared import Machine, predict, ring_bytes
+from stem.experiments.speed.shared import DENSITIES, PLANNED, Machine, plan, predict, ring_bytes
 
 SHAPE = Shape(2**17)
 MACHINE = Machine(
@@ -53,3 +53,12 @@ def test_what_changes_a_prediction():
     at_64 = 4 * 2**30 * 63 / 64 * ((7 / 63) / 300e6 + (56 / 63) / 50e6)
     summaries = 8192 * 8 * (16 * 128 + 8) * 4 * 63 / 64 * ((7 / 63) / 300e6 + (56 / 63) / 50e6)
     assert hosts[1]["exchange_ms"] == pytest.approx(at_64 + summaries)
+
+
+def test_a_plan_holds_the_predictions_for_all_key_blocks():
+    table = plan(SHAPE, MACHINE)
+    assert list(table.index) == [(density, ranks) for density in DENSITIES for ranks in PLANNED]
+    for (density, ranks), row in table.iterrows():
+        expected = predict(SHAPE, density, 1.0, ranks, MACHINE)
+        assert row.speedup == expected["speedup"] and row.latency_ms == expected["latency_ms"]
+        assert row.received_gib == expected["received_mib"] / 1024
