@@ -107,7 +107,8 @@ def look_at(page: Page, url: str, picture: Path) -> list[str]:
     formulas = page.locator("mjx-container").count()
     broken_formulas = page.locator("mjx-merror, mjx-container [data-mjx-error]").count()
     pictures = page.locator(".jp-OutputArea-output img").evaluate_all(LOADED_PICTURES)
-    page.locator(".jp-Notebook").first.evaluate("notebook => notebook.scrollTop = 0")
+    if pictures:
+        page.locator(".jp-OutputArea-output img").first.scroll_into_view_if_needed()
     page.screenshot(path=picture)
     problems = {
         f"{tracebacks} tracebacks": tracebacks,
