@@ -27,9 +27,12 @@ COLOURS = {  # one colour for each method in all notebooks
     **dict.fromkeys(("stem", "stem_hopper", "+ output-aware metric", "tuned with Stem"), PALETTE[0]),
     **dict.fromkeys(("uniform_topk", "uniform", "stem_triton", "a budget per row"), PALETTE[9]),
     **dict.fromkeys(("adaptive", "one threshold"), PALETTE[3]),
-    **dict.fromkeys(("adaptive, cells alone", "a threshold per head"), "#f0a57a"),
+    **dict.fromkeys(("adaptive, cells alone", "a threshold per head", "adaptive, low density"), "#f0a57a"),
+    **{"stem, last block dense": "#17807e", "xattention, last block dense": "#ffbf66"},
+    **{"flashprefill_v2, last block dense": "#b08968", "oracle by threshold, low density": "0.2"},
     **dict.fromkeys(("stem_softmax", "stem_torch"), "#17807e"),
-    **dict.fromkeys(("+ position decay", "stem, no value term", "paper"), "#08519c"),
+    **dict.fromkeys(("+ position decay", "stem, no value term"), "#08519c"),
+    **{"paper": "#6a3d9a", "released": "#17807e", "three_regime": "#33a02c", "hpc_ops": "#c51b8a"},
     **dict.fromkeys(("xattention", "softmax before the sum"), PALETTE[1]),
     **dict.fromkeys(("vertical_slash", "flex"), PALETTE[2]),
     **{"fa4_sparse": PALETTE[6], "flex_flash": PALETTE[8]},
@@ -81,7 +84,7 @@ def use_in_notebook() -> None:
 
 def describe(figure: Figure) -> str:
     """Alternative text of a figure: titles, axes and named lines of each panel, read from the figure itself."""
-    told = [figure.get_suptitle()]
+    told = [figure.get_suptitle(), " over ".join(filter(None, (figure.get_supylabel(), figure.get_supxlabel())))]
     for ax in figure.axes:
         title, names = ax.get_title(loc="left") or ax.get_title(), [text.get_text() for text in ax.texts]
         names += ax.get_legend_handles_labels()[1] if ax.get_legend() else []
@@ -106,10 +109,12 @@ def styled() -> Iterator[None]:
 
 
 @styled()
-def new(columns: int = 1, *, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Axes | np.ndarray]:
-    """Figure and axes in the house style: `columns` axes side by side, each `width` x `height` [inches]."""
+def new(
+    columns: int = 1, rows: int = 1, *, width: float = 6.0, height: float = 3.6, share: bool = False
+) -> tuple[Figure, Axes | np.ndarray]:
+    """Figure and axes in the house style: a grid of axes, each `width` x `height` [inches], or with shared scales."""
     with sns.axes_style("whitegrid"):
-        return plt.subplots(1, columns, figsize=(columns * width, height))
+        return plt.subplots(rows, columns, figsize=(columns * width, rows * height), sharex=share, sharey=share)
 
 
 @styled()
@@ -121,9 +126,9 @@ def save(figure: Figure, experiment: str, name: str) -> Path:
 
 
 def tokens_axis(ax: Axes, tokens) -> None:
-    """Set a log2 x axis of tokens with 1K, 2K, ... 1M at the measured multiples of 1024, or all lengths without any."""
+    """Set a log2 x axis of tokens, named at the measured multiples of 1024 and powers of two, or at all lengths."""
     measured = sorted({int(n) for n in tokens})
-    ticks = [n for n in measured if n % 1024 == 0] or measured
+    ticks = [n for n in measured if n % 1024 == 0 or n & (n - 1) == 0] or measured
     ticks = ticks if len(ticks) <= 8 else ticks[::-2][::-1]  # more names would overlap
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [tokens_label(n) for n in ticks], minor=False)
@@ -157,7 +162,8 @@ def label_lines(ax: Axes) -> None:
             place = ax.transAxes.inverted().transform(ax.transData.transform((x[last], y[last])))[1]
             ends.append((round(place, 2), line))  # lines that end together keep their order
     ends.sort(key=lambda end: end[0])
-    gap = 1.3 * STYLE["legend.fontsize"] / 72 / (0.75 * ax.figure.get_figheight())
+    rows = ax.get_subplotspec().get_gridspec().nrows
+    gap = 1.3 * STYLE["legend.fontsize"] / 72 / (0.75 * ax.figure.get_figheight() / rows)
     places = [min(max(place, 0.0), 1.0) for place, _ in ends]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)

@@ -11,10 +11,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from stem.experiments import figures
 from stem.experiments.long_context.measures import interval
 from stem.experiments.long_context.methods import BLIND, LEAST_CHOSEN, TRANSFERRED
 from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, number, tokens_label
@@ -175,19 +173,6 @@ def points(rows: pd.DataFrame, measure: str = "answer", task: str | None = None)
     keys = ["method", "block_size", "asked", "length"]
     values = dict(density=("density", "mean"), nats=("difference", "mean"), n=("count", "min"))
     return found.groupby(keys, dropna=False, sort=False).agg(**values).reset_index()
-
-
-def against(points: pd.DataFrame, label: str, block_size: int = 128) -> Figure:
-    """Nats lost over the computed density in one block size: one panel per length, one line per method."""
-    shown = points[(points.block_size == block_size) & points.asked.notna()]
-    lengths = sorted(shown.length.unique())
-    figure, axes = figures.new(max(1, len(lengths)), width=5.2, height=4.0)
-    for ax, length in zip([axes] if len(lengths) < 2 else axes, lengths, strict=False):
-        of = shown[shown.length == length].sort_values("density")
-        title = f"{tokens_label(length)} tokens"
-        figures.lines(of, "density", "nats", "method", ax, title=title, xlabel="computed density", ylabel=label)
-        ax.axhline(0, color="grey", linewidth=1)
-    return figure
 
 
 def lowest_density(points: pd.DataFrame, bound: float) -> pd.DataFrame:

@@ -51,8 +51,8 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     names = list(shown[shown.config == "dense"].provider.unique())
     table = operator.set_index("tokens").sort_index()[[f"speedup_vs_{name}" for name in names]]
     table.columns = [f"over {LABELS[name].removeprefix('dense, ')}" for name in names]
-    _speedups(table, right, [COLOURS[name] for name in names], "of the whole operator", shown.tokens)
-    right.legend()
+    _speedups(table, right, [COLOURS[name] for name in names], "over dense", shown.tokens)
+    right.legend(loc="upper left")
     right.set(ylim=(0, None), title=f"{ratio:.1f}× over {fastest} at {tokens_label(last.tokens)} ({config} budget)")
     return figure
 
@@ -71,7 +71,7 @@ def breakdown(rows: pd.DataFrame, config: str | None = None) -> Figure:
     overhead = 100 - share.attention.iloc[-1]
     ax.set_title(f"{tokens_label(share.index[-1])} tokens: choosing the blocks is {overhead:.0f} % of the time")
     ax.set(xlabel="tokens", ylabel="share of the time [%]", ylim=(0, 100))
-    ax.legend(loc="lower right", frameon=True)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -122,7 +122,7 @@ def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figur
     wins = {name: wins_from(speedups) for name, speedups in ratios.items()}
     lengths = {name: "no length" if first is None else tokens_label(first) for name, first in wins.items()}
     figure, ax = new()
-    _speedups(ratios.add_suffix(" budget"), ax, PALETTE, "over the fastest dense", ratios.index)
+    _speedups(ratios.add_suffix(" budget"), ax, _colours(ratios), "over the fastest dense", ratios.index)
     _mark_without_choice(ratios, ax)
     dense = " and ".join(sorted(set(fastest_dense(rows)[ratios.index])))
     ax.set_title(f"Stem beats {dense} from " + ", ".join(f"{n} ({name})" for name, n in lengths.items()))
@@ -136,14 +136,19 @@ def never_slower(ratios: Mapping[str, pd.DataFrame]) -> Figure:
     """Speed-ups of `report.over_dense` over tokens by panel title, a line per config, with the accepted loss shaded."""
     figure, axes = new(len(ratios), width=5.2)
     for (how, table), ax in zip(ratios.items(), np.atleast_1d(axes), strict=True):
-        _speedups(table, ax, PALETTE, "over the fastest dense", table.index)
+        _speedups(table, ax, _colours(table), "over dense", table.index)
         _mark_without_choice(table, ax)
         ax.axhspan(1 - ACCEPTED_LOSS, 1.0, color="0.9", label=f"at most {ACCEPTED_LOSS:.0%} slower")
         tokens, name = table.stack().idxmin()
         ax.set_title(f"{how}: worst case {table[name][tokens]:.2f}×, {name} at {tokens_label(tokens)} tokens")
-        log_y(ax)
+        ax.set_ylim(0, None)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the last panel, because lines fill all panels
     return figure
+
+
+def _colours(table: pd.DataFrame) -> list[str]:
+    """Colours of configs, the names of the columns."""
+    return [COLOURS["stem" if name == "default" else name] for name in table]
 
 
 def _mark_without_choice(table: pd.DataFrame, ax: Axes) -> None:

@@ -3,8 +3,10 @@
 import pandas as pd
 import pytest
 
-from stem.experiments import records
+from stem.experiments import figures, records
 from stem.experiments.long_context import methods, report
+from stem.experiments.long_context.figures import against
+from stem.experiments.markdown import tokens_label
 
 METHODS = {"dense": 0.0, "window": -18.0, "stem": -6.0, "xattention": -0.2, "random": -20.0}
 
@@ -113,12 +115,18 @@ def test_points_and_the_lowest_density_within_a_bound(rows):
     assert report.lowest_density(documents, 0.05).empty and len(report.lowest_density(documents, 0.07)) == 2
 
 
-def test_a_panel_for_each_length(rows):
+def test_a_panel_for_each_method(rows):
     points = report.points(rows[rows.model == "SmolLM2-135M"])
-    figure = report.against(points, report.UNITS["answer"], 64)
-    assert [ax.get_title(loc="left") or ax.get_title() for ax in figure.axes] == ["4K tokens", "8K tokens"]
-    assert {ax.get_ylabel() for ax in figure.axes} == {report.UNITS["answer"]}
-    assert {"stem", "xattention"} <= {line.get_label() for line in figure.axes[0].get_lines()}
+    figure = against(points, "answer", 64)
+    shown = points[(points.block_size == 64) & points.asked.notna()]
+    titles = [ax.get_title(loc="left") or ax.get_title() for ax in figure.axes]
+    assert titles == list(shown.groupby("method").nats.mean().abs().sort_values().index) and "stem" in titles
+    assert figure.get_supylabel() == report.UNITS["answer"] and report.UNITS["answer"] in figures.describe(figure)
+    for ax, method in zip(figure.axes, titles, strict=True):
+        own = {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+        assert sorted(own) == sorted({tokens_label(n) for n in shown[shown.method == method].length})
+        assert {line.get_color() for line in own.values()} == {figures.COLOURS[method]}
+        assert ax.get_yscale() == "symlog" and len(ax.get_lines()) == 1 + len(shown.groupby(["method", "length"]))
 
 
 def test_tables_hold_intervals_and_what_scores_chose(rows):

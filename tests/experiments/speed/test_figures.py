@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 matplotlib.use("Agg")
+from stem.experiments.figures import COLOURS  # noqa: E402
 from stem.experiments.speed import figures  # noqa: E402
 
 
@@ -94,6 +95,9 @@ def test_never_slower_names_the_slowest():
     ]  # fmt: skip
     marked = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
     assert marked["every block"] == [[1024, 1.2]] and [1024, 0.99] in marked["sinks and window"]
+    lines = {line.get_label(): line.get_color() for line in ax.get_lines()}
+    assert (lines["paper"], lines["adaptive"]) == (COLOURS["paper"], COLOURS["adaptive"])
+    assert ax.get_yscale() == "linear" and ax.get_ylim()[0] == 0
     two = figures.never_slower({"called": ratios, "graph": 2 * ratios}).axes
     assert [title(ax) for ax in two] == [
         "called: worst case 0.99×, paper at 1K tokens",
