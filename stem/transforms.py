@@ -10,6 +10,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_st
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
+DATA_DECIDE = "a trace would keep the blocks that its example's data chose; use torch.compile or torch.export"
+
 
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether a torch.func transform wraps one of the tensors, or forward-mode AD gave it a tangent."""
@@ -28,6 +30,16 @@ def refuse_transforms(error: Exception | None, name: str, *tensors: Tensor) -> N
         ) from error
 
 
+def _refuse_without_data(error: Exception, name: str, *tensors: Tensor) -> None:
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise NotImplementedError(f"{name} under make_fx: {DATA_DECIDE}") from error
+    for x in tensors:
+        fake = "fake" if type(x).__name__ == "FakeTensor" else None
+        kind = "meta" if x.is_meta else fake or ("nested" if x.is_nested else x.layout)
+        if kind is not torch.strided:
+            raise NotImplementedError(f"{name} needs the data of its tensors, got {kind} tensors") from error
+
+
 def refused_by_name(name: str) -> Callable:
     """Decorator for a function of that name: NotImplementedError where torch cannot transform, trace or compute it."""
 
@@ -37,14 +49,12 @@ def refused_by_name(name: str) -> Callable:
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
             if torch.jit.is_tracing():
-                why = "the kept blocks depend on the data, and a trace would keep those of its example"
-                raise NotImplementedError(f"{name} under torch.jit.trace: {why}; use torch.compile or torch.export")
+                raise NotImplementedError(f"{name} under torch.jit.trace: {DATA_DECIDE}")
             try:
                 return function(*args, **kwargs)
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError) as error:
                 tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-                if any(x.is_meta for x in tensors):
-                    raise NotImplementedError(f"{name} needs the data of its tensors, got meta tensors") from error
+                _refuse_without_data(error, name, *tensors)
                 refuse_transforms(error, name, *tensors)
                 raise
 

@@ -1,8 +1,12 @@
 """torch.func transforms, forward-mode AD and second derivatives: right, or an error that names what to use instead."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._device import _device_constructors
 
 import stem
@@ -194,3 +198,20 @@ def test_poisoned_buffers_leave_torch_device_alone(request):
     request.getfixturevalue("poisoned_empty")
     with torch.device("meta"):
         assert torch.empty(2).is_meta
+
+
+@pytest.mark.parametrize("kind", ["fake", "nested", "torch.sparse_coo"])
+def test_tensors_whose_data_cannot_be_read_are_named(kind, attention):
+    with FakeTensorMode() if kind == "fake" else nullcontext():
+        tensors = draw()
+        if kind == "nested":
+            tensors = [torch.nested.nested_tensor([x[0]]) for x in tensors]
+        if kind == "torch.sparse_coo":
+            tensors = [x.to_sparse() for x in tensors]
+        with pytest.raises(NotImplementedError, match=f"attention needs the data of its tensors, got {kind} tensors"):
+            attention(*tensors, None)
+
+
+def test_make_fx_is_named():
+    with pytest.raises(NotImplementedError, match="stem_attention under make_fx: .*use torch.compile or torch.export"):
+        make_fx(lambda q, k, v: stem.stem_attention(q, k, v, CONFIGS["sparse"]))(*draw())

@@ -129,8 +129,11 @@ def config_by_layer(config, modules: Mapping[int, nn.Module]) -> dict[int, StemC
         config = {index: config[index] for index in modules}
     if not isinstance(config, Mapping):
         raise TypeError(f"config must be a StemConfig, or one per layer (mapping or sequence), got {config!r}")
-    if unknown := sorted(set(config) - set(modules), key=repr):
-        raise ValueError(f"config: layers {unknown} do not exist; attention layers are {sorted(modules)}")
+    unknown = [index for index in config if type(index) is not int or index not in modules]  # True is no layer 1
+    if unknown:
+        raise ValueError(
+            f"config: layers {sorted(unknown, key=repr)} do not exist; attention layers are {sorted(modules)}"
+        )
     for index, entry in config.items():
         if entry is not None and not _is_entry(entry):
             raise TypeError(f"config of layer {index} must be a StemConfig, a Selector or None, got {entry!r}")

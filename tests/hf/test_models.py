@@ -191,6 +191,8 @@ def test_models_without_causal_attention_of_the_interface_are_refused():
     [
         ([SPARSE], ValueError, "each of the 3 layers, got 1"),
         ({3: SPARSE}, ValueError, r"layers \[3\] do not exist"),
+        ({True: SPARSE}, ValueError, r"layers \[True\] do not exist"),
+        ({0: SPARSE, 1.0: SPARSE}, ValueError, r"layers \[1.0\] do not exist"),
         ({0: 0.5}, TypeError, "layer 0 .* got 0.5"),
         (0.25, TypeError, "StemConfig.* got 0.25"),
         ("paper", TypeError, "StemConfig.* got 'paper'"),
