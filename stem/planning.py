@@ -193,6 +193,12 @@ class Plan:
             return "overlap" if at_once or keeps_every_block(rows, p.config) else "lists"
         return "lists"
 
+    @property
+    def is_short(self) -> bool:
+        from stem.kernels.score_select import MAX_KV_BLOCKS
+
+        return self.rows.stop <= MAX_KV_BLOCKS
+
     def _run(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         p = self.problem
         if not q.is_cuda:
