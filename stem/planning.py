@@ -212,9 +212,11 @@ class Plan:
             out, lse = fused_attention(q, k, v, p.scale, p.dense_kernel, p.return_lse)
         elif self.path == "overlap":  # of scoring, selection and attention (programmatic dependent launch)
             start = self.prepare(q, k, v, p.scale)  # may launch kernels of its own, so it comes first
-            lists = choose.choose_topk(q, k, v, p.config, self.rows, p.scale, self.budget)
-            if p.return_selection or p.return_counts or p.config.dropped != "skip":
-                selection = self._selection(lists)
+            if self.choice == "topk" and not (p.return_selection or p.return_counts or p.config.dropped != "skip"):
+                lists = choose.choose_topk(q, k, v, p.config, self.rows, p.scale, self.budget)
+            else:
+                selection = self.choose(q, k, v)
+                lists = selection.kv_indices, selection.kv_num_blocks
             stand_in_tokens = selection.stand_in_tokens if selection else 0
             out, lse = start(*lists, full_rows(self.rows, p.config), stand_in_tokens)  # full rows need no list
         else:
