@@ -106,6 +106,19 @@ def test_explain_says_what_runs_and_why(tokens, config, changes, said, hopper):
     assert said in Plan(problem(tokens, config, **changes)).explain()
 
 
+@pytest.mark.parametrize("tokens", [1024, 2**15])
+def test_a_call_that_keeps_every_block_scores_nothing(tokens, hopper, monkeypatch):
+    monkeypatch.setattr(stem.planning.choose, "choose_topk", None)
+    plan, given = Plan(problem(tokens, DENSE.replace(dense_up_to=2**16), dense_kernel=None)), []
+    lists = torch.zeros(1), torch.zeros(1)
+    selection = stem.BlockSelection(*lists, 128, tokens // 128, tokens, tokens)
+    monkeypatch.setattr(plan, "choose", lambda *inputs: selection)
+    monkeypatch.setattr(plan, "prepare", lambda *inputs: lambda *arguments: given.append(arguments) or (lists[0], None))
+    plan._run(*torch.zeros(3, 1))
+    assert plan.path == "overlap" and given[0][2:] == (tokens // 128, 0)
+    assert given[0][0] is lists[0] and given[0][1] is lists[1]
+
+
 def draw(q_len=120, kv_len=120, impl=None):
     """q, k, v on the CPU; on the GPU for impl="triton" where there is one, since its kernels are compiled there."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
