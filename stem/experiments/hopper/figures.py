@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from stem.experiments.figures import PALETTE, new, styled
 
-COLOURS = {"until issued": "0.85", "waits for a slot": "0.93", "QKᵀ": PALETTE[0], "PV": PALETTE[2]}
+COLOURS = {"until issued": "0.85", "waits for a slot": "#dcd0ec", "QKᵀ": PALETTE[0], "PV": PALETTE[2]}
 COLOURS |= {"softmax": PALETTE[1], "softmax, PV": PALETTE[8]}
 COLOURS |= {"load, QKᵀ": PALETTE[0], "softmax, block sums": PALETTE[1], "store": PALETTE[7]}
 
