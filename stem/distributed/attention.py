@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from stem.attention import DEFAULT, block_sparse_attention
 from stem.autocast import autocast_once
+from stem.budget import BlockRows
 from stem.config import StemConfig, check_config
 from stem.distributed import shards
 from stem.distributed.choose import choose_rows
@@ -24,6 +26,7 @@ from stem.planning import Plan, Problem
 from stem.validation import check_finite, check_layouts, check_prompt_length, check_scale, compute_dtype
 
 TIMEOUT = 120.0  # of each collective [s]
+KEPT_OFTEN = 4  # times that a rank's lists keep a key block on average, from which all keys and values travel at once
 
 
 class RowSelection(NamedTuple):
@@ -57,7 +60,8 @@ def stem_attention(
 
     Every rank chooses the blocks of its own query blocks from gathered summaries of all key blocks: the choice of one
     process, to the last bit. It fetches the keys and values of the blocks that its lists name, while it attends to the
-    blocks that it has. Whole blocks move to other ranks first if a rank would compute 5 % more than the mean.
+    blocks that it has. If budgets let the lists name nearly all blocks, all keys and values travel while the blocks are
+    chosen. Whole blocks move to other ranks first if a rank would compute 5 % more than the mean.
 
     Args:
         q, k, v: [B, Hq, nq, D], [B, Hkv, nkv, D]: the tokens of this rank, in the layout's order. Or DTensors with
@@ -92,7 +96,7 @@ def stem_attention(
         layout = Layout.zigzag(sum(count for _, count in counts), peers.world_size, config.block_size)
     if layout.world_size != peers.world_size:
         raise ValueError(f"layout must have the {peers.world_size} ranks of the mesh, got {layout.world_size} ranks")
-    plan = _plan(q, k, v, config, layout, peers.rank, scale, impl, prompt_length)
+    plan = plan_part(q, k, v, config, layout, peers.rank, scale, impl, prompt_length)
     call = _Call(plan, layout, peers)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse = _Differentiable.apply(q, k, v, call) if needs_grad else call.forward(q, k, v)
@@ -105,13 +109,12 @@ def stem_attention(
     return out, *((selection,) if return_selection else ()), *((lse,) if return_lse else ())
 
 
-def _plan(q, k, v, config, layout, rank, scale, impl, prompt_length) -> Plan:
+def plan_part(q, k, v, config, layout, rank, scale=None, impl=None, prompt_length=None) -> Plan:
     """Plan of the whole prompt; raises unless the tensors are a rank's part of one."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise ValueError(f"{name} must be a tensor [batch, heads, tokens, head_dim], got {getattr(x, 'shape', x)}")
-    positions = layout.positions(rank)
-    tokens = int((positions >= layout.start).sum()), len(positions)
+    tokens = layout.num_tokens_of(rank)
     if (q.shape[2], k.shape[2], v.shape[2]) != (*tokens, tokens[1]):
         raise ValueError(
             f"q, k and v must have the {tokens[0]}, {tokens[1]} and {tokens[1]} tokens that the layout gives rank "
@@ -124,7 +127,15 @@ def _plan(q, k, v, config, layout, rank, scale, impl, prompt_length) -> Plan:
     check_finite(q=q, k=k, v=v)
     sizes = q.shape[0], q.shape[1], k.shape[1], q_len, kv_len, q.shape[3]
     options = check_scale(scale, q.shape[3]), impl, prompt_length
-    return Plan(Problem(*sizes, q.dtype, q.device, config, *options, is_plain=False))
+    return _cached_plan(Problem(*sizes, q.dtype, q.device, config, *options, is_plain=False))
+
+
+_cached_plan = lru_cache(maxsize=1024)(Plan)
+
+
+@lru_cache(maxsize=1024)
+def _balanced(layout: Layout, rows: BlockRows, config: StemConfig) -> Layout:
+    return layout.balanced(rows.kept_by_row(config), config.block_size)
 
 
 @dataclass(eq=False)
@@ -141,9 +152,11 @@ class _Call:
         size, peers = self.plan.problem.config.block_size, self.peers
         self.final = self.layout.aligned(size)
         if self.plan.kept_blocks is not None:
-            self.final = self.final.balanced(self.plan.rows.kept_by_row(self.plan.problem.config), size)
+            self.final = _balanced(self.final, self.plan.rows, self.plan.problem.config)
         q, k, v = self._moved((q, k, v), self.layout, self.final)
         shard = shards.Shard.of(self.final, peers.rank, size)
+        if not needs_grad and self._names_most():
+            return self._returned(*self._at_once(q, k, v, shard))
         lists, counts = choose_rows(q, k, v, self.plan, shard, peers)
         chosen = torch.from_numpy(shard.q_blocks), lists, counts
         if self.plan.kept_blocks is None:
@@ -163,6 +176,22 @@ class _Call:
         if needs_grad:
             self.results = out, lse
         return self._returned(out.detach(), lse.detach())
+
+    def _names_most(self) -> bool:
+        """Whether known budgets let the lists of a rank keep each key block KEPT_OFTEN times on average."""
+        p, kept = self.plan.problem, self.plan.kept_blocks
+        if kept is None or self.plan.choice == "forced":
+            return False
+        return kept * (p.q_heads // p.kv_heads) >= KEPT_OFTEN * self.plan.rows.stop * self.peers.world_size
+
+    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, shard: shards.Shard) -> tuple[Tensor, Tensor]:
+        """Attention to all kept blocks in one go; all keys and values travel while the blocks are chosen."""
+        p, finish = self.plan.problem, shards.gather_all(k, v, shard, self.peers)
+        lists, counts = choose_rows(q, k, v, self.plan, shard, self.peers)
+        head_kept = torch.full((p.q_heads,), p.batch * self.plan.kept_blocks, dtype=torch.int64)
+        self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts, head_kept)
+        selection = shard.gathered_selection(lists, counts)
+        return self._attend(q, *finish(), selection)
 
     def backward(self, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the rank's q, k and v."""

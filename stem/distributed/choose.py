@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def choose_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers
     other ranks are zero: the bits of a row of a product depend on the product's shape.
     """
     rows, config = plan.rows, plan.rows.at_the_end(plan.problem.config)
-    mine = torch.from_numpy(shard.q_blocks).to(q.device)
+    mine = shard.on(q.device)[0]
     if plan.choice == "all":
         blocks, counts = torch.arange(rows.stop, device=q.device), (mine + 1).int()
         lists = torch.where(blocks < counts[:, None], blocks, 0).int()
@@ -78,20 +80,20 @@ def _summaries(
         q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
         k_rows, values = group_sums(k, size, stride), group_value_norms(v, size, stride)
     q_rows = q_rows if blocks[0] else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
-    k_rows = _of_all_blocks(k_rows[:, :, : blocks[1]], shard, peers)
+    summaries = [x[:, :, : blocks[1]] for x in (k_rows, values) if x is not None]
+    travelling = [_of_all_blocks(x, shard, peers) for x in summaries]
+    k_rows, *values = (finish().movedim(0, 2).contiguous() for finish in travelling)
     k_rows = k_rows.flatten(2, 3) if softmax else k_rows
-    if values is None:
+    if not values:
         return q_rows, k_rows, None
-    values = _of_all_blocks(values[:, :, : blocks[1]], shard, peers)
     if triton and not softmax:
-        return q_rows, k_rows, standardize(values, stride, *config.value_term, p.kv_len)
-    return q_rows, k_rows, config.value_weight * norms_term(values, p.kv_len, config)
+        return q_rows, k_rows, standardize(values[0], stride, *config.value_term, p.kv_len)
+    return q_rows, k_rows, config.value_weight * norms_term(values[0], p.kv_len, config)
 
 
-def _of_all_blocks(x: Tensor, shard: Shard, peers: Peers) -> Tensor:
-    """Summaries of all key blocks, [B, Hkv, nk, ...], from those of the rank's own."""
-    found = peers.collect(x.movedim(2, 0), shard.all_blocks, "the exchange of block summaries")()
-    return found.movedim(0, 2).contiguous()
+def _of_all_blocks(x: Tensor, shard: Shard, peers: Peers) -> Callable[[], Tensor]:
+    """Begin to gather summaries of the rank's own blocks, [B, Hkv, n, ...]; the result gives all, [nk, B, Hkv, ...]."""
+    return peers.collect(x.movedim(2, 0), shard.slots[1], shard.on(x.device)[1], "the exchange of block summaries")
 
 
 def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shard, config: StemConfig):
@@ -137,7 +139,7 @@ def _scores(q_features: Tensor, k_features: Tensor, bonus: Tensor | None, plan: 
     """stem.choose.choose_scores: scores of the whole prompt's shape, in which other ranks' rows mean nothing."""
     p, rows, softmax = plan.problem, plan.rows, config.reduction == "softmax"
     num_rows, cells = rows.stop - rows.first, (config.score_query_cells or config.score_cells) if softmax else 1
-    mine = torch.from_numpy(shard.q_blocks - rows.first).to(q_features.device)
+    mine = shard.on(q_features.device)[0] - rows.first
     q_rows = q_features.new_zeros(*q_features.shape[:2], num_rows, cells, *q_features.shape[3:])
     q_rows[:, :, mine] = q_features.unflatten(2, (-1, cells))
     q_rows = q_rows.flatten(2, 3)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,7 +43,9 @@ class Peers:
             limit = timedelta(seconds=timeout)
             if dist.get_backend(mesh.get_group()) == "gloo":  # whose connections tell at once if a rank has ended
                 dist.barrier(mesh.get_group(), async_op=True).wait(limit)
-            self.group = dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True)
+            self.group, self.beside = (
+                dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True) for _ in range(2)
+            )
 
     @classmethod
     def of(cls, mesh: DeviceMesh, timeout: float) -> Peers:
@@ -58,26 +59,26 @@ class Peers:
             _PEERS[key] = cls(mesh, float(timeout))
         return _PEERS[key]
 
-    def gather(self, x: Tensor, what: str) -> Callable[[], Tensor]:
-        """Start to gather tensors of one shape; the result waits and gives them, [world_size, *x.shape]."""
-        out, x = x.new_empty(self.world_size, *x.shape), x.contiguous()
+    def gather(self, x: Tensor, what: str, out: Tensor | None = None) -> Callable[[], Tensor]:
+        """Start to gather tensors of one shape; the result waits and gives them, [world_size, *x.shape].
+
+        With `out`, they go there, beside the other collectives, which do not wait for them.
+        """
+        group = self.group if out is None else self.beside
+        out, x = x.new_empty(self.world_size, *x.shape) if out is None else out, x.contiguous()
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
         self.received += x.nbytes * (self.world_size - 1)
-        return self._started(lambda: gather(_bytes(out), _bytes(x), group=self.group, async_op=True), out, what)
+        return self._started(lambda: gather(_bytes(out), _bytes(x), group=group, async_op=True), out, what)
 
-    def collect(self, rows: Tensor, places: Sequence[np.ndarray], what: str) -> Callable[[], Tensor]:
-        """Start to gather rows [n, ...]; the result waits and gives one tensor, with those of rank r at places[r]."""
-        room = rows.new_zeros(max(map(len, places)), *rows.shape[1:])
+    def collect(self, rows: Tensor, width: int, slots: Tensor, what: str) -> Callable[[], Tensor]:
+        """Start to gather rows [n, ...], n <= width; the result waits and gives rows `slots` of all, rank after rank.
+
+        Slots count `width` rows for each rank.
+        """
+        room = rows.new_zeros(width, *rows.shape[1:])
         room[: len(rows)] = rows
         finish = self.gather(room, what)
-
-        def placed() -> Tensor:
-            out = rows.new_empty(sum(map(len, places)), *rows.shape[1:])
-            for place, found in zip(places, finish(), strict=True):
-                out[torch.from_numpy(place).to(out.device)] = found[: len(place)]
-            return out
-
-        return placed
+        return lambda: finish().flatten(0, 1)[slots]
 
     def exchange(
         self, rows: Tensor, send_counts: list[int], receive_counts: list[int], what: str

@@ -62,7 +62,7 @@ class Layout:
         rows = BlockRows.of(num_tokens, num_tokens, config.block_size)
         if kept_blocks(rows, config) is None:
             return zigzag
-        return zigzag.balanced(rows.kept_by_row(config), config.block_size)
+        return zigzag.balanced(rows.kept_by_row(config), config.block_size, imbalance=1.0)
 
     def extended(self, num_tokens: int, block_size: int = 128) -> Layout:
         """Layout after the next chunk of num_tokens queries: each rank keeps its tokens and gets two more pieces."""
@@ -89,6 +89,12 @@ class Layout:
     def positions(self, rank: int) -> np.ndarray:
         """Positions of a rank's tokens in the order in which it stores them, int64 [n]."""
         return _positions(self.pieces[rank])
+
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def num_tokens_of(self, rank: int) -> tuple[int, int]:
+        """Queries and keys of a rank."""
+        positions = self.positions(rank)
+        return int((positions >= self.start).sum()), len(positions)
 
     def shard(self, x: Tensor, rank: int, dim: int = 2) -> Tensor:
         """Tokens of a rank from the tensor of the whole prompt, or of its queries, along a dimension."""
@@ -130,16 +136,17 @@ class Layout:
         return of_owners(owners, self.world_size, self.start)
 
     @lru_cache(maxsize=1024)  # noqa: B019
-    def balanced(self, work: tuple[int, ...], block_size: int) -> Layout:
+    def balanced(self, work: tuple[int, ...], block_size: int, imbalance: float | None = None) -> Layout:
         """A layout of whole blocks in which ranks have about the same work; self if no rank has 5 % above the mean.
 
         Args:
             work: Kept key blocks of each query block, all heads together; the queries begin at `start`.
+            imbalance: Largest over mean work up to which self is returned, default IMBALANCE.
         """
         owners, first = self.owners[::block_size].tolist(), self.start // block_size
         loads = np.bincount(owners[first:], work, self.world_size).tolist()
         mean = sum(loads) / len(loads)
-        if max(loads) <= IMBALANCE * mean:
+        if max(loads) <= (imbalance or IMBALANCE) * mean:
             return self
         for row in reversed(range(len(work))):
             giver, taker = owners[first + row], loads.index(min(loads))
@@ -152,6 +159,17 @@ class Layout:
 def of_owners(owners: np.ndarray, world_size: int, start: int = 0) -> Layout:
     """Layout in ascending order from the rank of each position."""
     return Layout(tuple(_ranges(np.flatnonzero(owners == rank)) for rank in range(world_size)), start)
+
+
+def slots_of(places: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+    """Slot of each place where every rank has as many as the largest, rank after rank, and that number.
+
+    `places` are those of each rank, together 0 .. n - 1; the slots are int64 [n].
+    """
+    width, slots = max(map(len, places)), np.empty(sum(map(len, places)), dtype=np.int64)
+    for rank, mine in enumerate(places):
+        slots[mine] = rank * width + np.arange(len(mine))
+    return slots, width
 
 
 class Moves(NamedTuple):

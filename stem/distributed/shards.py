@@ -12,8 +12,9 @@ from torch import Tensor
 
 from stem.cells import pad_to_grid
 from stem.distributed.exchange import Peers
-from stem.distributed.layout import Layout
+from stem.distributed.layout import Layout, slots_of
 from stem.selection import BlockSelection
+from stem.transforms import lasting_tensors
 from stem.validation import compute_dtype
 
 FETCH = "the exchange of keys and values"
@@ -53,6 +54,33 @@ class Shard:
         return self.blocks[self.blocks >= self.layout.start // self.block_size]
 
     @cached_property
+    def slots(self) -> tuple[np.ndarray, int]:
+        """Slot of each key block of the prompt where every rank has equally many, and that number."""
+        return slots_of(self.all_blocks)
+
+    @lru_cache(maxsize=1024)  # noqa: B019  a copy to the device waits for the work before it
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """q_blocks and slots on a device."""
+        with lasting_tensors():
+            return torch.from_numpy(self.q_blocks).to(device), torch.from_numpy(self.slots[0]).to(device)
+
+    def gathered_selection(self, kv_indices: Tensor, kv_num_blocks: Tensor) -> BlockSelection:
+        """Lists of the rank's rows as a selection of the keys of `gather_all`: other ranks' blocks, then its own."""
+        world, width = self.layout.world_size, self.slots[1]
+        index = torch.arange(kv_indices.shape[3], device=kv_indices.device)
+        slots = self.on(kv_indices.device)[1]
+        own = slots // width == self.rank
+        slots = torch.where(own, slots + (world - self.rank) * width, slots).int()[kv_indices.long()]
+        used = index < kv_num_blocks[..., None]
+        is_own = (slots >= world * width) & used
+        before = is_own.cumsum(-1, dtype=torch.int32)  # own blocks up to here
+        first_own = kv_num_blocks[..., None] - before[..., -1:]
+        places = torch.where(is_own, first_own + before - 1, index - before).long()
+        places = torch.where(used, places, index)
+        lists = torch.zeros_like(slots).scatter_(-1, places, slots.masked_fill_(~used, 0))
+        return self.selection(lists, kv_num_blocks, world * width + len(self.blocks) - len(self.q_blocks))
+
+    @cached_property
     def num_keys(self) -> int:
         return len(self.layout.positions(self.rank))
 
@@ -64,7 +92,7 @@ class Shard:
     def runs(self) -> list[tuple[int, int, int]]:
         """Consecutive query blocks: index of the first in q_blocks, the first query block, and the count."""
         starts = np.flatnonzero(np.diff(self.q_blocks, prepend=-2) != 1)
-        stops = [*starts[1:], len(self.q_blocks)]
+        stops = [*starts[1:], len(self.q_blocks)][: len(starts)]
         return [(int(i), int(self.q_blocks[i]), int(j - i)) for i, j in zip(starts, stops, strict=True)]
 
     def selection(self, kv_indices: Tensor, kv_num_blocks: Tensor, fetched: int | None = None) -> BlockSelection:
@@ -73,6 +101,24 @@ class Shard:
         keys = self.num_keys - (len(self.blocks) - len(self.q_blocks) - before) * self.block_size
         num_kv_blocks = before + len(self.q_blocks)
         return BlockSelection(kv_indices, kv_num_blocks, self.block_size, num_kv_blocks, self.num_queries, keys)
+
+
+def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Begin to gather all keys and values; the result waits and gives both: all ranks' blocks, then the rank's own.
+
+    Every rank has `shard.slots[1]` blocks in front, with zeros behind its own; see Shard.gathered_selection.
+    """
+    world, width, (batch, heads, num_keys, dim) = peers.world_size, shard.slots[1] * shard.block_size, k.shape
+    tokens = k.new_empty(world + 1, width, 2, batch, heads, dim)
+    torch.stack([x.detach().permute(2, 0, 1, 3) for x in (k, v)], 1, out=tokens[world, :num_keys])
+    tokens[world, num_keys:] = 0
+    finish = peers.gather(tokens[world], FETCH, tokens[:world])
+
+    def result() -> tuple[Tensor, Tensor]:
+        finish()
+        return tokens.flatten(0, 1)[: world * width + num_keys].permute(1, 2, 3, 0, 4).unbind()
+
+    return result
 
 
 class Fetch:
@@ -108,7 +154,7 @@ class Fetch:
         rows = torch.stack([_blocks(x, size) for x in tensors], 1)  # [B * Hkv * blocks, 2, size, D]
         if self.gathers_all:
             blocks = rows.unflatten(0, (heads, -1)).movedim(1, 0)
-            finish = self.peers.collect(blocks, self.shard.all_blocks, FETCH)
+            finish = self.peers.collect(blocks, self.shard.slots[1], self.shard.on(k.device)[1], FETCH)
         else:
             finish = self.peers.exchange(rows[self.sent.to(k.device)], self.send_counts, self.receive_counts, FETCH)
         fetched = k.new_zeros(len(tensors), heads, self.num_slots + len(self.shard.q_blocks), size, k.shape[3])

@@ -11,6 +11,7 @@ from stem.config import StemConfig
 from stem.distributed import Layout, stem_attention
 from stem.distributed.attention import TIMEOUT
 from stem.distributed.exchange import Peers
+from stem.distributed.layout import slots_of
 from stem.hf.report import Layer
 from stem.impl.attend import apply_sinks
 from stem.reference import masked_attention
@@ -124,7 +125,9 @@ class SharedPrompt:
         first = self.first_kept if is_kept else self.layout.start
         parts = [self.layout.positions(rank) for rank in range(self.peers.world_size)]
         parts = [part[part >= first] - first for part in parts]
-        return self.peers.collect(x.movedim(1, 0), parts, "the exchange of logits")().movedim(0, 1)
+        slots, width = slots_of(parts)
+        slots = torch.from_numpy(slots).to(x.device)
+        return self.peers.collect(x.movedim(1, 0), width, slots, "the exchange of logits")().movedim(0, 1)
 
     def attend(
         self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None

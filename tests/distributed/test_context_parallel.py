@@ -1,4 +1,4 @@
-"""Prompts shared by 2 and 3 gloo processes, on CPUs and on one GPU; see tests/distributed_cases.py."""
+"""Prompts shared by 2 and 3 gloo processes on CPUs, and by two GPUs; see tests/distributed_cases.py."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import torch
 
 LIMIT = 900  # seconds of one start of processes; it catches hangs only
 CASES = Path(distributed_cases.__file__)
-ON_GPU = [f"lists_and_outputs_{name}" for name in distributed_cases.CONFIGS]
-ON_GPU += [f"blocks_of_128_{name}" for name in ("default", "paper", "angelslim", "hpc_ops", "adaptive")]
-ON_GPU += ["chunks", "gradients", "any_layout", "a_mesh_of_two_dimensions", "kept_blocks_are_balanced"]
-ON_GPU += ["only_named_blocks_travel"]
+ON_GPUS = [f"lists_and_outputs_{name}" for name in distributed_cases.CONFIGS]
+ON_GPUS += [f"blocks_of_128_{name}" for name in ("default", "paper", "angelslim", "hpc_ops", "adaptive")]
+ON_GPUS += ["chunks", "gradients", "any_layout", "a_mesh_of_two_dimensions", "kept_blocks_are_balanced", "dtensors"]
+ON_GPUS += ["only_named_blocks_travel", "layout_is_found_from_lengths", "models", "tensor_parallel"]
 
 
 def run(folder, world, device, names=()):
@@ -53,8 +53,8 @@ def outcomes(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes_on_gpu(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ranks"), 2, "cuda", ON_GPU)[0]
+def outcomes_on_gpus(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("ranks"), 2, "cuda", ON_GPUS)[0]
 
 
 @pytest.mark.parametrize("name", sorted(distributed_cases.CASES))
@@ -65,7 +65,7 @@ def test_ranks_compute_the_prompt_of_one_process(outcomes, name):
         assert outcome is None, f"rank {rank}: {outcome}"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ON_GPU)
-def test_two_ranks_of_one_gpu_compute_the_prompt_of_one_process(outcomes_on_gpu, name):
-    assert outcomes_on_gpu[name] == {0: None, 1: None}
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_two_gpus_compute_the_prompt_of_one_process(outcomes_on_gpus, name):
+    assert outcomes_on_gpus[name] == {0: None, 1: None}
