@@ -639,10 +639,16 @@ class Tasks(NamedTuple):
     scratch: torch.Tensor
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, bytes_of: int) -> "Tasks":
-        """Tasks for queries like q and keys like k, of which each number takes `bytes_of` bytes in the kernel."""
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, bytes_of: int, size: int = BLOCK_SIZE, heads: int = 1
+    ) -> "Tasks":
+        """Tasks for queries like q and keys like k, of which each number takes `bytes_of` bytes in the kernel.
+
+        A task is a query block of `size` tokens of as many heads as `heads`, which count as one.
+        """
         (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
-        num_q_blocks = -(-num_keys // BLOCK_SIZE) - (num_keys - num_queries) // BLOCK_SIZE
+        num_q_heads //= heads
+        num_q_blocks = -(-num_keys // size) - (num_keys - num_queries) // size
         heads_per_kv_head = num_q_heads // num_kv_heads
         heads = heads_at_once(num_keys, head_dim * bytes_of, batch * num_kv_heads) * heads_per_kv_head
         num_tasks = num_q_blocks * batch * num_q_heads

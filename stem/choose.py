@@ -32,6 +32,9 @@ def choose_scores(
     """Scores of all block pairs in memory, then the selection; covers every config."""
     config_here = rows.at_the_end(config)
     scores = score(q, k, v, config_here, scale, impl)
+    if config.lists == "group":
+        shares = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).log_softmax(-1).unflatten(1, (k.shape[1], -1))
+        scores = shares.logsumexp(2, keepdim=True).expand_as(shares).flatten(1, 2)
     return select_blocks(scores, rows.budget(config), config_here, impl=impl, q_len=q.shape[2], kv_len=k.shape[2])
 
 

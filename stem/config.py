@@ -15,7 +15,7 @@ BlockSize = Literal[16, 32, 64, 128]
 
 SECTIONS = {
     "grid": ("block_size", "compute"),
-    "budget": ("density", "k_start", "k_start_regimes", "min_blocks", "allocation", "threshold", "dropped"),
+    "budget": ("density", "k_start", "k_start_regimes", "min_blocks", "allocation", "threshold", "lists", "dropped"),
     "decay": ("decay", "decay_from"),
     "always kept": (
         "sink_blocks", "local_blocks", "forced", "dense_first_blocks", "dense_last_blocks", "dense_up_to",
@@ -91,6 +91,8 @@ class StemConfig:
         min_blocks: Lower bound of k_start, 54 in the paper. A binding bound exceeds `density` [blocks].
         allocation: "position_decay" (Eq. 3), "uniform" (the same with decay=1) or "adaptive" (threshold, no budget).
         threshold: With "adaptive", a block is kept if its share of its row's mass exceeds this, in (0, 1].
+        lists: Each "head" keeps its own blocks, or the query heads of a key-value head, a "group", the same ones, by
+            the mean of their softmaxes over scores. Even groups then run blocks of 64 with impl "hopper". Our choice.
         dropped: "skip" ignores dropped blocks; "mean" keeps a token of mean key, mean value and logit + ln(block_size)
             for each one before the diagonal, "cells" one for every 16 tokens (FlashPrefill V2, arXiv 2608.19758). They
             cost 1 / block_size or 1 / 16 of dense attention; densities do not count them.
@@ -143,6 +145,7 @@ class StemConfig:
     exact_last_blocks: int = 0
     allocation: Literal["position_decay", "uniform", "adaptive"] = "position_decay"
     threshold: float | None = None
+    lists: Literal["head", "group"] = "head"
     dropped: Literal["skip", "mean", "cells"] = "skip"
     compute: Literal["input", "fp8"] = "input"
 

@@ -94,7 +94,9 @@ class Plan:
         p = self.problem
         self.rows = BlockRows.of(p.q_len, p.kv_len, p.config.block_size, p.prompt_length)
         impl = impl_for(p.config.compute, p.impl)
-        self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, p.config.block_size)
+        in_pairs = p.q_heads // p.kv_heads % 2 == 0 and impl != "hopper_fp8" and not p.needs_grad
+        pairs = in_pairs and p.config.lists == "group" and p.config.block_size == 64  # see kernels/hopper_pairs.py
+        self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, 128 if pairs else p.config.block_size)
         self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
         if p.dtype == torch.float64 or not p.batch:
             self.choose_impl = "torch"
@@ -174,11 +176,10 @@ class Plan:
             return "forced"
         if keeps_every_block(rows, config):
             return "all"
-        if self.choose_impl == "triton" and config.reduction == "mean" and config.allocation != "adaptive":
-            return "topk"
-        if self.choose_impl == "triton" and config.reduction == "softmax" and config.allocation == "adaptive":
-            return "share"
-        return "scores"
+        if config.lists == "group" or self.choose_impl != "triton":
+            return "scores"
+        kinds = {("mean", False): "topk", ("softmax", True): "share"}
+        return kinds.get((config.reduction, config.allocation == "adaptive"), "scores")
 
     def _path(self) -> str:
         p, rows = self.problem, self.rows
@@ -188,10 +189,9 @@ class Plan:
             is_long = p.kv_len >= LISTS_TOKENS and p.batch * p.q_heads * p.q_len >= LISTS_ROWS
             if not (is_long and self.impl == "hopper" and not p.needs_grad):
                 return "dense"
-        if self.impl == "hopper" and not p.needs_grad and full_rows(rows, p.config):  # these rows need no lists
-            at_once = self.choice == "topk" and self.is_short
-            return "overlap" if at_once or keeps_every_block(rows, p.config) else "lists"
-        return "lists"
+        at_once = keeps_every_block(rows, p.config) or (self.choice == "topk" and self.is_short)
+        has_kernel = self.impl == "hopper" and p.config.block_size == 128 and not p.needs_grad
+        return "overlap" if has_kernel and at_once and full_rows(rows, p.config) else "lists"  # full rows need no lists
 
     @property
     def is_short(self) -> bool:

@@ -192,6 +192,8 @@ KNOBS = [  # (changed field, shared settings beside BASE, one value, another val
     ("score_pooling", dict(reduction="softmax"), "mean", "rms"),
     ("allocation", {}, "position_decay", "uniform"),
     ("threshold", dict(k_start=None, allocation="adaptive"), 0.02, 0.2),
+    ("lists", {}, "head", "group"),
+    ("lists", dict(k_start=None, allocation="adaptive", threshold=0.05, reduction="softmax"), "head", "group"),
     ("dropped", {}, "skip", "mean"),
     ("dropped", dict(block_size=32), "mean", "cells"),
 ]

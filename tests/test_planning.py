@@ -15,6 +15,7 @@ from stem.planning import Plan, Problem, plan_for
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 DENSE, PAPER, ADAPTIVE = StemConfig(density=1.0), StemConfig.preset("paper"), StemConfig.preset("adaptive")
+GROUPS_OF_64 = PAPER.replace(block_size=64, lists="group")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -57,6 +58,11 @@ TABLE = [  # tokens, config, changes -> path, choice, impl, repeatable
     (1536, PAPER, dict(head_dim=96), "lists", "topk", "triton", True),
     (1536, PAPER.replace(block_size=64), {}, "lists", "topk", "triton", True),
     (2**17, PAPER, {}, "lists", "topk", "hopper", True),
+    (2**17, PAPER.replace(lists="group"), {}, "lists", "scores", "hopper", True),
+    (2**17, GROUPS_OF_64, {}, "lists", "scores", "hopper", True),
+    (2**17, GROUPS_OF_64, dict(q_heads=24), "lists", "scores", "triton", True),
+    (2**17, GROUPS_OF_64, dict(needs_grad=True), "lists", "scores", "triton", False),
+    (2**17, GROUPS_OF_64, dict(dtype=torch.float32, dense_kernel=None), "lists", "scores", "triton", True),
     (2**17, PAPER, dict(q_len=1000), "lists", "topk", "hopper", True),
     (2**17, PAPER.replace(reduction="softmax"), {}, "lists", "scores", "hopper", True),
     (4096, ADAPTIVE, {}, "overlap", "forced", "hopper", True),

@@ -83,8 +83,9 @@ def stem_attention(
     """
     config = DEFAULT if config is None else config
     check_config(config)
-    if config.dropped != "skip":
-        raise ValueError(f"config must have dropped='skip' where GPUs share a prompt, got {config.dropped!r}")
+    for name, accepted in (("dropped", "skip"), ("lists", "head")):
+        if (given := getattr(config, name)) != accepted:
+            raise ValueError(f"config must have {name}={accepted!r} where GPUs share a prompt, got {given!r}")
     peers = Peers.of(mesh, timeout)
     wrap = None
     if isinstance(q, DTensor):

@@ -57,7 +57,7 @@ def attend(
     else:
         lists = selection.kv_indices, selection.kv_num_blocks, selection.block_size
         if impl == "hopper":  # one kernel attends to blocks and stand-ins
-            return sparse_kernel(impl)(q, k, v, *lists, scale, selection.stand_in_tokens)
+            return sparse_kernel(impl, selection.block_size)(q, k, v, *lists, scale, selection.stand_in_tokens)
         out, lse = sparse_kernel(impl)(q, k, v, *lists, scale)
     return kernel_stand_ins(out, lse, q, k, v, selection, scale, needs_grad)
 

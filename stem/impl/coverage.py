@@ -1,6 +1,7 @@
 """Names of the implementations, which problems each covers, and the forward kernel behind a name."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 
@@ -30,12 +31,8 @@ def impl_for(compute: str, impl: str | None) -> str | None:
     return "hopper_fp8" if compute == "fp8" else impl
 
 
-def sparse_kernel(impl: str) -> Callable:
+def sparse_kernel(impl: str, block_size: int = 128) -> Callable:
     """Forward kernel of an implementation: (q, k, v, kv_indices, kv_num_blocks, block_size, scale) -> out, lse."""
-    if impl == "triton":
-        from stem.kernels.sparse_forward import sparse_forward
-    elif impl == "hopper_fp8":
-        from stem.kernels.fp8_forward import sparse_forward
-    else:
-        from stem.kernels.hopper_forward import sparse_forward
-    return sparse_forward
+    hopper = "hopper_pairs" if block_size == 64 else "hopper_forward"
+    name = {"triton": "sparse_forward", "hopper": hopper, "hopper_fp8": "fp8_forward"}[impl]
+    return import_module(f"stem.kernels.{name}").sparse_forward

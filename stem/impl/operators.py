@@ -37,7 +37,7 @@ def attention_op(
         with vmap_inside_operators():
             out, lse = flex_attention(q, k, v, selection, scale)
     else:
-        out, lse = sparse_kernel(impl)(q, k, v, kv_indices, kv_num_blocks, block_size, scale)
+        out, lse = sparse_kernel(impl, block_size)(q, k, v, kv_indices, kv_num_blocks, block_size, scale)
     return _laid_out_like(out, q), lse.contiguous()
 
 

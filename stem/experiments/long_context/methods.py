@@ -37,6 +37,8 @@ VARIANTS = {  # name -> (method that it varies, fields of its config that differ
     "stem, means": ("stem", dict(dropped="mean")),
     "adaptive, cells alone": ("adaptive", dict(exact_last_blocks=0)),
     "adaptive, means": ("adaptive", dict(dropped="mean")),
+    "adaptive, lists of groups": ("adaptive", dict(lists="group")),
+    "stem, lists of groups": ("stem", dict(lists="group")),
     TUNED: ("adaptive", LOW_DENSITY),
     ORACLE: ("adaptive", EXACT),
     TUNED_ORACLE: ("adaptive", LOW_DENSITY | EXACT),
