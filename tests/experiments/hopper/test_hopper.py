@@ -54,7 +54,8 @@ def features():
     from stem.kernels.cell_features import cell_features
 
     generator = torch.Generator().manual_seed(0)
-    q, k = (3 * torch.randn(1, heads, 1024, 32, generator=generator) for heads in (2, 1))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k = (3 * torch.randn(1, heads, 1024, 32, generator=generator).to(device) for heads in (2, 1))
     cells = kernel_cells(1024, 1024, stem.StemConfig.preset("adaptive"))
     return cell_features(q, k, cells, 32**-0.5), cells
 
