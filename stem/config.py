@@ -91,8 +91,7 @@ class StemConfig:
         min_blocks: Lower bound of k_start, 54 in the paper. A binding bound exceeds `density` [blocks].
         allocation: "position_decay" (Eq. 3), "uniform" (the same with decay=1) or "adaptive" (threshold, no budget).
         threshold: With "adaptive", a block is kept if its share of its row's mass exceeds this, in (0, 1].
-        lists: Each "head" keeps its own blocks, or the query heads of a key-value head, a "group", the same ones, by
-            the mean of their softmaxes over scores. Even groups then run blocks of 64 with impl "hopper". Our choice.
+        lists: One for each query "head", or for a "group" with one key-value head, by its mean softmax. Our choice.
         dropped: "skip" ignores dropped blocks; "mean" keeps a token of mean key, mean value and logit + ln(block_size)
             for each one before the diagonal, "cells" one for every 16 tokens (FlashPrefill V2, arXiv 2608.19758). They
             cost 1 / block_size or 1 / 16 of dense attention; densities do not count them.

@@ -95,7 +95,7 @@ class Plan:
         self.rows = BlockRows.of(p.q_len, p.kv_len, p.config.block_size, p.prompt_length)
         impl = impl_for(p.config.compute, p.impl)
         in_pairs = p.q_heads // p.kv_heads % 2 == 0 and impl != "hopper_fp8" and not p.needs_grad
-        pairs = in_pairs and p.config.lists == "group" and p.config.block_size == 64  # see kernels/hopper_pairs.py
+        pairs = in_pairs and p.config.lists == "group" and p.config.block_size == 64  # see kernels/pairs_forward.py
         self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, 128 if pairs else p.config.block_size)
         self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
         if p.dtype == torch.float64 or not p.batch:

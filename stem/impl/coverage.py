@@ -33,6 +33,5 @@ def impl_for(compute: str, impl: str | None) -> str | None:
 
 def sparse_kernel(impl: str, block_size: int = 128) -> Callable:
     """Forward kernel of an implementation: (q, k, v, kv_indices, kv_num_blocks, block_size, scale) -> out, lse."""
-    hopper = "hopper_pairs" if block_size == 64 else "hopper_forward"
-    name = {"triton": "sparse_forward", "hopper": hopper, "hopper_fp8": "fp8_forward"}[impl]
-    return import_module(f"stem.kernels.{name}").sparse_forward
+    name = {"triton": "sparse", "hopper_fp8": "fp8"}.get(impl, "pairs" if block_size == 64 else "hopper")
+    return import_module(f"stem.kernels.{name}_forward").sparse_forward

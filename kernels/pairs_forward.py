@@ -142,7 +142,7 @@ def consume(
 
 
 @gluon.jit(do_not_specialize=VARYING)
-def hopper_pairs_kernel(
+def pairs_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
     num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, scale,
@@ -189,7 +189,7 @@ def sparse_forward(
     lists = kv_indices[:, ::2].contiguous(), kv_num_blocks[:, ::2].contiguous()
     tasks = Tasks.of(q, k, out, q.element_size(), block_size, heads=NUM_CONSUMERS.value)
     tensors = *tiles, out, lse, *lists, tasks.scratch
-    tasks.launch(hopper_pairs_kernel, tensors, kv_indices.shape[3], (max(float(scale), SMALLEST_SCALE),))
+    tasks.launch(pairs_forward_kernel, tensors, kv_indices.shape[3], (max(float(scale), SMALLEST_SCALE),))
     if tokens:
         return add_stand_ins(out, lse, q, k, v, kv_indices, kv_num_blocks, block_size, tokens, scale)
     return out, lse

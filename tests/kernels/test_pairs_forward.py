@@ -27,7 +27,7 @@ CASES = {  # q heads, KV heads, queries, keys, D, share of the blocks
 
 
 def check(q, k, v, mask, scale, rtol):
-    from stem.kernels.hopper_pairs import sparse_forward
+    from stem.kernels.pairs_forward import sparse_forward
 
     lists = lists_of(mask.repeat_interleave(q.shape[1] // mask.shape[1], 1))
     expected, expected_lse = oracle(q, k, v, mask.repeat_interleave(q.shape[1] // mask.shape[1], 1), 64, scale)
@@ -76,12 +76,12 @@ def test_a_plan_of_groups_runs_it(preset):
 def compile_for_sm90(head_dim):
     """Compile ahead of time, as a launch with aligned pointers would; bytes of shared memory."""
     import triton
-    from stem.kernels import hopper_forward, hopper_pairs
+    from stem.kernels import hopper_forward, pairs_forward
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     tile = f"tensordesc<bf16[1, 1, 64, {head_dim}],{hopper_forward.TMA_LAYOUT!r}>"
-    kernel = hopper_pairs.hopper_pairs_kernel
+    kernel = pairs_forward.pairs_forward_kernel
     types = dict(
         q_desc=tile, k_desc=tile, v_desc=tile, out_ptr="*bf16", lse_ptr="*fp32", kv_indices_ptr="*i32",
         kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32",
