@@ -129,7 +129,13 @@ def _tables(rows: pd.DataFrame) -> str:
     ]
     links = rows[rows.operation.isin(("all-gather", "exchange"))]
     told = [[x.operation, number(x.received_mib), number(x.latency_ms), number(x.gb_per_s)] for x in links.itertuples()]
-    found = [markdown_table(header, lines)]
+    operator = rows[rows.operation == "operator"]
+    same = operator.same_lists.astype(str) == "True"
+    found = [
+        f"In {same.sum()} of {len(same)} rows of the operator all GPUs choose the lists of one GPU, bit by bit. "
+        f"Their outputs differ by at most {operator.difference.max():.1e} (relative L2 norm)."
+    ]
+    found.append(markdown_table(header, lines))
     found.append(markdown_table(["collective", "received [MiB]", "time [ms]", "rate [GB/s]"], told))
     here, longest = machine(rows), Shape(int(rows[rows.operation == "operator"].tokens.max()))
     planned = [

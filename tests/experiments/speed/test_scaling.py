@@ -68,6 +68,7 @@ def made_up_rows():
         attention = 0.2 * Shape(tokens).dense_flops() / 2 / 600e9
         row = dict(operation="operator", density=0.2, ranks=2, tokens=tokens, batch=1, q_heads=32, kv_heads=8)
         row |= dict(head_dim=128, dtype="bfloat16", attention_ms=attention, selection_ms=0.5, exchange_ms=1.0)
+        row |= dict(same_lists=tokens > 2**15, difference=1e-4 * exposed, lists_ms=0.1)
         row |= dict(exposed_ms=exposed, one_rank_ms=2 * attention, latency_ms=attention + 1, received_mib=272.0)
         rows.append(row | dict(ring_mib=256.0, speedup=1.9, speedup_low=1.88, speedup_high=1.91, efficiency=0.95))
     return rows
@@ -90,6 +91,7 @@ def test_the_section(made_up_machine):
     text = scaling.section()
     assert "1.900× [1.880, 1.910] | 95.0% | 0.5 | 1 |" in text and "| 272 | 256 |" in text
     assert "| all-gather | 1024 | 10 | 110 |" in text
+    assert "In 1 of 2 rows" in text and "at most 4.0e-05 " in text
     assert text.index("| operator | 32K |") < text.index("| operator | 128K |") < text.index("| 512 | 8.0% |")
 
 
