@@ -35,7 +35,8 @@ def against(points: pd.DataFrame, measure: str, block_size: int = 128) -> Figure
         for (name, length), of in lines:
             style = dict(color="0.88", linewidth=1)
             if name == method:
-                style = dict(color=COLOURS.get(method, PALETTE[0]), label=tokens_label(length), zorder=3)
+                colour = COLOURS.get(method) or COLOURS.get(method.split(",")[0], PALETTE[0])  # a variant's method
+                style = dict(color=colour, label=tokens_label(length), zorder=3)
                 style |= dict(marker=markers[length], markersize=5)
             ax.plot(of.density, of.nats, **style)
         ax.axhline(0, color="grey", linewidth=1)
