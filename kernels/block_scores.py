@@ -108,6 +108,7 @@ def score_inputs_kernel(
     q_sums_ptr,
     k_sums_ptr,
     values_ptr,
+    pages_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -144,7 +145,7 @@ def score_inputs_kernel(
 
     Grid: (2 * num_kv_programs + B * Hq * nq, STRIDE / GROUPS), with num_kv_programs = B * Hkv * nk. LOG_TERM:
     values_ptr takes the weighted value term of the block, [nk]; otherwise the largest norm of each of its groups,
-    [nk, groups].
+    [nk, groups]. pages_ptr: block of k and v in memory for each key block; None if they are in order.
     """
     program = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
@@ -164,16 +165,20 @@ def score_inputs_kernel(
         block, batch_head = kv_program % num_kv_blocks, kv_program // num_kv_blocks
         batch, head = split_pair(batch_head, num_kv_heads)
         first_row = block.to(tl.int64) * BLOCK_SIZE
+        end_row = num_keys
+        if pages_ptr is not None:
+            page_row = tl.load(pages_ptr + block).to(tl.int64) * BLOCK_SIZE
+            first_row, end_row = page_row, page_row - first_row + num_keys
         if program >= num_kv_programs:
             add_groups(
                 k_ptr + batch * stride_kb + head * stride_kh, k_sums_ptr + kv_program.to(tl.int64) * PARTS * depth,
-                first_row, first_group, num_keys, stride_kn, stride_kd,
+                first_row, first_group, end_row, stride_kn, stride_kd,
                 HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, False,
             )  # fmt: skip
         elif first_group == 0:
             v_ptr += batch * stride_vb + head * stride_vh
             norms = largest_norms(
-                v_ptr, first_row, num_keys, stride_vn, stride_vd, HEAD_DIM, DIM_TILE, BLOCK_SIZE, STRIDE
+                v_ptr, first_row, end_row, stride_vn, stride_vd, HEAD_DIM, DIM_TILE, BLOCK_SIZE, STRIDE
             )
             if LOG_TERM:
                 tl.store(values_ptr + kv_program, value_weight * tl.maximum(tl.log(tl.max(norms, axis=0)), 0.0))
@@ -447,10 +452,16 @@ def raw_inputs(
     value_weight: float,
     first_q_block: int = 0,
     num_q_blocks: int | None = None,
+    pages: torch.Tensor | None = None,
+    num_keys: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """score_inputs without z-scores: the values are the largest norm of each group, fp32 [B, Hkv, nk, groups]."""
+    """score_inputs without z-scores: the values are the largest norm of each group, fp32 [B, Hkv, nk, groups].
+
+    pages, num_keys: int32 [>= nk], the block of k and v that holds each key block of a batch of 1, and Nkv. By default
+    k and v hold the keys in order, and nothing else.
+    """
     batch, num_q_heads, num_queries, head_dim = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
+    num_kv_heads, num_keys = k.shape[1], k.shape[2] if num_keys is None else num_keys
     num_kv_blocks = -(-num_keys // block_size)
     offset = num_keys - num_queries
     if num_q_blocks is None:
@@ -467,7 +478,7 @@ def raw_inputs(
     launch(
         score_inputs_kernel,
         grid,
-        (q, k, v, q_sums, k_sums, values),
+        (q, k, v, q_sums, k_sums, values, pages),
         (*q.stride(), *k.stride(), *v.stride(), *sizes, first_q_block, offset, float(value_weight)),
         DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
         LOG_TERM=log_term,

@@ -216,7 +216,7 @@ def fp8_forward_kernel(
         [
             (consume, (0,) + shared + outputs),
             (consume, (1,) + shared + outputs),
-            (produce, (0, (k_desc, v_desc), q_desc, k_desc, v_desc, scratch_ptr) + shared),
+            (produce, (False, kv_indices_ptr, 0, (k_desc, v_desc), q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -213,6 +213,15 @@ def load_block(kv_list, place):
 
 
 @gluon.jit
+def find_block(kv_list, place, PAGED: gl.constexpr, pages_ptr):
+    """Place in memory of the key block that load_block returns, in blocks; PAGED: pages_ptr holds these places."""
+    kv_block = load_block(kv_list, place)
+    if PAGED:
+        kv_block = gl.load(pages_ptr + kv_block)
+    return kv_block
+
+
+@gluon.jit
 def write_number(number, place, WARPS: gl.constexpr):
     """Store an int32 in shared memory."""
     place.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])))
@@ -242,8 +251,9 @@ def wait_for_task(q_inbox, parity, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def feed(
-    q_desc, k_desc, v_desc, means, q_inbox, k_ring, v_ring, task, parity, steps_before, problem, PER_BLOCK: gl.constexpr
-):
+    PAGED: gl.constexpr, pages_ptr, PER_BLOCK: gl.constexpr, means, q_desc, k_desc, v_desc,
+    q_inbox, k_ring, v_ring, task, parity, steps_before, problem,
+):  # fmt: skip
     """Copy the halves of a query block, then K and V of its listed blocks, last one first, then those of stand-ins.
 
     Returns the number of tiles of K.
@@ -253,14 +263,14 @@ def feed(
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
     _batch_head, batch, head, kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
     num_blocks = kv_list[1]
-    kv_block = load_block(kv_list, num_blocks - 1)
+    kv_block = find_block(kv_list, num_blocks - 1, PAGED, pages_ptr)
     for consumer in gl.static_range(NUM_CONSUMERS):
         announce_task(q_inbox, parity, task, consumer)
         first_row = first_query + consumer * ROWS
         copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
     for step in range(num_blocks):
         k_row, v_row = kv_block * BLOCK, kv_block * v_desc.block_type.shape[2]
-        kv_block = load_block(kv_list, num_blocks - 2 - step)  # arrives while the rings are full
+        kv_block = find_block(kv_list, num_blocks - 2 - step, PAGED, pages_ptr)  # arrives while the rings are full
         fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, k_row)
         fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, v_row)
     num_tiles = num_blocks
@@ -293,8 +303,8 @@ def announce_end(q_inbox, parity, num_tasks):
 
 @gluon.jit
 def produce(
-    PER_BLOCK: gl.constexpr, means, q_desc, k_desc, v_desc, counters_ptr, q_inbox, k_ring, v_ring, redo, num_tasks,
-    problem,
+    PAGED: gl.constexpr, pages_ptr, PER_BLOCK: gl.constexpr, means, q_desc, k_desc, v_desc, counters_ptr,
+    q_inbox, k_ring, v_ring, redo, num_tasks, problem,
 ):  # fmt: skip
     """Feed task after task to the consumers, then again every task that they have noted."""
     _, q_empty, _, _ = q_inbox
@@ -304,8 +314,9 @@ def produce(
     task = gl.program_id(0)
     while task < num_tasks:
         steps_before += feed(
-            q_desc, k_desc, v_desc, means, q_inbox, k_ring, v_ring, task, parity, steps_before, problem, PER_BLOCK
-        )
+            PAGED, pages_ptr, PER_BLOCK, means, q_desc, k_desc, v_desc,
+            q_inbox, k_ring, v_ring, task, parity, steps_before, problem,
+        )  # fmt: skip
         parity ^= 1
         task = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
     announce_end(q_inbox, parity, num_tasks)
@@ -316,8 +327,9 @@ def produce(
         task = read_number(last_noted.index(consumer), PRODUCER_WARPS)
         while task >= 0:
             steps_before += feed(
-                q_desc, k_desc, v_desc, means, q_inbox, k_ring, v_ring, task, parity, steps_before, problem, PER_BLOCK
-            )
+                PAGED, pages_ptr, PER_BLOCK, means, q_desc, k_desc, v_desc,
+                q_inbox, k_ring, v_ring, task, parity, steps_before, problem,
+            )  # fmt: skip
             parity ^= 1
             task = gl.load(redo_ptr + consumer * num_tasks + task)
     announce_end(q_inbox, parity, num_tasks)
@@ -515,7 +527,7 @@ VARYING += ["max_blocks", "full_rows", "rows_ahead", "num_tasks"]
 
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr, pages_ptr,
     k_means_desc, v_means_desc, dropped_ptr,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
     num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, flags_of_row, scale, raise_by, PER_BLOCK: gl.constexpr,
@@ -525,7 +537,8 @@ def hopper_forward_kernel(
     Tiles of q_desc are half a query block, those of k_desc and v_desc a key block of BLOCK_SIZE tokens. The lists of
     the first `full_rows` query blocks are not read, those of others only after gdc_wait. scratch_ptr: two int32
     counters, 0 before and after the launch: tasks taken after the first of each program, which is its own number, and
-    programs that have ended; then an int32 for every task and consumer.
+    programs that have ended; then an int32 for every task and consumer. pages_ptr: place in memory of each key block,
+    in blocks; None if they are in order.
 
     PER_BLOCK: stand-ins of a dropped block, see stand_ins.py. `raise_by` is the logarithm of a stand-in's tokens over
     scale, and each query block has `flags_of_row` flags of dropped blocks. With 0, dropped blocks are skipped.
@@ -545,11 +558,13 @@ def hopper_forward_kernel(
     means, stand_ins = (k_desc, v_desc), (kv_num_blocks_ptr, flags_of_row, raise_by)
     if PER_BLOCK > 0:
         means, stand_ins = (k_means_desc, v_means_desc), (dropped_ptr, flags_of_row, raise_by)
+    PAGED: gl.constexpr = pages_ptr is not None
+    places_ptr = pages_ptr if PAGED else kv_indices_ptr  # a partition takes no None
     gl.warp_specialize(
         [
             (consume, (0, PER_BLOCK, stand_ins) + shared + outputs),
             (consume, (1, PER_BLOCK, stand_ins) + shared + outputs),
-            (produce, (PER_BLOCK, means, q_desc, k_desc, v_desc, scratch_ptr) + shared),
+            (produce, (PAGED, places_ptr, PER_BLOCK, means, q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -640,13 +655,21 @@ class Tasks(NamedTuple):
 
     @classmethod
     def of(
-        cls, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, bytes_of: int, size: int = BLOCK_SIZE, heads: int = 1
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        out: torch.Tensor,
+        bytes_of: int,
+        size: int = BLOCK_SIZE,
+        heads: int = 1,
+        num_keys: int | None = None,
     ) -> "Tasks":
         """Tasks for queries like q and keys like k, of which each number takes `bytes_of` bytes in the kernel.
 
-        A task is a query block of `size` tokens of as many heads as `heads`, which count as one.
+        A task is a query block of `size` tokens of as many heads as `heads`, which count as one. num_keys: see prepare.
         """
-        (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+        (batch, num_q_heads, num_queries, head_dim), num_kv_heads = q.shape, k.shape[1]
+        num_keys = k.shape[2] if num_keys is None else num_keys
         num_q_heads //= heads
         num_q_blocks = -(-num_keys // size) - (num_keys - num_queries) // size
         heads_per_kv_head = num_q_heads // num_kv_heads
@@ -676,10 +699,21 @@ class Tasks(NamedTuple):
 
 
 def prepare(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    *,
+    pages: torch.Tensor | None = None,
+    num_keys: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Do everything in sparse_forward but its launch, so that the launch can overlap with the kernel before it.
 
+    Args:
+        pages, num_keys: See block_scores.raw_inputs. The last page may hold anything finite behind the last key. With
+            pages, dropped blocks have no stand-ins.
+        out: Where to store the output, [B, Hq, Nq, D] with dense rows; by default memory like q.
     Returns:
         attend(kv_indices, kv_num_blocks, full_rows=0, tokens=0) -> out, lse. The first `full_rows` query blocks keep
         all their causal blocks, whatever the lists say. If these are some but not all, the kernel that was launched
@@ -692,9 +726,9 @@ def prepare(
     scale = max(float(scale), SMALLEST_SCALE)
     q, k, v = (with_dense_rows(x, tma=True) for x in (q, k, v))
     head_dim = q.shape[3]
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tasks = Tasks.of(q, k, out, q.element_size())
+    tasks = Tasks.of(q, k, out, q.element_size(), num_keys=num_keys)
     q_tiles = Tiles(q, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     key_tile = 1, 1, BLOCK_SIZE, head_dim
     k_tiles, v_tiles = (Tiles(x, key_tile, describe_tiles) for x in (k, v))
@@ -711,7 +745,7 @@ def prepare(
         tensors = q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous()
         tasks.launch(
             hopper_forward_kernel,
-            (*tensors, tasks.scratch, *stand_ins),
+            (*tensors, tasks.scratch, pages, *stand_ins),
             kv_indices.shape[3],
             (flags_of_row, scale, raise_by),
             full_rows,

@@ -1,10 +1,14 @@
-"""Keys and values in a GPU's pages: rows that are copied; no vLLM is needed."""
+"""Keys and values in a GPU's pages: rows that are copied, and attention whose kernels read pages; no vLLM is needed."""
 
 import pytest
 import torch
+from stem.kernels import block_scores
 
-from stem.vllm.pages import gather
+import stem
+from stem.budget import BlockRows, kept_blocks
+from stem.vllm.pages import all_rows, attend_to_pages, gather, readable_rows
 
+CONFIG = stem.StemConfig(density=0.4, block_size=32, sink_blocks=1, local_blocks=1)
 HEAD_DIM = 16
 
 
@@ -28,3 +32,76 @@ def test_rows_are_copied_from_pages(layout):
     pages = [3, 1, 6, 4]
     found = gather(cache_of(k, v, pages, 128, layout), torch.tensor(pages, dtype=torch.int32), 290)
     assert torch.equal(found[0], k[:, :, :290]) and torch.equal(found[1], v[:, :, :290])
+
+
+def test_all_rows_are_views_where_rows_come_before_heads():
+    k, v = torch.randn(2, 1, 2, 100, HEAD_DIM)
+    cache = cache_of(k, v, [2, 0, 1, 3], 32)
+    keys, values = all_rows(cache)
+    assert keys.shape == (1, 2, cache.shape[0] * 32, HEAD_DIM) and keys.data_ptr() == cache.data_ptr()
+    assert torch.equal(keys[:, :, 64:96], k[:, :, :32]) and torch.equal(values[:, :, :32], v[:, :, 32:64])
+    assert all_rows(cache_of(k, v, [2, 0, 1, 3], 32, "HND")) is None
+
+
+def test_only_kernels_for_sm90_read_pages():
+    k, v = torch.randn(2, 1, 2, 100, HEAD_DIM)
+    assert readable_rows(k, cache_of(k, v, [2, 0, 1, 3], 32), CONFIG, BlockRows.of(100, 100, 32)) is None
+
+
+def attend_by_copies(monkeypatch, cache):
+    """Let attend_to_pages attend on a CPU, to copied keys; scores still read pages."""
+
+    def prepare(q, keys, values, scale, *, pages, num_keys, out):
+        def attend(kv_indices, kv_num_blocks, full_rows):
+            first_block, blocks = (num_keys - q.shape[2]) // 32, -(-num_keys // 32)
+            lists = stem.BlockSelection(kv_indices, kv_num_blocks, 32, blocks, q.shape[2], num_keys)
+            mask = lists.to_mask()
+            for row in range(full_rows):
+                mask[:, :, row, : first_block + row + 1] = True
+            selection = stem.BlockSelection.from_mask(mask, 32, q_len=q.shape[2], kv_len=num_keys)
+            out.copy_(stem.block_sparse_attention(q, *gather(cache, pages, num_keys), selection, scale, "torch"))
+
+        return attend
+
+    monkeypatch.setattr("stem.kernels.hopper_forward.prepare", prepare)
+
+
+@pytest.mark.parametrize(
+    ("first", "stop", "prompt_length"), [(0, 300, 700), (128, 420, 500), (1056, 1100, 1100), (0, 70, 70)]
+)
+def test_pages_give_the_attention_of_the_prompt(first, stop, prompt_length, monkeypatch):
+    q, (k, v) = torch.randn(1, 2, stop - first, HEAD_DIM), torch.randn(2, 1, 1, stop, HEAD_DIM)
+    pages = torch.randperm(2 * prompt_length // 32 + 2)[: -(-stop // 32)].int()
+    cache = cache_of(k, v, pages.tolist(), 32)
+    attend_by_copies(monkeypatch, cache)
+    out = torch.full_like(q, float("nan"))
+    rows = BlockRows.of(stop - first, stop, 32, prompt_length)
+    counts, _ = attend_to_pages(q, *all_rows(cache), pages, stop, CONFIG, rows, 0.3, out)
+    expected = stem.stem_attention(q, k, v, CONFIG, scale=0.3, impl="torch", prompt_length=prompt_length)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert counts.sum() == 2 * kept_blocks(rows, CONFIG)
+
+
+@pytest.mark.parametrize("value_norm", ["log", "zscore"])
+@pytest.mark.parametrize("ends", [(480, 544, 600), (490, 500, 588)])
+def test_chunks_score_only_their_own_blocks(ends, value_norm, monkeypatch):
+    config = CONFIG.replace(value_norm=value_norm, value_weight=0.5)
+    q, (k, v) = torch.randn(1, 2, ends[-1], HEAD_DIM), torch.randn(2, 1, 1, ends[-1], HEAD_DIM)
+    pages = torch.randperm(60)[: -(-ends[-1] // 32)].int()
+    cache, sums, read = cache_of(k, v, pages.tolist(), 32), None, []
+    attend_by_copies(monkeypatch, cache)
+    raw_inputs = block_scores.raw_inputs
+    monkeypatch.setattr(
+        block_scores, "raw_inputs", lambda *args, **paged: read.append(paged["num_keys"]) or raw_inputs(*args, **paged)
+    )
+    for first, stop in zip((0, *ends), ends, strict=False):
+        out = torch.full_like(q[:, :, first:stop], float("nan"))
+        rows = BlockRows.of(stop - first, stop, 32, ends[-1])
+        args = q[:, :, first:stop], *all_rows(cache), pages, stop, config, rows, 0.3, out
+        _, sums = attend_to_pages(*args, sums)
+        options = dict(scale=0.3, impl="torch", prompt_length=ends[-1])
+        expected = stem.stem_attention(q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop], config, **options)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+        assert sums[0].shape[2] == sums[1].shape[2] == stop // 32
+    aligned = [first // 32 // 4 * 4 * 32 for first in (0, *ends[:-1])]
+    assert read == [stop - first for first, stop in zip(aligned, ends, strict=True)]

@@ -22,7 +22,7 @@ from stem.attention import stem_attention
 from stem.budget import BlockRows, keeps_every_block, kept_blocks
 from stem.config import StemConfig
 from stem.vllm import settings
-from stem.vllm.prompts import follow_prompts, prompt_lengths
+from stem.vllm.prompts import Prompts, follow_prompts, prompts_of
 from stem.vllm.report import Counts
 
 logger = init_logger("vllm.plugins.stem")
@@ -37,6 +37,11 @@ class Chunk(NamedTuple):
     tokens: slice  # of the batch
     stop: int  # position after the last of them
     prompt_length: int  # tokens of the whole prompt
+    sums: dict[str, tuple[Tensor, Tensor]]  # layer -> block sums of earlier chunks, see pages.attend_to_pages
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.prompt_length
 
     def block_rows(self, config: StemConfig) -> BlockRows:
         return BlockRows.of(self.tokens.stop - self.tokens.start, self.stop, config.block_size, self.prompt_length)
@@ -132,16 +137,19 @@ class StemBuilder:
         self.heads = {name: layer.num_heads for name, layer in layers.items()}
         known = self.engine.layers if self.engine else {}
         self.configs = {known[name].config for name in layer_names if name in known} - {None}
+        self.unfinished: dict[str, Chunk] = {}  # prompts of the step before that go on, by request
 
     def use_cascade_attention(self, *args, **kwargs) -> bool:
         return False  # it would take the first rows of prompts apart from the others
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        lengths = prompt_lengths(common_attn_metadata) if self.configs else None
-        if lengths is None or common_attn_metadata.causal is not True:
+        prompts = prompts_of(common_attn_metadata) if self.configs else None
+        unfinished, self.unfinished = self.unfinished, {}
+        if prompts is None or common_attn_metadata.causal is not True:
             return metadata
-        chunks, rows = prompt_chunks(common_attn_metadata, lengths)
+        chunks, rows = prompt_chunks(common_attn_metadata, prompts, unfinished)
+        self.unfinished = {prompts.names[chunk.request]: chunk for chunk in chunks if not chunk.is_last}
         if chunks:
             self.engine.count(self.layer_names, chunks, self.heads)
             batches = {config: self._batch(config, chunks, rows, common_attn_metadata) for config in self.configs}
@@ -203,19 +211,25 @@ class StemImpl:
         raise NotImplementedError
 
 
-def prompt_chunks(common, lengths) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
-    """Prompt tokens of each request in a step, and all its tokens as (request, first, stop)."""
+def prompt_chunks(common, prompts: Prompts, before: dict[str, Chunk]) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
+    """Prompt tokens of each request in a step, and all its tokens as (request, first, stop).
+
+    `before` holds chunks of the step before by request. A chunk that goes on where one of them stops takes its sums
+    over. A request that vLLM preempted in between has lost its pages, and skips a step.
+    """
     starts, ends = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
     chunks, rows = [], []
     for request, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
         if start == stop:  # padding of a CUDA graph
             continue
         rows.append((request, start, stop))
-        prompt_length, first = int(lengths[request]), ends[request] - (stop - start)
+        prompt_length, first = int(prompts.lengths[request]), ends[request] - (stop - start)
         if first < prompt_length:
             last = min(ends[request], prompt_length)  # a resumed request computes answered tokens again, after these
             pages = common.block_table_tensor[request].clone()  # kernels read aligned memory
-            chunks.append(Chunk(request, pages, slice(start, start + last - first), last, prompt_length))
+            earlier = before.get(prompts.names[request])
+            sums = earlier.sums if earlier and earlier.stop == first else {}
+            chunks.append(Chunk(request, pages, slice(start, start + last - first), last, prompt_length, sums))
     return chunks, rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -9,8 +10,9 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from stem.vllm.backend import StemBuilder, StemImpl
-from stem.vllm.pages import gather
+from stem.budget import kept_blocks
+from stem.vllm.backend import Chunk, StemBuilder, StemImpl
+from stem.vllm.pages import attend_to_pages, gather, readable_rows
 
 
 class StemCUDABuilder(StemBuilder, FlashAttentionMetadataBuilder):
@@ -19,6 +21,20 @@ class StemCUDABuilder(StemBuilder, FlashAttentionMetadataBuilder):
 
 class StemCUDAImpl(StemImpl, FlashAttentionImpl):
     """Attention implementation of the FlashAttention back end."""
+
+    def attend(self, layer, q: Tensor, kv_cache: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """See StemImpl; kernels read the pages where they can."""
+        config = self.stem_config
+        rows = chunk.block_rows(config)
+        views = readable_rows(q, kv_cache, config, rows)
+        if views is None:
+            return super().attend(layer, q, kv_cache, chunk, out)
+        sums = chunk.sums.pop(layer.layer_name, None)
+        counts, sums = attend_to_pages(q, *views, chunk.pages, chunk.stop, config, rows, self.scale, out, sums)
+        if sums and not chunk.is_last:
+            chunk.sums[layer.layer_name] = sums
+        if kept_blocks(rows, config) is None:
+            self.count_kept(counts.sum(dtype=torch.int64))
 
     def gathered(self, layer, kv_cache: Tensor, pages: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         return gather(kv_cache, pages, stop)

@@ -1,8 +1,18 @@
-"""Keys and values in the pages of a GPU's cache, copied row by row."""
+"""Keys and values in the pages of a GPU's cache: copied row by row, or read where they are by kernels for sm_90."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from stem.budget import BlockRows, device_budget, full_rows, scores_matter
+from stem.choose import CHUNK_SCORES, forced_lists
+from stem.config import StemConfig
+from stem.planning import SHORT_BLOCKS
+from stem.scores import routing_scale
+
+Sums = tuple[Tensor, Tensor]  # of key blocks: group sums of keys, and value terms before z-scores; see raw_inputs
+ALIGNED_PAGES = 4  # whose numbers, int32, fill the 16 bytes to which kernels want their arguments aligned
 
 
 def gather(kv_cache: Tensor, pages: Tensor, stop: int) -> tuple[Tensor, Tensor]:
@@ -15,3 +25,100 @@ def gather(kv_cache: Tensor, pages: Tensor, stop: int) -> tuple[Tensor, Tensor]:
     page, width = kv_cache.shape[2:]
     rows = kv_cache[pages[: -(-stop // page)].long()].transpose(0, 1).flatten(1, 2)[None, :, :stop]
     return rows[..., : width // 2], rows[..., width // 2 :]
+
+
+def all_rows(kv_cache: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of all pages, views [1, Hkv, pages * page, D]; None if heads come before rows in memory."""
+    x = kv_cache.transpose(0, 1)
+    if x.stride(1) != x.shape[2] * x.stride(2):
+        return None
+    x = x.flatten(1, 2)[None]
+    return x[..., : x.shape[3] // 2], x[..., x.shape[3] // 2 :]
+
+
+def readable_rows(q: Tensor, kv_cache: Tensor, config: StemConfig, rows: BlockRows) -> tuple[Tensor, Tensor] | None:
+    """all_rows, if kernels for sm_90 can read them page by page for these rows of the config; else None."""
+    from stem.kernels.common import is_aligned
+    from stem.kernels.hopper_forward import unsupported
+
+    plain = config.reduction == "mean", config.allocation != "adaptive", config.dropped == "skip"
+    if not all(plain) or config.compute != "input" or kv_cache.shape[2] != config.block_size:
+        return None
+    if kv_cache.dtype != q.dtype or unsupported(q.device, q.dtype, q.shape[3], config.block_size):
+        return None
+    if q.shape[1] * (rows.stop - rows.first) * rows.stop > CHUNK_SCORES:
+        return None
+    views = all_rows(kv_cache)
+    return views if views and all(map(is_aligned, views)) else None
+
+
+def attend_to_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    stop: int,
+    config: StemConfig,
+    rows: BlockRows,
+    scale: float,
+    out: Tensor,
+    sums: Sums | None = None,
+) -> tuple[Tensor, Sums | None]:
+    """Store in `out` the Stem attention of queries [1, Hq, Nq, D], the last positions before `stop`.
+
+    Args:
+        k, v: From readable_rows.
+        pages: int32 [..], the request's pages in order, one block of the config each; its address is aligned.
+        sums: From the request's chunk before, for its first blocks, which are then not read for scores.
+    Returns:
+        Kept blocks of each row, int32 [1, Hq, nq], and sums of all whole blocks, None where no scores were needed.
+    """
+    from stem.kernels.hopper_forward import prepare
+
+    start = prepare(q, k, v, scale, pages=pages, num_keys=stop, out=out)
+    if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
+        lists, sums, full = forced_lists(1, q.shape[1], config, rows, q.device), None, 0
+    else:
+        inputs, sums, full = block_inputs(q, k, v, pages, stop, config, rows, sums)
+        lists = choose(inputs, config, rows, routing_scale(q.shape[3], config, scale))
+    start(*lists, full)
+    return lists[1], sums
+
+
+def block_inputs(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, stop: int, config: StemConfig, rows: BlockRows, sums: Sums | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Sums, int]:
+    """Inputs of score_blocks, sums of all whole blocks, and the number of rows left out, which keep every block.
+
+    Only blocks without sums are read. Arguments as in attend_to_pages.
+    """
+    from stem.kernels.block_scores import raw_inputs, standardize
+    from stem.kernels.score_select import MAX_KV_BLOCKS
+
+    size, stride = config.block_size, config.score_stride
+    full = full_rows(rows, config) if rows.stop <= MAX_KV_BLOCKS else 0  # a larger kernel scores all rows
+    done = sums[0].shape[2] // ALIGNED_PAGES * ALIGNED_PAGES if sums else 0
+    paged = dict(pages=pages[done:], num_keys=stop - done * size)
+    q_sums, *new = raw_inputs(q, k, v, size, stride, *config.value_term, full, **paged)
+    if done:
+        new = [torch.cat([old[:, :, :done], own], 2) for old, own in zip(sums, new, strict=True)]
+    k_sums, values = new
+    bonus = standardize(values, stride, *config.value_term, stop)
+    whole = stop // size
+    return (q_sums, k_sums, bonus), (k_sums[:, :, :whole], values[:, :, :whole]), full
+
+
+def choose(
+    inputs: tuple[Tensor, Tensor, Tensor], config: StemConfig, rows: BlockRows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Lists of the best blocks by mean score, as many as the budget says; see stem.choose.choose_topk."""
+    from stem.kernels.block_scores import score_blocks
+    from stem.kernels.block_select import empty_lists, select_topk
+    from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
+
+    device = inputs[0].device
+    budget, width = device_budget(rows, config, device)
+    lists = empty_lists(1, inputs[0].shape[1], rows.stop - rows.first, width, device)
+    if rows.stop <= MAX_KV_BLOCKS:
+        return score_select(*inputs, scale, budget, *config.always_kept, lists)
+    return select_topk(score_blocks(*inputs, scale), budget, *config.always_kept, width, lists)

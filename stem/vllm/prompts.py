@@ -1,24 +1,35 @@
-"""Length of the whole prompt of each request in a batch, which vLLM's attention metadata does not hold.
+"""Name and prompt length of each request in a batch, which vLLM's attention metadata does not hold.
 
-A chunk needs it, because the budget of a row depends on the whole prompt. vLLM's pull request #39745 would add it to
-the metadata. Until then, methods of vLLM's two model runners are wrapped here. tests/serving guards their names.
+A chunk needs the length of the whole prompt, because the budget of a row depends on it. vLLM's pull request #39745
+would add it to the metadata. Until then, methods of vLLM's two model runners are wrapped here. tests/serving guards
+their names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import wraps
+from typing import NamedTuple
 
 import numpy as np
 
-_lengths: np.ndarray | None = None  # int32 [requests], of the batch that is being prepared
+
+class Prompts(NamedTuple):
+    """The requests of a batch, in its order."""
+
+    lengths: np.ndarray  # int32, tokens of the whole prompt
+    names: Sequence[str]  # vLLM's
+
+
+_prompts: Prompts | None = None  # of the batch that is being prepared
 _query_starts: np.ndarray | None = None  # of that batch; None where the wrapper itself bounds its life
 
 
-def prompt_lengths(common_metadata) -> np.ndarray | None:
-    """Tokens of the whole prompt of each request in this batch, int32 [requests]; None for a dummy batch."""
+def prompts_of(common_metadata) -> Prompts | None:
+    """The prompts of this batch; None for a dummy batch."""
     if _query_starts is not None and not np.shares_memory(common_metadata.query_start_loc_cpu.numpy(), _query_starts):
         return None
-    return _lengths
+    return _prompts
 
 
 def follow_prompts(vllm_config) -> None:
@@ -42,18 +53,20 @@ def _wrap(owner: type, name: str, around) -> None:
 
 
 def _while_building(method, runner, *args, **kwargs):
-    """Runner V1: the lengths are known while the metadata is built."""
-    global _lengths, _query_starts
-    _lengths, _query_starts = runner.input_batch.num_prompt_tokens, None
+    """Runner V1: the prompts are known while the metadata is built."""
+    global _prompts, _query_starts
+    batch = runner.input_batch
+    _prompts, _query_starts = Prompts(batch.num_prompt_tokens, batch.req_ids), None
     try:
         return method(runner, *args, **kwargs)
     finally:
-        _lengths = None
+        _prompts = None
 
 
 def _after_preparing(method, runner, *args, **kwargs):
-    """Runner V2: the lengths are known from the prepared batch until the next one."""
-    global _lengths, _query_starts
+    """Runner V2: the prompts are known from the prepared batch until the next one."""
+    global _prompts, _query_starts
     batch = method(runner, *args, **kwargs)
-    _lengths, _query_starts = runner.req_states.prompt_len.np[batch.idx_mapping_np], batch.query_start_loc_np
+    lengths = runner.req_states.prompt_len.np[batch.idx_mapping_np]
+    _prompts, _query_starts = Prompts(lengths, batch.req_ids), batch.query_start_loc_np
     return batch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stem.kernels.block_scores import block_sums, score_blocks, value_norms
+from stem.kernels.block_scores import block_sums, raw_inputs, score_blocks, value_norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -126,3 +126,17 @@ def test_scores_equal_the_mean_over_antidiagonal_samples(offset):
     expected = cells.sum((2, 4)) / sampled[:block_size, :block_size].sum()
     visible = scores[0] > float("-inf")
     torch.testing.assert_close(scores[0].double()[visible], expected[visible], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value_norm", ["log", "zscore", "zscore_padded"])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(300, 300), (70, 333), (128, 512)])
+def test_keys_and_values_are_read_from_pages(num_queries, num_keys, value_norm):
+    size, pages = 64, torch.tensor([7, 2, 9, 0, 4, 11, 1, 5], dtype=torch.int32, device=DEVICE)
+    q, k, v = (torch.randn(1, 2, n, 32, device=DEVICE) for n in (num_queries, num_keys, num_keys))
+    pool = torch.full((1, 2, 12 * size, 64), float("nan"), device=DEVICE)  # rows hold a key and a value
+    for start in range(0, num_keys, size):
+        here, rows = int(pages[start // size]) * size, slice(start, min(start + size, num_keys))
+        pool[:, :, here : here + rows.stop - start] = torch.cat([k[:, :, rows], v[:, :, rows]], -1)
+    options = size, 16, value_norm, 0.5
+    found = raw_inputs(q, pool[..., :32], pool[..., 32:], *options, pages=pages, num_keys=num_keys)
+    assert all(map(torch.equal, found, raw_inputs(q, k, v, *options)))

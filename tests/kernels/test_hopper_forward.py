@@ -261,6 +261,33 @@ def test_lists_of_full_rows_are_not_read(batch, num_q_heads, num_kv_heads, num_q
     assert all(map(torch.equal, found, expected))
 
 
+def in_pages(x, pages):
+    """The keys or values of x [1, H, N, D] in memory of twice as many blocks, block i of them at pages[i]."""
+    pool = torch.randn(2 * len(pages), x.shape[1], BLOCK_SIZE, 2 * x.shape[3], dtype=x.dtype, device=x.device)
+    pool = pool.transpose(1, 2).contiguous()[..., : x.shape[3]].transpose(1, 2)  # rows are part of longer ones
+    for block, rows in enumerate(x[0].split(BLOCK_SIZE, 1)):
+        pool[pages[block], :, : rows.shape[1]] = rows
+    return pool.transpose(0, 1).flatten(1, 2)[None]
+
+
+@needs_sm90
+@pytest.mark.parametrize("full_rows", [0, 3])
+@pytest.mark.parametrize("head_dim", [64, 128], ids=lambda d: f"D{d}")
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1000, 1000), (70, 333), (2048, 4096), (777, 1500)])
+def test_pages(num_queries, num_keys, head_dim, full_rows):
+    from stem.kernels.hopper_forward import prepare
+
+    q, k, v = random_inputs(4, 2, num_queries, num_keys, head_dim, torch.bfloat16)
+    num_rows = -(-num_keys // BLOCK_SIZE) - (num_keys - num_queries) // BLOCK_SIZE
+    mask = full_then_some(1, 4, num_queries, num_keys, min(full_rows, num_rows))
+    expected = forward(q, k, v, mask, 0.1)
+    pages = torch.randperm(2 * -(-num_keys // BLOCK_SIZE), device=DEVICE).int()[: -(-num_keys // BLOCK_SIZE)]
+    out = torch.empty(num_queries, 4, head_dim, dtype=q.dtype, device=DEVICE).transpose(0, 1)[None]
+    paged = dict(pages=pages, num_keys=num_keys, out=out)
+    found = prepare(q, in_pages(k, pages), in_pages(v, pages), 0.1, **paged)(*lists_of(mask), min(full_rows, num_rows))
+    assert found[0] is out and all(map(torch.equal, found, expected))
+
+
 @needs_sm90
 def test_it_is_the_default_where_it_applies(monkeypatch):
     from stem.kernels import hopper_forward
@@ -299,7 +326,7 @@ def test_an_explicit_choice_never_falls_back(device):
             attend(*arguments)
 
 
-def compile_for_sm90(head_dim, per_block):
+def compile_for_sm90(head_dim, per_block, paged):
     """Compile ahead of time, as a launch with aligned pointers would; bytes of shared memory."""
     import triton
     from stem.kernels import hopper_forward
@@ -312,10 +339,10 @@ def compile_for_sm90(head_dim, per_block):
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
-        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32", raise_by="fp32",
-        k_means_desc=tile(128), v_means_desc=tile(128), dropped_ptr="*i8",
+        kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", pages_ptr="*i32",
+        scale="fp32", raise_by="fp32", k_means_desc=tile(128), v_means_desc=tile(128), dropped_ptr="*i8",
     )  # fmt: skip
-    constants = dict(PER_BLOCK=per_block)
+    constants = dict(PER_BLOCK=per_block) if paged else dict(PER_BLOCK=per_block, pages_ptr=None)
     if not per_block:
         constants |= dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None)
     names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
@@ -341,4 +368,5 @@ def test_it_compiles_for_sm90(tmp_path):
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_for_sm90(*case) for case in ((64, 0), (128, 0), (128, 1), (64, 8))]))
+    cases = (64, 0, True), (128, 0, False), (128, 1, False), (64, 8, False)
+    print(json.dumps([compile_for_sm90(*case) for case in cases]))
