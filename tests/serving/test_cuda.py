@@ -22,6 +22,7 @@ def differences() -> dict[str, float]:
     from vllm import LLM
 
     import stem
+    import stem.vllm.cuda
 
     sizes = dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, max_position_embeddings=2**14)
     model = build("Llama", **sizes, vocab_size=tools.VOCABULARY, eos_token_id=None, bos_token_id=None)
@@ -41,12 +42,16 @@ def differences() -> dict[str, float]:
 
     stock = tools.answers(LLM(folder, max_num_batched_tokens=2**14, **common), prompts, 4)
     found = {"dense against sparse": mean(dense, sparse), "vLLM against transformers": mean(stock, dense)}
+    read_pages, are_read = stem.vllm.cuda.readable_rows, []
     for chunk in (2**14, 1000):
         llm = LLM(folder, max_num_batched_tokens=chunk, additional_config={"stem": SETTINGS}, **ours, **common)
-        together = tools.answers(llm, prompts, 4)
-        found[f"chunks of {chunk}"] = mean(together, sparse)
-        llm.reset_prefix_cache()
-        found[f"chunks of {chunk}, joining"] = mean(tools.answers(llm, prompts, 4, (0, 2, 3, 4)), sparse)
+        for joins_at in ((), (0, 2, 3, 4)):
+            stem.vllm.cuda.readable_rows = lambda *args: are_read.append(read_pages(*args)) or are_read[-1]
+            found[f"chunks of {chunk}, {joins_at}"] = mean(tools.answers(llm, prompts, 4, joins_at), sparse)
+            llm.reset_prefix_cache()
+        stem.vllm.cuda.readable_rows = lambda *args: None
+        found[f"chunks of {chunk}, copied"] = mean(tools.answers(llm, prompts, 4), sparse)
+    assert are_read and None not in are_read
     return found
 
 
@@ -59,7 +64,7 @@ def test_answers_are_those_of_stem_hf(runner):
     found = json.loads(process.stdout.splitlines()[-1])
     scale, noise = found.pop("dense against sparse"), found.pop("vLLM against transformers")
     assert scale > 5 * noise
-    assert len(found) == 4 and all(difference < 2 * noise for difference in found.values()), (found, noise)
+    assert len(found) == 6 and all(difference < 2 * noise for difference in found.values()), (found, noise)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from stem.experiments.serving.engines import engine, fastest
+from stem.experiments.serving.engines import answer, engine, fastest
 from stem.pretrained import resolve
 
 LAYERS, VOCABULARY = 8, 128256
-LENGTHS = (1024, 4096, 8192, 32768, 65536, 131072)
-DENSITIES = (None, 0.25, 0.1)  # None is vLLM's own attention
+LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)  # of whole prompts
+CHUNKED_LENGTHS = (32768, 131072)
 CHUNK = 8192
+DENSITIES = (None, 0.25, 0.1)  # None is vLLM's own attention
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
+DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
 SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short prompts have many of them
 
 
@@ -24,27 +27,48 @@ def large_model_rows() -> list[dict]:
     Returns:
         A row for each attention, chunk and length: attention, density (requested), realised (the density that was
         computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time, first_token_ms (best
-        of 3; of the last of several requests).
+        of 3; of the last of several requests), token_ms of each further token (best of 3; NaN where not measured).
     """
+    with large_model() as start:
+        found = []
+        for density in DENSITIES:
+            found += whole_rows(start, density, LENGTHS)
+        for density in DENSITIES:
+            found += chunked_rows(start, density, CHUNKED_LENGTHS)
+        return found
+
+
+@contextmanager
+def large_model() -> Iterator:
+    """Function engine(settings, longest, chunk) for the model of large_model_rows; decode runs from CUDA graphs."""
     from transformers import LlamaConfig
 
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     config = LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=2**18)
     config.architectures = ["LlamaForCausalLM"]
+    graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
     options = dict(load_format="dummy", dtype="bfloat16", kv_cache_memory_bytes=12 << 30, gpu_memory_utilization=0.3)
-    found = []
+    options |= dict(enforce_eager=False, compilation_config=graphs)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        for chunk, lengths in ((None, LENGTHS), (CHUNK, LENGTHS[-3:])):
-            for density in DENSITIES:
-                settings = None if density is None else dict(density=density)
-                with engine(folder, settings, max(lengths), chunk, **options) as llm:
-                    for tokens in lengths:
-                        found.append(_row(llm, settings, chunk, [_ids(tokens, VOCABULARY)]))
-                    if chunk:
-                        prompts = [_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)]
-                        found.append(_row(llm, settings, chunk, prompts))
-    return found
+        yield lambda settings, longest, chunk=None: engine(folder, settings, longest, chunk, **options)
+
+
+def whole_rows(start, density: float | None, lengths: Sequence[int]) -> list[dict]:
+    """Rows of whole prompts of these lengths [tokens] by an engine of large_model, one of them with a long answer."""
+    settings = None if density is None else dict(density=density)
+    with start(settings, max(lengths)) as llm:
+        rows = [_row(llm, settings, None, [_ids(tokens, VOCABULARY)]) for tokens in lengths]
+        return [*rows, _row(llm, settings, None, [_ids(DECODE_TOKENS, VOCABULARY, 1)], DECODED)]
+
+
+def chunked_rows(start, density: float | None, lengths: Sequence[int]) -> list[dict]:
+    """Rows of prompts in chunks by an engine of large_model: one at a time, and several at once."""
+    settings = None if density is None else dict(density=density)
+    prompts = [_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)]
+    with start(settings, max(lengths), CHUNK) as llm:
+        rows = [_row(llm, settings, CHUNK, [_ids(tokens, VOCABULARY)]) for tokens in lengths]
+        return [*rows, _row(llm, settings, CHUNK, prompts)]
 
 
 def small_model_rows(tokens: int = 3000, chunk: int = 500, density: float = 0.25) -> list[dict]:
@@ -57,16 +81,21 @@ def small_model_rows(tokens: int = 3000, chunk: int = 500, density: float = 0.25
     return found
 
 
-def _row(llm, settings: Mapping | None, chunk: int | None, prompts: Sequence[Sequence[int]]) -> dict:
+def _row(
+    llm, settings: Mapping | None, chunk: int | None, prompts: Sequence[Sequence[int]], further_tokens: int = 0
+) -> dict:
     import stem.vllm
 
     about = dict(
         attention="vLLM" if settings is None else "Stem", density=1.0 if settings is None else settings["density"]
     )
-    first_token_ms = fastest(llm, prompts)
+    first_token_ms, token_ms = fastest(llm, prompts), float("nan")
+    if further_tokens:
+        all_ms = 1e3 * min(answer(llm, prompts, 1 + further_tokens)[1] for _ in range(3))
+        token_ms = (all_ms - first_token_ms) / further_tokens
     realised = 1.0 if settings is None else stem.vllm.density(llm).density()
     size = dict(chunk=chunk or 0, tokens=len(prompts[0]), requests=len(prompts))
-    row = {**about, "realised": realised, **size, "first_token_ms": first_token_ms}
+    row = {**about, "realised": realised, **size, "first_token_ms": first_token_ms, "token_ms": token_ms}
     print(row, flush=True)
     return row
 

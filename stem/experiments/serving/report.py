@@ -1,4 +1,4 @@
-"""Generated table of results/serving: time to the first token, vLLM's own attention and Stem."""
+"""Generated table of results/serving: times to the first token and of further ones, vLLM's own attention and Stem."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ def _table(rows: pd.DataFrame) -> str:
     densities = sorted(rows.density[rows.attention == "Stem"].unique(), reverse=True)
     header = ["prompt", "vLLM", *(f"Stem, density {density:g}" for density in densities)]
     lines = []
-    for (chunk, requests, tokens), group in rows.groupby(["chunk", "requests", "tokens"]):
-        stock = group.first_token_ms[group.attention == "vLLM"].iloc[0]
-        found = group[group.attention == "Stem"].set_index("density").first_token_ms
+    for (chunk, requests, tokens), group in rows[rows.token_ms.isna()].groupby(["chunk", "requests", "tokens"]):
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
         name += f", chunks of {tokens_label(chunk)}" if chunk else ""
-        cells = [f"{number(found[x], ' ms')} ({stock / found[x]:.2f}x)" if x in found else "–" for x in densities]
-        lines.append([name, number(stock, " ms"), *cells])
+        lines.append([name, *_cells(group, "first_token_ms", densities)])
+    for tokens, group in rows[rows.token_ms.notna()].groupby("tokens"):
+        lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", densities)])
     return markdown_table(header, lines)
+
+
+def _cells(rows: pd.DataFrame, column: str, densities: list[float]) -> list[str]:
+    stock = rows[column][rows.attention == "vLLM"].iloc[0]
+    found = rows[rows.attention == "Stem"].set_index("density")[column]
+    cells = [f"{number(found[x], ' ms')} ({stock / found[x]:.2f}x)" if x in found else "–" for x in densities]
+    return [number(stock, " ms"), *cells]

@@ -6,23 +6,26 @@ from stem.experiments.serving import report
 
 
 def rows(*measured):
-    columns = ["attention", "density", "chunk", "tokens", "requests", "first_token_ms"]
+    columns = ["attention", "density", "chunk", "tokens", "requests", "first_token_ms", "token_ms"]
     return pd.DataFrame(measured, columns=columns).assign(device="NVIDIA H200")
 
 
 def test_the_table_has_a_line_for_each_prompt(monkeypatch):
     measured = rows(
-        ("vLLM", 1.0, 0, 32768, 1, 300.0),
-        ("Stem", 0.25, 0, 32768, 1, 200.0),
-        ("Stem", 0.1, 0, 32768, 1, 150.0),
-        ("vLLM", 1.0, 8192, 32768, 8, 2000.0),
-        ("Stem", 0.1, 8192, 32768, 8, 1250.0),
+        ("vLLM", 1.0, 0, 32768, 1, 300.0, None),
+        ("vLLM", 1.0, 0, 32768, 1, 301.0, 4.0),
+        ("Stem", 0.25, 0, 32768, 1, 200.0, None),
+        ("Stem", 0.25, 0, 32768, 1, 202.0, 4.0),
+        ("Stem", 0.1, 0, 32768, 1, 150.0, None),
+        ("vLLM", 1.0, 8192, 32768, 8, 2000.0, None),
+        ("Stem", 0.1, 8192, 32768, 8, 1250.0, None),
     )
     monkeypatch.setattr(report, "full_rows", lambda name: measured)
     lines = report.serving().splitlines()
     assert lines[0] == "**NVIDIA H200**" and lines[2] == "| prompt | vLLM | Stem, density 0.25 | Stem, density 0.1 |"
     assert lines[4] == "| 32K | 300 ms | 200 ms (1.50x) | 150 ms (2.00x) |"
     assert lines[5] == "| 8 of 32K at once, chunks of 8K | 2000 ms | – | 1250 ms (1.60x) |"
+    assert lines[6] == "| each further token after 32K | 4 ms | 4 ms (1.00x) | – |"
 
 
 def test_without_rows_the_command_is_named(monkeypatch):
