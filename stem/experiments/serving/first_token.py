@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from transformers import AutoTokenizer
 
-from stem.experiments.serving.engines import answer, engine, fastest
+from stem.experiments.documents import stdlib_documents
+from stem.experiments.serving.engines import engine, fastest
 from stem.pretrained import resolve
 
 LAYERS, VOCABULARY = 8, 128256
@@ -18,6 +20,7 @@ CHUNK = 8192
 DENSITIES = (None, 0.25, 0.1)  # None is vLLM's own attention
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
 DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
+SHOWN = 8  # tokens of an answer in a row
 SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short prompts have many of them
 
 
@@ -27,7 +30,8 @@ def large_model_rows() -> list[dict]:
     Returns:
         A row for each attention, chunk and length: attention, density (requested), realised (the density that was
         computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time, first_token_ms (best
-        of 3; of the last of several requests), token_ms of each further token (best of 3; NaN where not measured).
+        of 2; of the last of several requests), token_ms of each further token (best of 2; NaN where not measured), and
+        answer, the ids of the first request's first tokens.
     """
     with large_model() as start:
         found = []
@@ -72,12 +76,14 @@ def chunked_rows(start, density: float | None, lengths: Sequence[int]) -> list[d
 
 
 def small_model_rows(tokens: int = 3000, chunk: int = 500, density: float = 0.25) -> list[dict]:
-    """Rows on a CPU: the embedded model in fp32, blocks of 32 tokens; columns of large_model_rows."""
-    found = []
+    """Rows on a CPU: the embedded model in fp32, blocks of 32 tokens of a text; columns of large_model_rows."""
+    folder, found = str(resolve("smollm2")), []
+    text = stdlib_documents(["argparse"])["argparse"]
+    prompts = [AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids[:tokens]]
     for settings in (None, dict(density=density, **SMALL_BLOCKS)):
         for size in (None, chunk):
-            with engine(str(resolve("smollm2")), settings, tokens, size, dtype="float32") as llm:
-                found.append(_row(llm, settings, size, [_ids(tokens, 49152)]))
+            with engine(folder, settings, tokens, size, dtype="float32") as llm:
+                found.append(_row(llm, settings, size, prompts, SHOWN - 1))
     return found
 
 
@@ -89,13 +95,14 @@ def _row(
     about = dict(
         attention="vLLM" if settings is None else "Stem", density=1.0 if settings is None else settings["density"]
     )
-    first_token_ms, token_ms = fastest(llm, prompts), float("nan")
+    (answers, first_token_ms), token_ms = fastest(llm, prompts), float("nan")
     if further_tokens:
-        all_ms = 1e3 * min(answer(llm, prompts, 1 + further_tokens)[1] for _ in range(3))
+        answers, all_ms = fastest(llm, prompts, 1 + further_tokens)
         token_ms = (all_ms - first_token_ms) / further_tokens
     realised = 1.0 if settings is None else stem.vllm.density(llm).density()
     size = dict(chunk=chunk or 0, tokens=len(prompts[0]), requests=len(prompts))
-    row = {**about, "realised": realised, **size, "first_token_ms": first_token_ms, "token_ms": token_ms}
+    times = dict(first_token_ms=first_token_ms, token_ms=token_ms)
+    row = {**about, "realised": realised, **size, **times, "answer": " ".join(map(str, answers[0][:SHOWN]))}
     print(row, flush=True)
     return row
 

@@ -21,7 +21,7 @@ def _table(rows: pd.DataFrame) -> str:
     densities = sorted(rows.density[rows.attention == "Stem"].unique(), reverse=True)
     header = ["prompt", "vLLM", *(f"Stem, density {density:g}" for density in densities)]
     lines = []
-    for (chunk, requests, tokens), group in rows[rows.token_ms.isna()].groupby(["chunk", "requests", "tokens"]):
+    for (chunk, requests, tokens), group in rows.groupby(["chunk", "requests", "tokens"]):
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
         name += f", chunks of {tokens_label(chunk)}" if chunk else ""
         lines.append([name, *_cells(group, "first_token_ms", densities)])
@@ -32,6 +32,6 @@ def _table(rows: pd.DataFrame) -> str:
 
 def _cells(rows: pd.DataFrame, column: str, densities: list[float]) -> list[str]:
     stock = rows[column][rows.attention == "vLLM"].iloc[0]
-    found = rows[rows.attention == "Stem"].set_index("density")[column]
+    found = rows[rows.attention == "Stem"].groupby("density")[column].first()
     cells = [f"{number(found[x], ' ms')} ({stock / found[x]:.2f}x)" if x in found else "–" for x in densities]
     return [number(stock, " ms"), *cells]
