@@ -18,6 +18,7 @@ NAMES = [
     "06_long_context_eval",
     "07_better_selection",
     "08_hopper",
+    "09_serving",
 ]
 WORDS_PER_CODE_LINE = {"02_kernel_derivation": (4, 8), "08_hopper": (4, 8)}  # the kernel notebooks show more code
 

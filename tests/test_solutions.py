@@ -95,7 +95,7 @@ def test_every_exercise_refuses_another_answer(name, tmp_path, monkeypatch):
 
 K01, K02, K03, K04 = "01_theory", "02_kernel_derivation", "03_correctness", "04_speed"
 K05, K06, K07 = "05_train_small_model", "06_long_context_eval", "07_better_selection"
-K08 = "08_hopper"
+K08, K09 = "08_hopper", "09_serving"
 WRONG = [  # notebook, text of the solution, its wrong replacement, part of the message
     (K01, "n * k - k * (k - 1) // 2", "n * k - k * k / 2", "this is Eq. 2"),
     (K01, ".log().clamp_min(0)", ".log()", "never below 0"),
@@ -133,6 +133,9 @@ WRONG = [  # notebook, text of the solution, its wrong replacement, part of the 
     (K08, "done[i - slots] if i >= slots", "done[i - 1] if i >= 1", "the ring lets copies run ahead"),
     (K08, "<= rows[:, None], logits", "< num_cells, logits", "a key cell after the query cell counts"),
     (K08, "+ first // CELLS + blocks", "+ blocks", "are NaN: never written"),
+    (K09, "ends // page * page", "starts + budgets // page * page", "the length is aligned, not the end"),
+    (K09, "-(-length // config", "-(-stop * 32 // config", "a chunk is not a prompt"),
+    (K09, "(place * PAGE + rows)", "(page * PAGE + rows)", "entries are wrong"),
 ]  # fmt: skip
 
 

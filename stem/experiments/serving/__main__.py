@@ -13,5 +13,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not engines.is_installed():
         parser.exit(message="serving is left out: vLLM is not installed (`make serve-test` installs its CPU build)\n")
-    measure = first_token.large_model_rows if torch.cuda.is_available() else first_token.small_model_rows
-    print("wrote", records.write_rows("serving", measure(), options.profile))
+    if torch.cuda.is_available():
+        rows = first_token.large_model_rows()
+    else:
+        rows = first_token.small_model_rows(1500 if options.profile == "smoke" else 3000)
+    print("wrote", records.write_rows("serving", rows, options.profile))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pandas as pd
+import subprocess
+import sys
 
+import pandas as pd
+import torch
+
+from stem.experiments import records
 from stem.experiments.markdown import by_device, full_rows, markdown_table, number, tokens_label
+from stem.experiments.serving import engines
 
 MISSING = "No full run is committed yet: `make serving PROFILE=full` on a GPU with vLLM writes its rows."
 
@@ -15,6 +21,23 @@ def serving() -> str:
     if rows.empty:
         return MISSING
     return "\n\n".join(f"**{device}**\n\n{_table(part)}" for device, part in by_device(rows))
+
+
+def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
+    """Rows of the embedded model on a CPU and where they come from: measured now if vLLM is here, else stored ones.
+
+    The engines run in a process of their own, whose log is left out. Raises RuntimeError with its end if they fail.
+    """
+    if not engines.is_installed() or torch.cuda.is_available():
+        rows = full_rows("serving")
+        rows = rows[~rows.device.str.contains("NVIDIA")]
+        return f"vLLM's CPU build is not installed here: rows stored by {', '.join(rows.device.unique())}", rows
+    command = [sys.executable, "-m", "stem.experiments.serving", "--profile", "smoke"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr[-2000:]}")
+    rows = records.read_rows("serving")
+    return "measured here", rows[(rows.profile == "smoke") & (rows.machine == records.machine_name())]
 
 
 def _table(rows: pd.DataFrame) -> str:

@@ -31,3 +31,13 @@ def test_the_table_has_a_line_for_each_prompt(monkeypatch):
 def test_without_rows_the_command_is_named(monkeypatch):
     monkeypatch.setattr(report, "full_rows", lambda name: rows())
     assert "make serving PROFILE=full" in report.serving()
+
+
+def test_without_vllm_the_rows_of_a_cpu_are_stored_ones(monkeypatch):
+    measured = pd.concat([rows(("Stem", 0.25, 0, 3000, 1, 9.0, None)), rows(("Stem", 0.25, 0, 3000, 1, 7.0, None))])
+    measured["device"] = ["NVIDIA H200", "AMD EPYC (2 cores)"]
+    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    monkeypatch.setattr(report.engines, "is_installed", lambda: False)
+    source, found = report.rows_of_a_cpu()
+    assert source.endswith("not installed here: rows stored by AMD EPYC (2 cores)")
+    assert found.first_token_ms.tolist() == [7.0]
