@@ -5,6 +5,7 @@ import inspect
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from serving_engine import SETTINGS
@@ -14,7 +15,9 @@ from vllm.v1.attention.backend import AttentionType
 import stem
 import stem.vllm
 from stem.vllm import settings
+from stem.vllm.backend import Chunk, prompt_chunks
 from stem.vllm.cpu import gather_packed
+from stem.vllm.prompts import Prompts
 
 PAGE = 128
 
@@ -50,6 +53,24 @@ def test_vllm_has_the_private_names_of_the_scheduler():
         "self", "request", "num_new_tokens", "num_new_local_computed_tokens", "num_external_computed_tokens",
     ]  # fmt: skip
     assert "if self.need_mamba_block_aligned_split:" in inspect.getsource(Scheduler.schedule)
+
+
+def test_sums_are_taken_over_where_a_chunk_goes_on():
+    pages = torch.arange(40, dtype=torch.int32).view(4, 10)
+    starts, ends = torch.tensor([0, 128, 384, 385, 513]), torch.tensor([384, 512, 900, 640])
+    common = SimpleNamespace(query_start_loc_cpu=starts, seq_lens_cpu_upper_bound=ends, block_table_tensor=pages)
+    prompts = Prompts(np.array([1000, 512, 800, 640]), ["goes on", "skipped a step", "decodes", "is new"])
+
+    def earlier(stop):
+        return Chunk(0, pages[0], slice(0, 128), stop, 1000, {"layer": "sums"})
+
+    before = {"goes on": earlier(256), "skipped a step": earlier(128), "decodes": earlier(899)}
+    chunks, rows = prompt_chunks(common, prompts, before)
+    assert [(chunk.request, chunk.stop, chunk.is_last) for chunk in chunks] == [
+        (0, 384, False), (1, 512, True), (3, 640, True),
+    ]  # fmt: skip
+    assert chunks[0].sums is before["goes on"].sums and chunks[1].sums == chunks[2].sums == {}
+    assert rows == [(0, 0, 128), (1, 128, 384), (2, 384, 385), (3, 385, 513)]
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0", "0.32.0.unknown+x"])
