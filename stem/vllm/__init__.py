@@ -30,7 +30,9 @@ a little differently. The same prompt again gives the same answer. `--no-enable-
 answer independent of earlier requests.
 
 On an NVIDIA GPU of sm_90, kernels read vLLM's pages where the block and the page have 128 tokens, and scores are means
-(every preset but "adaptive"). Elsewhere a request's keys and values are copied from its pages in each layer.
+(every preset but "adaptive"). A chunk then reads only its own keys for scores: sums over the blocks of earlier chunks
+stay on the GPU until the prompt ends, an eighth of its keys and values. vLLM does not count this memory. Elsewhere a
+request's keys and values are copied from its pages in each layer.
 
 vLLM does not hand the length of the whole prompt to attention (vLLM's pull request #39745 would); see prompts.py.
 """
@@ -41,7 +43,7 @@ from stem.vllm.report import Report, density
 
 __all__ = ["SUPPORTED", "AlignedScheduler", "Report", "density", "register"]
 
-SUPPORTED = ("0.26.0", "0.32.0")  # vLLM; the CPU build of 0.32.0 is tested, no CUDA build yet
+SUPPORTED = ("0.26.0", "0.32.0")  # vLLM; 0.26.0 was run on an NVIDIA H200, and CI runs the CPU build of 0.32.0
 
 
 def register() -> None:
