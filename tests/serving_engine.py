@@ -14,6 +14,7 @@ ENGINE = dict(  # one process, one thread: two threads on a busy machine are 20 
 os.environ.update(ENGINE)
 
 import torch  # noqa: E402
+from torch.nn.functional import pad  # noqa: E402
 
 import stem  # noqa: E402
 from stem import hf  # noqa: E402
@@ -73,3 +74,46 @@ def sparse(**changes):
 
 def largest_difference(found, wanted):
     return max((x - y).abs().max().item() for x, y in zip(found, wanted, strict=True))
+
+
+def row_errors(monkeypatch, impl):
+    """List that gets (error, gap) of each prompt and layer when the prompt ends; impl is the class that attends.
+
+    Both are [Hq, rows]: of a query block, the attention's relative L2 distance from that of the whole prompt in fp32,
+    from the layer's own queries, keys and values; and the score by which the worst chosen block wins, over the largest
+    score of the row.
+    """
+    attend, parts, found = impl.attend, {}, []
+
+    def watched(self, layer, q, kv_cache, chunk, out):
+        attend(self, layer, q, kv_cache, chunk, out)
+        key = layer.layer_name, int(chunk.pages[0])
+        parts.setdefault(key, []).append((q.float(), out.float()))
+        if chunk.is_last:
+            k, v = (x.float() for x in self.gathered(layer, kv_cache, chunk.pages, chunk.stop))
+            queries, outs = (torch.cat(x, 2) for x in zip(*parts.pop(key), strict=True))
+            found.append(compared(queries, outs, k, v, self))
+
+    monkeypatch.setattr(impl, "attend", watched)
+    return found
+
+
+def compared(q, out, k, v, impl):
+    """One entry of row_errors; the queries are the last ones of the prompt."""
+    config = impl.stem_config
+    size, rows = config.block_size, out.shape[2]
+    expected, selection = stem.stem_attention(q, k, v, config, scale=impl.scale, impl="torch", return_selection=True)
+    before = (k.shape[2] - rows) % size  # of the first query's block
+
+    def norms(x):  # [Hq, rows]
+        squares = pad(x[0].square().sum(-1), (before, -(before + rows) % size))
+        return squares.unflatten(-1, (-1, size)).sum(-1).sqrt()
+
+    scores, kept = stem.block_scores(q, k, v, config, scale=impl.scale)[0], selection.to_mask()[0]
+    blocks = torch.arange(scores.shape[-1], device=q.device)
+    diagonal = blocks[-scores.shape[-2] :, None]
+    forced = (blocks < config.sink_blocks) | (blocks > diagonal - config.local_blocks)
+    worst = scores.masked_fill(~kept | forced, float("inf")).amin(-1)
+    best_dropped = scores.masked_fill(kept | (blocks > diagonal), -float("inf")).amax(-1)
+    largest = scores.masked_fill(blocks > diagonal, 0.0).abs().amax(-1)
+    return (norms(out - expected) / norms(expected)).cpu(), ((worst - best_dropped) / largest).cpu()

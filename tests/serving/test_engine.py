@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from serving_engine import SETTINGS, answers, expected, largest_difference, prompt, sparse
+from serving_engine import SETTINGS, answers, expected, largest_difference, prompt, row_errors, sparse
 
 import stem
 import stem.vllm
@@ -50,6 +50,15 @@ def test_prompts_join_decoding_requests(aligned, model):
     prompts = [prompt(length, 10 + length) for length in (200, 1000, 450)]
     found = answers(aligned, prompts, tokens=12, joins_at=(0, 3, 5))
     assert largest_difference(found, expected(model, prompts, 12, sparse())) < TOLERANCE
+
+
+def test_chunks_attend_like_the_whole_prompt_in_each_layer(aligned, monkeypatch):
+    from stem.vllm.cpu import StemCPUImpl
+
+    found = row_errors(monkeypatch, StemCPUImpl)
+    answers(aligned, [prompt(length, 90 + length) for length in RAGGED], tokens=2, joins_at=(0, 1, 2, 4))
+    assert len(found) == 3 * 4  # layers, prompts
+    assert max(errors.max().item() for errors, _ in found) < 1e-5
 
 
 def test_a_repeated_prompt_repeats_its_answer(aligned, model, monkeypatch):
