@@ -23,7 +23,7 @@ $(INSTALLED): environment.yml pyproject.toml scripts/install.py
 	$(BIN)/python scripts/install.py
 	@touch $@
 
-reproduce: $(INSTALLED) ## run notebooks 01-08 into results/notebooks/  [PROFILE=smoke|full|auto ONLY=02 FORCE=1 SILENCE=30]
+reproduce: $(INSTALLED) ## run notebooks 01-09 into results/notebooks/  [PROFILE=smoke|full|auto ONLY=02 FORCE=1 SILENCE=30]
 	$(BIN)/python scripts/reproduce.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(FORCE)),--force) $(if $(SILENCE),--silence $(SILENCE))
 
 test: $(INSTALLED) ## unit, kernel and repository tests, then the committed notebooks through nbval

@@ -24,6 +24,9 @@ Chunks of a prompt give the result of the whole prompt if they end between block
 in the presets "angelslim" and "hpc_ops"). vLLM ends chunks anywhere, so use
 `AlignedScheduler`. Without it, the rows of a cut block are selected in two parts; a warning says so.
 
+In half precision, answers differ between engines by rounding alone, and sparse ones more than dense ones: a near tie of
+two scores may turn, and the other block is kept. Notebook 09 shows how much.
+
 A prefix that vLLM finds in its cache holds what its first request computed. The blocks that a row keeps depend on the
 length of the whole prompt, so the same prefix of a longer prompt, or of one below min_tokens, would have been computed
 a little differently. The same prompt again gives the same answer. `--no-enable-prefix-caching` makes every
