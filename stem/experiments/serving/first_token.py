@@ -29,8 +29,8 @@ def large_model_rows() -> list[dict]:
 
     Returns:
         A row for each attention, chunk and length: attention, density (requested), realised (the density that was
-        computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time, first_token_ms (best
-        of 2; of the last of several requests), token_ms of each further token (best of 2; NaN where not measured), and
+        computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time, first_token_ms (see
+        engines.fastest; of the last of several requests), token_ms of each further token (NaN where not measured), and
         answer, the ids of the first request's first tokens.
     """
     with large_model() as start:

@@ -103,7 +103,7 @@ def compile_for_sm90(stage):
         lse_ptr="*fp32", kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32",
         raise_by="fp32",
     )  # fmt: skip
-    constants = dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None, PER_BLOCK=0)
+    constants = dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None, pages_ptr=None, PER_BLOCK=0)
     names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
     constants = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}
