@@ -58,7 +58,7 @@ def server(tools, model):
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     yield process, f"http://127.0.0.1:{port}", log
     process.terminate()
-    process.wait(60)
+    process.wait(300)  # on a busy machine
 
 
 @pytest.fixture(scope="session")
