@@ -6,7 +6,9 @@ GPU. Here the compiled variant is cached by the dtypes of the tensors and by the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -22,6 +24,9 @@ MOST_VARIANTS = 4096  # in the cache; each new prompt length adds one for every 
 VARIANTS: dict[tuple, Variant] = {}
 ON_LAUNCH: ContextVar[Callable | None] = ContextVar("ON_LAUNCH", default=None)
 """Called after each launch of this thread: note(its DirectLaunch or None, grid, tensors, overlap)."""
+
+COMPILE: ContextVar[Callable | None] = ContextVar("COMPILE", default=None)
+"""Called in place of each launch of this thread: compile(key, kernel, grid, tensors, numbers, constants)."""
 
 
 class Tiles(NamedTuple):
@@ -67,6 +72,9 @@ def launch(
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, overlap=overlap, **constants)
     key, addresses = variant_key(kernel, device, tensors, numbers, constants)
+    compile_only = COMPILE.get()
+    if compile_only:
+        return compile_only(key, kernel, grid, tensors, numbers, constants)
     variant = key and (VARIANTS.get(key) or remember(key, kernel, grid, tensors, numbers, constants))
     if variant is None:
         kernel[grid](*with_descriptors(tensors), *numbers, **constants)
@@ -79,6 +87,35 @@ def launch(
     note = ON_LAUNCH.get()
     if note:
         note(variant and variant.direct, grid, tensors, overlap)
+
+
+@contextmanager
+def compiling_together() -> Iterator[None]:
+    """Context in which launches compile the variants that they lack, all at the same time, and run nothing.
+
+    Triton's compiler leaves Python to other threads for most of its time.
+    """
+    found: dict[tuple, Future] = {}
+    with ThreadPoolExecutor() as pool:
+
+        def compile_only(key: tuple | None, kernel, grid: tuple, tensors: tuple, *arguments) -> None:
+            if key and key not in VARIANTS and key not in found:
+                kernel.cache_key  # noqa: B018 - Triton's hash depends on which kernels were hashed before
+                found[key] = pool.submit(on_device, key, kernel, grid, tensors, *arguments)
+
+        token = COMPILE.set(compile_only)
+        try:
+            yield
+        finally:
+            COMPILE.reset(token)
+    for variant in found.values():
+        variant.result()  # raises its error
+
+
+def on_device(key: tuple, *arguments) -> Variant:
+    """`remember` in a thread whose current device is another one."""
+    with torch.cuda.device(key[1]):
+        return remember(key, *arguments)
 
 
 def is_watched() -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .driver import DirectLaunch
-from .launch import ALIGNMENT, ON_LAUNCH, Tiles, current_stream, is_watched, layout
+from .launch import ALIGNMENT, ON_LAUNCH, Tiles, compiling_together, current_stream, is_watched, layout
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
@@ -182,7 +182,10 @@ def storage(x: Tensor) -> int:
 
 
 def replay(
-    recordings: dict[int, Recording | str | None], inputs: tuple[Tensor, ...], call: Callable[[], tuple]
+    recordings: dict[int, Recording | str | None],
+    inputs: tuple[Tensor, ...],
+    call: Callable[[], tuple],
+    compile_first: bool = False,
 ) -> tuple:
     """Results of call(); from the third time on its launches are replayed, if it can be recorded.
 
@@ -191,6 +194,8 @@ def replay(
             inputs of the same dtypes, shapes and strides, and whatever else decides what `call` does is the same.
         inputs: All tensors that differ from call to call, the first on a CUDA device.
         call: Returns tensors that it allocates, or None.
+        compile_first: Whether a first call compiles all kernels together before it runs them. `call` must bear
+            intermediate tensors of any values.
     """
     device = inputs[0].get_device()
     stream = current_stream(device)
@@ -206,6 +211,9 @@ def replay(
         if len(recordings) >= MOST_STREAMS:
             recordings.clear()
         recordings[stream] = MET
+        if compile_first:
+            with compiling_together():
+                call()
         return call()
     with Recorder() as recorder:
         outputs = call()

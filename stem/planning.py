@@ -119,7 +119,8 @@ class Plan:
         Counts are the kv_num_blocks of the selection, int32 [B, Hq, nq]; None too where `kept_blocks` is known.
         """
         if self.is_repeatable:
-            return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:3]), None
+            launches_alone = self.choice != "scores"
+            return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:3], launches_alone), None
         return self._run(q, k, v)
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:

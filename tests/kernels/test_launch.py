@@ -3,6 +3,7 @@
 import ctypes
 import struct
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from stem.kernels import driver
 from stem.kernels import launch as module
 from stem.kernels.common import at_least_sm90
 from stem.kernels.driver import DirectLaunch
-from stem.kernels.launch import Tiles, launch, variant_key
+from stem.kernels.launch import Tiles, compiling_together, launch, variant_key
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,6 +113,51 @@ def test_few_variants_are_remembered(monkeypatch):
         out = scaled(x, None, 1.0, 0.0, count=count)
         assert torch.equal(out[:count], x[:count])
         assert 1 <= len(module.VARIANTS) <= 2
+
+
+def test_variants_are_compiled_together_and_nothing_runs(monkeypatch):
+    met, hashed, together = [], [], threading.Barrier(2, timeout=60)
+
+    class Kernel:
+        cache_key = property(lambda self: hashed.append(threading.current_thread()))
+
+    def remember(key, kernel, grid, tensors, numbers, constants):
+        met.append((key, kernel, grid, constants))
+        together.wait()  # which the other variant must reach as well
+
+    monkeypatch.setattr(module, "remember", remember)
+    monkeypatch.setattr(module, "VARIANTS", {"known": None})
+    monkeypatch.setattr(module, "variant_key", lambda kernel, device, tensors, numbers, constants: (numbers[0], []))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    kernel, x, out = Kernel(), torch.ones(16), torch.zeros(16)
+    with compiling_together():
+        for key in ((1, 0), (2, 0), (1, 0), "known", None):
+            launch(kernel, (1,), (x, None, out), (key, 2.0), SIZE=16, SHIFT=0.0)
+    assert sorted(key for key, *_ in met) == [(1, 0), (2, 0)]
+    assert all(rest == [kernel, (1,), dict(SIZE=16, SHIFT=0.0)] for _, *rest in met)
+    assert hashed == [threading.current_thread()] * 2  # in the order of the launches
+    assert module.COMPILE.get() is None
+
+
+def test_an_error_of_the_compiler_is_raised(monkeypatch):
+    monkeypatch.setattr(module, "remember", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(module, "variant_key", lambda *arguments: ((1, 0), []))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(ZeroDivisionError), compiling_together():
+        launch(SimpleNamespace(cache_key=""), (1,), (torch.ones(16),) * 3, (16, 2.0), SIZE=16, SHIFT=0.0)
+    assert module.COMPILE.get() is None
+
+
+@on_gpu
+def test_compiled_together_and_one_by_one():
+    x = torch.arange(40.0, device=DEVICE)
+    before = set(module.VARIANTS)
+    with compiling_together():
+        found = [scaled(x, None, 2.0, shift, size=32) for shift in (0.125, 0.375)]
+    assert len(set(module.VARIANTS) - before) == 2 and all(torch.equal(out, -torch.ones_like(x)) for out in found)
+    for shift in (0.125, 0.375):
+        assert torch.equal(scaled(x, None, 2.0, shift, size=32), 2 * x + shift)
+    assert len(set(module.VARIANTS) - before) == 2
 
 
 def test_parameters_are_where_the_kernel_finds_them(monkeypatch):

@@ -342,3 +342,24 @@ def test_a_first_call_is_not_recorded(recordings):
     for _ in range(4):
         replay(of_this_call, inputs, call)
     assert calls == [0, 1]
+
+
+@on_gpu
+@pytest.mark.parametrize("name, together", [("adaptive", True), ("softmax", False)])
+def test_a_first_call_compiles_everything_before_it_runs(fresh_plans, monkeypatch, name, together):
+    from stem.kernels import launch
+
+    happened, original = [], launch.remember
+    monkeypatch.setattr(launch, "VARIANTS", {})
+    monkeypatch.setattr(launch, "remember", lambda *args: happened.append("compile") or original(*args))
+    config = stem.StemConfig.preset("adaptive", dense_up_to=0)
+    if name == "softmax":  # torch works on intermediate results, which must be there
+        config = stem.StemConfig.preset("paper", reduction="softmax")
+    inputs = qkv(3000, 3000)
+    token = launch.ON_LAUNCH.set(lambda *launched: happened.append("launch"))
+    try:
+        out = stem.stem_attention(*inputs, config)
+    finally:
+        launch.ON_LAUNCH.reset(token)
+    assert happened.count("compile") > 2 and (happened == sorted(happened)) == together
+    assert torch.equal(out, stem.stem_attention(*inputs, config))
