@@ -163,3 +163,18 @@ def test_memory_of_scores_and_selection():
     before = torch.cuda.memory_allocated()
     stem.planning.select(q, k, v, StemConfig(), 128**-0.5, "triton")
     assert torch.cuda.max_memory_allocated() - before <= 2**30
+
+
+@needs_cuda
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_flex_takes_blocks_smaller_than_its_tiles(block_size):
+    q, k, v = (torch.randn(1, heads, 500, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    q.requires_grad_()
+    config = StemConfig(block_size=block_size, density=0.4, sink_blocks=1, local_blocks=1)
+    out, selection = stem.stem_attention(q, k, v, config, impl="flex", return_selection=True)
+    exact = q.detach().double().requires_grad_()
+    expected = stem.block_sparse_attention(exact, k.double(), v.double(), selection, impl="reference")
+    assert selection.density() < 0.6
+    assert (out - expected).norm() < 5e-3 * expected.norm()
+    found, right = (torch.autograd.grad(x.sum(), of)[0] for x, of in ((out, q), (expected, exact)))
+    assert (found - right).norm() < 1e-2 * right.norm()

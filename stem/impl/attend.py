@@ -43,7 +43,8 @@ def attend(
     if not q.shape[0]:
         return empty_attention(q, k, v)
     if impl in WITHOUT_KERNELS:
-        recomputed = needs_grad and not torch.compiler.is_compiling() and not (impl == "flex" and q.is_cuda)
+        has_backward = impl == "flex" and q.is_cuda and selection.block_size >= 128
+        recomputed = needs_grad and not torch.compiler.is_compiling() and not has_backward
         if recomputed and (impl == "flex" or not is_transformed(q, k, v)):
             return _Recomputed.apply(q, k, v, selection, scale, impl)
         return WITHOUT_KERNELS[impl](q, k, v, selection, scale)
@@ -76,7 +77,7 @@ WITHOUT_KERNELS = {"reference": _reference, "torch": _torch, "flex": partial(_to
 class _Recomputed(torch.autograd.Function):
     """Attention that keeps only its inputs for the backward pass, which recomputes it, always without autocast.
 
-    FlexAttention has no backward pass on the CPU, so its gradients are those of impl="torch".
+    FlexAttention has no backward pass on the CPU, nor for small blocks: its gradients are those of impl="torch".
     """
 
     @staticmethod
