@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from threading import Lock
 
 import torch
@@ -107,7 +107,7 @@ class Plan:
         if self.is_repeatable:
             from stem.kernels.replay import replay
 
-            self.replay = replay
+            self.replay = partial(replay, compile_first=self.choice != "scores")
         if self.path == "overlap":
             from stem.kernels.hopper_forward import prepare
 
@@ -119,8 +119,7 @@ class Plan:
         Counts are the kv_num_blocks of the selection, int32 [B, Hq, nq]; None too where `kept_blocks` is known.
         """
         if self.is_repeatable:
-            launches_alone = self.choice != "scores"
-            return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:3], launches_alone), None
+            return *self.replay(self.recordings, (q, k, v), lambda: self._run(q, k, v)[:3]), None
         return self._run(q, k, v)
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSelection:
@@ -190,15 +189,12 @@ class Plan:
             is_long = p.kv_len >= LISTS_TOKENS and p.batch * p.q_heads * p.q_len >= LISTS_ROWS
             if not (is_long and self.impl == "hopper" and not p.needs_grad):
                 return "dense"
-        at_once = keeps_every_block(rows, p.config) or (self.choice == "topk" and self.is_short)
-        has_kernel = self.impl == "hopper" and p.config.block_size == 128 and not p.needs_grad
-        return "overlap" if has_kernel and at_once and full_rows(rows, p.config) else "lists"  # full rows need no lists
+        if self.impl == "hopper" and p.config.block_size == 128 and not p.needs_grad and full_rows(rows, p.config):
+            from stem.kernels.score_select import MAX_KV_BLOCKS
 
-    @property
-    def is_short(self) -> bool:
-        from stem.kernels.score_select import MAX_KV_BLOCKS
-
-        return self.rows.stop <= MAX_KV_BLOCKS
+            if keeps_every_block(rows, p.config) or (self.choice == "topk" and rows.stop <= MAX_KV_BLOCKS):
+                return "overlap"  # full rows need no lists
+        return "lists"
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         p = self.problem

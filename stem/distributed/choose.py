@@ -100,7 +100,7 @@ def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shar
     """stem.choose.choose_topk for the rank's rows, with the tiles that the whole prompt takes."""
     from stem.kernels.block_scores import score_blocks
     from stem.kernels.block_select import empty_lists, select_topk
-    from stem.kernels.score_select import score_select
+    from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
 
     p, rows, (budget, width) = plan.problem, plan.rows, plan.budget
     scale = routing_scale(p.head_dim, config, p.scale)
@@ -110,7 +110,7 @@ def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shar
         for row in range(0, count, step):
             sums, begin = q_sums[:, :, index + row : index + min(row + step, count)], first + row
             here = budget[begin - rows.first :]  # down to the prompt's last row, from which the kernels count
-            if plan.is_short:
+            if rows.stop <= MAX_KV_BLOCKS:
                 sums = torch.cat([sums, sums.new_zeros(*sums.shape[:2], len(here) - sums.shape[2], *sums.shape[3:])], 2)
                 lists = empty_lists(p.batch, p.q_heads, len(here), width, q_sums.device)
                 lists = score_select(sums.contiguous(), k_sums, bonus, scale, here, *config.always_kept, lists)

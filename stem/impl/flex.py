@@ -17,8 +17,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, s
     q, k, v = (q, k, v) if q.is_cuda else (q.detach(), k.detach(), v.detach())
     q = pad(q, (0, 0, front, 0))
     options = dict(block_mask=selection.to_block_mask(), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if q.is_cuda and selection.block_size < 128:  # FlexAttention's own tiles are larger than the blocks
-        tile = selection.block_size
+    if q.is_cuda and (tile := selection.block_size) < 128:  # FlexAttention's own tiles are larger than the blocks
         options["kernel_options"] = dict(fwd_BLOCK_M=tile, fwd_BLOCK_N=tile, FORCE_USE_FLEX_ATTENTION=True)
     out, aux = _function(q.is_cuda)(q, k, v, **options, return_aux=AuxRequest(lse=True))
     return out[:, :, front:], aux.lse[:, :, front:]
