@@ -166,8 +166,8 @@ def _matched() -> str:
     return (
         f"**Operator at matched accuracy: {dense.operator_ms / row.operator_ms:.1f}× over {name} ({times})** at "
         f"{tokens_label(row.tokens)} tokens and density {row.density:.1%}, block selection included, on one "
-        f"{row.device}. `{found.method}` is within {-matched_report.NATS} nats of dense attention on needles and "
-        f"{matched_report.LOSS} on documents there: {point.needles}; {point.documents} ({found.model}, "
+        f"{row.device}. In the mean, `{found.method}` is within {-matched_report.NATS} nats of dense attention on "
+        f"needles and {matched_report.LOSS} on documents there: {point.needles}; {point.documents} ({found.model}, "
         f"{tokens_label(found.length)}, density {point.density:.1%}) "
         "([rows](results/README.md#speed-at-matched-accuracy))."
     )
@@ -194,11 +194,12 @@ def _needles() -> str:
         return f"**Quality at equal density**: {WRITES['answers']}."
     (name, difference, *_), rows = ours[0], "[rows](results/README.md#long-context-evaluation)"
     mended = f" and {-dense_end[0].difference.mean:.2f} with a dense last query block" if dense_end else ""
+    ended = f"; with a dense last query block {'; '.join(map(str, dense_end))}" if dense_end else ""
     return (
         f"**Quality: `adaptive` loses {-difference.mean:.2f} nats on {name}, published Stem "
         f"{-published[0].difference.mean:.1f}{mended}**, log p(answer) minus dense. `adaptive`: "
         f"{'; '.join(map(str, ours))}. Stem: {'; '.join(map(str, published))}"
-        f"{''.join(f'; with a dense last query block {each}' for each in dense_end)} ({rows})."
+        f"{ended} ({rows})."
     )
 
 

@@ -25,7 +25,7 @@ NO_VALUE = "stem, no value term"  # position decay alone, the middle row of the 
 TUNED = "adaptive, low density"  # settings tuned for 8 % of the blocks, see `VARIANTS`
 ORACLE, TUNED_ORACLE = "oracle by threshold", "oracle by threshold, low density"  # true mass, otherwise the same
 EVERY = 1 << 20  # blocks, more than any prompt has
-LOW_DENSITY = dict(dropped="cells")  # best of results/long_context/tuning/
+LOW_DENSITY = dict(dropped="cells", score_cells=32, score_pooling="mean")  # best of results/long_context/tuning/
 EXACT = dict(exact_last_blocks=EVERY, score_pooling="mean")  # every share is the true attention mass
 # "adaptive" with one threshold for all lengths and tasks, calibrated at TRANSFER_LENGTH; the second one in chunks
 TRANSFER_LENGTH, TRANSFER_CHUNK = 16_384, 4_096  # [tokens]
@@ -39,11 +39,15 @@ VARIANTS = {  # name -> (method that it varies, fields of its config that differ
     "adaptive, means": ("adaptive", dict(dropped="mean")),
     "adaptive, lists of groups": ("adaptive", dict(lists="group")),
     "stem, lists of groups": ("stem", dict(lists="group")),
+    "adaptive, cells": ("adaptive", dict(dropped="cells")),
+    "adaptive, mean pooling": ("adaptive", dict(score_pooling="mean")),
+    "adaptive, mean pooling, means": ("adaptive", dict(score_pooling="mean", dropped="mean")),
     TUNED: ("adaptive", LOW_DENSITY),
     ORACLE: ("adaptive", EXACT),
     TUNED_ORACLE: ("adaptive", LOW_DENSITY | EXACT),
     "flashprefill_v2, means": ("flashprefill_v2", dict(dropped="mean")),
 }  # fmt: skip
+ORACLES = {"adaptive": ORACLE, "adaptive, cells": TUNED_ORACLE, TUNED: TUNED_ORACLE}  # the same but for the shares
 CONFIG_FORCED = ("stem", "uniform_topk", "random", "subblock")  # read the config's sink and local blocks
 BLIND = (
     "sliding_window", "longformer", "bigbird", "sparse_transformer_strided", "sparse_transformer_fixed", "a_shape",
@@ -121,7 +125,10 @@ def make(name: str, density: float, block_size: int, forced: Forced | None) -> M
     base, changes = VARIANTS.get(name, (name, {}))
     kept = {} if forced is None else dict(sink_blocks=forced.sink_blocks, local_blocks=forced.local_blocks)
     if base == "adaptive":
-        attention = StemConfig.preset("adaptive", block_size=block_size, **dict(dense_up_to=0) | kept | changes)
+        fields = dict(dense_up_to=0) | kept | changes
+        if "score_cells" in fields:
+            fields["score_cells"] = min(fields["score_cells"], block_size)  # a cell has at least one token
+        attention = StemConfig.preset("adaptive", block_size=block_size, **fields)
         return Method(name, attention, block_size, density, forced)
     config, native = StemConfig(block_size=block_size, density=density, **changes), {}
     if base in CONFIG_FORCED:

@@ -6,7 +6,7 @@ Densities, block sizes, tasks and counts come from the rows. A row is blank wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stem.experiments.long_context.measures import interval
-from stem.experiments.long_context.methods import BLIND, LEAST_CHOSEN, TRANSFERRED
+from stem.experiments.long_context.methods import BLIND, LEAST_CHOSEN, TRANSFER_LENGTH, TRANSFERRED
 from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, number, tokens_label
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
@@ -175,6 +175,30 @@ def points(rows: pd.DataFrame, measure: str = "answer", task: str | None = None)
     return found.groupby(keys, dropna=False, sort=False).agg(**values).reset_index()
 
 
+def by_method(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Differences to dense attention at the densities asked for, methods with all columns first, each group best first.
+
+    Methods of `methods.TRANSFERRED` are left out, see `transfer`.
+    """
+    rows = rows[rows.asked.notna() & ~rows.method.isin(TRANSFERRED)].dropna(subset="difference")
+    table = rows.pivot_table(index="method", columns=list(columns), values="difference")
+    sign = 1 if (rows.measure == "loss").all() else -1
+    order = pd.DataFrame(dict(missing=table.isna().any(axis=1), loss=sign * table.mean(axis=1)))
+    return table.loc[order.sort_values(["missing", "loss"]).index]
+
+
+def to_oracle(rows: pd.DataFrame, oracles: Mapping[str, str], asked: float, block_size: int = 128) -> pd.DataFrame:
+    """Paired differences of methods to their oracles, and of the oracles to dense attention, by length of one task."""
+    lines = {}
+    for name, oracle in oracles.items():
+        for length, of in rows.groupby("length"):
+            gap = paired(of, name, oracle, block_size=block_size, asked=asked)
+            if gap.count:
+                own = paired(of, oracle, block_size=block_size, asked=asked)
+                lines[name, tokens_label(length)] = {"minus its oracle": str(gap), "oracle minus dense": str(own)}
+    return pd.DataFrame(lines).T
+
+
 def lowest_density(points: pd.DataFrame, bound: float) -> pd.DataFrame:
     """Lowest measured density of each method, block size and length whose mean loss is within a bound, and its nats.
 
@@ -269,8 +293,8 @@ def _cost_sentence() -> str:
 
 def evaluation() -> str:
     """Answers of each machine and model against dense attention, by method."""
-    found = rows(parts=("answers", "extension"))
-    found = found[found.measure.isin(("answer", "generated"))] if len(found) else found
+    everything = rows()
+    found = everything[everything.measure.isin(("answer", "generated"))] if len(everything) else everything
     if found.empty:
         return no_rows("06_long_context_eval")
     parts = []
@@ -290,6 +314,8 @@ def evaluation() -> str:
             title = f"{task}, {tokens_label(length)} tokens, {count} samples, dense {dense:.2f} nats:"
             parts += [title, _by_density(of, "{:+.2f}")]
         parts.append(last_block(answers))
+        of_model = everything[(everything.device == device) & (everything.model == model)]
+        parts.append(transfer(of_model[of_model.measure.isin(("answer", "loss"))]))
         parts.append(_differences(GENERATED, part[part.measure == "generated"], "{:+.0%}"))
     return "\n\n".join(filter(None, parts))
 
@@ -310,10 +336,10 @@ def last_block(answers: pd.DataFrame) -> str:
     return f"{title}\n\n{markdown_table(header, lines)}" if lines else ""
 
 
-def transfer(rows: pd.DataFrame) -> pd.DataFrame:
-    """`adaptive` with the threshold of one length, of `methods.TRANSFERRED`: density and difference to dense attention.
+def transfer(rows: pd.DataFrame) -> str:
+    """Table of `adaptive` with the threshold of another length, of `methods.TRANSFERRED`: densities and differences.
 
-    One line per measure, task, length, density asked for and way to read the prompt. Documents are all kinds together.
+    One line per task, length, density asked for and way to read the prompt. Documents are all kinds together.
     """
     found = whole(rows[rows.method.isin(TRANSFERRED) & (rows.task != "all")]).dropna(subset="difference")
     lines = []
@@ -323,10 +349,13 @@ def transfer(rows: pd.DataFrame) -> pd.DataFrame:
             difference = paired(whole(kinds), method, block_size=cell.block_size.iloc[0], asked=asked)
             chunk = TRANSFERRED[method]
             read = "whole" if chunk is None else f"chunks of {tokens_label(chunk)}"
-            lines.append([measure, task, tokens_label(length), asked, read, cell.density.mean(), *difference])
-    return pd.DataFrame(
-        lines, columns=["measure", "task", "tokens", "asked", "prompt", "density", "difference", "low", "high", "n"]
+            lines.append([task, tokens_label(length), f"{asked:.0%}", read, f"{cell.density.mean():.1%}", difference])
+    title = (
+        f"`adaptive` with one threshold: the one that gives a density on calibration documents of "
+        f"{tokens_label(TRANSFER_LENGTH)}, used unchanged. Answers [nats] and losses [nats per token], minus dense:"
     )
+    header = ["task", "tokens", "asked", "prompt", "computed", "difference"]
+    return f"{title}\n\n{markdown_table(header, lines)}" if lines else ""
 
 
 def _differences(title: str, rows: pd.DataFrame, form: str) -> str:

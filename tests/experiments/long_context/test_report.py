@@ -175,11 +175,13 @@ def test_a_threshold_of_another_length_is_told_by_task_and_documents_together():
             loss | dict(task="source", method="stem", density=0.4, difference=0.4, values="7.0"),
         ]
     ).assign(stop=8192)
-    found = report.transfer(frame)
-    assert found.task.tolist() == ["a", "b", "documents"] and set(found.tokens) == {"8K"}
-    assert found.difference.tolist() == pytest.approx([-2, -1, 0.3]) and found.n.tolist() == [2, 2, 2]
-    assert found.density.tolist() == pytest.approx([0.2, 0.3, 0.3])
-    assert found.prompt.tolist() == ["whole", "whole", "chunks of 4K"]
+    lines = [line.strip("| ").split(" | ") for line in report.transfer(frame).splitlines()[4:]]
+    assert lines == [
+        ["a", "8K", "25%", "whole", "20.0%", "-2.000 [-3.000, -1.000], n = 2"],
+        ["b", "8K", "25%", "whole", "30.0%", "-1.000 [-1.000, -1.000], n = 2"],
+        ["documents", "8K", "25%", "chunks of 4K", "30.0%", "+0.300 [+0.200, +0.400], n = 2"],
+    ]
+    assert report.transfer(frame[frame.method == "stem"]) == ""
 
 
 def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
@@ -194,3 +196,25 @@ def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
     told = "| stem | a | 4K | 10% | +7.000 [+6.000, +8.000], n = 2 |"
     assert report.last_block(frame).splitlines()[4:] == [told]
     assert report.last_block(frame[frame.method == "stem"]) == ""
+
+
+def test_methods_with_all_columns_come_first_and_each_group_is_sorted():
+    frame = pd.DataFrame(
+        [
+            row("stem", -6.0), row("stem", -9.0, task="b"), row("xattention", -0.2), row("xattention", -1.0, task="b"),
+            row("random", -0.1), row("dense", 0.0), row(next(iter(methods.TRANSFERRED)), -0.1),
+        ]
+    )  # fmt: skip
+    table = report.by_method(frame, ["task", "asked"])
+    assert table.index.tolist() == ["xattention", "stem", "random"] and table.loc["stem", ("b", 0.25)] == -9.0
+    worse = pd.DataFrame([row("stem", -6.0, "loss"), row("xattention", -2.0, "loss")])
+    assert report.by_method(worse, ["task"]).index.tolist() == ["xattention", "stem"]
+
+
+def test_a_method_is_compared_with_its_oracle_at_one_density():
+    frame = pd.DataFrame(
+        [row("adaptive", -3.0), row("oracle", -1.0), row("dense", 0.0), row("adaptive", -9.0, asked=0.1)]
+    )
+    found = report.to_oracle(frame, {"adaptive": "oracle", "stem": "oracle"}, 0.25, 64)
+    assert found.index.tolist() == [("adaptive", "4K")]
+    assert found.iloc[0].tolist() == ["-2.000 [-2.000, -2.000], n = 3", "-1.000 [-1.000, -1.000], n = 3"]
