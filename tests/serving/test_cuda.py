@@ -63,7 +63,7 @@ def differences() -> dict[str, float]:
         patch.setattr(stem.vllm.cuda, "readable_rows", lambda *args: None)
         found[f"chunks of {chunk}, copied"] = mean(tools.answers(llm, prompts, 4), sparse)
     patch.undo()
-    assert len(rows) == 6 * 2 * 3  # cases, layers, prompts that are not dense
+    assert len(rows) == 6 * 2 * len(LENGTHS)  # cases, layers, prompts
     errors, gaps = (torch.cat([x.flatten() for x in parts]) for parts in zip(*rows, strict=True))
     found |= {"rows without ties": errors[gaps > TIE].max().item(), "ties": (gaps <= TIE).float().mean().item()}
     assert are_read and None not in are_read
