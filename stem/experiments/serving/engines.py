@@ -65,13 +65,14 @@ def answer(llm, prompts: Sequence[Sequence[int]], tokens: int = 1) -> tuple[list
     return [list(output.outputs[0].token_ids) for output in outputs], time.perf_counter() - start
 
 
-def fastest(llm, prompts: Sequence[Sequence[int]], tokens: int = 1) -> tuple[list[list[int]], float]:
-    """Answers of some tokens to all these prompts together, and the shortest time [ms]; warms up first.
+def fastest(llms: Sequence, prompts: Sequence[Sequence[int]], tokens: int = 1) -> list[tuple[list[list[int]], float]]:
+    """Of each engine: answers of some tokens to all these prompts together, and the shortest time [ms].
 
-    Of two times, or of ten if they are shorter than 0.2 s.
+    The engines take turns, so that a change of the clock meets all of them. Each warms up first, then answers twice,
+    or ten times if the last round took less than 0.5 s for each.
     """
-    found, _ = answer(llm, prompts, tokens)
-    times = [answer(llm, prompts, tokens)[1] for _ in range(2)]
-    if times[-1] < 0.2:
-        times += [answer(llm, prompts, tokens)[1] for _ in range(8)]
-    return found, 1e3 * min(times)
+    found = [answer(llm, prompts, tokens)[0] for llm in llms]
+    times = [[answer(llm, prompts, tokens)[1] for llm in llms] for _ in range(2)]
+    if max(times[-1]) < 0.5:
+        times += [[answer(llm, prompts, tokens)[1] for llm in llms] for _ in range(8)]
+    return [(answers, 1e3 * min(column)) for answers, column in zip(found, zip(*times, strict=True), strict=True)]

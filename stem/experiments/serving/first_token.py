@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -29,55 +28,48 @@ SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short promp
 def large_model_rows() -> list[dict]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
+    Three engines at a time take turns, which needs 60 GiB. Those of whole prompts decode from CUDA graphs.
+
     Returns:
         A row for each attention, chunk and length: attention, density (requested), realised (the density that was
         computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time, first_token_ms (see
         engines.fastest; of the last of several requests), token_ms of each further token (NaN where not measured), and
         answer, the ids of the first request's first tokens.
     """
-    cases = [(whole_rows, density, LENGTHS) for density in DENSITIES]
-    cases += [(chunked_rows, density, CHUNKED_LENGTHS) for density in DENSITIES]
-    # a process for each engine: CUDA graphs of a second one would go to memory that the first has freed
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        return [row for rows in pool.map(_large_model_rows, *zip(*cases, strict=True)) for row in rows]
-
-
-def _large_model_rows(measure: Callable, density: float | None, lengths: Sequence[int]) -> list[dict]:
+    whole = [([_ids(tokens, VOCABULARY)], 0) for tokens in LENGTHS]
+    whole += [([_ids(DECODE_TOKENS, VOCABULARY, 1)], DECODED)]
+    chunked = [([_ids(tokens, VOCABULARY)], 0) for tokens in CHUNKED_LENGTHS]
+    chunked += [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
     with large_model() as start:
-        return measure(start, density, lengths)
+        return compared(start, None, whole) + compared(start, CHUNK, chunked, enforce_eager=True)
 
 
 @contextmanager
 def large_model() -> Iterator:
-    """Function engine(settings, longest, chunk) for the model of large_model_rows; decode runs from CUDA graphs."""
+    """Function engine(settings, longest, chunk) for the model of large_model_rows."""
     from transformers import LlamaConfig
 
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     config = LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=2**18)
     config.architectures = ["LlamaForCausalLM"]
     graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
-    options = dict(load_format="dummy", dtype="bfloat16", kv_cache_memory_bytes=12 << 30, gpu_memory_utilization=0.3)
-    options |= dict(enforce_eager=False, compilation_config=graphs)
+    shared = dict(load_format="dummy", dtype="bfloat16", kv_cache_memory_bytes=9 << 30, gpu_memory_utilization=0.3)
+    shared |= dict(enforce_eager=False, compilation_config=graphs)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        yield lambda settings, longest, chunk=None: engine(folder, settings, longest, chunk, **options)
+        yield lambda settings, longest, chunk, **options: engine(folder, settings, longest, chunk, **shared | options)
 
 
-def whole_rows(start, density: float | None, lengths: Sequence[int]) -> list[dict]:
-    """Rows of whole prompts of these lengths [tokens] by an engine of large_model, one of them with a long answer."""
-    settings = None if density is None else dict(density=density)
-    with start(settings, max(lengths)) as llm:
-        rows = [_row(llm, settings, None, [_ids(tokens, VOCABULARY)]) for tokens in lengths]
-        return [*rows, _row(llm, settings, None, [_ids(DECODE_TOKENS, VOCABULARY, 1)], DECODED)]
+def compared(start: Callable, chunk: int | None, cases: Sequence[tuple[Sequence, int]], **options) -> list[dict]:
+    """Rows of engines of DENSITIES, all of them alive; a case is prompts, and tokens of their answers after the first.
 
-
-def chunked_rows(start, density: float | None, lengths: Sequence[int]) -> list[dict]:
-    """Rows of prompts in chunks by an engine of large_model: one at a time, and several at once."""
-    settings = None if density is None else dict(density=density)
-    prompts = [_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)]
-    with start(settings, max(lengths), CHUNK) as llm:
-        rows = [_row(llm, settings, CHUNK, [_ids(tokens, VOCABULARY)]) for tokens in lengths]
-        return [*rows, _row(llm, settings, CHUNK, prompts)]
+    Arguments start, chunk and options: see large_model and engines.engine.
+    """
+    longest = max(len(ids) for prompts, _ in cases for ids in prompts)
+    settings = [None if density is None else dict(density=density) for density in DENSITIES]
+    with ExitStack() as stack:
+        llms = [stack.enter_context(start(x, longest, chunk, **options)) for x in settings]
+        return [row for prompts, further in cases for row in _rows(llms, settings, chunk, prompts, further)]
 
 
 def small_model_rows(tokens: int = 3000, chunk: int = 500, density: float = 0.25) -> list[dict]:
@@ -91,28 +83,42 @@ def small_model_rows(tokens: int = 3000, chunk: int = 500, density: float = 0.25
     for settings in (None, dict(density=density, **SMALL_BLOCKS)):
         for size in (None, chunk):
             with engine(folder, settings, tokens, size, dtype="float32") as llm:
-                found.append(_row(llm, settings, size, prompts, SHOWN - 1) | dict(token_ms=float("nan")))
-    return found
+                found += _rows([llm], [settings], size, prompts, SHOWN - 1)
+    return [row | dict(token_ms=float("nan")) for row in found]
 
 
-def _row(
-    llm, settings: Mapping | None, chunk: int | None, prompts: Sequence[Sequence[int]], further_tokens: int = 0
-) -> dict:
+def _rows(
+    llms: Sequence,
+    settings: Sequence[Mapping | None],
+    chunk: int | None,
+    prompts: Sequence[Sequence[int]],
+    further_tokens: int = 0,
+) -> list[dict]:
+    """A row for each engine and its settings; answers go on with further_tokens."""
+    before = [_block_pairs(*engine) for engine in zip(llms, settings, strict=True)]
+    first = measured = fastest(llms, prompts)
+    if further_tokens:
+        measured = fastest(llms, prompts, 1 + further_tokens)
+    size, rows = dict(chunk=chunk or 0, tokens=len(prompts[0]), requests=len(prompts)), []
+    for i, (answers, all_ms) in enumerate(measured):
+        kept, causal = _block_pairs(llms[i], settings[i]) - before[i]
+        about = dict(attention="vLLM", density=1.0, realised=1.0)
+        if settings[i] is not None:
+            about = dict(attention="Stem", density=settings[i]["density"], realised=kept / causal)
+        first_ms = first[i][1]
+        token_ms = (all_ms - first_ms) / further_tokens if further_tokens else float("nan")
+        answer = " ".join(map(str, answers[0][:SHOWN]))
+        rows.append({**about, **size, "first_token_ms": first_ms, "token_ms": token_ms, "answer": answer})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _block_pairs(llm, settings: Mapping | None) -> np.ndarray:
+    """(kept, causal) block pairs of an engine so far."""
     import stem.vllm
 
-    about = dict(
-        attention="vLLM" if settings is None else "Stem", density=1.0 if settings is None else settings["density"]
-    )
-    (answers, first_token_ms), token_ms = fastest(llm, prompts), float("nan")
-    if further_tokens:
-        answers, all_ms = fastest(llm, prompts, 1 + further_tokens)
-        token_ms = (all_ms - first_token_ms) / further_tokens
-    realised = 1.0 if settings is None else stem.vllm.density(llm).density()
-    size = dict(chunk=chunk or 0, tokens=len(prompts[0]), requests=len(prompts))
-    times = dict(first_token_ms=first_token_ms, token_ms=token_ms)
-    row = {**about, "realised": realised, **size, **times, "answer": " ".join(map(str, answers[0][:SHOWN]))}
-    print(row, flush=True)
-    return row
+    report = [] if settings is None else stem.vllm.density(llm)
+    return np.array([[row["kept"], row["causal"]] for row in report], float).reshape(-1, 2).sum(0)
 
 
 def _ids(tokens: int, vocabulary: int, seed: int = 0) -> list[int]:

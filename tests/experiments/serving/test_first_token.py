@@ -1,10 +1,12 @@
 """Engines of the serving experiment on a small random model; vLLM and Stem give rows with the same columns."""
 
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
+import pytest
 import serving_engine as tools  # skips without vLLM
 
-from stem.experiments.serving import first_token
+import stem
+from stem.experiments.serving import engines, first_token
 from stem.experiments.serving.engines import answer, engine
 
 
@@ -13,30 +15,50 @@ def test_rows_and_tokens_of_both_attentions(tmp_path):
 
     sizes = dict(hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, vocab_size=tools.VOCABULARY)
     build("Llama", **sizes, eos_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
-    ids, found, tokens = tools.prompt(600), [], []
-    for settings in (None, tools.SETTINGS):
-        with engine(str(tmp_path), settings, 600, 256, dtype="float32") as llm:
-            found.append(first_token._row(llm, settings, 256, [ids, ids], further_tokens=3))
-            tokens.append(answer(llm, [ids], 4)[0][0])
+    ids, settings = tools.prompt(600), [None, tools.SETTINGS]
+    with ExitStack() as stack:
+        llms = [stack.enter_context(engine(str(tmp_path), x, 600, 256, dtype="float32")) for x in settings]
+        answer(llms[1], [tools.prompt(100)])  # its density is not that of the rows
+        found = first_token._rows(llms, settings, 256, [ids, ids], further_tokens=3)
+        tokens = [answer(llm, [ids], 4)[0][0] for llm in llms]
     assert [row["attention"] for row in found] == ["vLLM", "Stem"]
     assert all((row["chunk"], row["tokens"], row["requests"]) == (256, 600, 2) for row in found)
-    assert [round(row["realised"], 1) for row in found] == [1.0, 0.3]
+    budget = stem.block_budget(38, stem.StemConfig(**tools.SETTINGS))  # blocks of 16 tokens
+    assert [row["realised"] for row in found] == [1.0, pytest.approx(int(budget.sum()) / (38 * 39 / 2), abs=1e-9)]
     assert all(row["first_token_ms"] > 0 for row in found)
     assert [row["answer"] for row in found] == [" ".join(map(str, x)) for x in tokens] and tokens[0] != tokens[1]
 
 
-def test_each_engine_of_the_large_model_has_a_process(monkeypatch):
-    class Processes(ThreadPoolExecutor):  # whose processes would take 8 s each to import torch
-        def __init__(self, workers, context, max_tasks_per_child):
-            super().__init__(workers)
-            started.append((workers, context.get_start_method(), max_tasks_per_child))
+def test_engines_take_turns(monkeypatch):
+    calls, seconds = [], dict(a=iter([9.0, 3.0, 2.0]), b=iter([9.0, 4.0, 5.0]))
+    monkeypatch.setattr(engines, "answer", lambda llm, *args: (calls.append(llm) or [[7]], next(seconds[llm])))
+    assert engines.fastest(["a", "b"], [[1]]) == [([[7]], 2000.0), ([[7]], 4000.0)]
+    assert calls == ["a", "b"] * 3
+    monkeypatch.setattr(engines, "answer", lambda llm, *args: (calls.append(llm) or [[7]], 0.4))
+    engines.fastest(["a", "b"], [[1]])
+    assert calls[6:] == ["a", "b"] * 11
 
-    started = []
-    monkeypatch.setattr(first_token, "ProcessPoolExecutor", Processes)
-    for name in ("whole_rows", "chunked_rows"):
-        monkeypatch.setattr(first_token, name, lambda start, *case, name=name: [(name, *case)])
-    rows = first_token.large_model_rows()
-    assert started == [(1, "spawn", 1)]
-    densities = None, 0.25, 0.1
-    assert rows[:3] == [("whole_rows", density, first_token.LENGTHS) for density in densities]
-    assert rows[3:] == [("chunked_rows", density, first_token.CHUNKED_LENGTHS) for density in densities]
+
+def test_three_engines_of_the_large_model_live_at_a_time(monkeypatch):
+    events = []
+
+    @contextmanager
+    def start(folder, settings, longest, chunk, **options):
+        density = settings and settings["density"]
+        events.append((density, longest, chunk, options["enforce_eager"]))
+        yield density
+        events.append("end")
+
+    def rows(llms, settings, chunk, prompts, further):
+        events.append((llms, [len(ids) for ids in prompts], further))
+        return [dict(chunk=chunk)]
+
+    monkeypatch.setattr(first_token, "engine", start)
+    monkeypatch.setattr(first_token, "_rows", rows)
+    found = first_token.large_model_rows()
+    ends, densities = ["end"] * 3, [None, 0.25, 0.1]
+    assert events[:3] == [(density, 131072, None, False) for density in densities]
+    assert events[3:10] == [(densities, [n], 0) for n in first_token.LENGTHS] + [(densities, [4096], 128)]
+    assert events[10:16] == ends + [(density, 131072, 8192, True) for density in densities]
+    assert events[16:] == [(densities, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ends
+    assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3
