@@ -1,4 +1,4 @@
-"""vLLM's CUDA engine, fp16: answers of stem.hf with both model runners, graphs for decode."""
+"""vLLM's CUDA engine: answers of stem.hf with both model runners, graphs for decode; two GPUs."""
 
 import json
 import os
@@ -23,37 +23,53 @@ def topics(length, seed):
     return words.gather(1, torch.randint(0, 3, (len(words), 1), generator=draw))[:length, 0].tolist()
 
 
-def differences() -> dict[str, float]:
-    """Mean difference of log-probabilities between engines of vLLM and transformers; runs in a process of its own."""
+def saved_model(dtype):
+    """A random Llama on the GPU, its folder, and prompts for it."""
     import serving_engine as tools
     from tiny_models import build
+
+    sizes = dict(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=2**14)
+    model = build("Llama", **sizes, vocab_size=tools.VOCABULARY, eos_token_id=None, bos_token_id=None)
+    model, folder = model.to("cuda", dtype), tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    return model, folder, [topics(length, length) for length in LENGTHS]
+
+
+def engine(folder, dtype, settings=None, chunk=2**14, **options):
+    """A vllm.LLM on the folder, with Stem if there are settings."""
+    import serving_engine as tools
     from vllm import LLM
+
+    common = tools.COMMON | dict(dtype=dtype, max_model_len=2**14, block_size=128, max_num_batched_tokens=chunk)
+    common |= dict(kv_cache_memory_bytes=4 << 30, gpu_memory_utilization=0.2)
+    if settings:
+        common |= dict(attention_backend="CUSTOM", scheduler_cls="stem.vllm.AlignedScheduler")
+    return LLM(folder, additional_config={"stem": settings} if settings else {}, **common | options)
+
+
+def differences() -> dict[str, float]:
+    """Differences of log-probabilities between vLLM and transformers, in the mean, and of rows; in its own process."""
+    import serving_engine as tools
 
     import stem
     import stem.vllm.cuda
 
-    sizes = dict(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=2**14)
-    model = build("Llama", **sizes, vocab_size=tools.VOCABULARY, eos_token_id=None, bos_token_id=None)
-    model = model.to("cuda", torch.float16)
-    folder = tempfile.mkdtemp()
-    model.save_pretrained(folder)
-    prompts = [topics(length, length) for length in LENGTHS]
+    model, folder, prompts = saved_model(torch.float16)
     methods = [stem.StemConfig(**SETTINGS)] * 2
     sparse, dense = tools.expected(model, prompts, 1, methods), tools.expected(model, prompts, 1)
     graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
-    common = {**tools.COMMON, "dtype": "float16", "max_model_len": 2**14, "enforce_eager": False, "block_size": 128}
-    common |= dict(compilation_config=graphs, kv_cache_memory_bytes=4 << 30, gpu_memory_utilization=0.2)
-    ours = dict(attention_backend="CUSTOM", scheduler_cls="stem.vllm.AlignedScheduler")
+    graphs = dict(enforce_eager=False, compilation_config=graphs)
 
     def mean(found, wanted):  # of the first token: later ones follow from it
         return sum((x - y)[0].abs().mean().item() for x, y in zip(found, wanted, strict=True)) / len(wanted)
 
-    stock = tools.answers(LLM(folder, max_num_batched_tokens=2**14, **common), prompts, 4)
+    llms = [engine(folder, "float16", **graphs)]  # all stay: they share memory for CUDA graphs
+    stock = tools.answers(llms[0], prompts, 4)
     found = {"dense against sparse": mean(dense, sparse), "vLLM against transformers": mean(stock, dense)}
     patch = pytest.MonkeyPatch()
     rows, read_pages, are_read = tools.row_errors(patch, stem.vllm.cuda.StemCUDAImpl), stem.vllm.cuda.readable_rows, []
     for chunk in (2**14, 1000):
-        llm = LLM(folder, max_num_batched_tokens=chunk, additional_config={"stem": SETTINGS}, **ours, **common)
+        llms.append(llm := engine(folder, "float16", SETTINGS, chunk, **graphs))
         for joins_at in ((), (0, 2, 3, 4)):
             patch.setattr(
                 stem.vllm.cuda, "readable_rows", lambda *args: are_read.append(read_pages(*args)) or are_read[-1]
@@ -63,25 +79,48 @@ def differences() -> dict[str, float]:
         patch.setattr(stem.vllm.cuda, "readable_rows", lambda *args: None)
         found[f"chunks of {chunk}, copied"] = mean(tools.answers(llm, prompts, 4), sparse)
     patch.undo()
-    assert len(rows) == 6 * 2 * len(LENGTHS)  # cases, layers, prompts
     errors, gaps = (torch.cat([x.flatten() for x in parts]) for parts in zip(*rows, strict=True))
     found |= {"rows without ties": errors[gaps > TIE].max().item(), "ties": (gaps <= TIE).float().mean().item()}
-    assert are_read and None not in are_read
-    return found
+    return found | {"prompts in layers": len(rows), "copied": sum(x is None for x in are_read) / len(are_read)}
+
+
+def answers(gpus: int) -> list:
+    """Log-probabilities of a token after each prompt in bf16, [dense or sparse, prompts, vocabulary]."""
+    import serving_engine as tools
+
+    _, folder, prompts = saved_model(torch.bfloat16)
+    options = dict(tensor_parallel_size=gpus, disable_custom_all_reduce=True)
+    llms = [engine(folder, "bfloat16", settings, **options) for settings in (None, SETTINGS)]
+    return [[x[0].tolist() for x in tools.answers(llm, prompts)] for llm in llms]
+
+
+def result(*arguments, **variables):
+    """Value of a function of this file, called in a process of its own with environment variables."""
+    path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
+    command, env = [sys.executable, __file__, *arguments], os.environ | {"PYTHONPATH": path} | variables
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    lines = process.stdout.splitlines()  # vLLM logs there too
+    return json.loads(next(line for line in reversed(lines) if line.startswith(('{"', "[["))))
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_answers_are_those_of_stem_hf(runner):
-    path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2")), "PYTHONPATH": path}
-    process = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = json.loads(process.stdout.splitlines()[-1])
+    found = result("differences", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "V2")))
+    assert found.pop("prompts in layers") == 6 * 2 * len(LENGTHS)  # cases, layers, prompts
+    assert found.pop("copied") == 0
     assert found.pop("rows without ties") < 5e-3 and found.pop("ties") < 0.02
     scale, noise = found.pop("dense against sparse"), found.pop("vLLM against transformers")
     assert scale > 5 * noise
     assert len(found) == 6 and all(difference < 2 * noise for difference in found.values()), (found, noise)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_answers_of_one():
+    one, two = (torch.tensor(result("answers", gpus)) for gpus in ("1", "2"))
+    assert (one - two).abs().max() < 1e-2 < (one[0] - one[1]).abs().max()
+
+
 if __name__ == "__main__":
-    print(json.dumps(differences()))
+    name, *given = sys.argv[1:]
+    print(json.dumps(globals()[name](*map(int, given))))
