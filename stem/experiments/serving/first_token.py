@@ -53,7 +53,7 @@ def large_model() -> Iterator:
     config = LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=2**18)
     config.architectures = ["LlamaForCausalLM"]
     graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
-    shared = dict(load_format="dummy", dtype="bfloat16", kv_cache_memory_bytes=9 << 30, gpu_memory_utilization=0.3)
+    shared = dict(load_format="dummy", dtype="bfloat16", kv_cache_memory_bytes=9 << 30, gpu_memory_utilization=0.2)
     shared |= dict(enforce_eager=False, compilation_config=graphs)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
