@@ -104,7 +104,7 @@ def _rows(
         kept, causal = _block_pairs(llms[i], settings[i]) - before[i]
         about = dict(attention="vLLM", density=1.0, realised=1.0)
         if settings[i] is not None:
-            about = dict(attention="Stem", density=settings[i]["density"], realised=kept / causal)
+            about = dict(attention="Stem", density=settings[i]["density"], realised=float(kept / causal))
         first_ms = first[i][1]
         token_ms = (all_ms - first_ms) / further_tokens if further_tokens else float("nan")
         answer = " ".join(map(str, answers[0][:SHOWN]))
