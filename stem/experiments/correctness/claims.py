@@ -114,6 +114,20 @@ def results(impls: Iterable[str], q: Tensor, block_size: int, call: Callable[...
     return {impl: call(impl=impl) for impl in impls if not left_out.get(impl)}
 
 
+def compile_in_fp32(calls: Iterable[partial]) -> None:
+    """Compile the Triton kernels of the calls with fp32 inputs, all at the same time.
+
+    One kernel takes 5 to 20 s, because fp32 products do not run on tensor cores. Kernels of other formats take a second
+    or two, and the first call times their tiles.
+    """
+    from stem.kernels.launch import compiling_together
+
+    with compiling_together():
+        for call in calls:
+            if call.args[0].dtype == torch.float32:
+                call(impl="triton")
+
+
 def rows_of(claim: str, case: object, found: Mapping[str, Tensor], oracle: Tensor, allowed: Bounds, seed: int) -> list:
     """One row per implementation: the errors of its result against the oracle, and whether both are allowed."""
     rows = []
@@ -145,12 +159,15 @@ def oracle_and_bounds(q, k, v, selection: BlockSelection, shape: Shape) -> tuple
 
 def attention_errors(shapes, impls, dtypes, device, seed: int = 0, claim: str = "equals the fp64 oracle") -> list[dict]:
     """Rows of attention over random blocks against masked attention in fp64, per shape, dtype and implementation."""
-    rows = []
+    rows, problems = [], []
     for shape, dtype in product(shapes, dtypes):
-        q, k, v = qkv(shape, dtype, device, seed)
-        selection = random_blocks(q, k, v, shape.block_size)
-        oracle, allowed = oracle_and_bounds(q, k, v, selection, shape)
-        found = results(impls, q, shape.block_size, partial(block_sparse_attention, q, k, v, selection))
+        inputs = qkv(shape, dtype, device, seed)
+        problems.append((shape, inputs, random_blocks(*inputs, shape.block_size)))
+    if "triton" in impls:
+        compile_in_fp32(partial(block_sparse_attention, *inputs, selection) for _, inputs, selection in problems)
+    for shape, inputs, selection in problems:
+        oracle, allowed = oracle_and_bounds(*inputs, selection, shape)
+        found = results(impls, inputs[0], shape.block_size, partial(block_sparse_attention, *inputs, selection))
         rows += rows_of(claim, shape, found, oracle, allowed, seed)
     return rows
 
