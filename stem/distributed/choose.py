@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -81,8 +79,7 @@ def _summaries(
         k_rows, values = group_sums(k, size, stride), group_value_norms(v, size, stride)
     q_rows = q_rows if blocks[0] else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
     summaries = [x[:, :, : blocks[1]] for x in (k_rows, values) if x is not None]
-    travelling = [_of_all_blocks(x, shard, peers) for x in summaries]
-    k_rows, *values = (finish().movedim(0, 2).contiguous() for finish in travelling)
+    k_rows, *values = _of_all_blocks(summaries, shard, peers)
     k_rows = k_rows.flatten(2, 3) if softmax else k_rows
     if not values:
         return q_rows, k_rows, None
@@ -91,9 +88,22 @@ def _summaries(
     return q_rows, k_rows, config.value_weight * norms_term(values[0], p.kv_len, config)
 
 
-def _of_all_blocks(x: Tensor, shard: Shard, peers: Peers) -> Callable[[], Tensor]:
-    """Begin to gather summaries of the rank's own blocks, [B, Hkv, n, ...]; the result gives all, [nk, B, Hkv, ...]."""
-    return peers.collect(x.movedim(2, 0), shard.slots[1], shard.on(x.device)[1], "the exchange of block summaries")
+def _of_all_blocks(summaries: list[Tensor], shard: Shard, peers: Peers) -> list[Tensor]:
+    """Summaries of all key blocks, [B, Hkv, nk, ...], from those of the rank's own, by one exchange."""
+    columns = [x.movedim(2, 0) for x in summaries]
+    sizes = [x.shape[1:].numel() * x.itemsize for x in columns]
+    aligned = [-(-size // 8) * 8 for size in sizes]  # bytes, so that every dtype can begin there
+    packed = torch.empty(shard.slots[1], sum(aligned), dtype=torch.uint8, device=columns[0].device)
+
+    def parts(rows: Tensor) -> list[Tensor]:
+        split = zip(rows.split(aligned, 1), sizes, columns, strict=True)
+        return [part[:, :size].view(x.dtype).unflatten(1, x.shape[1:]) for part, size, x in split]
+
+    for part, x in zip(parts(packed), columns, strict=True):
+        part[: len(x)] = x
+    found = peers.gather(packed, "the exchange of block summaries")().flatten(0, 1)
+    slots = shard.on(packed.device)[1]
+    return [part.movedim(0, 2).index_select(2, slots) for part in parts(found)]
 
 
 def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shard, config: StemConfig):
@@ -164,8 +174,10 @@ def _scores(q_features: Tensor, k_features: Tensor, bonus: Tensor | None, plan: 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Lists and counts of several runs of rows, side by side."""
+    if len(parts) == 1:
+        return parts[0]
     width = max(lists.shape[3] for lists, _ in parts)
-    lists = [torch.nn.functional.pad(lists, (0, width - lists.shape[3])) for lists, _ in parts]
+    lists = [x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3])) for x, _ in parts]
     return torch.cat(lists, 2), torch.cat([counts for _, counts in parts], 2)
 
 

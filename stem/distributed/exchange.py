@@ -75,9 +75,9 @@ class Peers:
 
         Slots count `width` rows for each rank.
         """
-        room = rows.new_zeros(width, *rows.shape[1:])
-        room[: len(rows)] = rows
-        finish = self.gather(room, what)
+        if len(rows) < width:
+            rows = torch.cat([rows, rows.new_zeros(width - len(rows), *rows.shape[1:])])
+        finish = self.gather(rows, what)
         return lambda: finish().flatten(0, 1)[slots]
 
     def exchange(

@@ -54,15 +54,18 @@ class Layout:
 
     @classmethod
     def for_config(cls, config: StemConfig, num_tokens: int, world_size: int) -> Layout:
-        """A zigzag of whole blocks that is balanced for a config: with it, no blocks move before the attention.
+        """Whole blocks, for each rank equally many (but for one) and about the same work of a config.
 
-        With `allocation="adaptive"` the data decide how many blocks a row keeps, and this is the plain zigzag.
+        No block moves before the attention then. With `allocation="adaptive"` the data decide how many blocks a row
+        keeps, and this is the zigzag.
         """
         zigzag = cls.zigzag(num_tokens, world_size, config.block_size)
-        rows = BlockRows.of(num_tokens, num_tokens, config.block_size)
+        rows, size = BlockRows.of(num_tokens, num_tokens, config.block_size), config.block_size
         if kept_blocks(rows, config) is None:
             return zigzag
-        return zigzag.balanced(rows.kept_by_row(config), config.block_size, imbalance=1.0)
+        work = rows.kept_by_row(config)
+        owners = np.repeat(_even_owners(np.array(work), world_size), size)[:num_tokens]
+        return of_owners(owners, world_size).balanced(work, size)
 
     def extended(self, num_tokens: int, block_size: int = 128) -> Layout:
         """Layout after the next chunk of num_tokens queries: each rank keeps its tokens and gets two more pieces."""
@@ -154,6 +157,25 @@ class Layout:
                 owners[first + row] = taker
                 loads[giver], loads[taker] = loads[giver] - work[row], loads[taker] + work[row]
         return of_owners(np.repeat(owners, block_size)[: self.num_tokens], self.world_size, self.start)
+
+
+def _even_owners(work: np.ndarray, world_size: int) -> np.ndarray:
+    """Rank of each block, int64 [n], so that all ranks have equally many (but for one) and about the same work.
+
+    One rank after the other takes consecutive blocks of those that are left, the first of which follows the last, whose
+    work is nearest to an even share. One choice comes near: the mean over all of them is an even share, and from one to
+    the next the work changes little.
+    """
+    owners, left = np.empty(len(work), dtype=np.int64), np.arange(len(work))
+    for rank in range(world_size):
+        count = len(left) // (world_size - rank)
+        sums = np.r_[0, work[np.r_[left, left[:count]]]].cumsum()
+        loads = sums[count:][: len(left)] - sums[: len(left)]
+        first = abs(loads - work[left].sum() / (world_size - rank)).argmin() if len(left) else 0
+        taken = np.arange(first, first + count) % max(1, len(left))
+        owners[left[taken]] = rank
+        left = np.delete(left, taken)
+    return owners
 
 
 def of_owners(owners: np.ndarray, world_size: int, start: int = 0) -> Layout:

@@ -59,26 +59,22 @@ class Shard:
         return slots_of(self.all_blocks)
 
     @lru_cache(maxsize=1024)  # noqa: B019  a copy to the device waits for the work before it
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """q_blocks and slots on a device."""
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """On a device: q_blocks, slots, and the place of each key block among the keys of `gather_all`, int32."""
+        (slots, width), world = self.slots, self.layout.world_size
+        places = np.where(slots // width == self.rank, slots + (world - self.rank) * width, slots)
         with lasting_tensors():
-            return torch.from_numpy(self.q_blocks).to(device), torch.from_numpy(self.slots[0]).to(device)
+            return tuple(torch.from_numpy(x).to(device) for x in (self.q_blocks, slots, places.astype(np.int32)))
 
     def gathered_selection(self, kv_indices: Tensor, kv_num_blocks: Tensor) -> BlockSelection:
-        """Lists of the rank's rows as a selection of the keys of `gather_all`: other ranks' blocks, then its own."""
-        world, width = self.layout.world_size, self.slots[1]
-        index = torch.arange(kv_indices.shape[3], device=kv_indices.device)
-        slots = self.on(kv_indices.device)[1]
-        own = slots // width == self.rank
-        slots = torch.where(own, slots + (world - self.rank) * width, slots).int()[kv_indices.long()]
-        used = index < kv_num_blocks[..., None]
-        is_own = (slots >= world * width) & used
-        before = is_own.cumsum(-1, dtype=torch.int32)  # own blocks up to here
-        first_own = kv_num_blocks[..., None] - before[..., -1:]
-        places = torch.where(is_own, first_own + before - 1, index - before).long()
-        places = torch.where(used, places, index)
-        lists = torch.zeros_like(slots).scatter_(-1, places, slots.masked_fill_(~used, 0))
-        return self.selection(lists, kv_num_blocks, world * width + len(self.blocks) - len(self.q_blocks))
+        """Lists of the rank's rows as a selection of the keys of `gather_all`: other ranks' blocks, then its own.
+
+        They are not ascending, but the diagonal block stays the last one, and all others are in its past.
+        """
+        places = self.on(kv_indices.device)[2]
+        lists = places.index_select(0, kv_indices.flatten()).view_as(kv_indices)
+        before = self.layout.world_size * self.slots[1] + len(self.blocks) - len(self.q_blocks)
+        return self.selection(lists, kv_num_blocks, before)
 
     @cached_property
     def num_keys(self) -> int:
