@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import stem
-from stem.distributed import Layout, PeerError, attention, layout, shards, stem_attention
+from stem.distributed import Layout, PeerError, attention, exchange, layout, shards, stem_attention
 from stem.distributed.exchange import Peers
 
 SIZE = 16
@@ -37,6 +37,9 @@ CONFIGS = {
     "shares": PLAIN.replace(density=None, allocation="adaptive", threshold=0.05),
     "dense": PLAIN.replace(density=1.0),
     "forced": PLAIN.replace(density=None, k_start=3, decay=1.0),
+    "means": PLAIN.replace(density=0.2, dropped="mean"),
+    "cell_means": PLAIN.replace(density=0.3, dropped="cells", block_size=2 * SIZE, score_stride=8),
+    "adaptive_means": ADAPTIVE.replace(dropped="mean", threshold=0.06),
 }
 LENGTHS = (400, 333, 20)  # 25 blocks; a ragged last block; fewer blocks than pieces
 CASES = {}
@@ -96,7 +99,7 @@ def register_configs():
                 compare(rank, mesh, config, *inputs(tokens), impl="torch")
 
         CASES[f"lists_and_outputs_{name}"] = run
-    for name in ("plain", "angelslim", "hpc_ops", "adaptive", "cells", "shares"):
+    for name in ("plain", "angelslim", "hpc_ops", "adaptive", "cells", "shares", "means"):
 
         def run_kernels(rank, mesh, config=CONFIGS[name]):
             compare(rank, mesh, config, *inputs(90, 2, 1), impl="triton")
@@ -137,14 +140,17 @@ if DEVICE == "cuda":
 
 @case
 def triton_of_long_rows(rank, mesh):
-    """More than 32 key blocks take other kernels."""
-    compare(rank, mesh, PLAIN, *inputs(32 * SIZE + 3, 1, 1), impl="triton")
+    """More than 32 key blocks take other kernels, here for the last six query blocks."""
+    q, k, v = inputs(32 * SIZE + 3, 1, 1)
+    start = 27 * SIZE
+    where = Layout.zigzag(start, mesh.size(), SIZE).extended(k.shape[2] - start, SIZE)
+    compare(rank, mesh, PLAIN, q[:, :, start:], k, v, where, impl="triton")
 
 
 @case
 def implementations_dtypes_and_batches(rank, mesh):
     compare(rank, mesh, PLAIN, *inputs(200), impl="reference")
-    if DEVICE == "cpu":  # on CUDA, flex has no blocks of 16
+    if DEVICE == "cpu" and mesh.size() == 2:  # on CUDA, flex has no blocks of 16; its import takes seconds
         compare(rank, mesh, PLAIN, *inputs(200), impl="flex")
     compare(
         rank, mesh, PLAIN, *inputs(200, batch=2), scale=0.4, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)
@@ -157,7 +163,7 @@ def implementations_dtypes_and_batches(rank, mesh):
 def chunks(rank, mesh):
     """Chunks of a prompt: budgets and last blocks are those of the whole prompt; also a chunk inside a block."""
     world = mesh.size()
-    for config in (PLAIN, ADAPTIVE, CONFIGS["last"]):
+    for config in (PLAIN, ADAPTIVE, CONFIGS["last"], CONFIGS["adaptive_means"]):
         q, k, v = inputs(368)
         where = Layout.zigzag(128, world, SIZE)
         compare(rank, mesh, config, q[:, :, :128], k[:, :, :128], v[:, :, :128], where, prompt_length=368)
@@ -171,7 +177,7 @@ def chunks(rank, mesh):
 
 @case
 def gradients(rank, mesh):
-    for config, share in ((PLAIN, 0.5), (PLAIN, 0.0), (ADAPTIVE, 1.0)):
+    for config, share in ((PLAIN, 0.5), (PLAIN, 0.0), (ADAPTIVE, 1.0), (CONFIGS["adaptive_means"], 0.5)):
         with changed(shards, "GATHER_SHARE", share), changed(layout, "IMBALANCE", 1.0):
             tensors = [x.requires_grad_() for x in inputs(333)]
             out, lse = stem.stem_attention(*tensors, config, impl="torch", return_lse=True)
@@ -373,7 +379,7 @@ def bad_arguments(rank, mesh):
     refused(ValueError, "tokens that the layout gives rank", q[:, :, 1:], k, v, PLAIN)
     refused(TypeError, "config must be a StemConfig", q, k, v, 0.5)
     refused(TypeError, "mesh must be a DeviceMesh of one dimension", q, k, v, PLAIN, mesh=None)
-    refused(ValueError, "dropped='skip'", q, k, v, PLAIN.replace(dropped="mean"))
+    refused(ValueError, "lists='head'", q, k, v, PLAIN.replace(lists="group"))
     refused(ValueError, "timeout must be positive", q, k, v, PLAIN, timeout=0)
     refused(ValueError, "q must be finite", q * float("nan"), k, v, PLAIN)
     refused(ValueError, "impl must be", q, k, v, PLAIN, impl="fast")
@@ -445,7 +451,8 @@ def tensor_parallel(rank, mesh):
     import tiny_models
     import transformers
 
-    model, ids = tiny_models.build("Llama"), tiny_models.tokens(150).to(DEVICE)
+    model = tiny_models.build("Llama", vocab_size=98)  # some versions of transformers refuse an odd number of rows
+    ids = tiny_models.tokens(150).to(DEVICE)
     folder = Path(sys.argv[3], "model")
     if rank == 0:
         model.save_pretrained(folder)
@@ -512,13 +519,14 @@ def a_late_rank_is_named(rank, mesh):
     stem_attention(*mine, PLAIN, mesh=mesh, layout=where, timeout=1.5)
     begin = time.monotonic()
     if rank == 1:
-        time.sleep(9)
+        time.sleep(6)
         return
     try:
-        stem_attention(*mine, PLAIN, mesh=mesh, layout=where, timeout=1.5)
+        with changed(exchange, "PATIENCE", 2.0):
+            stem_attention(*mine, PLAIN, mesh=mesh, layout=where, timeout=1.5)
     except PeerError as error:
         assert error.ranks == [1] and "rank 1 did not take part in" in str(error), error
-        assert 1 < time.monotonic() - begin < 9
+        assert 1 < time.monotonic() - begin < 6
     else:
         raise AssertionError("no PeerError")
 
@@ -532,7 +540,8 @@ def z_a_dead_rank_is_named(rank, mesh):
         os._exit(13)
     begin = time.monotonic()
     try:
-        stem_attention(*(where.shard(x, rank) for x in (q, k, v)), PLAIN, mesh=mesh, layout=where, timeout=TIMEOUT)
+        with changed(exchange, "PATIENCE", 2.0):
+            stem_attention(*(where.shard(x, rank) for x in (q, k, v)), PLAIN, mesh=mesh, layout=where, timeout=TIMEOUT)
     except PeerError as error:
         assert error.ranks == [1] and "rank 1 did not take part in" in str(error), error
         assert time.monotonic() - begin < 15

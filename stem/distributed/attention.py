@@ -23,6 +23,7 @@ from stem.distributed.exchange import Peers
 from stem.distributed.layout import Layout
 from stem.impl.attend import apply_sinks
 from stem.planning import Plan, Problem
+from stem.selection import BlockSelection
 from stem.validation import check_finite, check_layouts, check_prompt_length, check_scale, compute_dtype
 
 TIMEOUT = 120.0  # of each collective [s]
@@ -61,7 +62,8 @@ def stem_attention(
     Every rank chooses the blocks of its own query blocks from gathered summaries of all key blocks: the choice of one
     process, to the last bit. It fetches the keys and values of the blocks that its lists name, while it attends to the
     blocks that it has. If budgets let the lists name nearly all blocks, all keys and values travel while the blocks are
-    chosen. Whole blocks move to other ranks first if a rank would compute 5 % more than the mean.
+    chosen. Whole blocks move to other ranks first if a rank would compute 5 % more than the mean. Where dropped blocks
+    stand in by means, every rank gets all keys and values.
 
     Args:
         q, k, v: [B, Hq, nq, D], [B, Hkv, nkv, D]: the tokens of this rank, in the layout's order. Or DTensors with
@@ -83,9 +85,8 @@ def stem_attention(
     """
     config = DEFAULT if config is None else config
     check_config(config)
-    for name, accepted in (("dropped", "skip"), ("lists", "head")):
-        if (given := getattr(config, name)) != accepted:
-            raise ValueError(f"config must have {name}={accepted!r} where GPUs share a prompt, got {given!r}")
+    if config.lists != "head":
+        raise ValueError(f"config must have lists='head' where GPUs share a prompt, got {config.lists!r}")
     peers = Peers.of(mesh, timeout)
     wrap = None
     if isinstance(q, DTensor):
@@ -170,10 +171,11 @@ class _Call:
             shard = shards.Shard.of(self.final, peers.rank, size)
         needed, head_kept = self._needed(lists, counts)
         self.selection = RowSelection(*chosen, head_kept)
-        self.fetch = shards.Fetch(shard, peers, needed)
+        self.fetch = shards.Fetch(shard, peers, needed | (self.plan.problem.config.dropped != "skip"))
         with torch.set_grad_enabled(needs_grad):
             self.leaves = [x.detach().requires_grad_(needs_grad) for x in (q, k, v)]
-            out, lse = self._attended(*self.leaves, lists, counts, shard)
+            attended = self._attended if self.plan.problem.config.dropped == "skip" else self._with_stand_ins
+            out, lse = attended(*self.leaves, lists, counts, shard)
         if needs_grad:
             self.results = out, lse
         return self._returned(out.detach(), lse.detach())
@@ -181,7 +183,7 @@ class _Call:
     def _names_most(self) -> bool:
         """Whether known budgets let the lists of a rank keep each key block KEPT_OFTEN times on average."""
         p, kept = self.plan.problem, self.plan.kept_blocks
-        if kept is None or self.plan.choice == "forced":
+        if kept is None or self.plan.choice == "forced" or p.config.dropped != "skip":
             return False
         return kept * (p.q_heads // p.kv_heads) >= KEPT_OFTEN * self.plan.rows.stop * self.peers.world_size
 
@@ -264,6 +266,24 @@ class _Call:
         parts = ((out, lse), (far, far_lse))
         merged = sum(x.to(total.dtype) * (part - total).exp()[..., None] for x, part in parts)
         return merged.to(q.dtype), total
+
+    def _with_stand_ins(
+        self, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, shard: shards.Shard
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to kept blocks and means of the others: to the whole prompt's keys, as chunks of it."""
+        size, dropped = shard.block_size, self.plan.problem.config.dropped
+        fetched = self.fetch.start(k.detach(), v.detach())().detach().requires_grad_(q.requires_grad)
+        self.leaves.append(fetched)
+        keys, values = fetched
+        parts, done = [], 0
+        for row, first, count in shard.runs:
+            stop = min((first + count) * size, self.final.num_tokens)
+            queries = q[:, :, done : done + stop - max(first * size, self.final.start)]
+            chosen = (x[:, :, row : row + count] for x in (lists, counts))
+            selection = BlockSelection(*chosen, size, first + count, queries.shape[2], stop, dropped)
+            parts.append(self._attend(queries, keys[:, :, :stop], values[:, :, :stop], selection))
+            done += queries.shape[2]
+        return tuple(torch.cat(x, 2) for x in zip(*parts, strict=True)) if parts else self._attend(q, k, v, None)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, selection) -> tuple[Tensor, Tensor]:
         if not q.shape[2]:

@@ -127,7 +127,7 @@ class Fetch:
         remote = needed & (owners != np.arange(peers.world_size)[:, None])[:, None]
         heads, num_blocks = needed.shape[1:]
         self.is_empty = not remote.any()
-        self.gathers_all = remote.sum() > GATHER_SHARE * heads * num_blocks * (peers.world_size - 1)
+        self.gathers_all = needed.all() or remote.sum() > GATHER_SHARE * heads * num_blocks * (peers.world_size - 1)
         mine = remote[peers.rank]
         self.slots = np.broadcast_to(np.arange(num_blocks), mine.shape) if self.gathers_all else mine.cumsum(1) - 1
         self.num_slots = num_blocks if self.gathers_all else int(mine.sum(1).max(initial=0))
@@ -167,10 +167,13 @@ class Fetch:
     def back(self, gradients: Tensor, k: Tensor) -> Tensor:
         """Gradients of the rank's own tokens, fp32 or fp64, from those of all ranks' results of `start`."""
         size, heads = self.shard.block_size, k.shape[0] * k.shape[1]
-        rows = gradients.flatten(1, 2).unflatten(2, (-1, size))[:, *self.places.to(k.device)].movedim(0, 1)
+        blocks = gradients.flatten(1, 2).unflatten(2, (-1, size))
+        rows = blocks[:, *self.places.to(k.device)].movedim(0, 1)
         found = self.peers.exchange(rows, self.receive_counts, self.send_counts, "the exchange of gradients")()
         total = found.new_zeros(heads * len(self.shard.blocks), *rows.shape[1:], dtype=compute_dtype(k.dtype))
         total.index_add_(0, self.sent.to(k.device), found.to(total.dtype))
+        if self.gathers_all:  # the rank's own blocks, too, which count where it attends to them here
+            total += blocks[:, :, torch.from_numpy(self.shard.blocks)].flatten(1, 2).movedim(0, 1)
         return total.movedim(1, 0).unflatten(1, (*k.shape[:2], -1)).flatten(3, 4)[:, :, :, : k.shape[2]]
 
 
