@@ -123,7 +123,8 @@ WRONG = [  # notebook, text of the solution, its wrong replacement, part of the 
     (K05, "- second * sin, second * cos +", "+ second * sin, second * cos -", "wrong way"),
     (K05, "masked_fill(~mask,", "masked_fill(~torch.ones_like(mask).tril(),", "have no gradient"),
     (K06, "logits[:, :-1]", "logits[:, 1:]", "entries are wrong"),
-    (K06, "decay=1.0", "decay=0.7", "decay must be 1"),
+    (K06, "(ours - theirs)", "(ours - theirs.roll(1))", "the samples are paired"),
+    (K06, "[draws].mean(1)", "[draws][:, 0]", "not one sample"),
     (K06, ".sum((1, 3))", "[:, -1:].sum((1, 3))", "only the last query was asked"),
     (K07, " + q.clamp_max(0) @ cell.amin(0)", "", "got .*, expected"),
     (K07, "topk(count).values", "topk(count + 1).values", "one place too far"),
@@ -134,7 +135,8 @@ WRONG = [  # notebook, text of the solution, its wrong replacement, part of the 
     (K08, "<= rows[:, None], logits", "< num_cells, logits", "a key cell after the query cell counts"),
     (K08, "+ first // CELLS + blocks", "+ blocks", "are NaN: never written"),
     (K09, "ends // page * page", "starts + budgets // page * page", "the length is aligned, not the end"),
-    (K09, "-(-length // config", "-(-stop * 32 // config", "a chunk is not a prompt"),
+    (K09, "-(-length // size)", "stop", "a chunk is not a prompt"),
+    (K09, "arange(first, stop)", "arange(stop - first)", "from the start of the prompt"),
     (K09, "(place * PAGE + rows)", "(page * PAGE + rows)", "entries are wrong"),
 ]  # fmt: skip
 

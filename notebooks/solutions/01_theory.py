@@ -15,10 +15,10 @@ def my_value_term(v, size):
 
 def my_k_start(n, decay, density):
     """The cost never falls as k grows, so half of the interval is enough in each step."""
-    row = torch.arange(n, dtype=torch.float64)
+    row = torch.arange(1, n + 1, dtype=torch.float64)
     low, high = 0, 2 * n  # low is too little, high is enough
     while high - low > 1:
         k = (low + high) // 2
-        budget = torch.floor(k - k * (1 - decay) * row / n).minimum(row + 1).clamp_min(1)
+        budget = torch.floor(k - k * (1 - decay) * row / n).minimum(row).clamp_min(1)
         low, high = (low, k) if budget.sum() >= density * n * (n + 1) / 2 else (k, high)
     return high

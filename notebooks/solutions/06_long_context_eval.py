@@ -2,8 +2,6 @@
 
 import torch
 
-import stem
-
 
 def my_losses(network, ids):
     with torch.no_grad():
@@ -11,9 +9,9 @@ def my_losses(network, ids):
     return -logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
 
-def my_control(block_size):
-    """With decay 1 every row has the same budget, three blocks, which the forced blocks use up."""
-    return stem.StemConfig(block_size=block_size, k_start=3, decay=1.0, sink_blocks=1, local_blocks=2)
+def my_interval(ours, theirs, draws):
+    """The samples are paired, so their differences are drawn."""
+    return (ours - theirs)[draws].mean(1).quantile(torch.tensor([0.025, 0.975]))
 
 
 def my_columns(q, k, count, block):

@@ -4,16 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
-import stem
-
 
 def my_ends(starts, budgets, page, prompt):
     ends = starts + budgets
     return torch.where(ends >= prompt, prompt, torch.maximum(ends // page * page, starts))
 
 
-def my_budget(first, stop, length, config):
-    return stem.block_budget(-(-length // config.block_size), config)[first:stop]
+def my_budget(first, stop, length, size, k_start, decay):
+    rows, blocks = torch.arange(first, stop) + 1, -(-length // size)
+    return torch.minimum(rows, torch.floor(k_start - k_start * (1 - decay) / blocks * rows)).int()
 
 
 @triton.jit

@@ -56,7 +56,7 @@ class Trace:
     def errors(self, dense: "Trace", rows: slice = slice(None)) -> list[float]:
         """Mean squared differences to a dense pass over the positions `rows`: one per layer, then of the logits."""
         pairs = zip([*self.hidden, self.logits], [*dense.hidden, dense.logits], strict=True)
-        return [float((a[:, rows].double() - b[:, rows].double()).square().mean()) for a, b in pairs]
+        return [float((a[:, rows].float() - b[:, rows].float()).square().mean(dtype=torch.float64)) for a, b in pairs]
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def captures(model: nn.Module, ids: Tensor, layers: Iterable[int]) -> dict[int, 
         return patterns.select("dense", q, k, v)
 
     with hf.stem_prefill(model, {layer: partial(keep_everything, layer) for layer in layers}):
-        model(ids, use_cache=False)
+        model.get_decoder()(ids, use_cache=False)  # without the logits
     return captured
 
 
