@@ -4,6 +4,7 @@ import pandas as pd
 
 from stem import StemConfig, block_budget
 from stem.experiments.long_context import matched_report, verdicts
+from stem.experiments.long_context.report import Difference
 from stem.experiments.markdown import full_rows, markdown_table, number, tokens_label
 from stem.experiments.speed.report import DENSE_LABELS, best_ratio
 from stem.experiments.theory import paper
@@ -166,9 +167,10 @@ def _matched() -> str:
     return (
         f"**Operator at matched accuracy: {dense.operator_ms / row.operator_ms:.1f}× over {name} ({times})** at "
         f"{tokens_label(row.tokens)} tokens and density {row.density:.1%}, block selection included, on one "
-        f"{row.device}. In the mean, `{found.method}` is within {-matched_report.NATS} nats of dense attention on "
-        f"needles and {matched_report.LOSS} on documents there: {point.needles}; {point.documents} ({found.model}, "
-        f"{tokens_label(found.length)}, density {point.density:.1%}) "
+        f"{row.device}. Its accuracy, on {found.model} at {tokens_label(found.length)} tokens and density "
+        f"{point.density:.1%}: `{found.method}` loses {_lost(point.needles)} nats on needles and "
+        f"{point.documents.mean:.4f} nats per token on documents (bounds {-matched_report.NATS} and "
+        f"{matched_report.LOSS}) "
         "([rows](results/README.md#speed-at-matched-accuracy))."
     )
 
@@ -187,20 +189,28 @@ def _time(name: str, operation: str, config: str, told: str, section: str) -> st
 
 
 def _needles() -> str:
-    """Needles and documents of `adaptive` and of published Stem against dense attention, at one density."""
-    ours, published = (verdicts.against_dense(method) for method in ("adaptive", "stem"))
-    dense_end = verdicts.against_dense("stem, last block dense")
-    if not ours or not published:
+    """What `adaptive` and published Stem lose on needles and documents against dense attention, at one density."""
+    names = {"adaptive": "`adaptive` loses", "stem": "published Stem"}
+    names["stem, last block dense"] = "Stem with a dense last query block"
+    found = {told: verdicts.against_dense(method) for method, told in names.items()}
+    found = {told: pair for told, pair in found.items() if len(pair) == 2}  # needles, documents
+    if len(found) < 2:
         return f"**Quality at equal density**: {WRITES['answers']}."
-    (name, difference, *_), rows = ours[0], "[rows](results/README.md#long-context-evaluation)"
-    mended = f" and {-dense_end[0].difference.mean:.2f} with a dense last query block" if dense_end else ""
-    ended = f"; with a dense last query block {'; '.join(map(str, dense_end))}" if dense_end else ""
+    needles, documents = zip(*found.values(), strict=True)
+    lost = ", ".join(f"{told} {_lost(of.difference)}" for told, of in zip(found, needles, strict=True))
+    where = "; ".join(dict.fromkeys(f"{of.model} at {tokens_label(of.length)} tokens" for of in needles + documents))
+    densities = ", ".join(f"{of.density:.1%}" for of in needles)
+    on_documents = ", ".join(f"{of.difference.mean:.3f}" for of in documents)
     return (
-        f"**Quality: `adaptive` loses {-difference.mean:.2f} nats on {name}, published Stem "
-        f"{-published[0].difference.mean:.1f}{mended}**, log p(answer) minus dense. `adaptive`: "
-        f"{'; '.join(map(str, ours))}. Stem: {'; '.join(map(str, published))}"
-        f"{ended} ({rows})."
+        f"**Quality: on needles {lost}** nats of log p(answer) against dense attention, means of "
+        f"{needles[0].difference.count} samples, {where}, densities {densities}. On documents the losses are "
+        f"{on_documents} nats per token ([rows](results/README.md#long-context-evaluation))."
     )
+
+
+def _lost(difference: Difference) -> str:
+    """Loss of a method against dense attention and its 95 % interval, from a difference that is negative for a loss."""
+    return f"{-difference.mean:.2f} [{-difference.high:.2f}, {-difference.low:.2f}]"
 
 
 def _fastest(operation: str, config: str) -> pd.Series | None:
