@@ -164,11 +164,12 @@ def label_lines(ax: Axes) -> None:
     ends.sort(key=lambda end: end[0])
     rows = ax.get_subplotspec().get_gridspec().nrows
     gap = 1.3 * STYLE["legend.fontsize"] / 72 / (0.75 * ax.figure.get_figheight() / rows)
-    places = [min(max(place, 0.0), 1.0) for place, _ in ends]
+    highest = 1.0 - gap / 2  # a name at the top stays below the title
+    places = [min(max(place, 0.0), highest) for place, _ in ends]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)
     for i in reversed(range(len(places))):
-        places[i] = min(places[i], 1.0 - gap * (len(places) - 1 - i))
+        places[i] = min(places[i], highest - gap * (len(places) - 1 - i))
     for place, (_, line) in zip(places, ends, strict=True):
         style = dict(color=line.get_color(), fontsize=STYLE["legend.fontsize"], va="center", gid=LINE_LABEL)
         ax.text(1.02, place, line.get_label(), transform=ax.transAxes, **style)

@@ -58,7 +58,7 @@ def timelines(rows: pd.DataFrame, stages: Sequence[str], cycles: int = 9000) -> 
         for group, of_group in shown.dropna(subset="tile").groupby("group"):
             names |= dict.fromkeys(_lane(ax, of_group.sort_values("step"), stage, group, start))
         used = sorted(shown.group.unique())
-        ax.set_yticks(used, [GROUPS[int(group)] if ax is figure.axes[0] else "" for group in used])
+        ax.set_yticks(used, [GROUPS[int(group)] for group in used])
         ax.set(xlim=(0, cycles), ylim=(2.6, -0.6), title=stage, xlabel="clock cycles")
         ax.grid(False, axis="y")
     _legend(figure, names)

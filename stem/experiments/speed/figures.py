@@ -31,6 +31,7 @@ LABELS = {
     "stem": "Stem",
 }
 PARTS = ("scores", "selection", "attention", "operator")  # operations of one forward pass
+WHOLE = {"ttft": "Time to first token", "forward+backward": "Forward and backward"}  # operations in words
 
 
 @styled()
@@ -191,8 +192,8 @@ def bars(rows: pd.DataFrame, operation: str, config: str) -> Figure:
     shares.plot.bar(ax=ax, color=[COLOURS[name] for name in times], width=0.75, rot=0)
     ax.set_xticklabels([f"{tokens_label(n)}\n{_ms(fastest[n])}" for n in times.index])
     name = LABELS[dense.loc[ratio.index[-1]].idxmin()].removeprefix("dense, ")
-    last = f"{ratio.iloc[-1]:.1f}× over {name} at {tokens_label(ratio.index[-1])} tokens"
-    ax.set(xlabel="tokens, time of the fastest dense", ylabel="time, fastest dense = 1", title=f"{operation}: {last}")
+    claim = f"{WHOLE.get(operation, operation)}: {ratio.iloc[-1]:.1f}× over {name} at {tokens_label(ratio.index[-1])}"
+    ax.set(xlabel="tokens, time of the fastest dense", ylabel="time, fastest dense = 1", title=f"{claim} tokens")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
