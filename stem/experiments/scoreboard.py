@@ -217,5 +217,5 @@ def _fastest(operation: str, config: str) -> pd.Series | None:
     """The fastest implementation's row of one operation at `LONGEST` tokens on CUDA; None without one."""
     rows = full_rows("speed", operation=operation, config=config, tokens=LONGEST)
     if len(rows):
-        rows = rows.dropna(subset=["latency_ms", *(f"speedup_vs_{name}" for name in DENSE)])
+        rows = rows.dropna(subset="latency_ms").dropna(subset=[f"speedup_vs_{name}" for name in DENSE], how="all")
     return rows.sort_values("latency_ms").iloc[0] if len(rows) else None

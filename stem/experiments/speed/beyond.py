@@ -14,7 +14,7 @@ from stem import pretrained
 from stem.experiments.documents import stdlib_documents
 from stem.experiments.speed import candidates, drop_in, first_token, peers
 from stem.experiments.speed.bench import run, with_speedups
-from stem.experiments.speed.candidates import CONFIGS, DENSE, SHAPES, Problem, Shape
+from stem.experiments.speed.candidates import CONFIGS, DENSE, EIGHT_PERCENT, SHAPES, Problem, Shape
 from stem.experiments.theory import flow
 
 TRAINING_TOKENS = {"cuda": (2**15, 2**13), "cpu": (2**11,)}  # forward and backward, the first with FlexAttention
@@ -22,7 +22,7 @@ TRAINING_CONFIG = "default"
 CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
 CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
 BREAK_EVEN_TOKENS = (2048, 3000, 4096, 5500, 8192, 12000, 16384)  # on CUDA
-LOW_DENSITY, EIGHT_PERCENT = 0.08, "adaptive, 8 %"  # of the first token and the config's name, see `calibrated`
+LOW_DENSITY = 0.08  # of the first token with the config EIGHT_PERCENT, see `calibrated`
 PARTS = ("training", "first token", "drop-in", "captured", "break-even")
 
 
@@ -129,11 +129,14 @@ def beyond_the_operator(
         yield from _first_token_cases(device, profile, dtype, seed)
     if "drop-in" in parts:
         yield from drop_in.cases(device, profile, seed=seed)
-    parts = {*parts} - ({"break-even"} if not cuda else set())
-    if parts & {"captured", "break-even"}:
+    parts = {*parts} - ({"break-even", "drop-in"} if not cuda else set())
+    if parts & {"captured", "break-even", "drop-in"}:
         small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
         text = "\n".join(stdlib_documents().values())[: 8 * BREAK_EVEN_TOKENS[-1]]  # more than enough
         ids = torch.tensor(tokenizer(text).input_ids)[None].to(device)
+    if "drop-in" in parts:
+        own = ids[:, : small.config.max_position_embeddings]
+        yield from drop_in.trained_cases(small, "SmolLM2-135M, trained", own, device, profile, seed=seed)
     if "captured" in parts:
         rows = captured_case(small, ids[:, : CAPTURED_TOKENS[device]], CAPTURED_LAYERS[device], device, **common)
         yield "captured from SmolLM2", rows

@@ -38,6 +38,7 @@ BRIEFLY = {  # config -> lengths at which CUDA times attention and the whole ope
 GRAPH = "graph "  # prefix of an operation that was replayed from a CUDA graph, at all lengths of SHORT
 PREFILL = "prefill "  # prefix of an operation, before the name of a model, see stem.experiments.speed.drop_in
 NEVER_DENSE = "adaptive, never dense"  # config: the preset without its limit `dense_up_to`, for the limit's break-even
+EIGHT_PERCENT = "adaptive, 8 %"  # config: the preset with a threshold for that density, see beyond.calibrated
 PRESETS = ("paper", "released", "hpc_ops", "adaptive")  # configs of the rows that are presets of StemConfig
 DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},

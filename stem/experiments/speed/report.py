@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, number, tokens_label
-from stem.experiments.speed.candidates import BASELINES, GRAPH, PREFILL, PRESETS, SHORT
+from stem.experiments.speed.candidates import BASELINES, EIGHT_PERCENT, GRAPH, PREFILL, PRESETS, SHORT
 from stem.experiments.speed.peers import FP8
 
 DENSE_LABELS = {  # provider -> name, in the order of the tables
@@ -175,6 +175,10 @@ def _against_dense(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{row['density']:.1%}", *times, lead, *(number(ratio, "×") for ratio in ratios)]
 
 
+CALIBRATED = (
+    f"The threshold of `{EIGHT_PERCENT}` is the one that `stem.calibrate` finds for that density in two layers of the "
+    "model's shape, with random weights, on one random prompt of that length."
+)
 BEYOND = {
     "forward+backward": "attention, forward and backward",
     "ttft": "first token of an 8B-shaped Llama, random weights",
@@ -194,10 +198,12 @@ def beyond() -> str:
         names = _dense_names(part)
         lines = []
         for row in part[part.config != "dense"].sort_values(["operation", "tokens", "latency_ms"]).to_dict("records"):
-            about = [BEYOND[row["operation"]], tokens_label(row["tokens"]), row["provider"].replace("_", ", ")]
+            sparse = f"{row['provider'].replace('_', ', ')}, {CONFIG_LABELS.get(row['config'], row['config'])}"
+            about = [BEYOND[row["operation"]], tokens_label(row["tokens"]), sparse]
             lines.append([*about, *_against_dense(row, names), number(row["peak_memory_mib"] / 1024)])
         header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "peak memory [GiB]"]
-        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
+        told = f" {CALIBRATED}" if EIGHT_PERCENT in set(part.config) else ""
+        parts.append(f"**{device}**.{told}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 
@@ -217,8 +223,9 @@ def drop_in() -> str:
             sparse = sparse.set_index("config").reindex(configs)
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
-            ratios = [number(ratio, "×") for ratio in fastest.latency_ms / sparse.latency_ms]
-            host = number((sparse.host_ms / fastest.host_ms).max(), "×")
+            bounds = zip(sparse.speedup, sparse.speedup_low, sparse.speedup_high, strict=True)
+            ratios = [f"{number(x, '×')} [{number(low)}, {number(high)}]" for x, low, high in bounds]
+            host = number((sparse.host_ms / dense.host_ms.min()).max(), "×")
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])
         names = [PRESET_LABELS.get(name) or CONFIG_LABELS[name] for name in configs]
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]

@@ -28,6 +28,8 @@ def test_rows_of_whole_models(tiny):
         assert row["error"] == "" and row["operation"] == "prefill tiny" and row["tokens"] == 100
         assert 0 < row["host_ms"] <= row["latency_ms_p80"] and set(row) <= set(bench.COLUMNS)
         assert row["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / row["latency_ms"])
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    assert dense["speedup_low"] == dense["speedup_high"] == 1
     assert not hasattr(tiny.model.layers[0].self_attn, "stem_layer")
 
 
@@ -37,8 +39,25 @@ def test_all_ways_take_turns(tiny, monkeypatch):
         drop_in, "_timed", lambda model, ids: order.append(model.config._attn_implementation) or (2.0, 1.0)
     )
     rows = drop_in.case("tiny", tiny, 100, "cpu")
-    assert order == (["sdpa"] * 2 + ["stem"] * 4) * 2
+    assert order == ["stem"] * 4 + ["sdpa"] * 2 + ["sdpa"] * 2 + ["stem"] * 4
     assert [(row["latency_ms"], row["host_ms"]) for row in rows] == [(2, 1)] * 3
+
+
+def test_speedups_are_of_one_round(tiny, monkeypatch):
+    """A machine that is three times as slow in one round changes no ratio, but the medians of all calls."""
+    monkeypatch.setitem(drop_in.ROUNDS, "cpu", 3)
+    calls, slow = [], 6  # of a round
+
+    def timed(model, ids):
+        calls.append(model.config._attn_implementation)
+        ms = 2.0 if calls[-1] == "sdpa" else 1.0
+        return (3 * ms if len(calls) <= slow else ms), 1.0
+
+    monkeypatch.setattr(drop_in, "_timed", timed)
+    assert [row["speedup"] for row in drop_in.case("tiny", tiny, 100, "cpu")] == [1, 2, 2]
+    few, many = drop_in.paired([3.0, 1.0, 2.0]), drop_in.paired([float(x) for x in range(20)])
+    assert few == dict(speedup=2, speedup_low=1, speedup_high=3)
+    assert many == dict(speedup=9.5, speedup_low=5, speedup_high=14)
 
 
 def test_long_prompts_take_fewer_turns(tiny, monkeypatch):
@@ -69,6 +88,10 @@ def test_every_model_and_length_is_measured(tiny, monkeypatch):
     monkeypatch.setattr(drop_in, "case", lambda name, model, tokens, device, seed: [(name, tokens)])
     found = [row for _, rows in drop_in.cases("cpu", "full") for row in rows]
     assert found == [("tiny", tokens) for tokens in drop_in.LENGTHS["cpu", "full"]]
+    monkeypatch.setattr(drop_in, "case", lambda name, *_, ids, seed: [(name, ids)])
+    text = torch.zeros(1, 2048)
+    trained = [row for _, rows in drop_in.trained_cases(tiny, "text", text, "cpu", "full") for row in rows]
+    assert trained == [("text", text)] * 2  # of 1K and 2K tokens
     for settings, heads in zip(drop_in.MODELS["cuda"].values(), [(9, 3, 64), (14, 2, 64), (32, 8, 128)], strict=True):
         dim = settings["hidden_size"] // settings["num_attention_heads"]
         assert (settings["num_attention_heads"], settings["num_key_value_heads"], dim) == heads
@@ -77,10 +100,10 @@ def test_every_model_and_length_is_measured(tiny, monkeypatch):
 def test_the_table_compares_with_the_fastest_dense_back_end(made_up_machine):
     def row(provider, config, ms, host):
         common = dict(operation=candidates.PREFILL + "135M", tokens=8192, provider=provider, config=config)
-        return common | dict(latency_ms=ms, host_ms=host)
+        return common | dict(latency_ms=ms, host_ms=host, speedup=21 / ms, speedup_low=1.0, speedup_high=1.5)
 
     rows = [row("sdpa_cudnn", "dense", 20, 10), row("sdpa_flash", "dense", 30, 9)]
     records.write_rows("speed", [*rows, row("stem", "default", 16, 11), row("stem", "adaptive", 25, 12)], "full")
     header, _, line = report.drop_in().splitlines()[2:]
     assert header == "| model | tokens | dense, fastest [ms] | density 0.25 | adaptive | host time, highest |"
-    assert line == "| 135M | 8K | 20 (cuDNN) | 1.25× | 0.8× | 1.2× |"
+    assert line == "| 135M | 8K | 20 (cuDNN) | 1.31× [1, 1.5] | 0.84× [1, 1.5] | 1.33× |"
