@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -59,7 +59,6 @@ class Engine:
     """Sparse layers of one engine in this process, and the block pairs that they computed."""
 
     def __init__(self, vllm_config) -> None:
-        settings.refuse_unsupported(vllm_config)
         attention = get_layers_from_vllm_config(vllm_config, Attention)
         self.layers = settings.sparse_layers(vllm_config, attention)
         self.min_tokens = settings.stem_settings(vllm_config).get("min_tokens", 0)
@@ -176,6 +175,12 @@ class StemImpl:
 
     stem_config: StemConfig | None = None  # set by Engine on sparse layers
     count_kept = None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        vllm_config = get_current_vllm_config()
+        if settings.stem_settings(vllm_config) is not None:
+            settings.model_configs(vllm_config)  # raises before weights are loaded
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         batches = getattr(attn_metadata, "stem", None)

@@ -44,8 +44,8 @@ def configs_by_layer(options: Mapping, count: int) -> list[StemConfig | None]:
     return per_layer(shared, count, options.get("dense_layers", 0), changes)
 
 
-def refuse_unsupported(vllm_config) -> None:
-    """Raise ValueError for settings of the engine that sparse prefill does not cover."""
+def model_configs(vllm_config) -> list[StemConfig | None]:
+    """Config of each layer of the model; raises ValueError for an engine that sparse prefill does not cover."""
     parallel = vllm_config.parallel_config
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -55,15 +55,14 @@ def refuse_unsupported(vllm_config) -> None:
     for name, is_on in refused.items():
         if is_on:
             raise ValueError(f"stem.vllm does not support {name}: turn it off, or remove 'stem' from additional_config")
+    return configs_by_layer(stem_settings(vllm_config), vllm_config.model_config.hf_text_config.num_hidden_layers)
 
 
 def sparse_layers(vllm_config, layers: Mapping[str, object]) -> dict[str, Layer]:
     """Every attention layer by name. Raises ValueError if none would be sparse, or if blocks do not fit the pages."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    count = vllm_config.model_config.hf_text_config.num_hidden_layers
-    configs = configs_by_layer(stem_settings(vllm_config), count)
-    found = {}
+    configs, found = model_configs(vllm_config), {}
     for name, layer in layers.items():
         index = extract_layer_index(name)
         config, reason = configs[index], own_attention(layer)

@@ -64,7 +64,11 @@ def server(tools, model):
 @pytest.fixture(scope="session")
 def engine(tools, model):
     """engine(settings, **options): a vllm.LLM on the small model; None gives vLLM without Stem."""
+    import gc
+
     from vllm import LLM
+
+    gc.freeze()  # vLLM collects five times at every start, which takes long over all that it imports
 
     def start(settings, **options):
         additional = {} if settings is None else {"stem": settings}

@@ -186,7 +186,24 @@ def test_settings_must_be_a_dict():
 )
 def test_unsupported_engines_are_refused(changes, reason):
     with pytest.raises(ValueError, match=f"does not support {reason}"):
-        settings.refuse_unsupported(vllm_config(SETTINGS, **changes))
+        settings.model_configs(vllm_config(SETTINGS, **changes))
+
+
+@pytest.mark.parametrize(
+    "step, threshold, message",
+    [
+        (64, 0, "max_num_batched_tokens must be at least a page of 128 tokens, got 64"),
+        (500, 100, "long_prefill_token_threshold must be at least a page of 128 tokens, got 100"),
+    ],
+)
+def test_a_step_must_hold_a_page(step, threshold, message, monkeypatch):
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    made = dict(max_num_scheduled_tokens=step, block_size=PAGE, need_mamba_block_aligned_split=False)
+    made["scheduler_config"] = SimpleNamespace(long_prefill_token_threshold=threshold)
+    monkeypatch.setattr(AsyncScheduler, "__init__", lambda scheduler: vars(scheduler).update(made))
+    with pytest.raises(ValueError, match=message):
+        stem.vllm.AlignedScheduler()
 
 
 def test_a_gpu_engine_must_choose_the_back_end(monkeypatch):
