@@ -1,5 +1,6 @@
 """A small random Llama on vLLM's CPU engine: in this process, and in a server."""
 
+import gc
 import json
 import os
 import socket
@@ -12,6 +13,14 @@ import torch
 
 CPU_ENGINE = ("test_engine.py", "test_plugin.py", "test_server.py")
 collect_ignore = CPU_ENGINE if torch.cuda.is_available() else ()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def rare_collections():
+    """vLLM collects garbage eight times for each engine, among all the objects that it imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda *generation: 0)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +73,7 @@ def server(tools, model):
 @pytest.fixture(scope="session")
 def engine(tools, model):
     """engine(settings, **options): a vllm.LLM on the small model; None gives vLLM without Stem."""
-    import gc
-
     from vllm import LLM
-
-    gc.freeze()  # vLLM collects five times at every start, which takes long over all that it imports
 
     def start(settings, **options):
         additional = {} if settings is None else {"stem": settings}

@@ -10,9 +10,10 @@ from stem.experiments.serving import engines, first_token
 from stem.experiments.serving.engines import answer, engine
 
 
-def test_rows_and_tokens_of_both_attentions(tmp_path):
+def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     from tiny_models import build
 
+    monkeypatch.setattr("gc.collect", lambda *generation: 0)  # takes long over all that vLLM imports
     sizes = dict(hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, vocab_size=tools.VOCABULARY)
     build("Llama", **sizes, eos_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
     ids, settings = tools.prompt(600), [None, tools.SETTINGS]
