@@ -178,9 +178,7 @@ class StemImpl:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        vllm_config = get_current_vllm_config()
-        if settings.stem_settings(vllm_config) is not None:
-            settings.model_configs(vllm_config)  # raises before weights are loaded
+        settings.check(get_current_vllm_config())  # raises before weights are loaded
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         batches = getattr(attn_metadata, "stem", None)

@@ -44,6 +44,17 @@ def configs_by_layer(options: Mapping, count: int) -> list[StemConfig | None]:
     return per_layer(shared, count, options.get("dense_layers", 0), changes)
 
 
+def check(vllm_config) -> None:
+    """Raise TypeError or ValueError for wrong settings, and for the back end of Stem without settings."""
+    if stem_settings(vllm_config) is not None:
+        model_configs(vllm_config)
+    elif getattr(vllm_config.attention_config.backend, "name", None) == "CUSTOM":
+        raise ValueError(
+            "the attention back end is CUSTOM, but additional_config has no 'stem': add "
+            """--additional-config '{"stem": {"density": 0.25}}', or choose another back end"""
+        )
+
+
 def model_configs(vllm_config) -> list[StemConfig | None]:
     """Config of each layer of the model; raises ValueError for an engine that sparse prefill does not cover."""
     parallel = vllm_config.parallel_config

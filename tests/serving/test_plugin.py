@@ -189,6 +189,16 @@ def test_unsupported_engines_are_refused(changes, reason):
         settings.model_configs(vllm_config(SETTINGS, **changes))
 
 
+def test_the_back_end_of_stem_needs_settings():
+    engine = vllm_config(SETTINGS, attention_config=SimpleNamespace(backend=SimpleNamespace(name="CUSTOM")))
+    settings.check(engine)
+    engine.additional_config = {"Stem": SETTINGS}
+    with pytest.raises(ValueError, match="is CUSTOM, but additional_config has no 'stem'"):
+        settings.check(engine)
+    engine.attention_config.backend = None
+    settings.check(engine)
+
+
 @pytest.mark.parametrize(
     "step, threshold, message",
     [
