@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from stem.selection import BlockSelection
 from stem.validation import check_finite, check_layouts, check_prompt_length, check_scale, compute_dtype
 
 TIMEOUT = 120.0  # of each collective [s]
+HEAD_PARTS = 2  # of the key heads, whose keys and values travel one after the other
 KEPT_OFTEN = 4  # times that a rank's lists keep a key block on average, from which all keys and values travel at once
 
 
@@ -188,13 +189,37 @@ class _Call:
         return kept * (p.q_heads // p.kv_heads) >= KEPT_OFTEN * self.plan.rows.stop * self.peers.world_size
 
     def _at_once(self, q: Tensor, k: Tensor, v: Tensor, shard: shards.Shard) -> tuple[Tensor, Tensor]:
-        """Attention to all kept blocks in one go; all keys and values travel while the blocks are chosen."""
-        p, finish = self.plan.problem, shards.gather_all(k, v, shard, self.peers)
+        """Attention to all kept blocks, some heads after the others; their keys and values travel beside it.
+
+        Those of the first heads travel while the blocks are chosen.
+        """
+        p, parts = self.plan.problem, min(HEAD_PARTS, k.shape[1])
+        travelling = [
+            shards.gather_all(*kv, shard, self.peers) for kv in zip(k.chunk(parts, 1), v.chunk(parts, 1), strict=True)
+        ]
         lists, counts = choose_rows(q, k, v, self.plan, shard, self.peers)
         head_kept = torch.full((p.q_heads,), p.batch * self.plan.kept_blocks, dtype=torch.int64)
         self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts, head_kept)
         selection = shard.gathered_selection(lists, counts)
-        return self._attend(q, *finish(), selection)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+        stop = 0
+        for finish in travelling:
+            keys, values = finish()
+            heads = slice(stop, stop := stop + keys.shape[1] * (p.q_heads // p.kv_heads))
+            here = replace(selection, kv_indices=selection.kv_indices[:, heads], kv_num_blocks=counts[:, heads])
+            self._attend_into(out[:, heads], lse[:, heads], q[:, heads], keys, values, here)
+        return out, lse
+
+    def _attend_into(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection):
+        """_attend, whose results go to out and lse."""
+        if self.plan.impl == "hopper" and selection.block_size == 128 and q.shape[2]:  # this kernel stores them there
+            from stem.kernels.hopper_forward import prepare
+
+            start = prepare(q, k, v, self.plan.problem.scale, out=out)
+            lse.copy_(start(selection.kv_indices, selection.kv_num_blocks)[1])
+        else:
+            for x, found in zip((out, lse), self._attend(q, k, v, selection), strict=True):
+                x.copy_(found)
 
     def backward(self, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the rank's q, k and v."""
