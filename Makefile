@@ -49,6 +49,7 @@ speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=s
 	$(BIN)/python -m stem.experiments.speed.variants --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 	$(BIN)/python -m stem.experiments.speed.coverage --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 	$(BIN)/python -m stem.experiments.speed.shared --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+	$(BIN)/python -m stem.experiments.speed.shared_memory --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 
 hopper: $(INSTALLED) ## time the stages of the Hopper kernel and write results/hopper/; needs a Hopper GPU  [PROFILE=smoke|full]
 	$(BIN)/python -m stem.experiments.hopper --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))

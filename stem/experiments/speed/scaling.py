@@ -104,7 +104,20 @@ def section() -> str:
     rows = full_rows("speed/shared")
     if rows.empty:
         return "No full run of `python -m stem.experiments.speed.shared` is committed yet; it needs two GPUs."
-    return "\n\n".join(f"**{device}, several GPUs of one host**\n\n{_tables(part)}" for device, part in by_device(rows))
+    parts = [f"**{device}, several GPUs of one host**\n\n{_tables(part)}" for device, part in by_device(rows)]
+    memory = full_rows("speed/shared_memory")
+    return "\n\n".join(parts if memory.empty else [*parts, _memory(memory)])
+
+
+def _memory(rows: pd.DataFrame) -> str:
+    """Table of stem.experiments.speed.shared_memory."""
+    header = ["GPUs", "tokens", "layers", "weights [GiB]", "cache [GiB]", "peak [GiB]", "device"]
+    lines = []
+    for row in rows.sort_values("ranks").itertuples():
+        sizes = (number(x / 1024) for x in (row.weights_mib, row.cache_mib, row.peak_memory_mib))
+        lines.append([row.ranks, tokens_label(row.tokens), row.layers, *sizes, row.device])
+    what = "Memory of each GPU while a model of an 8B shape prefills a prompt, measured on one, whose collectives copy:"
+    return f"{what}\n\n{markdown_table(header, lines)}"
 
 
 def _tables(rows: pd.DataFrame) -> str:

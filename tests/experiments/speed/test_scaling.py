@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
+from stem.distributed import Layout
 from stem.experiments import records
-from stem.experiments.speed import scaling, shared
+from stem.experiments.speed import scaling, shared, shared_memory
 from stem.experiments.speed.candidates import Shape
 from stem.experiments.speed.scaling import Machine, predict, ring_bytes
 
@@ -93,6 +94,23 @@ def test_the_section(made_up_machine):
     assert "| all-gather | 1024 | 10 | 110 |" in text
     assert "In 1 of 2 rows" in text and "at most 4.0e-05 " in text
     assert text.index("| operator | 32K |") < text.index("| operator | 128K |") < text.index("| 512 | 8.0% |")
+    assert "Memory of each GPU" not in text
+    row = dict(operation="memory", tokens=2**20, layers=32, weights_mib=15360.0, peak_memory_mib=61440.0)
+    rows = [row | dict(ranks=ranks, cache_mib=2**17 / ranks) for ranks in (8, 4)]
+    records.write_rows("speed/shared_memory", rows, profile="full")
+    lines = scaling.section().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| 4 | 1M | 32 | 15 | 32 | 60 |"))
+    assert lines[first + 1].startswith("| 8 | 1M | 32 | 15 | 16 | 60 |")
+
+
+def test_the_cache_of_a_rank_holds_its_part_of_the_prompt():
+    settings = shared_memory.TINY | dict(num_hidden_layers=2)
+    model = shared_memory.random_llama(settings, "cpu", torch.float32)
+    for ranks in (2, 3):
+        row = shared_memory.memory_row(model, 128 * 9, ranks)
+        own = Layout.for_config(shared_memory.CONFIG, 128 * 9, ranks).num_tokens_of(0)[1]
+        assert row["cache_mib"] == 2 * 2 * own * 64 * 4 / 2**20 and own <= 128 * (9 / ranks + 1)
+        assert row["weights_mib"] == sum(x.numel() for x in model.parameters()) * 4 / 2**20
 
 
 def test_one_gpu_skips_the_rows(monkeypatch, capsys):
