@@ -225,7 +225,7 @@ def a_mesh_of_two_dimensions(rank, mesh):
     assert list(out.placements) == placements
     expected = split.shard(stem.stem_attention(q, k, v, PLAIN), rank)
     torch.testing.assert_close(out.to_local(), expected, atol=2e-6, rtol=1e-5)
-    for config in (PLAIN, ADAPTIVE):  # one rank alone
+    for config in (PLAIN, ADAPTIVE, CONFIGS["means"]):  # one rank alone
         alone = stem_attention(q, k, v, config, mesh=mesh["heads"], return_selection=True)
         out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
         assert_same_lists(alone[1], selection)
