@@ -13,7 +13,11 @@ from stem.experiments.serving.engines import answer, engine
 def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     from tiny_models import build
 
+    def fastest(llms, prompts, tokens=1):
+        return [(answer(llm, prompts, tokens)[0], 100.0 + 5 * tokens) for llm in llms]
+
     monkeypatch.setattr("gc.collect", lambda *generation: 0)  # takes long over all that vLLM imports
+    monkeypatch.setattr(first_token, "fastest", fastest)
     sizes = dict(hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, vocab_size=tools.VOCABULARY)
     build("Llama", **sizes, eos_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
     ids, settings = tools.prompt(600), [None, tools.SETTINGS]
@@ -26,7 +30,7 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     assert all((row["chunk"], row["tokens"], row["requests"]) == (256, 600, 2) for row in found)
     budget = stem.block_budget(38, stem.StemConfig(**tools.SETTINGS))  # blocks of 16 tokens
     assert [row["realised"] for row in found] == [1.0, pytest.approx(int(budget.sum()) / (38 * 39 / 2), abs=1e-9)]
-    assert all(row["first_token_ms"] > 0 for row in found)
+    assert all((row["first_token_ms"], row["token_ms"]) == (105.0, 5.0) for row in found)
     assert [row["answer"] for row in found] == [" ".join(map(str, x)) for x in tokens] and tokens[0] != tokens[1]
 
 
