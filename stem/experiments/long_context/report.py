@@ -49,7 +49,9 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}], n = {self.count}"
+        digits = 3 if max(abs(self.low), abs(self.high)) >= 0.0095 else 5
+        mean, low, high = (f"{value:+.{digits}f}" for value in self[:3])
+        return f"{mean} [{low}, {high}], n = {self.count}"
 
 
 def rows(device: str | None = None, parts: Sequence[str] = PARTS) -> pd.DataFrame:

@@ -62,7 +62,7 @@ def test_a_method_is_shown_at_its_lowest_density_within_the_bounds(rows):
         "adaptive",
         "14.0%",
         "-0.240 [-0.240, -0.240]",
-        "+0.004 [+0.004, +0.004]",
+        "+0.00400 [+0.00400, +0.00400]",
         *["3 (1.5)", "3.00×"] * 2,
     ]
     assert theirs[:2] == ["xattention", "none to 25.0%"] and theirs[4:6] == ["6 (3)", "1.50×"]

@@ -71,6 +71,7 @@ def test_pairs_are_the_samples_of_both_methods_in_all_tasks(rows):
     assert missing.count == 0 and not missing.excludes_zero
     noisy = report.Difference(0.1, -0.1, 0.3, 3)
     assert not noisy.excludes_zero and str(noisy) == "+0.100 [-0.100, +0.300], n = 3"
+    assert str(report.Difference(4e-4, -1e-5, 8e-4, 3)) == "+0.00040 [-0.00001, +0.00080], n = 3"
 
 
 def test_controls_fail_where_the_measure_sees_them(rows):
