@@ -192,7 +192,7 @@ def _needles() -> str:
     """What `adaptive` and published Stem lose on needles and documents against dense attention, at one density."""
     names = {"adaptive": "`adaptive` loses", "stem": "published Stem"}
     names["stem, last block dense"] = "Stem with a dense last query block"
-    found = {told: verdicts.against_dense(method) for method, told in names.items()}
+    found = {told: verdicts.against(method) for method, told in names.items()}
     found = {told: pair for told, pair in found.items() if len(pair) == 2}  # needles, documents
     if len(found) < 2:
         return f"**Quality at equal density**: {WRITES['answers']}."
@@ -201,9 +201,11 @@ def _needles() -> str:
     where = "; ".join(dict.fromkeys(f"{of.model} at {tokens_label(of.length)} tokens" for of in needles + documents))
     densities = ", ".join(f"{of.density:.1%}" for of in needles)
     on_documents = ", ".join(f"{of.difference.mean:.3f}" for of in documents)
+    lead = verdicts.against("adaptive", "stem, last block dense") if len(found) == len(names) else []
+    paired = f" `adaptive` minus the last, paired: {lead[0].difference}." if lead else ""
     return (
         f"**Quality: on needles {lost}** nats of log p(answer) against dense attention, means of "
-        f"{needles[0].difference.count} samples, {where}, densities {densities}. On documents the losses are "
+        f"{needles[0].difference.count} samples, {where}, densities {densities}.{paired} On documents the losses are "
         f"{on_documents} nats per token ([rows](results/README.md#long-context-evaluation))."
     )
 

@@ -89,7 +89,7 @@ def pruning() -> Verdict:
 
 
 class Against(NamedTuple):
-    """A method against dense attention on needles or documents."""
+    """A method against dense attention or another method on needles or documents."""
 
     what: str  # "needles" or "documents"
     difference: Difference  # [nats], [nats per token]
@@ -102,7 +102,7 @@ class Against(NamedTuple):
         return f"{self.what} {self.difference} ({where})"
 
 
-def against_dense(method: str, asked: float = ASKED) -> list[Against]:
+def against(method: str, other: str = "dense", asked: float = ASKED) -> list[Against]:
     """One task of needles, and documents, in blocks of 128 tokens, at the longest samples of the largest model."""
     found = []
     for what, part, measure in (("needles", "answers", "answer"), ("documents", "loss", "loss")):
@@ -113,7 +113,7 @@ def against_dense(method: str, asked: float = ASKED) -> list[Against]:
         rows = report.whole(rows[(rows.measure == measure) & of_task])
         rows = rows[rows.block_size.isna() | (rows.block_size == 128)]
         for (model, length), of in sorted(rows.groupby(["model", "length"]), key=_importance):
-            difference = report.paired(of, method, block_size=128, asked=asked)
+            difference = report.paired(of, method, other, block_size=128, asked=asked)
             if difference.count:
                 own = of[(of.method == method) & (of.asked.isna() | (of.asked == asked))]
                 found.append(Against(what, difference, own.density.mean(), length, model))
@@ -123,7 +123,7 @@ def against_dense(method: str, asked: float = ASKED) -> list[Against]:
 
 def near_dense() -> Verdict:
     """Tables 2 and 4: needles and documents of published Stem at the density of the claim, on the largest model."""
-    found = against_dense("stem")
+    found = against("stem")
     reason = "not testable here: the paper's models have 8B parameters and generate answers"
     return Verdict("; ".join(map(str, found)), reason) if found else NONE
 
