@@ -1,4 +1,4 @@
-"""How good and how cheap a selection is."""
+"""Measures of a selection: recall, error and cost."""
 
 import torch
 from torch import Tensor

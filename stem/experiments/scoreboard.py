@@ -189,7 +189,7 @@ def _time(name: str, operation: str, config: str, told: str, section: str) -> st
 
 
 def _needles() -> str:
-    """What `adaptive` and published Stem lose on needles and documents against dense attention, at one density."""
+    """Losses of `adaptive` and published Stem against dense attention, on needles and documents, at one density."""
     names = {"adaptive": "`adaptive` loses", "stem": "published Stem"}
     names["stem, last block dense"] = "Stem with a dense last query block"
     found = {told: verdicts.against(method) for method, told in names.items()}

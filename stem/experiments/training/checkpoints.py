@@ -179,7 +179,7 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
 
 
 def _difference(found: Tensor | None, expected: Tensor) -> str | None:
-    """How a stored tensor cannot stand for one of the run, in words; None if it can."""
+    """Reason why a stored tensor cannot stand for one of the run, in words; None if it can."""
     if found is None:
         return "is missing"
     for word in ("shape", "dtype"):
