@@ -561,6 +561,7 @@ def value_norms(v: torch.Tensor, block_size: int, group_size: int) -> torch.Tens
     return norms
 
 
+@cache
 def operand_dtype(parts: int) -> tl.dtype:
     """Triton dtype in which sums are multiplied; fp32 in Triton's interpreter, which has no bf16 products."""
     return tl.float32 if parts == 1 or triton.knobs.runtime.interpret else tl.bfloat16

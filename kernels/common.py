@@ -1,7 +1,7 @@
 """Constants, operand dtypes, padded dimensions and TMA alignment that several kernels share."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from inspect import signature
 
 import torch
@@ -37,6 +37,7 @@ def padded_dim(head_dim: int) -> int:
     return max(SMALLEST_DOT, triton.next_power_of_2(head_dim))
 
 
+@cache
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton dtype in which tiles are multiplied: that of the inputs, but fp32 in the interpreter (no bf16 there)."""
     return tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
@@ -54,14 +55,20 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=4096)
+def are_aligned(strides: tuple[int, ...], element_bytes: int) -> bool:
+    """Whether TMA can step by the strides of B, H and N [elements]: multiples of 16 bytes, above 0."""
+    batch, head, row, _ = strides
+    return min(batch, head, row) > 0 and not (batch | head | row) * element_bytes % TMA_BYTES
+
+
 def is_aligned(x: torch.Tensor) -> bool:
-    """Whether TMA can address x [B, H, N, D]: address and strides of B, H and N are multiples of 16 bytes, above 0."""
-    batch, head, row, _ = x.stride()
-    return min(batch, head, row) > 0 and not ((batch | head | row) * x.element_size() | x.data_ptr()) % TMA_BYTES
+    """Whether TMA can address x [B, H, N, D]: its address is a multiple of 16 bytes, and `are_aligned` its strides."""
+    return not x.data_ptr() % TMA_BYTES and are_aligned(x.stride(), x.element_size())
 
 
 def with_dense_rows(x: torch.Tensor, tma: bool = False) -> torch.Tensor:
     """`x` itself if its last stride is 1 and, with `tma`, TMA can read it; else a contiguous copy."""
-    if x.stride(-1) == 1 and (not tma or is_aligned(x)):
+    if x.stride()[-1] == 1 and (not tma or is_aligned(x)):
         return x
     return x.clone(memory_format=torch.contiguous_format)

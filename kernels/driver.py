@@ -70,7 +70,7 @@ class DirectLaunch:
     def __init__(self, variant, layout: Parameters) -> None:
         self._function, self._threads = variant.function, WARP * variant.metadata.num_warps
         self._shared_bytes = variant.metadata.shared
-        self._layout, self._slots = layout, struct.Struct(layout.slot_format())
+        self._layout, self._slots = layout, struct.Struct("=" + "".join(layout.slots))
         self._overlap = ctypes.create_string_buffer(LAUNCH_ATTRIBUTE.pack(PROGRAMMATIC_STREAM_SERIALIZATION, 1))
         self._attributes = ctypes.addressof(self._overlap)
         self._buffers, self._lock = self._new_buffers(), threading.Lock()  # for launches that no other one repeats
@@ -100,7 +100,7 @@ class DirectLaunch:
 
         Args:
             addresses: Address of each tensor, 0 for None.
-            layouts: (shape, strides, dtype) of each tensor that the kernel takes as a tensor descriptor, else None.
+            layouts: (shape, strides, dtype) of each tensor that the kernel takes as a tensor descriptor, in order.
             overlap: See stem.kernels.launch.launch.
         """
         with self._lock:  # until the driver has read the buffers
@@ -125,14 +125,13 @@ class DirectLaunch:
         return Buffers(memory, first, parameters, ctypes.create_string_buffer(LAUNCH_CONFIG.size))
 
     def _write(self, buffers: Buffers, grid: tuple, stream: int, addresses: list, layouts: list, overlap: bool) -> None:
-        values = [
-            described(address, *layout, *box) if box else address
-            for address, layout, box in zip(addresses, layouts, self._layout.boxes, strict=True)
-        ]
-        self._slots.pack_into(buffers.memory, buffers.first, *values)
-        attributes = self._attributes, int(overlap)
-        sizes = *grid, self._threads, 1, 1, self._shared_bytes
-        LAUNCH_CONFIG.pack_into(buffers.config, 0, *sizes, stream, *attributes)
+        if layouts:
+            addresses = addresses.copy()
+            for (slot, *box), layout in zip(self._layout.boxes, layouts, strict=True):
+                addresses[slot] = described(addresses[slot], *layout, *box)
+        self._slots.pack_into(buffers.memory, buffers.first, *addresses)
+        sizes = self._threads, 1, 1, self._shared_bytes
+        LAUNCH_CONFIG.pack_into(buffers.config, 0, *grid, *sizes, stream, self._attributes, overlap)
 
 
 class Parameters:
@@ -141,8 +140,12 @@ class Parameters:
     def __init__(self) -> None:
         self.places: list[int] = []
         self.sizes: list[int] = []
-        self.boxes: list[tuple | None] = []
-        """For each tensor (swizzle, box) of its tensor map, see `described`; None where its address is taken."""
+        self.slots: list[str] = []
+        """Format of struct for the slot of each tensor, which a launch writes."""
+
+        self.boxes: list[tuple] = []
+        """For each tensor map the number of its slot, its swizzle and box, see `described`."""
+
         self.numbers = b""
 
     @classmethod
@@ -173,29 +176,25 @@ class Parameters:
     def add_address(self, missing: bool) -> None:
         """Add the parameter of a tensor; a missing tensor has none."""
         if not missing:
-            self.places.append(len(self.boxes) * SLOT)
+            self.places.append(len(self.slots) * SLOT)
             self.sizes.append(ADDRESS_BYTES)
-        self.boxes.append(None)
+        self.slots.append(f"Q{SLOT - ADDRESS_BYTES}x")
 
     def add_tensor_map(self, rank: int, swizzle: int, box: tuple[int, ...]) -> None:
         """Add the parameters of a tensor descriptor, as `described` packs them: tensor map, shape, strides."""
-        place = len(self.boxes) * SLOT
+        place = len(self.slots) * SLOT
         shape = place + MAP_BYTES
         strides = place + MAP_BYTES + struct.calcsize(f"{rank}i0q")
         self.places += [place, *(shape + 4 * i for i in range(rank)), *(strides + 8 * i for i in range(rank))]
         self.sizes += [MAP_BYTES, *[4] * rank, *[8] * rank]
-        self.boxes.append((swizzle, box))
+        self.boxes.append((len(self.slots), swizzle, box))
+        self.slots.append(f"{SLOT}s")
 
     def add_number(self, form: str, number: float) -> None:
         """Add a parameter that is the same at every call, in a format of struct."""
-        self.places.append(len(self.boxes) * SLOT + len(self.numbers))
+        self.places.append(len(self.slots) * SLOT + len(self.numbers))
         self.sizes.append(struct.calcsize(form))
         self.numbers += struct.pack(form, number).ljust(NUMBER_BYTES, b"\0")
-
-    def slot_format(self) -> str:
-        """Format of struct for the slots that a call writes."""
-        slots = (f"{SLOT}s" if box else f"Q{SLOT - ADDRESS_BYTES}x" for box in self.boxes)
-        return "=" + "".join(slots)
 
 
 def parameter_sizes(ptx: str) -> list[int]:

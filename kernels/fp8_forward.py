@@ -31,6 +31,7 @@ from .hopper_forward import (
     Tasks,
     as_matrix,
     find_task,
+    launch_scratch,
     load_block,
     make_barriers,
     make_ring,
@@ -242,12 +243,13 @@ def sparse_forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     (q8, *q_scales), (k8, *k_scales), (v8, *v_scales) = quantize(q, k, v, BLOCK_SIZE, scale, lse)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tasks = Tasks.of(q, k, out, k8.element_size())
+    tasks = Tasks.of(q.device, q.shape, k.shape[1], k.shape[2], out.stride(), k8.element_size())
+    scratch = launch_scratch(q.device, tasks.number)
     q_tiles = Tiles(q8, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     k_tiles = Tiles(k8, (1, 1, BLOCK_SIZE, head_dim), describe_tiles)
     v_tiles = Tiles(v8, (1, 1, head_dim, BLOCK_SIZE), describe_tiles)
     tensors = q_tiles, k_tiles, v_tiles, out, lse, *q_scales, *k_scales, *v_scales
     lists = kv_indices.contiguous(), kv_num_blocks.contiguous()
     num_kv_blocks = k_scales[0].shape[2]
-    tasks.launch(fp8_forward_kernel, (*tensors, *lists, tasks.scratch), kv_indices.shape[3], (num_kv_blocks,))
+    tasks.launch(fp8_forward_kernel, (*tensors, *lists, scratch), kv_indices.shape[3], (num_kv_blocks,))
     return out, lse

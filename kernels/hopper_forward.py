@@ -651,33 +651,32 @@ class Tasks(NamedTuple):
     numbers: tuple[int, ...]
     """Arguments of a kernel from the strides of its output to num_q_blocks."""
 
-    scratch: torch.Tensor
-
     @classmethod
+    @lru_cache(maxsize=4096)
     def of(
         cls,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        out: torch.Tensor,
+        device: torch.device,
+        q_shape: torch.Size,
+        num_kv_heads: int,
+        num_keys: int,
+        out_strides: tuple[int, ...],
         bytes_of: int,
         size: int = BLOCK_SIZE,
         heads: int = 1,
-        num_keys: int | None = None,
     ) -> "Tasks":
-        """Tasks for queries like q and keys like k, of which each number takes `bytes_of` bytes in the kernel.
+        """Tasks for queries and keys of which each number takes `bytes_of` bytes in the kernel.
 
-        A task is a query block of `size` tokens of as many heads as `heads`, which count as one. num_keys: see prepare.
+        A task is a query block of `size` tokens of as many heads as `heads`, which count as one.
         """
-        (batch, num_q_heads, num_queries, head_dim), num_kv_heads = q.shape, k.shape[1]
-        num_keys = k.shape[2] if num_keys is None else num_keys
+        batch, num_q_heads, num_queries, head_dim = q_shape
         num_q_heads //= heads
         num_q_blocks = -(-num_keys // size) - (num_keys - num_queries) // size
         heads_per_kv_head = num_q_heads // num_kv_heads
         heads = heads_at_once(num_keys, head_dim * bytes_of, batch * num_kv_heads) * heads_per_kv_head
         num_tasks = num_q_blocks * batch * num_q_heads
-        num_programs = min(num_tasks, num_multiprocessors(q.device))
-        numbers = *out.stride()[:3], num_q_heads, heads_per_kv_head, heads, num_queries, num_keys, num_q_blocks
-        return cls(num_tasks, num_programs, heads, numbers, launch_scratch(q.device, num_tasks))
+        num_programs = min(num_tasks, num_multiprocessors(device))
+        numbers = *out_strides[:3], num_q_heads, heads_per_kv_head, heads, num_queries, num_keys, num_q_blocks
+        return cls(num_tasks, num_programs, heads, numbers)
 
     def launch(
         self, kernel, tensors: tuple, max_blocks: int, numbers: tuple = (), full_rows: int = 0, **constants: int
@@ -724,14 +723,15 @@ def prepare(
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
     scale = max(float(scale), SMALLEST_SCALE)
-    q, k, v = (with_dense_rows(x, tma=True) for x in (q, k, v))
-    head_dim = q.shape[3]
+    q, k, v = with_dense_rows(q, True), with_dense_rows(k, True), with_dense_rows(v, True)
+    shape, head_dim, device = q.shape, q.shape[3], q.device
     out = torch.empty_like(q) if out is None else out
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tasks = Tasks.of(q, k, out, q.element_size(), num_keys=num_keys)
+    lse = torch.empty(shape[:3], dtype=torch.float32, device=device)
+    tasks = Tasks.of(device, shape, k.shape[1], num_keys or k.shape[2], out.stride(), q.element_size())
+    scratch = launch_scratch(device, tasks.number)
     q_tiles = Tiles(q, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     key_tile = 1, 1, BLOCK_SIZE, head_dim
-    k_tiles, v_tiles = (Tiles(x, key_tile, describe_tiles) for x in (k, v))
+    k_tiles, v_tiles = Tiles(k, key_tile, describe_tiles), Tiles(v, key_tile, describe_tiles)
 
     def attend(
         kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, full_rows: int = 0, tokens: int = 0
@@ -745,7 +745,7 @@ def prepare(
         tensors = q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous()
         tasks.launch(
             hopper_forward_kernel,
-            (*tensors, tasks.scratch, pages, *stand_ins),
+            (*tensors, scratch, pages, *stand_ins),
             kv_indices.shape[3],
             (flags_of_row, scale, raise_by),
             full_rows,

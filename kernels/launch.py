@@ -71,7 +71,7 @@ def launch(
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, overlap=overlap, **constants)
-    key, addresses = variant_key(kernel, device, tensors, numbers, constants)
+    key, addresses, layouts = variant_key(kernel, device, tensors, numbers, constants)
     compile_only = COMPILE.get()
     if compile_only:
         return compile_only(key, kernel, grid, tensors, numbers, constants)
@@ -80,7 +80,7 @@ def launch(
         kernel[grid](*with_descriptors(tensors), *numbers, **constants)
     else:
         grid = (*grid, 1, 1)[:3]
-        start, layouts = variant.direct, [layout(x) if type(x) is Tiles else None for x in tensors]
+        start = variant.direct
         # after an error of the driver, Triton launches again and raises it
         if start is None or is_watched() or start(grid, current_stream(device), addresses, layouts, overlap):
             variant.compiled[grid](*with_descriptors(tensors), *numbers, *variant.constants)
@@ -129,12 +129,14 @@ def current_stream(device: int) -> int:
     return driver.active.get_current_stream(device)
 
 
-def variant_key(kernel, device: int, tensors: tuple, numbers: tuple, constants: dict) -> tuple[tuple | None, list[int]]:
-    """Cache key of the compiled variant, and the address of each tensor, 0 for None.
+def variant_key(
+    kernel, device: int, tensors: tuple, numbers: tuple, constants: dict
+) -> tuple[tuple | None, list[int], list[tuple]]:
+    """Cache key of the compiled variant, the address of each tensor, 0 for None, and the `layout` of each Tiles.
 
     The key is None where Triton has to choose the variant: in the interpreter, or if a tensor is not aligned.
     """
-    types, addresses, all_bits = [], [], 0
+    types, addresses, layouts, all_bits = [], [], [], 0
     for x in tensors:
         if x is None:
             types.append(None)
@@ -142,14 +144,15 @@ def variant_key(kernel, device: int, tensors: tuple, numbers: tuple, constants: 
             continue
         if type(x) is Tiles:
             types.append(x.shape)
+            layouts.append(layout(x))
             x = x.base
         types.append(x.dtype)
         address = x.data_ptr()
         addresses.append(address)
         all_bits |= address
     if all_bits % ALIGNMENT or not isinstance(kernel, JITFunction):
-        return None, addresses
-    return (kernel.fn, device, *types, *numbers, *constants.values()), addresses
+        return None, addresses, layouts
+    return (kernel.fn, device, *types, *numbers, *constants.values()), addresses, layouts
 
 
 def remember(key: tuple, kernel, grid: tuple, tensors: tuple, numbers: tuple, constants: dict) -> Variant:
@@ -163,9 +166,10 @@ def remember(key: tuple, kernel, grid: tuple, tensors: tuple, numbers: tuple, co
     return VARIANTS[key]
 
 
-def layout(x: torch.Tensor | Tiles | None) -> tuple | None:
-    """(shape, strides, dtype) of a tensor that a kernel takes as a tensor descriptor; None for others."""
-    return (x.base.shape, x.base.stride(), x.base.dtype) if type(x) is Tiles else None
+def layout(tiles: Tiles) -> tuple:
+    """(shape, strides, dtype) of a tensor that a kernel takes as a tensor descriptor."""
+    x = tiles.base
+    return x.shape, x.stride(), x.dtype
 
 
 def with_descriptors(tensors: tuple) -> list:

@@ -28,6 +28,7 @@ from .hopper_forward import (
     copy_tile,
     describe_tiles,
     find_task,
+    launch_scratch,
     load_block,
     make_barriers,
     ring_slot,
@@ -187,8 +188,9 @@ def sparse_forward(
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     tiles = (Tiles(x, (1, 1, block_size, q.shape[3]), describe_tiles) for x in (q, k, v))
     lists = kv_indices[:, ::2].contiguous(), kv_num_blocks[:, ::2].contiguous()
-    tasks = Tasks.of(q, k, out, q.element_size(), block_size, heads=NUM_CONSUMERS.value)
-    tensors = *tiles, out, lse, *lists, tasks.scratch
+    problem = q.device, q.shape, *k.shape[1:3], out.stride(), q.element_size(), block_size
+    tasks = Tasks.of(*problem, heads=NUM_CONSUMERS.value)
+    tensors = *tiles, out, lse, *lists, launch_scratch(q.device, tasks.number)
     tasks.launch(pairs_forward_kernel, tensors, kv_indices.shape[3], (max(float(scale), SMALLEST_SCALE),))
     if tokens:
         return add_stand_ins(out, lse, q, k, v, kv_indices, kv_num_blocks, block_size, tokens, scale)

@@ -171,7 +171,7 @@ class Recorder(TorchDispatchMode):
             places = [place(x.base if type(x) is Tiles else x) for x in tensors]
             if None in places:
                 return None
-            launches.append(Launch(start, grid, places, [layout(x) for x in tensors], overlap))
+            launches.append(Launch(start, grid, places, [layout(x) for x in tensors if type(x) is Tiles], overlap))
         made = [None if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
         return Recording(launches, made, workspace_bytes, inputs[0].device, kept, next(NUMBERS))
 

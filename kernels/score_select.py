@@ -4,6 +4,8 @@ This saves a launch, and launches bound the time of short prompts. Longer rows a
 select_topk, whose device functions this kernel uses.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -115,6 +117,23 @@ def score_select_kernel(
     )  # fmt: skip
 
 
+@cache
+def select_constants(num_kv_blocks: int, parts: int, device: torch.device) -> dict[str, object]:
+    """Compile-time constants of the kernel that no config changes; cached, since they cost some us of host time."""
+    return dict(
+        PARTS=parts,
+        ROWS=ROWS,
+        ROW_SIZE=row_size(num_kv_blocks),
+        WARPS=WARPS,
+        DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
+        DTYPE=operand_dtype(parts),
+        PRECISION=PRECISION,
+        CAN_OVERLAP=at_least_sm90(device),
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+
+
 def score_select(
     q_sums: torch.Tensor,
     k_sums: torch.Tensor,
@@ -133,27 +152,17 @@ def score_select(
     """
     batch, num_q_heads, num_q_blocks, max_blocks = lists[0].shape
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]
-    parts = 2 if q_sums.dtype == torch.bfloat16 else 1
+    constants = select_constants(num_kv_blocks, 2 if q_sums.dtype == torch.bfloat16 else 1, q_sums.device)
     heads_per_kv_head = num_q_heads // num_kv_heads
     sizes = heads_per_kv_head, num_q_blocks, num_kv_blocks, num_q_blocks - q_sums.shape[2]
-    can_overlap = at_least_sm90(q_sums.device)
     launch(
         score_select_kernel,
         (-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads),
         (q_sums, k_sums, value_bonus, budget, *lists),
         (*sizes, sink_blocks, local_blocks, max_blocks, float(scale)),
-        overlap=can_overlap,
+        overlap=constants["CAN_OVERLAP"],
         ON_TOP=on_top,
         DEPTH=q_sums.shape[-1],
-        PARTS=parts,
-        ROWS=ROWS,
-        ROW_SIZE=row_size(num_kv_blocks),
-        WARPS=WARPS,
-        DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
-        DTYPE=operand_dtype(parts),
-        PRECISION=PRECISION,
-        CAN_OVERLAP=can_overlap,
-        num_warps=WARPS,
-        num_stages=STAGES,
+        **constants,
     )
     return lists

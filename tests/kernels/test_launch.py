@@ -91,8 +91,8 @@ def test_tensors_that_are_not_aligned():
 @on_gpu
 def test_what_decides_the_variant():
     x = draw(64)
-    same, addresses = variant_key(scale_kernel, 0, (x, None), (1, 2.0), dict(SIZE=16))
-    assert addresses == [x.data_ptr(), 0]
+    same, addresses, layouts = variant_key(scale_kernel, 0, (x, None), (1, 2.0), dict(SIZE=16))
+    assert addresses == [x.data_ptr(), 0] and layouts == []
     assert same == variant_key(scale_kernel, 0, (draw(64), None), (1, 2.0), dict(SIZE=16))[0]
     assert variant_key(scale_kernel, 0, (x[1:], None), (1, 2.0), dict(SIZE=16))[0] is None
     others = (
@@ -127,7 +127,7 @@ def test_variants_are_compiled_together_and_nothing_runs(monkeypatch):
 
     monkeypatch.setattr(module, "remember", remember)
     monkeypatch.setattr(module, "VARIANTS", {"known": None})
-    monkeypatch.setattr(module, "variant_key", lambda kernel, device, tensors, numbers, constants: (numbers[0], []))
+    monkeypatch.setattr(module, "variant_key", lambda kernel, device, tensors, numbers, constants: (numbers[0], [], []))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     kernel, x, out = Kernel(), torch.ones(16), torch.zeros(16)
     with compiling_together():
@@ -141,7 +141,7 @@ def test_variants_are_compiled_together_and_nothing_runs(monkeypatch):
 
 def test_an_error_of_the_compiler_is_raised(monkeypatch):
     monkeypatch.setattr(module, "remember", lambda *arguments: 1 / 0)
-    monkeypatch.setattr(module, "variant_key", lambda *arguments: ((1, 0), []))
+    monkeypatch.setattr(module, "variant_key", lambda *arguments: ((1, 0), [], []))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with pytest.raises(ZeroDivisionError), compiling_together():
         launch(SimpleNamespace(cache_key=""), (1,), (torch.ones(16),) * 3, (16, 2.0), SIZE=16, SHIFT=0.0)
@@ -171,8 +171,8 @@ def test_parameters_are_where_the_kernel_finds_them(monkeypatch):
 
     encode = SimpleNamespace(cuTensorMapEncodeTiled=lambda place, *_: ctypes.memset(place, 5, 128) and 0)
     monkeypatch.setattr(driver, "cuda_driver", lambda: encode)
-    tensor_map = driver.described.__wrapped__(x.data_ptr(), x.shape, x.stride(), x.dtype, *parameters.boxes[0])
-    slots = struct.pack(parameters.slot_format(), tensor_map, y.data_ptr(), 0) + parameters.numbers
+    tensor_map = driver.described.__wrapped__(x.data_ptr(), x.shape, x.stride(), x.dtype, *parameters.boxes[0][1:])
+    slots = struct.pack("=" + "".join(parameters.slots), tensor_map, y.data_ptr(), 0) + parameters.numbers
     found = [slots[a : a + size] for a, size in zip(parameters.places, parameters.sizes, strict=True)]
     forms = "128s4i4qQifQQ"
     values = [b"\5" * 128, *x.shape, *x.stride(), y.data_ptr(), 7, 0.5, 0, 0]
