@@ -35,8 +35,8 @@ def stem_attention(
     """Causal attention over the key blocks that Stem selects (Algorithm 1); the drop-in for SDPA's causal prefill.
 
     Args:
-        q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), D <= 256: the last Nq positions. A batch of 0
-            gives empty tensors. Under autocast q, k and v are cast once, as SDPA casts them.
+        q: [B, Hq, Nq, D], fp16, bf16, fp32 or fp64 (not with "triton"), D <= 256: the last Nq positions. B = 0 and
+            Nq = 0 give empty tensors. Under autocast q, k and v are cast once, as SDPA casts them.
         k, v: [B, Hkv, Nkv, D], Hq % Hkv == 0, Nq <= Nkv, same dtype and device as q.
         config: Default StemConfig(), a quarter of the causal block pairs.
         scale: Softmax scale, default D**-0.5.

@@ -77,7 +77,7 @@ class Problem:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if is_transformed(q, k, v):
             impl, is_plain, needs_grad = impl or "torch", False, True
-        dense = dense_kernel(q, k, v, needs_grad, returns[1]) if impl is None and q.shape[0] else None
+        dense = dense_kernel(q, k, v, needs_grad, returns[1]) if impl is None and q.numel() else None
         sizes = q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
         scale = check_scale(scale, q.shape[3])
         return cls(*sizes, q.dtype, q.device, config, scale, impl, prompt_length, *returns, needs_grad, is_plain, dense)
@@ -98,7 +98,7 @@ class Plan:
         pairs = in_pairs and p.config.lists == "group" and p.config.block_size == 64  # see kernels/pairs_forward.py
         self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, 128 if pairs else p.config.block_size)
         self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
-        if p.dtype == torch.float64 or not p.batch:
+        if p.dtype == torch.float64 or not p.batch * p.q_len:
             self.choose_impl = "torch"
         self.choice = self._choice()
         self.path = self._path()
@@ -141,7 +141,7 @@ class Plan:
         tokens = f"{p.q_len} queries on {p.kv_len} keys" if p.q_len < p.kv_len else f"{p.kv_len} tokens"
         call = f"{tokens} in blocks of {p.config.block_size}"
         if self.path == "empty":
-            return f"{call}: the batch is empty, so nothing runs."
+            return f"{call}: there is no query, so nothing runs."
         if self.path == "dense":
             return f"{call}: torch's dense kernel ({p.dense_kernel}) attends, because every row keeps every block."
         how = f'{WHY[self.choice].format(self.choose_impl)}; impl="{self.impl}" attends'
@@ -172,9 +172,9 @@ class Plan:
 
     def _choice(self) -> str:
         config, rows = self.problem.config, self.rows
-        if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
+        if self.problem.q_len and rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
             return "forced"
-        if keeps_every_block(rows, config):
+        if not self.problem.q_len or keeps_every_block(rows, config):
             return "all"
         if config.lists == "group" or self.choose_impl != "triton":
             return "scores"
@@ -183,7 +183,7 @@ class Plan:
 
     def _path(self) -> str:
         p, rows = self.problem, self.rows
-        if not p.batch:
+        if not p.batch * p.q_len:
             return "empty"
         if p.impl is None and p.config.compute == "input" and p.dense_kernel and keeps_every_block(rows, p.config):
             is_long = p.kv_len >= LISTS_TOKENS and p.batch * p.q_heads * p.q_len >= LISTS_ROWS

@@ -40,10 +40,10 @@ def block_scores(
 def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str) -> Tensor:
     """block_scores of checked arguments."""
     q, k, v = q.detach(), k.detach(), v.detach()
-    if not q.shape[0]:
+    if not q.numel():
         nk = -(-k.shape[2] // config.block_size)
         num_q_blocks = nk - (k.shape[2] - q.shape[2]) // config.block_size
-        return q.new_empty(0, q.shape[1], num_q_blocks, nk, dtype=compute_dtype(q.dtype))
+        return q.new_zeros(*q.shape[:2], num_q_blocks, nk, dtype=compute_dtype(q.dtype))
     if config.reduction == "softmax":
         return cell_scores(q, k, cell_bonus(v, config, impl), config, scale, impl=impl)
     scale = routing_scale(q.shape[-1], config, scale)

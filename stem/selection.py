@@ -87,7 +87,7 @@ class BlockSelection:
         return kept & (q_position[:, None] >= kv_position)
 
     def density(self) -> float:
-        """Kept over causal block pairs of all rows, heads and batch entries, in (0, 1]; NaN for an empty batch."""
+        """Kept over causal block pairs of all rows, heads and batch entries, in (0, 1]; NaN without any."""
         causal = self.kv_num_blocks.shape[0] * self.kv_num_blocks.shape[1] * self.causal_pairs
         return float(self.kv_num_blocks.sum(dtype=torch.int64)) / causal if causal else float("nan")
 

@@ -60,8 +60,8 @@ def check_layouts(*layouts: tuple[torch.Size, torch.dtype, torch.device]) -> Non
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-        if 0 in shape[1:]:
-            raise ValueError(f"{name} must have no empty dimension but the batch, got shape {tuple(shape)}")
+        if 0 in (shape[1], shape[3]):
+            raise ValueError(f"{name} may be empty in batch and tokens only, got shape {tuple(shape)}")
     (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = q_shape, k_shape
     for name, (shape, dtype, device) in zip("kv", layouts[1:], strict=True):
         if dtype != q_dtype:

@@ -8,6 +8,7 @@ from types import CellType, FunctionType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import stem
 from stem import StemConfig
@@ -105,7 +106,7 @@ def test_other_gpus_never_overlap_and_attend_by_triton(older_gpu):
             "attends through an operator that holds the backward pass.",
         ),
         (2**15, PAPER, dict(device=CPU), 'torch scores every block pair in memory and selects; impl="torch" attends.'),
-        (2**15, PAPER, dict(batch=0), "the batch is empty"),
+        (2**15, PAPER, dict(batch=0), "there is no query"),
     ],
 )
 def test_explain_says_what_runs_and_why(tokens, config, changes, said, hopper):
@@ -276,6 +277,29 @@ def test_an_empty_batch_gives_empty_tensors(impl):
     assert stem.block_sparse_attention(q, k, v, selection, impl=impl).shape == q.shape
     for config in CONFIGS.values():
         assert stem.block_scores(q, k, v, config, impl="triton" if impl == "triton" else None).shape == (0, 4, 8, 8)
+
+
+@pytest.mark.parametrize("kv_len", [0, 5, 32, 2000])
+@pytest.mark.parametrize("impl", [None, "reference", "torch", "triton", "flex"])
+def test_no_queries_give_empty_tensors(impl, kv_len):
+    q, k, v = (torch.randn(2, heads, n, 16).requires_grad_() for heads, n in ((4, 0), (2, kv_len), (2, kv_len)))
+    for config in (*CONFIGS.values(), StemConfig.preset("adaptive", block_size=32)):
+        options = dict(impl=impl, return_selection=True, return_lse=True, sinks=torch.zeros(4))
+        out, selection, lse = stem.stem_attention(q, k, v, config, **options)
+        assert out.shape == F.scaled_dot_product_attention(q, k, v, enable_gqa=True).shape == q.shape
+        assert lse.shape == q.shape[:3] and (selection.q_len, selection.kv_len) == (0, kv_len)
+        out.sum().backward()
+        assert q.grad.shape == q.shape and not k.grad.any() and not v.grad.any()
+        assert stem.block_sparse_attention(q, k, v, selection, impl=impl).shape == q.shape
+        assert stem.block_scores(q, k, v, config, impl="torch").shape == (*q.shape[:2], *selection.to_mask().shape[2:])
+
+
+def test_keys_are_not_missing():
+    q, k = torch.randn(2, 4, 3, 16), torch.randn(2, 4, 0, 16)
+    with pytest.raises(ValueError, match="q must have at most k's 0 tokens, got 3"):
+        stem.stem_attention(q, k, k)
+    with pytest.raises(ValueError, match=r"q may be empty in batch and tokens only, got shape \(2, 0, 3, 16\)"):
+        stem.stem_attention(q[:, :0], k, k)
 
 
 @NEEDS_CUDA

@@ -17,7 +17,7 @@ from stem.validation import check_sinks, compute_dtype
 
 
 def empty_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of an empty batch, empty themselves, through which empty gradients flow."""
+    """Output and log-sum-exp of no queries, empty themselves, through which empty gradients flow."""
     nothing = 0 * (k.sum() + v.sum())
     return q + nothing, (q.sum(-1) + nothing).to(compute_dtype(q.dtype))
 
@@ -40,7 +40,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, impl: str, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over the kept blocks by a resolved implementation."""
-    if not q.shape[0]:
+    if not q.numel():
         return empty_attention(q, k, v)
     if impl in WITHOUT_KERNELS:
         has_backward = impl == "flex" and q.is_cuda and selection.block_size >= 128

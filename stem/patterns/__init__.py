@@ -114,7 +114,7 @@ def select(
 
     Args:
         name: One of `names()`.
-        q, k, v: See stem.stem_attention. An empty batch gives an empty selection.
+        q, k, v: See stem.stem_attention. Without queries the selection is empty.
         config: Block size, density and `dropped` (default StemConfig()). Methods that read other fields say so.
         native: The method's own parameters, see `keywords`. They win over the config.
     Raises:
@@ -129,6 +129,6 @@ def select(
     check_qkv(q, k, v)
     check_finite(q=q, k=k, v=v)
     check_config(config)
-    if not q.shape[0]:
+    if not q.numel():
         name, native = "dense", {}
     return replace(_SELECT[name](Prompt(q, k, v, config), **native), dropped=config.dropped)

@@ -225,6 +225,15 @@ def test_an_empty_batch_gives_an_empty_selection(name):
     assert stem.block_sparse_attention(q, k, v, selection).shape == q.shape
 
 
+@pytest.mark.parametrize("kv_len", [0, 187])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_queries_give_a_selection_without_queries(name, kv_len):
+    q, k, v = (x[:, :, :n] for x, n in zip(draw(75, 187), (0, kv_len, kv_len), strict=True))
+    selection = patterns.select(name, q, k, v, CONFIG)
+    assert (selection.q_len, selection.kv_len) == (0, kv_len)
+    assert stem.block_sparse_attention(q, k, v, selection).shape == q.shape
+
+
 def test_the_table_of_methods_names_the_file_of_each():
     table = re.findall(r"^\| (\w+) \| (\w+\.py) \|", patterns.__doc__, re.MULTILINE)
     assert dict(table) == {name: Path(inspect.getfile(patterns._SELECT[name])).name for name in NAMES}
