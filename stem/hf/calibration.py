@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stem.config import StemConfig, check_config
+from stem.hf.models import check_model
 from stem.hf.switch import stem_prefill
 from stem.validation import check_number
 
@@ -54,8 +55,7 @@ def calibrate(
     check_number("tolerance", tolerance, 0)
     config = StemConfig() if config is None else config
     check_config(config)
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    check_model(model)
     prompts = [prompt.to(next(model.parameters()).device) for prompt in _token_ids(prompts)]
     lengths = [prompt.shape[1] for prompt in prompts]
     if min(lengths) <= config.dense_up_to:

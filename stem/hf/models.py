@@ -21,10 +21,15 @@ MAX_HEAD_DIM = 256  # of stem.stem_attention
 HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size")  # names in modules of the dimensions of their queries and keys
 
 
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Causal attention modules by layer index. TypeError: no module; ValueError: why Stem cannot serve it."""
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError unless model is a torch module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Causal attention modules by layer index. TypeError: no module; ValueError: why Stem cannot serve it."""
+    check_model(model)
     found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "config")]
     found = [module for module in found if getattr(module, "is_causal", False)]
     configs = list({id(module.config): module.config for module in found}.values())

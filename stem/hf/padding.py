@@ -26,6 +26,11 @@ def stem_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Te
     is_causal = options.get("allow_is_causal_skip", True) and options.get("kv_offset", 0) + kv_length <= window
     if is_causal and q_length > 1 and not torch.compiler.is_compiling():
         padding, offset = options.get("attention_mask"), int(q_offset)
+        if padding is not None and padding.ndim != 2:
+            raise ValueError(
+                f"attention_mask must be [batch, tokens], or a token mask of four dimensions, got shape "
+                f"{tuple(padding.shape)}"
+            )
         written = offset + q_length
         if padding is None or (padding.shape[1] >= written and padding[:, :written].all()):
             return torch.tensor([0, written, offset]).expand(batch_size, 1, 1, 3) if offset else None

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from stem.config import StemConfig
 from stem.hf.models import (
     attention_modules,
+    check_model,
     config_by_layer,
     expected_problem,
     give_own_configs,
@@ -78,7 +79,10 @@ def enable(
 
 
 def disable(model: nn.Module) -> None:
-    """Give a model back its attention from before `enable`. Models without Stem and later choices stay as they are."""
+    """Give a model back its attention from before `enable`. Models without Stem and later choices stay as they are.
+
+    Raises TypeError if model is no torch module.
+    """
     _remove(_enabled_layers(model))
 
 
@@ -120,7 +124,10 @@ def stem_prefill(
 
 
 def density(model: nn.Module) -> Report:
-    """Realised density of each layer since `enable`, see Report. Raises ValueError if Stem is not enabled."""
+    """Realised density of each layer since `enable`, see Report.
+
+    Raises TypeError if model is no torch module, ValueError if Stem is not enabled.
+    """
     layers = list(_enabled_layers(model).values())
     if not layers:
         raise ValueError(f"model {type(model).__name__} does not use Stem: call stem.hf.enable(model, config) first")
@@ -171,4 +178,5 @@ def _choose(module: nn.Module, implementation: str) -> None:
 
 
 def _enabled_layers(model: nn.Module) -> dict[nn.Module, Layer]:
+    check_model(model)
     return {module: module.stem_layer for module in model.modules() if hasattr(module, "stem_layer")}

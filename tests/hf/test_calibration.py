@@ -38,6 +38,19 @@ def test_the_threshold_gives_the_density_that_was_asked_for(model, prompts, dens
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_calibration_in_a_mode_gives_the_density_of_that_mode(model, prompts, mode):
+    with mode():
+        config, realised = stem.calibrate(model, prompts, 0.4, BASE)
+        with hf.stem_prefill(model, config) as report, torch.no_grad():
+            for prompt in prompts:
+                model(prompt[None])
+    assert report.density() == realised == pytest.approx(0.4, abs=0.005)
+    hf.enable(model, config)
+    model(prompts[0][None], labels=prompts[0][None]).loss.backward()  # the next step may train
+    assert all(x.grad.isfinite().all() for x in model.parameters())
+
+
 def test_a_larger_density_needs_a_smaller_threshold(model, prompts):
     sparse, dense = (stem.calibrate(model, prompts, density, BASE).config.threshold for density in (0.3, 0.7))
     assert dense < sparse

@@ -208,5 +208,8 @@ def test_a_config_that_does_not_fit_is_named_and_changes_nothing(config, error, 
 def test_wrong_model_and_impl_are_named():
     with pytest.raises(TypeError, match="model must be a transformers model, got str"):
         hf.enable("smollm2", SPARSE)
+    for function in (hf.density, hf.disable):
+        with pytest.raises(TypeError, match="model must be a transformers model, got int"):
+            function(3)
     with pytest.raises(ValueError, match="impl must be one of None, 'reference', .* got 'cuda'"):
         hf.enable(build(), SPARSE, impl="cuda")

@@ -1,5 +1,7 @@
 """stem.hf.padding: spans say what SDPA's token mask says, in three numbers a row."""
 
+import re
+
 import pytest
 import torch
 from tiny_models import SPARSE, build, logits, tokens
@@ -86,6 +88,14 @@ def test_a_mask_that_says_something_else_is_refused():
         assert padding.token_mask(mask, query, query) is mask
         with pytest.raises(ValueError, match="attention_mask"):
             padding.rows_by_span(mask, query)
+
+
+@pytest.mark.parametrize("shape", [(40,), (2, 40, 40), (2, 1, 1, 40, 40)])
+def test_masks_of_other_dimensions_are_named(shape):
+    model = build()
+    hf.enable(model, SPARSE)
+    with pytest.raises(ValueError, match=re.escape(f"or a token mask of four dimensions, got shape {shape}")):
+        model(tokens()[:, :40].expand(2, -1), attention_mask=torch.ones(shape, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("q_offset, kv_length", [(0, 12), (4, 12), (4, 20)])
