@@ -86,7 +86,7 @@ def test_the_headline_is_the_fastest_method_within_both_bounds(rows, monkeypatch
     assert (found.row.operator_ms, found.row.tokens, found.dense.method) == (3.0, 2**17, "fa3")
     told = scoreboard._matched()
     assert told.startswith("**Operator at matched accuracy: 3.0× over FlashAttention-3 (9 → 3 ms)** at 128K tokens")
-    assert "within 0.25 nats" in told and "-0.240 [-0.240, -0.240], n = 2; +0.004" in told
+    assert "loses 0.24 [0.24, 0.24] nats on needles and 0.0040 nats" in told
     monkeypatch.setattr(matched_report, "NATS", -0.1)
     monkeypatch.setattr(matched_report, "LOSS", 0.0005)
     assert matched_report.fastest() is None and scoreboard._matched() == ""
