@@ -120,9 +120,11 @@ def _refuse_unread(pattern: str, config: StemConfig, native: Mapping, given: Map
 
     A preset has no effect if its budget has none or, where another budget replaces that, if no field has one.
     """
-    q = torch.randn(1, 1, max(16 * config.block_size, 1024), 8, generator=torch.Generator().manual_seed(0))
     read = {"compute"} if pattern == "stem" else set()  # which the attention reads, but not a selector's
-    patterns.select(pattern, q, q, q, config=_Watched(config.replace(dense_up_to=0), read), **native)
+    with torch.device("cpu"):  # vLLM asks while it builds a model, for a GPU and in half precision
+        shape, generator = (1, 1, max(16 * config.block_size, 1024), 8), torch.Generator().manual_seed(0)
+        q = torch.randn(shape, generator=generator, dtype=torch.float32)
+        patterns.select(pattern, q, q, q, config=_Watched(config.replace(dense_up_to=0), read), **native)
     preset = PRESETS.get(given.get("preset"), {}).items()
     of_preset = {name for name, value in preset if name not in given and getattr(config, name) == value}
     of_preset = of_preset & BUDGET_FIELDS - {"allocation"} or of_preset

@@ -153,6 +153,17 @@ def test_every_option_of_stem_evaluate():
     assert configs == [None, stem.StemConfig.preset("paper", decay=0.5, density=0.5), paper, None]
 
 
+@pytest.mark.parametrize("options", [{"density": 0.25}, {"preset": "paper"}, {"preset": "adaptive"}])
+def test_options_are_checked_while_a_model_is_built_for_a_gpu(options):
+    wanted, dtype = settings.configs_by_layer(options, 2), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):  # as little a CPU as a GPU is
+            assert settings.configs_by_layer(options, 2) == wanted
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -19,6 +19,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)  # of whole prompts
 CHUNKED_LENGTHS = (32768, 131072)
 CHUNK = 8192
 DENSITIES = (None, 0.25, 0.1)  # None is vLLM's own attention
+MIN_TOKENS = 4096  # of a sparse prompt, as README starts a server
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
 DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
 SHOWN = 8  # tokens of an answer in a row
@@ -28,7 +29,8 @@ SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short promp
 def large_model_rows() -> list[dict]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
-    Three engines at a time take turns, which needs 60 GiB. Those of whole prompts decode from CUDA graphs.
+    Prompts below MIN_TOKENS stay dense. Three engines at a time take turns, which needs 60 GiB. Those of whole prompts
+    decode from CUDA graphs.
 
     Returns:
         A row for each attention, chunk and length: attention, density (requested), realised (the density that was
@@ -66,7 +68,7 @@ def compared(start: Callable, chunk: int | None, cases: Sequence[tuple[Sequence,
     Arguments start, chunk and options: see large_model and engines.engine.
     """
     longest = max(len(ids) for prompts, _ in cases for ids in prompts)
-    settings = [None if density is None else dict(density=density) for density in DENSITIES]
+    settings = [None if density is None else dict(density=density, min_tokens=MIN_TOKENS) for density in DENSITIES]
     with ExitStack() as stack:
         llms = [stack.enter_context(start(x, longest, chunk, **options)) for x in settings]
         return [row for prompts, further in cases for row in _rows(llms, settings, chunk, prompts, further)]
