@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ from stem.selection import BlockSelection
 from stem.validation import check_finite, check_layouts, check_prompt_length, check_scale, compute_dtype
 
 TIMEOUT = 120.0  # of each collective [s]
-HEAD_PARTS = 2  # of the key heads, whose keys and values travel one after the other
 KEPT_OFTEN = 4  # times that a rank's lists keep a key block on average, from which all keys and values travel at once
 
 
@@ -130,7 +129,8 @@ def plan_part(q, k, v, config, layout, rank, scale=None, impl=None, prompt_lengt
     check_finite(q=q, k=k, v=v)
     sizes = q.shape[0], q.shape[1], k.shape[1], q_len, kv_len, q.shape[3]
     options = check_scale(scale, q.shape[3]), impl, prompt_length
-    return _cached_plan(Problem(*sizes, q.dtype, q.device, config, *options, is_plain=False))
+    # needs_grad keeps out kernels that block_sparse_attention does not know
+    return _cached_plan(Problem(*sizes, q.dtype, q.device, config, *options, needs_grad=True, is_plain=False))
 
 
 _cached_plan = lru_cache(maxsize=1024)(Plan)
@@ -189,37 +189,12 @@ class _Call:
         return kept * (p.q_heads // p.kv_heads) >= KEPT_OFTEN * self.plan.rows.stop * self.peers.world_size
 
     def _at_once(self, q: Tensor, k: Tensor, v: Tensor, shard: shards.Shard) -> tuple[Tensor, Tensor]:
-        """Attention to all kept blocks, some heads after the others; their keys and values travel beside it.
-
-        Those of the first heads travel while the blocks are chosen.
-        """
-        p, parts = self.plan.problem, min(HEAD_PARTS, k.shape[1])
-        travelling = [
-            shards.gather_all(*kv, shard, self.peers) for kv in zip(k.chunk(parts, 1), v.chunk(parts, 1), strict=True)
-        ]
+        """Attention to all kept blocks in one go; all keys and values travel while the blocks are chosen."""
+        p, finish = self.plan.problem, shards.gather_all(k, v, shard, self.peers)
         lists, counts = choose_rows(q, k, v, self.plan, shard, self.peers)
         head_kept = torch.full((p.q_heads,), p.batch * self.plan.kept_blocks, dtype=torch.int64)
         self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts, head_kept)
-        selection = shard.gathered_selection(lists, counts)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
-        stop = 0
-        for finish in travelling:
-            keys, values = finish()
-            heads = slice(stop, stop := stop + keys.shape[1] * (p.q_heads // p.kv_heads))
-            here = replace(selection, kv_indices=selection.kv_indices[:, heads], kv_num_blocks=counts[:, heads])
-            self._attend_into(out[:, heads], lse[:, heads], q[:, heads], keys, values, here)
-        return out, lse
-
-    def _attend_into(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection):
-        """_attend, whose results go to out and lse."""
-        if self.plan.impl == "hopper" and selection.block_size == 128 and q.shape[2]:  # this kernel stores them there
-            from stem.kernels.hopper_forward import prepare
-
-            start = prepare(q, k, v, self.plan.problem.scale, out=out)
-            lse.copy_(start(selection.kv_indices, selection.kv_num_blocks)[1])
-        else:
-            for x, found in zip((out, lse), self._attend(q, k, v, selection), strict=True):
-                x.copy_(found)
+        return attend_to_all(q, *finish(), lists, counts, self.plan, shard)
 
     def backward(self, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the rank's q, k and v."""
@@ -275,7 +250,7 @@ class _Call:
         table[torch.from_numpy(shard.blocks).to(q.device)] = torch.arange(len(shard.blocks), device=q.device)
         used, own = torch.arange(lists.shape[3], device=q.device) < counts[..., None], table[lists.long()]
         here = shard.selection(*_compact(own, used & (own >= 0)))
-        out, lse = self._attend(q, k, v, here)
+        out, lse = _attend(q, k, v, here, self.plan)
         if finish is None:
             return out, lse
         slots = torch.from_numpy(fetch.slots.copy()).to(q.device).unflatten(0, (p.batch, p.kv_heads))
@@ -283,10 +258,8 @@ class _Call:
         there = _compact(slots.gather(3, lists.long()), used & (own < 0))
         fetched = finish().detach().requires_grad_(q.requires_grad)
         self.leaves.append(fetched)
-        keys = slice(0, shard.selection(*there, fetch.num_slots).kv_len)
-        far, far_lse = self._attend(
-            q, fetched[0][:, :, keys], fetched[1][:, :, keys], shard.selection(*there, fetch.num_slots)
-        )
+        rest = shard.selection(*there, fetch.num_slots)
+        far, far_lse = _attend(q, *fetched[:, :, :, : rest.kv_len], rest, self.plan)
         total = torch.logaddexp(lse, far_lse)
         parts = ((out, lse), (far, far_lse))
         merged = sum(x.to(total.dtype) * (part - total).exp()[..., None] for x, part in parts)
@@ -296,25 +269,13 @@ class _Call:
         self, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, shard: shards.Shard
     ) -> tuple[Tensor, Tensor]:
         """Attention to kept blocks and means of the others: to the whole prompt's keys, as chunks of it."""
-        size, dropped = shard.block_size, self.plan.problem.config.dropped
         fetched = self.fetch.start(k.detach(), v.detach())().detach().requires_grad_(q.requires_grad)
         self.leaves.append(fetched)
-        keys, values = fetched
-        parts, done = [], 0
-        for row, first, count in shard.runs:
-            stop = min((first + count) * size, self.final.num_tokens)
-            queries = q[:, :, done : done + stop - max(first * size, self.final.start)]
-            chosen = (x[:, :, row : row + count] for x in (lists, counts))
-            selection = BlockSelection(*chosen, size, first + count, queries.shape[2], stop, dropped)
-            parts.append(self._attend(queries, keys[:, :, :stop], values[:, :, :stop], selection))
-            done += queries.shape[2]
-        return tuple(torch.cat(x, 2) for x in zip(*parts, strict=True)) if parts else self._attend(q, k, v, None)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, selection) -> tuple[Tensor, Tensor]:
-        if not q.shape[2]:
-            return q * 1, q.sum(-1).to(compute_dtype(q.dtype))
-        p = self.plan.problem
-        return block_sparse_attention(q, k, v, selection, p.scale, self.plan.impl, return_lse=True)
+        parts = []
+        for part, selection in shard.chunks(lists, counts, self.plan.problem.config.dropped):
+            keys, values = fetched[:, :, :, : selection.kv_len]
+            parts.append(_attend(q[:, :, part], keys, values, selection, self.plan))
+        return tuple(torch.cat(x, 2) for x in zip(*parts, strict=True)) if parts else _attend(q, k, v, None, self.plan)
 
     def _returned(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         layouts = self.final.of_queries(), self.layout.of_queries()
@@ -333,6 +294,34 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         return *ctx.call.backward(dout, dlse), None
+
+
+def attend_to_all(
+    q: Tensor, keys: Tensor, values: Tensor, lists: Tensor, counts: Tensor, plan: Plan, shard: shards.Shard
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a rank's queries, from the keys and values of `gather_all`, without gradients."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+    paged = plan.impl == "hopper"  # reads keys and values where they are
+    if paged:
+        from stem.kernels.hopper_forward import prepare
+
+        pages = shard.pages(keys.shape[1] * keys.shape[2], keys.device)
+    keys, values = (shards.as_pages(x) if paged else shard.in_order(x) for x in (keys, values))
+    for part, selection in shard.chunks(lists, counts, "skip"):
+        if paged:
+            options = dict(pages=pages, num_keys=selection.kv_len, out=out[:, :, part])
+            start = prepare(q[:, :, part], keys, values, plan.problem.scale, **options)
+            lse[:, :, part] = start(selection.kv_indices, selection.kv_num_blocks)[1]
+        else:
+            seen = (x[:, :, : selection.kv_len] for x in (keys, values))
+            out[:, :, part], lse[:, :, part] = _attend(q[:, :, part], *seen, selection, plan)
+    return out, lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    if not q.shape[2]:
+        return q * 1, q.sum(-1).to(compute_dtype(q.dtype))
+    return block_sparse_attention(q, k, v, selection, plan.problem.scale, plan.impl, return_lse=True)
 
 
 def _compact(values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

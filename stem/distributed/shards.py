@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stem.cells import pad_to_grid
 from stem.distributed.exchange import Peers
@@ -59,22 +60,34 @@ class Shard:
         return slots_of(self.all_blocks)
 
     @lru_cache(maxsize=1024)  # noqa: B019  a copy to the device waits for the work before it
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """On a device: q_blocks, slots, and the place of each key block among the keys of `gather_all`, int32."""
-        (slots, width), world = self.slots, self.layout.world_size
-        places = np.where(slots // width == self.rank, slots + (world - self.rank) * width, slots)
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """q_blocks and slots on a device."""
         with lasting_tensors():
-            return tuple(torch.from_numpy(x).to(device) for x in (self.q_blocks, slots, places.astype(np.int32)))
+            return torch.from_numpy(self.q_blocks).to(device), torch.from_numpy(self.slots[0]).to(device)
 
-    def gathered_selection(self, kv_indices: Tensor, kv_num_blocks: Tensor) -> BlockSelection:
-        """Lists of the rank's rows as a selection of the keys of `gather_all`: other ranks' blocks, then its own.
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def pages(self, heads: int, device: torch.device) -> Tensor:
+        """Place of each key block in `as_pages`, int32 [nk], where B * Hkv is `heads`."""
+        slots, width = self.slots
+        with lasting_tensors():
+            return torch.from_numpy((slots // width * heads * width + slots % width).astype(np.int32)).to(device)
 
-        They are not ascending, but the diagonal block stays the last one, and all others are in its past.
-        """
-        places = self.on(kv_indices.device)[2]
-        lists = places.index_select(0, kv_indices.flatten()).view_as(kv_indices)
-        before = self.layout.world_size * self.slots[1] + len(self.blocks) - len(self.q_blocks)
-        return self.selection(lists, kv_num_blocks, before)
+    def in_order(self, gathered: Tensor) -> Tensor:
+        """Keys or values of `gather_all` in the prompt's order, [B, Hkv, Nkv, D]."""
+        blocks = gathered.movedim(0, 2).unflatten(3, (self.slots[1], self.block_size)).flatten(2, 3)
+        blocks = blocks.index_select(2, self.on(gathered.device)[1])
+        return blocks.flatten(2, 3)[:, :, : self.layout.num_tokens]
+
+    def chunks(self, lists: Tensor, counts: Tensor, dropped: str) -> list[tuple[slice, BlockSelection]]:
+        """The rank's queries as chunks of the prompt that end with them: places, and their lists as a selection."""
+        found, done = [], 0
+        for row, first, count in self.runs:
+            stop = min((first + count) * self.block_size, self.layout.num_tokens)
+            part = slice(done, done := done + stop - max(first * self.block_size, self.layout.start))
+            chosen = (x[:, :, row : row + count] for x in (lists, counts))
+            sizes = self.block_size, first + count, part.stop - part.start, stop
+            found.append((part, BlockSelection(*chosen, *sizes, dropped)))
+        return found
 
     @cached_property
     def num_keys(self) -> int:
@@ -99,22 +112,25 @@ class Shard:
         return BlockSelection(kv_indices, kv_num_blocks, self.block_size, num_kv_blocks, self.num_queries, keys)
 
 
-def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Begin to gather all keys and values; the result waits and gives both: all ranks' blocks, then the rank's own.
+def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Callable[[], list[Tensor]]:
+    """Begin to gather all keys and values; the result waits and gives both, [world_size, B, Hkv, rows, D].
 
-    Every rank has `shard.slots[1]` blocks in front, with zeros behind its own; see Shard.gathered_selection.
+    Every rank has `shard.slots[1]` blocks of rows, with zeros behind its own.
     """
-    world, width, (batch, heads, num_keys, dim) = peers.world_size, shard.slots[1] * shard.block_size, k.shape
-    tokens = k.new_empty(world + 1, width, 2, batch, heads, dim)
-    torch.stack([x.detach().permute(2, 0, 1, 3) for x in (k, v)], 1, out=tokens[world, :num_keys])
-    tokens[world, num_keys:] = 0
-    finish = peers.gather(tokens[world], FETCH, tokens[:world])
+    missing, travelling = shard.slots[1] * shard.block_size - k.shape[2], []
+    for x in (k, v):
+        x = pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach().contiguous()
+        travelling.append(peers.gather(x, FETCH, x.new_empty(peers.world_size, *x.shape)))
+    return lambda: [finish() for finish in travelling]
 
-    def result() -> tuple[Tensor, Tensor]:
-        finish()
-        return tokens.flatten(0, 1)[: world * width + num_keys].permute(1, 2, 3, 0, 4).unbind()
 
-    return result
+def as_pages(gathered: Tensor) -> Tensor:
+    """Keys or values of `gather_all` as kernels read pages: [B, Hkv, rows, D], without a copy; see Shard.pages.
+
+    The rows of a head go on into those of other heads, up to where the next rank's begin, and so on.
+    """
+    world, batch, heads, rows, dim = gathered.shape
+    return gathered.as_strided((batch, heads, (world - 1) * batch * heads * rows + rows, dim), gathered.stride()[1:])
 
 
 class Fetch:

@@ -9,6 +9,10 @@ from pathlib import Path
 import distributed_cases
 import pytest
 import torch
+from torch.nn.functional import pad
+
+from stem.distributed import Layout
+from stem.distributed.shards import Shard, as_pages
 
 LIMIT = 900  # seconds of one start of processes; it catches hangs only
 CASES = Path(distributed_cases.__file__)
@@ -55,6 +59,34 @@ def outcomes(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcomes_on_gpus(tmp_path_factory):
     return run(tmp_path_factory.mktemp("ranks"), 2, "cuda", ON_GPUS)[0]
+
+
+@pytest.mark.parametrize("tokens, batch, start", [(333, 1, 0), (100, 2, 0), (20, 1, 0), (250, 1, 100)])
+def test_gathered_keys_in_order_and_as_pages(tokens, batch, start):
+    size, dim = distributed_cases.SIZE, 4
+    layout = Layout.zigzag(start or tokens, 3, size)
+    layout = (layout.extended(tokens - start, size) if start else layout).aligned(size)
+    k = torch.randn(batch, 2, tokens, dim)
+    shards = [Shard.of(layout, rank, size) for rank in range(3)]
+    rows = shards[0].slots[1] * size
+    parts = [layout.shard(k, rank) for rank in range(3)]
+    gathered = torch.stack([pad(part, (0, 0, 0, rows - part.shape[2])) for part in parts])
+    seen = []
+    for shard in shards:
+        assert torch.equal(shard.in_order(gathered), k)
+        pages, memory = shard.pages(2 * batch, k.device), as_pages(gathered)
+        for block, page in enumerate(pages.tolist()):
+            block = k[:, :, block * size :][:, :, :size]
+            assert torch.equal(memory[:, :, page * size :][:, :, : block.shape[2]], block)
+        queries = layout.positions(shard.rank)
+        lists = torch.zeros(batch, 2, len(shard.q_blocks), 1, dtype=torch.int32)
+        for part, chunk in shard.chunks(lists, lists[..., 0], "mean"):
+            found = queries[queries >= start][part]
+            assert list(found) == list(range(chunk.kv_len - chunk.q_len, chunk.kv_len)) and chunk.dropped == "mean"
+            first = (chunk.kv_len - chunk.q_len) // size
+            assert chunk.num_kv_blocks == -(-chunk.kv_len // size) == first + chunk.num_q_blocks
+            seen.extend(found)
+    assert sorted(seen) == list(range(start, tokens))
 
 
 @pytest.mark.parametrize("name", sorted(distributed_cases.CASES))

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import stem
 from stem import hf, metrics
 from stem.distributed import Layout, stem_attention
-from stem.distributed.attention import TIMEOUT, plan_part
+from stem.distributed.attention import TIMEOUT, attend_to_all, plan_part
 from stem.distributed.choose import choose_rows
 from stem.distributed.exchange import Peers
 from stem.distributed.shards import Shard, gather_all
@@ -72,20 +72,18 @@ def operator_row(shape: Shape, config: stem.StemConfig, mesh: DeviceMesh, seed: 
     together = partial(stem_attention, *mine, config, mesh=mesh, layout=layout)
     times = _pairs(one, together, peers, PAIRS, warm=shape.tokens < LONG_TOKENS)
     row = about | asdict(shape) | _compared(times, received, shape, peers) | _parts(mine, config, layout, peers)
-    return row | dict(exposed_ms=row["latency_ms"] - row["selection_ms"] - row["lists_ms"] - row["attention_ms"])
+    return row | dict(exposed_ms=row["latency_ms"] - row["selection_ms"] - row["attention_ms"])
 
 
 def _parts(mine: list[Tensor], config: stem.StemConfig, layout: Layout, peers: Peers) -> dict[str, float]:
-    """Columns of parts of a call, each alone [ms]: selection and its exchange, lists, keys and values, attention."""
+    """Columns of parts of a call, each alone [ms]: selection and its exchange, keys and values, attention."""
     plan = plan_part(*mine, config, layout, peers.rank)
     shard = Shard.of(layout, peers.rank, config.block_size)
-    lists, (keys, values) = choose_rows(*mine, plan, shard, peers), gather_all(*mine[1:], shard, peers)()
-    selection = shard.gathered_selection(*lists)
+    lists, gathered = choose_rows(*mine, plan, shard, peers), gather_all(*mine[1:], shard, peers)()
     calls = dict(
         selection=lambda: choose_rows(*mine, plan, shard, peers),
-        lists=lambda: shard.gathered_selection(*lists),
         exchange=lambda: gather_all(*mine[1:], shard, peers)(),
-        attention=lambda: stem.block_sparse_attention(mine[0], keys, values, selection),
+        attention=lambda: attend_to_all(mine[0], *gathered, *lists, plan, shard),
     )
     for call in calls.values():
         _time(call, peers)
