@@ -9,7 +9,7 @@ CHOSEN = $(if $(METHODS),--methods $(METHODS)) $(if $(MODEL),--model $(MODEL)) $
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test serve-test lint theory correctness speed hopper training long_context evaluation quality extend serving tables notebooks lab lab-test clean
+.PHONY: help env reproduce test unit-test notebook-test serve-test lint theory correctness speed hopper training long_context evaluation quality extend serving tables notebooks lab lab-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,8 +26,12 @@ $(INSTALLED): environment.yml pyproject.toml scripts/install.py
 reproduce: $(INSTALLED) ## run notebooks 01-09 into results/notebooks/  [PROFILE=smoke|full|auto ONLY=02 FORCE=1 SILENCE=30]
 	$(BIN)/python scripts/reproduce.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(FORCE)),--force) $(if $(SILENCE),--silence $(SILENCE))
 
-test: $(INSTALLED) ## unit, kernel and repository tests, then the committed notebooks through nbval
+test: unit-test notebook-test ## both targets below, in turn, or with `make -j2 test` side by side
+
+unit-test: $(INSTALLED) ## unit, kernel and repository tests
 	$(BIN)/python -m pytest -q tests
+
+notebook-test: $(INSTALLED) ## the committed notebooks through nbval
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
 
 serve-test: $(INSTALLED) ## install vLLM's CPU build beside the pinned packages and test serving with it
