@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
+import stem
 from stem.distributed import Layout
 from stem.distributed.shards import Shard, as_pages
 
@@ -87,6 +88,24 @@ def test_gathered_keys_in_order_and_as_pages(tokens, batch, start):
             assert chunk.num_kv_blocks == -(-chunk.kv_len // size) == first + chunk.num_q_blocks
             seen.extend(found)
     assert sorted(seen) == list(range(start, tokens))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize(
+    "config", [stem.StemConfig(density=0.08), stem.StemConfig.preset("paper")], ids=["8 %", "paper"]
+)
+def test_a_layout_for_a_config_gives_ranks_equally_many_blocks_and_even_work(config, world):
+    for blocks in (1, 2, 5, 40, 1000):
+        layout = Layout.for_config(config, blocks * 128 - 28, world)
+        owners = layout.owners[::128]
+        counts = [int((owners == rank).sum()) for rank in range(world)]
+        work = torch.minimum(stem.block_budget(blocks, config), torch.arange(1, blocks + 1)).double()
+        loads = torch.stack([work[owners == rank].sum() for rank in range(world)])
+        assert loads.max() <= 1.05 * loads.mean() + work.max()
+        if blocks == 1000:
+            assert loads.max() <= 1.01 * loads.mean()
+            assert max(counts) - min(counts) <= 1 and sum(len(pieces) for pieces in layout.pieces) <= 3 * world
+        assert sum(counts) == blocks
 
 
 @pytest.mark.parametrize("name", sorted(distributed_cases.CASES))
