@@ -46,6 +46,7 @@ def add_groups(
     first_row,
     first_group,
     num_rows,
+    stride_h,
     stride_n,
     stride_d,
     HEAD_DIM: tl.constexpr,
@@ -54,15 +55,18 @@ def add_groups(
     STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     REVERSE: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """Store the sums of GROUPS groups of the block that starts at first_row of a head (< 0 in front of a chunk)."""
+    """Store the sums of GROUPS groups of the block that starts at first_row of HEADS heads (< 0 before a chunk)."""
     groups, dims = first_group + tl.arange(0, GROUPS), tl.arange(0, BLOCK_D)
     sums = tl.zeros([GROUPS, BLOCK_D], tl.float32)
-    for sample in tl.static_range(BLOCK_SIZE // STRIDE):
-        rows = first_row + sample * STRIDE + groups
-        exists = ((rows >= 0) & (rows < num_rows))[:, None] & (dims < HEAD_DIM)[None, :]
-        tile = tl.load(x_ptr + rows[:, None] * stride_n + dims[None, :] * stride_d, mask=exists, other=0.0)
-        sums += tile.to(tl.float32)  # [GROUPS, BLOCK_D]
+    for _ in range(HEADS):
+        for sample in tl.static_range(BLOCK_SIZE // STRIDE):
+            rows = first_row + sample * STRIDE + groups
+            exists = ((rows >= 0) & (rows < num_rows))[:, None] & (dims < HEAD_DIM)[None, :]
+            tile = tl.load(x_ptr + rows[:, None] * stride_n + dims[None, :] * stride_d, mask=exists, other=0.0)
+            sums += tile.to(tl.float32)  # [GROUPS, BLOCK_D]
+        x_ptr += stride_h
     slots = STRIDE - 1 - groups if REVERSE else groups
     store_split(
         sums_ptr, slots[:, None] * HEAD_DIM + dims[None, :], sums, STRIDE * HEAD_DIM, (dims < HEAD_DIM)[None, :]
@@ -138,12 +142,13 @@ def score_inputs_kernel(
     STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
     LOG_TERM: tl.constexpr,
     CAN_OVERLAP: tl.constexpr,
 ):
-    """One program reads one block of v, of k or of q.
+    """One program reads one block of v, of k or of HEADS query heads, which count as one of the num_q_heads.
 
-    Grid: (2 * num_kv_programs + B * Hq * nq, STRIDE / GROUPS), with num_kv_programs = B * Hkv * nk. LOG_TERM:
+    Grid: (2 * num_kv_programs + B * num_q_heads * nq, STRIDE / GROUPS), num_kv_programs = B * Hkv * nk. LOG_TERM:
     values_ptr takes the weighted value term of the block, [nk]; otherwise the largest norm of each of its groups,
     [nk, groups]. pages_ptr: block of k and v in memory for each key block; None if they are in order.
     """
@@ -156,9 +161,9 @@ def score_inputs_kernel(
         batch, head = split_pair(batch_head, num_q_heads)
         first_row = (offset // BLOCK_SIZE + first_q_block + block).to(tl.int64) * BLOCK_SIZE - offset
         add_groups(
-            q_ptr + batch * stride_qb + head * stride_qh, q_sums_ptr + program.to(tl.int64) * PARTS * depth,
-            first_row, first_group, num_queries, stride_qn, stride_qd,
-            HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, True,
+            q_ptr + batch * stride_qb + head * HEADS * stride_qh, q_sums_ptr + program.to(tl.int64) * PARTS * depth,
+            first_row, first_group, num_queries, stride_qh, stride_qn, stride_qd,
+            HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, True, HEADS,
         )  # fmt: skip
     else:
         kv_program = program % num_kv_programs
@@ -172,8 +177,8 @@ def score_inputs_kernel(
         if program >= num_kv_programs:
             add_groups(
                 k_ptr + batch * stride_kb + head * stride_kh, k_sums_ptr + kv_program.to(tl.int64) * PARTS * depth,
-                first_row, first_group, end_row, stride_kn, stride_kd,
-                HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, False,
+                first_row, first_group, end_row, stride_kh, stride_kn, stride_kd,
+                HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, False, 1,
             )  # fmt: skip
         elif first_group == 0:
             v_ptr += batch * stride_vb + head * stride_vh
@@ -207,15 +212,20 @@ def block_sums_kernel(
     GROUPS: tl.constexpr,
     PARTS: tl.constexpr,
     REVERSE: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """One program computes the sums of GROUPS groups of one block. Grid: (blocks, STRIDE / GROUPS, B * H)."""
+    """One program computes the sums of GROUPS groups of one block of HEADS heads, which count as one of num_heads.
+
+    Grid: (blocks, STRIDE / GROUPS, B * num_heads).
+    """
     block = tl.program_id(0)
     batch, head = split_pair(tl.program_id(2), num_heads)
     first_row = (offset // BLOCK_SIZE + block) * BLOCK_SIZE - offset
     sums_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + block) * PARTS * STRIDE * HEAD_DIM
     add_groups(
-        x_ptr + batch * stride_xb + head * stride_xh, sums_ptr, first_row.to(tl.int64), tl.program_id(1) * GROUPS,
-        num_tokens, stride_xn, stride_xd, HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, REVERSE,
+        x_ptr + batch * stride_xb + head * HEADS * stride_xh, sums_ptr, first_row.to(tl.int64),
+        tl.program_id(1) * GROUPS, num_tokens, stride_xh, stride_xn, stride_xd,
+        HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, REVERSE, HEADS,
     )  # fmt: skip
 
 
@@ -423,6 +433,7 @@ def score_inputs(
     value_weight: float,
     first_q_block: int = 0,
     num_q_blocks: int | None = None,
+    heads: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Group sums of queries and keys and the weighted value term, in one pass over q, k and v; see `score_blocks`.
 
@@ -434,11 +445,12 @@ def score_inputs(
         value_norm: "log", "zscore" or "zscore_padded", see stem.scores.value_term.
         value_weight: Factor of the value term.
         first_q_block, num_q_blocks: First query block and number of query blocks to sum; default all.
+        heads: Consecutive query heads whose sums are added; they count as one in q_sums.
     Returns:
         q_sums, k_sums: As from `block_sums`. value_bonus: fp32 [B, Hkv, nk].
     """
     blocks = first_q_block, num_q_blocks
-    *sums, values = raw_inputs(q, k, v, block_size, stride, value_norm, value_weight, *blocks)
+    *sums, values = raw_inputs(q, k, v, block_size, stride, value_norm, value_weight, *blocks, heads)
     return *sums, standardize(values, stride, value_norm, value_weight, k.shape[2])
 
 
@@ -452,6 +464,7 @@ def raw_inputs(
     value_weight: float,
     first_q_block: int = 0,
     num_q_blocks: int | None = None,
+    heads: int = 1,
     pages: torch.Tensor | None = None,
     num_keys: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -461,6 +474,7 @@ def raw_inputs(
     k and v hold the keys in order, and nothing else.
     """
     batch, num_q_heads, num_queries, head_dim = q.shape
+    num_q_heads //= heads
     num_kv_heads, num_keys = k.shape[1], k.shape[2] if num_keys is None else num_keys
     num_kv_blocks = -(-num_keys // block_size)
     offset = num_keys - num_queries
@@ -481,6 +495,7 @@ def raw_inputs(
         (q, k, v, q_sums, k_sums, values, pages),
         (*q.stride(), *k.stride(), *v.stride(), *sizes, first_q_block, offset, float(value_weight)),
         DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
+        HEADS=heads,
         LOG_TERM=log_term,
         CAN_OVERLAP=at_least_sm90(q.device),
         **constants,
@@ -506,7 +521,9 @@ def standardize(values: torch.Tensor, stride: int, value_norm: str, value_weight
     return value_bonus
 
 
-def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, offset: int = 0) -> torch.Tensor:
+def block_sums(
+    x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, offset: int = 0, heads: int = 1
+) -> torch.Tensor:
     """Sums of interleaved groups of rows: group g of a block adds its rows g, g + stride, g + 2 * stride, ...
 
     Args:
@@ -515,11 +532,13 @@ def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, 
         stride: Groups per block; divides block_size.
         reverse: Store group g at slot stride - 1 - g (for queries: slots then pair along the antidiagonal).
         offset: Absolute position of row 0 [tokens]; blocks are aligned to position 0.
+        heads: Consecutive heads whose sums are added; H counts them as one below.
     Returns:
         fp32 [B, H, nb, stride * D] for fp32 inputs, for others bf16 [B, H, nb, 2, stride * D], whose two parts add up
         to the sums; block 0 holds position `offset`; rows that do not exist count as zeros.
     """
     batch, num_heads, num_tokens, head_dim = x.shape
+    num_heads //= heads
     num_blocks = -(-(offset + num_tokens) // block_size) - offset // block_size
     sums = empty_sums(batch, num_heads, num_blocks, stride * head_dim, x)
     constants = group_constants(head_dim, block_size, stride, x.dtype)
@@ -529,6 +548,7 @@ def block_sums(x: torch.Tensor, block_size: int, stride: int, *, reverse: bool, 
         (x, sums),
         (*x.stride(), num_heads, num_tokens, offset),
         REVERSE=reverse,
+        HEADS=heads,
         **constants,
     )
     return sums

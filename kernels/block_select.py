@@ -175,6 +175,11 @@ def empty_lists(
     return kv_indices, torch.empty(batch, num_heads, num_rows, dtype=torch.int32, device=device)
 
 
+def for_all_heads(lists: tuple[torch.Tensor, torch.Tensor], heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of all query heads, from lists that `heads` consecutive ones share."""
+    return lists if heads == 1 else tuple(x.repeat_interleave(heads, 1) for x in lists)
+
+
 def select_topk(
     scores: torch.Tensor,
     budget: torch.Tensor,

@@ -26,6 +26,7 @@ def store_features(
     features_ptr,
     first_cell,
     group,
+    stride_xh,
     stride_xn,
     stride_xd,
     num_tokens,
@@ -41,8 +42,9 @@ def store_features(
     PEAK: tl.constexpr,
     CELLS: tl.constexpr,
     UNROLL: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """Store the features of one stride group of CELLS cells of a head. Row 0 of x is row `front` of cell 0.
+    """Store the features of one stride group of CELLS cells of HEADS heads. Row 0 of x is row `front` of cell 0.
 
     Group sums are divided by the rows of the whole cell, so that the product of two rows, times STRIDE, is the mean
     logit of the sampled pairs. With PEAK, STRIDE is 1. The features are multiplied by `scale` before they are rounded.
@@ -53,17 +55,19 @@ def store_features(
     sums = tl.zeros([CELLS, BLOCK_D], tl.float32)
     largest = tl.full([CELLS, BLOCK_D], float("-inf"), tl.float32)
     smallest = tl.full([CELLS, BLOCK_D], float("inf"), tl.float32)
-    for sample in tl.range(0, CELL // STRIDE, loop_unroll_factor=UNROLL, num_stages=1):
-        rows = first_row + sample * STRIDE + group
-        exists = ((rows >= 0) & (rows < num_tokens))[:, None] & (dims < HEAD_DIM)[None, :]
-        tile = tl.load(x_ptr + rows[:, None] * stride_xn + dims[None, :] * stride_xd, mask=exists, other=0.0)
-        tile = tile.to(tl.float32)  # [CELLS, BLOCK_D]
-        sums += tile
-        if PEAK:
-            largest = tl.maximum(largest, tl.where(exists, tile, float("-inf")))
-            smallest = tl.minimum(smallest, tl.where(exists, tile, float("inf")))
+    for _ in range(HEADS):
+        for sample in tl.range(0, CELL // STRIDE, loop_unroll_factor=UNROLL, num_stages=1):
+            rows = first_row + sample * STRIDE + group
+            exists = ((rows >= 0) & (rows < num_tokens))[:, None] & (dims < HEAD_DIM)[None, :]
+            tile = tl.load(x_ptr + rows[:, None] * stride_xn + dims[None, :] * stride_xd, mask=exists, other=0.0)
+            tile = tile.to(tl.float32)  # [CELLS, BLOCK_D]
+            sums += tile
+            if PEAK:
+                largest = tl.maximum(largest, tl.where(exists, tile, float("-inf")))
+                smallest = tl.minimum(smallest, tl.where(exists, tile, float("inf")))
+        x_ptr += stride_xh
     rows_in_cell = tl.minimum(first_row + CELL, num_tokens) - tl.maximum(first_row, 0)
-    means = sums / tl.maximum(rows_in_cell, 1).to(tl.float32)[:, None]
+    means = sums / (HEADS * tl.maximum(rows_in_cell, 1)).to(tl.float32)[:, None]
 
     WIDTH: tl.constexpr = HEAD_DIM * (2 if PEAK else STRIDE)
     offsets = cells.to(tl.int64)[:, None] * WIDTH + dims[None, :]
@@ -113,22 +117,23 @@ def cell_features_kernel(
     PEAK: tl.constexpr,
     CELLS: tl.constexpr,
     UNROLL: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """One program reads one stride group of CELLS cells of one head, of queries or of keys.
+    """One program reads one stride group of CELLS cells of HEADS query heads, pooled as one, or of a key-value head.
 
-    Grid: (num_q_programs + B * Hkv * key tiles, STRIDE), with num_q_programs = B * Hq * query tiles. The programs of
-    queries come first. Row 0 of the queries is row `front` of cell 0.
+    Grid: (num_q_programs + B * Hkv * key tiles, STRIDE), num_q_programs = B * num_q_heads * query tiles, where HEADS
+    query heads count as one. The programs of queries come first. Row 0 of the queries is row `front` of cell 0.
     """
     program, group = tl.program_id(0), tl.program_id(1)
     WIDTH: tl.constexpr = HEAD_DIM * (2 if PEAK else STRIDE)
     if program < num_q_programs:
         num_tiles = tl.cdiv(num_q_cells, CELLS)
         batch_head, first_cell = (program // num_tiles).to(tl.int64), program % num_tiles * CELLS
-        x_ptr = q_ptr + batch_head // num_q_heads * stride_qb + batch_head % num_q_heads * stride_qh
+        x_ptr = q_ptr + batch_head // num_q_heads * stride_qb + batch_head % num_q_heads * HEADS * stride_qh
         store_features(
             x_ptr, q_features_ptr + batch_head * num_q_cells * WIDTH, first_cell, group,
-            stride_qn, stride_qd, num_queries, num_q_cells, front, peak, scale * LOG2_E,
-            HEAD_DIM, BLOCK_D, Q_CELL, STRIDE, True, PEAK, CELLS, UNROLL,
+            stride_qh, stride_qn, stride_qd, num_queries, num_q_cells, front, peak, scale * LOG2_E,
+            HEAD_DIM, BLOCK_D, Q_CELL, STRIDE, True, PEAK, CELLS, UNROLL, HEADS,
         )  # fmt: skip
     else:
         num_tiles, program = tl.cdiv(num_k_cells, CELLS), program - num_q_programs
@@ -136,8 +141,8 @@ def cell_features_kernel(
         x_ptr = k_ptr + batch_head // num_kv_heads * stride_kb + batch_head % num_kv_heads * stride_kh
         store_features(
             x_ptr, k_features_ptr + batch_head * num_k_cells * WIDTH, first_cell, group,
-            stride_kn, stride_kd, num_keys, num_k_cells, 0, peak, 1.0,
-            HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS, UNROLL,
+            stride_kh, stride_kn, stride_kd, num_keys, num_k_cells, 0, peak, 1.0,
+            HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS, UNROLL, 1,
         )  # fmt: skip
 
 
@@ -168,6 +173,9 @@ class Cells:
 
     kv_len: int
     """Keys."""
+
+    heads: int = 1
+    """Consecutive query heads whose queries are pooled as those of one head; shares of single queries are averaged."""
 
     @cached_property
     def num_kv_blocks(self) -> int:
@@ -208,10 +216,12 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
         scale: Softmax scale; the queries' features are multiplied by it.
     Returns:
         Features of the query cells and of the key cells, [B, H, cells, stride * D] (2 * D wide if peak > 0) like q,
+        where pooled heads count as one,
         fp32 in Triton's interpreter. Queries have their groups in reverse order, or the positive and negative parts of
         their corners. fp16 overflows if |q| * scale * stride * log2(e) exceeds 65504.
     """
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    num_q_heads //= cells.heads
     num_q_cells, num_k_cells = cells.num_q_blocks * cells.query_cells, cells.num_kv_blocks * cells.key_cells
     dtype = torch.float32 if triton.knobs.runtime.interpret else q.dtype
     width = head_dim * (2 if cells.peak else cells.stride)
@@ -245,6 +255,7 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
         PEAK=cells.peak > 0,
         CELLS=FEATURE_TILE,
         UNROLL=UNROLL,
+        HEADS=cells.heads,
         num_warps=FEATURE_WARPS,
     )
     return q_features, k_features

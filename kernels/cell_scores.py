@@ -33,8 +33,11 @@ def pool_shares(
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
     RMS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
+
+    HEADS consecutive heads of the sums count as one, whose shares are the mean of theirs.
 
     numbers: of the chunk, as pair_cells yields them, see pool_shares_kernel.
     sums_ptr: of a chunk that begins with query block first_row. Query cells without a query (before q_start or from
@@ -42,25 +45,28 @@ def pool_shares(
     """
     num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len = numbers
     causal = blocks <= num_kv_blocks - num_q_blocks + row
-    sums_ptr += (batch_head * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
-    shares = tl.zeros([blocks.shape[0]], tl.float32)
-    num_counted = 0
-    for first_cell in range(0, CELLS, CELL_TILE):
-        cells = first_cell + tl.arange(0, CELL_TILE)
-        first_tokens = first_position + (row * CELLS + cells) * CELL
-        counted = (first_tokens + CELL > q_start) & (first_tokens < kv_len)  # [CELL_TILE]
-        offsets = cells[:, None] * num_kv_blocks + blocks[None, :]
-        weights = tl.load(sums_ptr + offsets, mask=causal[None, :], other=0.0).to(tl.float32)
-        weights *= (1 / tl.sum(weights, axis=1))[:, None]
-        weights = tl.where(counted[:, None], weights, 0.0)  # [CELL_TILE, N]
-        shares += tl.sum(weights * weights if RMS else weights, axis=0)
-        num_counted += tl.sum(counted.to(tl.int32), axis=0)
-    if RMS:
-        shares = tl.sqrt(shares)
-        shares /= tl.sum(shares, axis=0)
-    else:
-        shares /= num_counted
-    return tl.where(causal, tl.log2(tl.maximum(shares, TINY)) * LN_2, float("-inf"))
+    mean = tl.zeros([blocks.shape[0]], tl.float32)  # of the heads
+    for head in range(HEADS):
+        head_ptr = sums_ptr + ((batch_head * HEADS + head) * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
+        shares = tl.zeros([blocks.shape[0]], tl.float32)
+        num_counted = 0
+        for first_cell in range(0, CELLS, CELL_TILE):
+            cells = first_cell + tl.arange(0, CELL_TILE)
+            first_tokens = first_position + (row * CELLS + cells) * CELL
+            counted = (first_tokens + CELL > q_start) & (first_tokens < kv_len)  # [CELL_TILE]
+            offsets = cells[:, None] * num_kv_blocks + blocks[None, :]
+            weights = tl.load(head_ptr + offsets, mask=causal[None, :], other=0.0).to(tl.float32)
+            weights *= (1 / tl.sum(weights, axis=1))[:, None]
+            weights = tl.where(counted[:, None], weights, 0.0)  # [CELL_TILE, N]
+            shares += tl.sum(weights * weights if RMS else weights, axis=0)
+            num_counted += tl.sum(counted.to(tl.int32), axis=0)
+        if RMS:
+            shares = tl.sqrt(shares)
+            shares /= tl.sum(shares, axis=0)
+        else:
+            shares /= num_counted
+        mean += shares / HEADS
+    return tl.where(causal, tl.log2(tl.maximum(mean, TINY)) * LN_2, float("-inf"))
 
 
 @for_all_lengths
@@ -78,13 +84,14 @@ def pool_shares_kernel(
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
     RMS: tl.constexpr,
+    HEADS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
     """One program computes the scores of one query block of one head, in registers. Grid: (rows, B * Hq)."""
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.arange(0, ROW_SIZE)
     numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len
-    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS)
+    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS, HEADS)
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
@@ -92,7 +99,8 @@ def pool_shares_kernel(
 def cell_constants(cells: Cells) -> dict[str, int]:
     """Compile-time constants and warps of the kernels that pool the shares of cells."""
     row_size = max(2, triton.next_power_of_2(cells.num_kv_blocks))
-    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, ROW_SIZE=row_size)
+    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, HEADS=1)
+    constants |= dict(ROW_SIZE=row_size)
     return constants | dict(num_warps=min(16, max(1, row_size // 1024)))
 
 
@@ -100,7 +108,7 @@ def token_constants(cells: Cells) -> dict[str, int]:
     """cell_constants for single queries: several are read at once, since there are many for few programs."""
     constants = cell_constants(cells)
     at_once = min(cells.block_size, max(1, TOKEN_TILE // constants["ROW_SIZE"]))
-    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once)
+    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once, HEADS=cells.heads)
     return constants | dict(num_warps=min(16, max(8, constants["ROW_SIZE"] // 512)))
 
 
@@ -124,11 +132,12 @@ def cell_scores(
         exact_last_blocks: Query blocks at the end that are read token by token.
         features: From `cell_features`, by default computed; scores of query blocks without any are not written.
     Returns:
-        fp32 [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
+        fp32 [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future. Pooled heads count as one.
     """
-    heads = q.shape[0] * q.shape[1]
-    scores = q.new_empty(*q.shape[:2], cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
     features = cell_features(q, k, cells, scale) if features is None else features
+    batch, num_heads = features[0].shape[:2]
+    heads = batch * num_heads
+    scores = q.new_empty(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
 
     def pool(rows: int, sums: torch.Tensor, numbers: tuple, constants: dict) -> None:
         launch(pool_shares_kernel, (rows, heads), (sums, scores), numbers, **constants)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_select import empty_lists, is_forced
+from .block_select import empty_lists, for_all_heads, is_forced
 from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
 from .cell_scores import cell_constants, pool_shares, token_constants
@@ -84,12 +84,12 @@ def select_above_kernel(
 @triton.jit
 def pool_select_row(
     sums_ptr, row, batch_head, numbers, lists, rules,
-    CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, RMS: tl.constexpr,
+    CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, RMS: tl.constexpr, HEADS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Pool the cells of one query block of one head and select among the first ROW_SIZE blocks, all that it sees."""
     blocks = tl.arange(0, ROW_SIZE)
-    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS)
+    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS, HEADS)
     select_row(scores, blocks, row, batch_head, *lists, *rules)
 
 
@@ -114,6 +114,7 @@ def pool_select_kernel(
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
     RMS: tl.constexpr,
+    HEADS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
 ):
     """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq)."""
@@ -123,12 +124,12 @@ def pool_select_kernel(
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold
     HALF: tl.constexpr = ROW_SIZE // 2
     if num_kv_blocks - num_q_blocks + row < HALF:  # half the work for half of the rows
-        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HALF)
+        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HEADS, HALF)
         unseen = HALF + tl.arange(0, HALF)
         list_row = batch_head * num_q_blocks + row
         tl.store(kv_indices_ptr + list_row * num_kv_blocks + unseen, 0, mask=unseen < num_kv_blocks)
     else:
-        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, ROW_SIZE)
+        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HEADS, ROW_SIZE)
 
 
 def select_above(
@@ -180,8 +181,8 @@ def pool_select(
     features: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of select_above for the scores of cell_scores, which are not stored; the arguments are those of both."""
-    batch, num_heads = q.shape[:2]
     features = cell_features(q, k, cells, scale) if features is None else features
+    batch, num_heads = features[0].shape[:2]
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
 
@@ -193,4 +194,4 @@ def pool_select(
         select(*chunk, cell_constants(cells))
     if exact_last_blocks:  # overwrites the lists of these rows
         select(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells))
-    return lists
+    return for_all_heads(lists, cells.heads)

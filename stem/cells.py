@@ -28,12 +28,12 @@ def cell_scores(
         bonus: [B, Hkv, nk], added to the logits of a key block's cells; None is zero.
         impl: "torch" or "triton".
     Returns:
-        fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
+        fp32 (fp64 for fp64 inputs) [B, lists, nq, nk]; exp of it sums to 1 over a row; -inf in the future.
     """
     if impl == "triton":
         from stem.kernels.cell_scores import cell_scores as score_cells
 
-        cells = kernel_cells(q.shape[2], k.shape[2], config)
+        cells = kernel_cells(q.shape[2], k.shape[2], config, config.pooled_heads(q.shape[1], k.shape[1]))
         return score_cells(q, k, bonus, cells, scale, config.exact_last_blocks)
     scores = pair_features(*prompt_features(q, k, config, scale), bonus, config, q.shape[2], k.shape[2])
     if config.exact_last_blocks:
@@ -41,10 +41,11 @@ def cell_scores(
         first = q_start // size
         block = max(first, blocks_at_least_half_full(k.shape[2], size) - config.exact_last_blocks)  # where they begin
         one_token = config.replace(
-            exact_last_blocks=0, score_cells=size, score_query_cells=None, score_stride=1, score_peak=0.0
+            exact_last_blocks=0, score_cells=size, score_query_cells=None, score_stride=1, score_peak=0.0, lists="head"
         )
         last_q = q[:, :, max(0, block * size - q_start) :]
-        scores[:, :, block - first :] = cell_scores(last_q, k, bonus, one_token, scale)
+        exact = cell_scores(last_q, k, bonus, one_token, scale).exp().unflatten(1, (scores.shape[1], -1))
+        scores[:, :, block - first :] = exact.mean(2).log()
     return scores
 
 
@@ -54,7 +55,8 @@ def prompt_features(q: Tensor, k: Tensor, config: StemConfig, scale: float) -> t
     key_cells, query_cells = config.score_cells, config.score_query_cells or config.score_cells
     q_start, nk = k.shape[2] - q.shape[2], -(-k.shape[2] // size)
     grid = size // query_cells, stride, q_start % size, (nk - q_start // size) * query_cells
-    q_rows = cell_features(q, *grid, peak, queries=True) * (scale * stride)
+    heads = config.pooled_heads(q.shape[1], k.shape[1])
+    q_rows = cell_features(q, *grid, peak, queries=True, heads=heads) * (scale * stride)
     return q_rows, cell_features(k, size // key_cells, stride, 0, nk * key_cells, peak)
 
 
@@ -100,17 +102,17 @@ def blocks_at_least_half_full(tokens: int, size: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def kernel_cells(q_len: int, kv_len: int, config: StemConfig):
+def kernel_cells(q_len: int, kv_len: int, config: StemConfig, heads: int = 1):
     """Cells of a config for these lengths, as the kernels take them: stem.kernels.cell_scores.Cells."""
     from stem.kernels.cell_scores import Cells
 
-    grid = dict(block_size=config.block_size, q_len=q_len, kv_len=kv_len)
+    grid = dict(block_size=config.block_size, q_len=q_len, kv_len=kv_len, heads=heads)
     cells = dict(query_cells=config.score_query_cells or config.score_cells, key_cells=config.score_cells)
     return Cells(**grid, **cells, stride=config.score_stride, peak=config.score_peak, rms=config.score_pooling == "rms")
 
 
 def cell_features(
-    x: Tensor, cell: int, stride: int, front: int, num_cells: int, peak: float, *, queries: bool = False
+    x: Tensor, cell: int, stride: int, front: int, num_cells: int, peak: float, *, queries: bool = False, heads: int = 1
 ) -> Tensor:
     """One factor of the logits: cell means, or with a peak the upper and the lower corner of each cell side by side.
 
@@ -121,19 +123,20 @@ def cell_features(
         stride: Groups of a cell; group g holds its rows g, g + stride, ... With a peak, stride is 1.
         peak: How far a corner lies from the mean (0) to the largest or smallest value of a dimension (1).
         queries: Reverse the groups; keep the positive part of the upper corner and the negative part of the lower one.
+        heads: Consecutive heads whose cells are pooled as those of one head.
     Returns:
-        fp32 (fp64 for fp64 inputs) [B, H, num_cells, stride * D], twice as wide if peak > 0; 0 for a cell without rows.
+        fp32 (fp64 for fp64 inputs) [B, H / heads, num_cells, stride * D], twice as wide if peak > 0; 0 where no row is.
     """
     around = (0, 0, front, num_cells * cell - front - x.shape[2])
     sums = group_sums(torch.nn.functional.pad(x, around), cell, stride, reverse=queries)
     edges = (torch.arange(num_cells + 1, device=x.device) * cell - front).clamp(0, x.shape[2])
-    means = sums / edges.diff().clamp_min(1).to(sums.dtype)[:, None]
+    means = sums.unflatten(1, (-1, heads)).mean(2) / edges.diff().clamp_min(1).to(sums.dtype)[:, None]
     if not peak:
         return means
     corners = []
     for reduce, nothing in ((torch.amax, -torch.inf), (torch.amin, torch.inf)):
         rows = torch.nn.functional.pad(x, around, value=nothing).unflatten(2, (num_cells, cell))
-        extreme = reduce(rows, 3).to(means.dtype)
+        extreme = reduce(rows.unflatten(1, (-1, heads)), (2, 4)).to(means.dtype)
         corners.append(means.lerp(torch.where(extreme == nothing, 0, extreme), peak))
     upper, lower = corners
     return torch.cat([upper.clamp_min(0), lower.clamp_max(0)] if queries else corners, -1)

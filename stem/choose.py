@@ -32,9 +32,6 @@ def choose_scores(
     """Scores of all block pairs in memory, then the selection; covers every config."""
     config_here = rows.at_the_end(config)
     scores = score(q, k, v, config_here, scale, impl)
-    if config.lists == "group":
-        shares = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).log_softmax(-1).unflatten(1, (k.shape[1], -1))
-        scores = shares.logsumexp(2, keepdim=True).expand_as(shares).flatten(1, 2)
     return select_blocks(scores, rows.budget(config), config_here, impl=impl, q_len=q.shape[2], kv_len=k.shape[2])
 
 
@@ -46,7 +43,7 @@ def choose_share(
 
     config = rows.at_the_end(config)
     q, k, v = q.detach(), k.detach(), v.detach()
-    cells = kernel_cells(q.shape[2], k.shape[2], config)
+    cells = kernel_cells(q.shape[2], k.shape[2], config, config.pooled_heads(q.shape[1], k.shape[1]))
     rules = config.share_rules(cells.num_kv_blocks)
     return pool_select(q, k, cell_bonus(v, config, "triton"), cells, scale, *rules, config.exact_last_blocks)
 
@@ -61,20 +58,21 @@ def choose_topk(
     from stem.kernels import block_scores, block_select, score_select
 
     (batch, heads, q_len), kv_len, size, (budget, width) = q.shape[:3], k.shape[2], config.block_size, budget
-    num_q_blocks, offset = rows.stop - rows.first, kv_len - q_len
-    lists = block_select.empty_lists(batch, heads, num_q_blocks, width, q.device)
-    scale = routing_scale(q.shape[3], config, scale)
-    step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads * rows.stop)))
+    num_q_blocks, offset, pooled = rows.stop - rows.first, kv_len - q_len, config.pooled_heads(q.shape[1], k.shape[1])
+    lists = block_select.empty_lists(batch, heads // pooled, num_q_blocks, width, q.device)
+    scale = routing_scale(q.shape[3], config, scale) / pooled
+    step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads // pooled * rows.stop)))
     args = q, k, v, size, config.score_stride, *config.value_term
     if rows.stop <= score_select.MAX_KV_BLOCKS and step == num_q_blocks:
-        inputs = block_scores.score_inputs(*args, first_q_block=full_rows(rows, config))
-        return score_select.score_select(*inputs, scale, budget, *config.always_kept, lists)
-    q_sums, k_sums, value_bonus = block_scores.score_inputs(*args, num_q_blocks=step)
+        inputs = block_scores.score_inputs(*args, first_q_block=full_rows(rows, config), heads=pooled)
+        lists = score_select.score_select(*inputs, scale, budget, *config.always_kept, lists)
+        return block_select.for_all_heads(lists, pooled)
+    q_sums, k_sums, value_bonus = block_scores.score_inputs(*args, num_q_blocks=step, heads=pooled)
     for row in range(0, num_q_blocks, step):
         if row:
             start, stop = ((rows.first + x) * size - offset for x in (row, row + step))
-            chunk = q[:, :, start:stop]
-            q_sums = block_scores.block_sums(chunk, size, config.score_stride, reverse=True, offset=offset + start)
+            grid = dict(reverse=True, offset=offset + start, heads=pooled)
+            q_sums = block_scores.block_sums(q[:, :, start:stop], size, config.score_stride, **grid)
         scores = block_scores.score_blocks(q_sums, k_sums, value_bonus, scale, rows.first + row)
         block_select.select_topk(scores, budget, *config.always_kept, width, lists, row)
-    return lists
+    return block_select.for_all_heads(lists, pooled)

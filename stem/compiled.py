@@ -56,8 +56,7 @@ def select_op(
     q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, impl: str, prompt_length: int | None
 ) -> tuple[Tensor, Tensor]:
     selection = select(q, k, v, _from_json(config), scale, impl or None, prompt_length)
-    kv_num_blocks, kv_indices = selection.padded_lists()
-    return kv_indices.clone(), kv_num_blocks.clone()  # a compiled graph may write into what an operator returns
+    return tuple(x.clone() for x in selection.padded_lists()[::-1])  # a compiled graph may write into what it gets
 
 
 @select_op.register_fake

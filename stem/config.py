@@ -91,7 +91,7 @@ class StemConfig:
         min_blocks: Lower bound of k_start, 54 in the paper. A binding bound exceeds `density` [blocks].
         allocation: "position_decay" (Eq. 3), "uniform" (the same with decay=1) or "adaptive" (threshold, no budget).
         threshold: With "adaptive", a block is kept if its share of its row's mass exceeds this, in (0, 1].
-        lists: One for each query "head", or for a "group" with one key-value head, by its mean softmax. Our choice.
+        lists: One for each query "head", or for a "group" with one key-value head, by its pooled queries. Our choice.
         dropped: "skip" ignores dropped blocks; "mean" keeps a token of mean key, mean value and logit + ln(block_size)
             for each one before the diagonal, "cells" one for every 16 tokens (FlashPrefill V2, arXiv 2608.19758). They
             cost 1 / block_size or 1 / 16 of dense attention; densities do not count them.
@@ -210,6 +210,10 @@ class StemConfig:
     @cached_property
     def value_term(self) -> ValueTerm:
         return ValueTerm(self.value_norm, self.value_weight)
+
+    def pooled_heads(self, q_heads: int, kv_heads: int) -> int:
+        """Number of query heads that share one list."""
+        return q_heads // kv_heads if self.lists == "group" else 1
 
     def share_rules(self, num_kv_blocks: int) -> ShareRules:
         """Rules of `allocation="adaptive"` for a prompt of n key blocks."""

@@ -13,40 +13,11 @@ def block_attention_mass(q: Tensor, k: Tensor, block_size: int, scale: float | N
     q is [B, Hq, Nq, D], the last Nq positions, k is [B, Hkv, Nkv, D], and query blocks are aligned to the key grid.
     Returns fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk] in [0, 1]; rows sum to 1. Memory O(block_size * Nkv) per head.
     """
-    return _block_sums(q, k, None, block_size, scale)
+    return block_output_mass(q, k, None, block_size, scale)
 
 
-def block_output_mass(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float | None = None) -> Tensor:
-    """Sum of P_ij * norm(V_j) over each block pair, averaged over its rows: the terms of Eq. 9. Shapes as above."""
-    return _block_sums(q, k, v, block_size, scale)
-
-
-def attention_recall(q: Tensor, k: Tensor, selection: BlockSelection, scale: float | None = None) -> Tensor:
-    """Share of the true attention probability on the kept blocks, mean over query blocks: [B, Hq] in [0, 1]."""
-    mass = block_attention_mass(q, k, selection.block_size, scale)
-    return (mass * selection.to_mask()).sum(-1).mean(-1)
-
-
-def rel_l2_error(out: Tensor, dense: Tensor) -> float:
-    """norm(out - dense) / norm(dense), in fp64."""
-    out, dense = out.double(), dense.double()
-    return float((out - dense).norm() / dense.norm())
-
-
-def attention_flops(selection: BlockSelection, head_dim: int) -> int:
-    """Operations of QK^T and PV over the kept token pairs, 4 * head_dim each; the diagonal block is counted half."""
-    size, nq = selection.block_size, selection.num_q_blocks
-    rows = selection.kv_num_blocks.shape[0] * selection.kv_num_blocks.shape[1] * nq
-    full_pairs = int(selection.kv_num_blocks.sum(dtype=torch.int64)) - rows
-    return 4 * head_dim * (full_pairs * size**2 + rows * size * (size + 1) // 2)
-
-
-def scoring_flops(num_q_blocks: int, num_kv_blocks: int, score_stride: int, head_dim: int) -> int:
-    """Operations of the factorised score GEMM of one head: 2 * nq * nk * S * D."""
-    return 2 * num_q_blocks * num_kv_blocks * score_stride * head_dim
-
-
-def _block_sums(q: Tensor, k: Tensor, v: Tensor | None, block_size: int, scale: float | None) -> Tensor:
+def block_output_mass(q: Tensor, k: Tensor, v: Tensor | None, block_size: int, scale: float | None = None) -> Tensor:
+    """Sum of P_ij * norm(V_j) over each block pair, mean over its rows (Eq. 9; norm 1 without v). Shapes as above."""
     kv_len, offset = k.shape[2], k.shape[2] - q.shape[2]
     first, nk = offset // block_size, -(-kv_len // block_size)
     kv_position = torch.arange(kv_len, device=q.device)
@@ -61,3 +32,27 @@ def _block_sums(q: Tensor, k: Tensor, v: Tensor | None, block_size: int, scale: 
         mass = torch.nn.functional.pad(mass.mean(2), (0, nk * block_size - kv_len))
         blocks.append(mass.unflatten(-1, (nk, block_size)).sum(-1))
     return torch.stack(blocks, 2)
+
+
+def attention_recall(q: Tensor, k: Tensor, selection: BlockSelection, scale: float | None = None) -> Tensor:
+    """Share of the true attention probability on the kept blocks, mean over query blocks: [B, Hq] in [0, 1]."""
+    mass = block_attention_mass(q, k, selection.block_size, scale)
+    return (mass * selection.to_mask()).sum(-1).mean(-1)
+
+
+def rel_l2_error(out: Tensor, dense: Tensor) -> float:
+    """norm(out - dense) / norm(dense), in fp64."""
+    return float((out.double() - dense.double()).norm() / dense.double().norm())
+
+
+def attention_flops(selection: BlockSelection, head_dim: int) -> int:
+    """Operations of QK^T and PV over the kept token pairs, 4 * head_dim each; the diagonal block is counted half."""
+    size, nq = selection.block_size, selection.num_q_blocks
+    rows = selection.kv_num_blocks.shape[0] * selection.kv_num_blocks.shape[1] * nq
+    full_pairs = int(selection.kv_num_blocks.sum(dtype=torch.int64)) - rows
+    return 4 * head_dim * (full_pairs * size**2 + rows * size * (size + 1) // 2)
+
+
+def scoring_flops(num_q_blocks: int, num_kv_blocks: int, score_stride: int, head_dim: int) -> int:
+    """Operations of the factorised score GEMM of one head: 2 * nq * nk * S * D."""
+    return 2 * num_q_blocks * num_kv_blocks * score_stride * head_dim

@@ -94,9 +94,9 @@ class Plan:
         p = self.problem
         self.rows = BlockRows.of(p.q_len, p.kv_len, p.config.block_size, p.prompt_length)
         impl = impl_for(p.config.compute, p.impl)
-        in_pairs = p.q_heads // p.kv_heads % 2 == 0 and impl != "hopper_fp8" and not p.needs_grad
-        pairs = in_pairs and p.config.lists == "group" and p.config.block_size == 64  # see kernels/pairs_forward.py
-        self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, 128 if pairs else p.config.block_size)
+        size, heads = p.config.block_size, p.config.pooled_heads(p.q_heads, p.kv_heads)
+        pairs = size == 64 and heads > 1 and heads % 2 == 0 and impl != "hopper_fp8" and not p.needs_grad
+        self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, 128 if pairs else size)  # kernels/pairs_forward
         self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
         if p.dtype == torch.float64 or not p.batch * p.q_len:
             self.choose_impl = "torch"
@@ -176,7 +176,7 @@ class Plan:
             return "forced"
         if not self.problem.q_len or keeps_every_block(rows, config):
             return "all"
-        if config.lists == "group" or self.choose_impl != "triton":
+        if self.choose_impl != "triton":
             return "scores"
         kinds = {("mean", False): "topk", ("softmax", True): "share"}
         return kinds.get((config.reduction, config.allocation == "adaptive"), "scores")

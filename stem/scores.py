@@ -44,17 +44,19 @@ def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, imp
         nk = -(-k.shape[2] // config.block_size)
         num_q_blocks = nk - (k.shape[2] - q.shape[2]) // config.block_size
         return q.new_zeros(*q.shape[:2], num_q_blocks, nk, dtype=compute_dtype(q.dtype))
+    heads = config.pooled_heads(q.shape[1], k.shape[1])
     if config.reduction == "softmax":
-        return cell_scores(q, k, cell_bonus(v, config, impl), config, scale, impl=impl)
-    scale = routing_scale(q.shape[-1], config, scale)
-    if impl == "triton":
+        scores = cell_scores(q, k, cell_bonus(v, config, impl), config, scale, impl=impl)
+    elif impl == "triton":
         from stem.kernels.block_scores import score_blocks, score_inputs
 
-        inputs = score_inputs(q, k, v, config.block_size, config.score_stride, *config.value_term)
-        return score_blocks(*inputs, scale)
-    grid = config.block_size, config.score_stride
-    q_sums = group_sums(q, *grid, reverse=True, offset=k.shape[2] - q.shape[2])
-    return pair_sums(q_sums, group_sums(k, *grid), cell_bonus(v, config, impl), scale)
+        inputs = score_inputs(q, k, v, config.block_size, config.score_stride, *config.value_term, heads=heads)
+        scores = score_blocks(*inputs, routing_scale(q.shape[-1], config, scale) / heads)
+    else:
+        grid, scale = (config.block_size, config.score_stride), routing_scale(q.shape[-1], config, scale)
+        q_sums = group_sums(q, *grid, reverse=True, offset=k.shape[2] - q.shape[2]).unflatten(1, (-1, heads)).mean(2)
+        scores = pair_sums(q_sums, group_sums(k, *grid), cell_bonus(v, config, impl), scale)
+    return scores if heads == 1 else scores.repeat_interleave(heads, 1)
 
 
 def pair_sums(q_sums: Tensor, k_sums: Tensor, bonus: Tensor | None, scale: float) -> Tensor:

@@ -157,7 +157,6 @@ def select_blocks(
     impl = check_impl(impl, ("torch", "triton"), scores.device, scores.dtype)
     nq, nk = scores.shape[-2:]
     q_len, kv_len = _lengths(q_len, kv_len, nq, nk, config.block_size)
-    on_top = config.forced == "on_top"
     rows = budget[nk - nq :]
     if impl == "triton":
         from stem.kernels import block_select, share_select
@@ -177,10 +176,10 @@ def select_blocks(
         kept[..., max(0, nq - config.dense_last_blocks) :, :] = True
     else:
         rank = _rank(-scores)
-        if not on_top:
+        if not config.always_kept.on_top:
             rank = _rank(torch.where(forced, priority, rank))
         kept = rank < rows[:, None].to(scores.device)
-        if on_top:
+        if config.always_kept.on_top:
             kept = kept | forced
     selection = BlockSelection.from_mask(kept.tril(nk - nq), config.block_size, q_len=q_len, kv_len=kv_len)
     return replace(selection, dropped=config.dropped)

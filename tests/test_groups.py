@@ -33,11 +33,58 @@ def chosen(q, k, v, config, impl):
     return select(*(x.to(device) for x in (q, k, v)), config, None, impl).to_mask().cpu()
 
 
+def corner_shares(q, k, config):
+    """Shares of blocks [Hkv, nq, nk] by loops: corners of cells over the queries of all heads of a group."""
+    size, cells, peak, group = config.block_size, config.score_cells, config.score_peak, q.shape[1] // k.shape[1]
+    cell, q_start, kv_len = size // cells, k.shape[2] - q.shape[2], k.shape[2]
+    first, nk = q_start // size, -(-kv_len // size)
+    shares = torch.zeros(k.shape[1], nk - first, nk, dtype=torch.float64)
+
+    def corners(rows):  # [rows, D] -> upper and lower
+        mean = rows.mean(0)
+        return mean + peak * (rows.amax(0) - mean), mean + peak * (rows.amin(0) - mean)
+
+    for head in range(k.shape[1]):
+        queries, keys = q[0, head * group : (head + 1) * group].double(), k[0, head].double()
+        k_corners = [corners(keys[start : start + cell]) for start in range(0, kv_len, cell)]
+        for block in range(first, nk):
+            of_cells = []
+            for start in range(block * size, min((block + 1) * size, kv_len), cell):
+                rows = range(max(start, q_start), min(start + cell, kv_len))
+                if not rows:
+                    continue
+                upper, lower = corners(queries[:, rows.start - q_start : rows.stop - q_start].flatten(0, 1))
+                upper, lower = upper.clamp_min(0), lower.clamp_max(0)
+                seen = k_corners[: (rows.stop - 1) // cell + 1]
+                weights = torch.stack([(upper @ a + lower @ b) * q.shape[3] ** -0.5 for a, b in seen]).softmax(0)
+                of_cells.append([weights[i * cells : (i + 1) * cells].sum() for i in range(nk)])
+            pooled = torch.tensor(of_cells, dtype=torch.float64).square().mean(0).sqrt()
+            shares[head, block - first] = pooled / pooled.sum()
+    return shares
+
+
+def group_scores(q, k, v, config):
+    """Scores [B, Hkv, nq, nk] that decide about the blocks of a group; without a peak, those of its mean query."""
+    if not config.score_peak:
+        return stem.block_scores(q.double().unflatten(1, (k.shape[1], -1)).mean(2), k.double(), v.double(), config)
+    shares, exact = corner_shares(q, k, config), 2  # a last block that is less than half full, and the one before
+    nk = shares.shape[2]
+    begin = (nk - exact) * config.block_size - (k.shape[2] - q.shape[2])
+    logits = q[:, :, begin:].double() @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).double().mT
+    positions = torch.arange(k.shape[2] - logits.shape[2], k.shape[2])
+    logits = logits.masked_fill(torch.arange(k.shape[2]) > positions[:, None], -torch.inf) * q.shape[3] ** -0.5
+    for row in range(nk - exact, nk):
+        rows = logits[0, :, positions // config.block_size == row].softmax(-1)  # [Hq, queries, keys]
+        of_blocks = torch.stack([x.sum(-1) for x in rows.split(config.block_size, -1)], -1)
+        of_heads = of_blocks.square().mean(1).sqrt()
+        of_heads /= of_heads.sum(-1, keepdim=True)
+        shares[:, row - nk] = of_heads.unflatten(0, (k.shape[1], -1)).mean(1)
+    return shares[None]
+
+
 def expected_mask(q, k, v, config):
-    """Blocks by the mean of the heads' softmaxes over scores: above the threshold, or the best of each row's budget."""
-    shares = stem.block_scores(q, k, v, config).double().softmax(-1)
-    groups = k.shape[1]
-    shares = torch.stack([x.mean(1) for x in shares.chunk(groups, dim=1)], dim=1)  # [B, Hkv, nq, nk]
+    """Blocks by the scores of pooled queries: above the threshold, or the best of each row's budget."""
+    shares, groups = group_scores(q, k, v, config), k.shape[1]
     nq, nk = shares.shape[2:]
     mask = torch.zeros_like(shares, dtype=torch.bool)
     budget = stem.block_budget(nk, config) if config.threshold is None else None
@@ -57,13 +104,22 @@ def expected_mask(q, k, v, config):
 
 @pytest.mark.parametrize("impl, lengths", [("torch", (150, 150)), ("torch", (40, 150)), ("triton", (40, 150))])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_group_keeps_the_blocks_of_its_mean_shares(name, impl, lengths):
+def test_a_group_keeps_the_blocks_of_its_pooled_queries(name, impl, lengths):
     q, k, v = draw(q_len=lengths[0], kv_len=lengths[1])
     config = CONFIGS[name]
     found = chosen(q, k, v, config.replace(lists="group"), impl)
     expected = expected_mask(q, k, v, config)
     assert (found == expected).float().mean() > 0.999  # shares that differ by rounding may change places
     assert (found != chosen(q, k, v, config, "torch")).float().mean() > 0.01
+
+
+@pytest.mark.parametrize("name", ["mean", "adaptive"])
+def test_three_heads_and_a_few_rows_at_a_time(name, monkeypatch):
+    monkeypatch.setattr("stem.choose.CHUNK_SCORES", 40)
+    q, k, v = draw(q_heads=6, q_len=60)
+    config = CONFIGS[name]
+    found = chosen(q, k, v, config.replace(lists="group"), "triton")
+    assert (found == expected_mask(q, k, v, config)).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -41,7 +41,12 @@ def readable_rows(q: Tensor, kv_cache: Tensor, config: StemConfig, rows: BlockRo
     from stem.kernels.common import is_aligned
     from stem.kernels.hopper_forward import unsupported
 
-    plain = config.reduction == "mean", config.allocation != "adaptive", config.dropped == "skip"
+    plain = (
+        config.reduction == "mean",
+        config.allocation != "adaptive",
+        config.dropped == "skip",
+        config.lists == "head",
+    )
     if not all(plain) or config.compute != "input" or kv_cache.shape[2] != config.block_size:
         return None
     if kv_cache.dtype != q.dtype or unsupported(q.device, q.dtype, q.shape[3], config.block_size):

@@ -88,7 +88,7 @@ def cases():
     for dtype, input_type, sums_type in ((torch.bfloat16, "bf16", "bf16"), (torch.float32, "fp32", "fp32")):
         parts = block_scores.num_parts(dtype)
         sums = depth | dict(BLOCK_D=128, GROUPS=16, PARTS=parts)
-        one = dict(stride_xd=1, REVERSE=True)
+        one = dict(stride_xd=1, REVERSE=True, HEADS=4)
         yield f"block_sums {dtype}", (block_scores.block_sums_kernel, input_type, sums | one, 4, 3, sums_type)
         norms = dict(HEAD_DIM=128, DIM_TILE=64, BLOCK_SIZE=128)
         one = dict(stride_vd=1, GROUP_SIZE=16)
@@ -96,7 +96,7 @@ def cases():
         for log_term in (False, True) if parts == 2 else (False,):
             all_three = sums | norms | dict(stride_qd=1, stride_kd=1, stride_vd=1, LOG_TERM=log_term, CAN_OVERLAP=True)
             kernel = block_scores.score_inputs_kernel
-            for pages in (dict(pages_ptr=None), {}):
+            for pages in (dict(pages_ptr=None, HEADS=4), dict(HEADS=1)):
                 name = f"score_inputs {dtype} {log_term} {pages}"
                 yield name, (kernel, input_type, all_three | pages, 4, 3, sums_type)
         for num_rows in (32, 4096) if parts == 2 else (4096,):
@@ -146,6 +146,7 @@ def cell_cases():
     for peak in (False, True):
         features = dict(HEAD_DIM=128, BLOCK_D=128, Q_CELL=16, K_CELL=16, STRIDE=1 if peak else 8, PEAK=peak)
         features |= dict(CELLS=cell_features.FEATURE_TILE, UNROLL=cell_features.UNROLL, stride_qd=1, stride_kd=1)
+        features |= dict(HEADS=4 if peak else 1)
         yield f"cell_features {peak}", (cell_features.cell_features_kernel, "bf16", features)
     for name, depth, depth_tile, operand, columns, stages in (
         ("corners", 256, 256, "bf16", 64, 3),
@@ -171,10 +172,10 @@ def cell_cases():
             constants, options = tokens | dict(REDO=redo), (8 if size == 128 else 4, 2, "bf16")
             yield f"pair_tokens {size} {redo}", (token_pairs.pair_tokens_kernel, "bf16", constants, *options)
     for rms, sums_type in ((False, "fp32"), (True, "bf16")):
-        row = dict(CELL=16, CELLS=8, CELL_TILE=1, RMS=rms, ROW_SIZE=8192)
+        row = dict(CELL=16, CELLS=8, CELL_TILE=1, RMS=rms, HEADS=1, ROW_SIZE=8192)
         yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, sums_type)
         yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row, 16, 3, sums_type)
-    short = dict(CELL=1, CELLS=128, CELL_TILE=128, RMS=True, ROW_SIZE=64)
+    short = dict(CELL=1, CELLS=128, CELL_TILE=128, RMS=True, HEADS=4, ROW_SIZE=64)
     yield "pool_select tokens", (share_select.pool_select_kernel, "fp32", short, 8, 3, "bf16")
     row = dict(ROW_SIZE=8192)
     yield "select_above", (share_select.select_above_kernel, "fp32", row, 8192 // share_select.KEYS_PER_WARP)
