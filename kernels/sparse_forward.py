@@ -30,7 +30,7 @@ from .common import (
     padded_dim,
     with_dense_rows,
 )
-from .launch import Tiles, launch
+from .launch import COMPILE, Tiles, launch
 
 # The problem on which tile sizes are compared, large enough to take the GPU longer than its launch takes the host.
 TUNING_TOKENS, TUNING_HEADS, TUNING_WINDOW = 8192, 16, 2048
@@ -407,11 +407,11 @@ def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype, device: torch
     """The fastest of `tile_choices` on this device, timed at the first call for each kind of problem.
 
     The default where nothing can be timed: in the interpreter, and for a kind of problem that is first met while a CUDA
-    graph is captured.
+    graph is captured or while launches only compile.
     """
     choices, kind = tile_choices(head_dim, block_size, dtype), (head_dim, block_size, dtype, device)
     if kind not in FASTEST:
-        if len(choices) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if len(choices) == 1 or device.type != "cuda" or COMPILE.get() or torch.cuda.is_current_stream_capturing():
             return choices[0]
         FASTEST[kind] = choices[fastest_choice(*kind)]
     return FASTEST[kind]

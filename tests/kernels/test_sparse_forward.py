@@ -188,3 +188,13 @@ def test_a_graph_takes_the_tiles_that_eager_code_took(monkeypatch):
     for capturing, expected in ((True, 0), (False, -1), (True, -1)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert module.tile_sizes(128, 128, torch.bfloat16, torch.device("cuda", 0)) == choices[expected]
+
+
+def test_nothing_is_timed_while_launches_only_compile(monkeypatch):
+    from stem.kernels.launch import compiling_together
+
+    monkeypatch.setattr(module, "FASTEST", {})
+    monkeypatch.setattr(module, "fastest_choice", lambda *kind: pytest.fail("timed launches that ran nothing"))
+    with compiling_together():
+        tiles = module.tile_sizes(128, 128, torch.bfloat16, torch.device("cuda", 0))
+    assert tiles == module.tile_choices(128, 128, torch.bfloat16)[0] and not module.FASTEST
