@@ -32,6 +32,16 @@ def test_rows(monkeypatch, tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
+def test_an_error_counts_late_rows_like_early_ones():
+    q, k, v = torch.randn(3, 1, 2, 512, 16)
+    out = stem.stem_attention(q, k, v, stem.StemConfig(density=1.0, block_size=32))
+    right, wrong = out.clone(), out.clone()
+    wrong[:, :, -1] *= 2
+    errors = [variants.row_of(lambda found=found: found, (q, k, v), None, 0)["error"] for found in (right, wrong)]
+    rows = len(variants.gate.sampled_rows(512, variants.candidates.CONFIGS["released"].block_size, 0))
+    assert errors[0] < 1e-5 and errors[1] == pytest.approx(1 / rows, rel=1e-3)
+
+
 def test_table(monkeypatch):
     common = dict(what="random normal", tokens=2048, device="a GPU", profile="full", error=0.002, tflops=500.0)
     rows = [
