@@ -81,7 +81,7 @@ def sparse_layers(vllm_config, layers: Mapping[str, object]) -> dict[str, Layer]
             reason = "dense in the settings"
         found[name] = Layer(index, None if reason else config, reason)
     sparse = [layer.config for layer in found.values() if layer.config]
-    if not sparse:
+    if not sparse and vllm_config.parallel_config.pipeline_parallel_size == 1:  # else another stage may have one
         reasons = ", ".join(sorted({layer.reason for layer in found.values()})) or "no attention layers"
         raise ValueError(f"stem.vllm would leave every layer to vLLM's own attention: {reasons}")
     page = vllm_config.cache_config.block_size

@@ -122,7 +122,8 @@ def test_layers_that_keep_the_attention_of_vllm(changes, reason):
 
 
 def vllm_config(options, layers=2, page=128, **changes):
-    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
+    sizes = ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size")
+    parallel = SimpleNamespace(**dict.fromkeys(sizes, 1))
     return SimpleNamespace(
         additional_config={"stem": options},
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=layers)),
@@ -138,6 +139,9 @@ def test_every_layer_gets_its_config_or_a_reason():
     assert [x.config for x in found.values()] == [stem.StemConfig(**SETTINGS), None, None]
     with pytest.raises(ValueError, match="every layer to vLLM's own attention: sliding window"):
         settings.sparse_layers(vllm_config(SETTINGS, layers=1), {"layers.0": layer(sliding_window=64)})
+    first_stage = vllm_config({**SETTINGS, "dense_layers": 1})
+    first_stage.parallel_config.pipeline_parallel_size = 2
+    assert [x.config for x in settings.sparse_layers(first_stage, {"layers.0": layer()}).values()] == [None]
 
 
 def test_pages_must_hold_whole_blocks():
