@@ -68,8 +68,9 @@ def test_a_backward_pass_in_an_autocast_block_gives_the_gradients_of_one_outside
         return [x.grad for x in inputs]
 
     tensors = draw(torch.float32)
+    error = 0 if DEVICE == "cpu" else 1e-5  # the GPU adds gradients in any order
     for found, expected in zip(gradients(True), gradients(False), strict=True):
-        assert torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=error, atol=10 * error)
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", "flex"] if "flex" in IMPLS else ["reference", "torch"])

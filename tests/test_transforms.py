@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from devices import to
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -18,8 +19,9 @@ RIGHT, REFUSED = (None, "torch", "reference"), ("triton", "flex")
 REFUSAL = pytest.raises(NotImplementedError, match="impl='torch' or 'reference'; vmap .* these two, .* into the batch")
 
 
-def draw():
-    return [torch.randn(1, heads, 50, 16, dtype=torch.float64).float() for heads in (4, 2, 2)]
+def draw(impl=None):
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    return [torch.randn(1, heads, 50, 16, dtype=torch.float64).float().to(device) for heads in (4, 2, 2)]
 
 
 @pytest.fixture(params=["sparse", "everything", "selection"])
@@ -28,7 +30,7 @@ def attention(request, fresh_plans):
     if request.param != "selection":
         return lambda q, k, v, impl: stem.stem_attention(q, k, v, CONFIGS[request.param], impl=impl)
     chosen = stem.stem_attention(*draw(), CONFIGS["sparse"], return_selection=True)[1]
-    return lambda q, k, v, impl: stem.block_sparse_attention(q, k, v, chosen, impl=impl)
+    return lambda q, k, v, impl: stem.block_sparse_attention(q, k, v, to(q.device, chosen), impl=impl)
 
 
 def expected_gradients(attention, inputs, impl):
@@ -64,7 +66,7 @@ def test_jvp_and_dual_numbers_give_the_directional_derivative(attention, impl):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_caches_filled_under_a_transform_serve_plain_calls(impl, fresh_plans):
-    inputs = draw()
+    inputs = draw(impl)
     for config in (*CONFIGS.values(), StemConfig(**SMALL, k_start=2, decay=1.0)):  # the last one has forced lists
         stem.budget.device_budget.cache_clear()
         stem.choose.forced_lists.cache_clear()
@@ -97,7 +99,7 @@ def test_func_grad_twice_is_the_second_derivative(attention, impl):
 
 @pytest.mark.parametrize("impl", REFUSED)
 def test_other_implementations_refuse_by_name(attention, impl):
-    q, k, v = draw()
+    q, k, v = draw(impl)
     attention(q, k, v, impl)  # its plan must not serve a transformed call
     with REFUSAL:
         torch.func.grad(loss(attention, impl))(q, k, v)
@@ -181,7 +183,7 @@ def test_meta_tensors_have_scores_and_no_blocks():
 def test_triton_has_no_second_derivative():
     with pytest.raises(NotImplementedError, match="no second derivative: use impl='torch' or 'reference'"):
         second_derivative(
-            lambda q, k, v, impl: stem.stem_attention(q, k, v, CONFIGS["sparse"], impl=impl), "triton", *draw()
+            lambda q, k, v, impl: stem.stem_attention(q, k, v, CONFIGS["sparse"], impl=impl), "triton", *draw("triton")
         )
 
 
@@ -190,6 +192,7 @@ def test_other_errors_stay_as_they_are():
     with pytest.raises(ValueError, match="v must be finite"):
         torch.func.grad(lambda q: stem.stem_attention(q, k, v / 0, CONFIGS["sparse"]).sum())(q)
     with forward_ad.dual_level():  # of other tensors
+        q, k, v = draw("triton")
         assert torch.equal(stem.stem_attention(q, k, v, impl="triton"), stem.stem_attention(q, k, v, impl="triton"))
 
 
