@@ -20,6 +20,7 @@ lm-eval cuts prompts longer than max_length minus the tokens to generate on the 
 
 import argparse
 import sys
+from itertools import pairwise
 
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -37,7 +38,11 @@ def main() -> None:
     ours.add_argument("--data_dir")
     own, sys.argv[1:] = ours.parse_known_args()
     command_line = HarnessCLI()
-    arguments = command_line.parse_args()
+    try:
+        arguments = command_line.parse_args()
+    except ValueError as error:  # of JSON, without the option
+        option = next((name for name, value in pairwise(sys.argv) if value in str(error)), "command line")
+        raise ValueError(f"{option}: {error}") from None
     if arguments.command == "run":
         provide_sentence_splitter()
         file = EvaluatorConfig.load_yaml_config(arguments.config) if arguments.config else {}

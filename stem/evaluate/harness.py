@@ -37,7 +37,9 @@ class StemLM(HFLM):
         impl: See `stem.block_sparse_attention`.
     """
 
-    def __init__(self, pretrained: str | torch.nn.Module, tokenizer=None, **options) -> None:
+    def __init__(self, pretrained: str | torch.nn.Module | None = None, tokenizer=None, **options) -> None:
+        if not isinstance(pretrained, str | torch.nn.Module) or not pretrained:
+            raise TypeError(f"pretrained must be a model's name, folder or file, or a model, got {pretrained!r}")
         given = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
         for name, value in options.items():
             if near := difflib.get_close_matches(name, MODEL_OPTIONS, n=1, cutoff=0.8):

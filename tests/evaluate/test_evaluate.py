@@ -316,6 +316,22 @@ def _parsed(monkeypatch, *command: str):
     return seen[0]
 
 
+@pytest.mark.parametrize("wrong", [None, 5, "", ["a"]], ids=repr)
+def test_a_model_that_is_none_is_named(wrong):
+    with pytest.raises(
+        TypeError, match=re.escape(f"pretrained must be a model's name, folder or file, or a model, got {wrong!r}")
+    ):
+        harness.StemLM(pretrained=wrong)
+
+
+@pytest.mark.parametrize("option", ["--model_args", "--metadata"])
+def test_bad_json_is_named_with_its_option(monkeypatch, option):
+    command = "--model stem --model_args pretrained=smollm2 --metadata a=1 --tasks niah_single_1".split()
+    command[command.index(option) + 1] = '{"max_seq_lengths"'
+    with pytest.raises(ValueError, match=f'^{option}: Invalid JSON: {{"max_seq_lengths"'):
+        _parsed(monkeypatch, *command)
+
+
 def test_command_line_knows_the_embedded_model_wherever_a_name_goes(tmp_path, monkeypatch):
     folder = pretrained.resolve("smollm2")
     arguments = "--model stem --model_args pretrained=smollm2,density=0.25 --tasks niah_single_1".split()

@@ -31,7 +31,6 @@ MODELS = {  # names in rows -> here
 PARTS = ("answers", "loss", "extension")
 NEEDLES = "niah_multikey_1"  # the task on which verdicts about needles rest
 GENERATED = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
-READ = "Loss on documents, minus dense [nats per token], mean over all positions, 95 % interval:"
 UNITS = {"answer": "log p(answer), minus dense [nats]", "loss": "loss, minus dense [nats per token]"}
 CELL = ["model", "measure", "task", "length", "start", "stop"]  # columns that name a group of equal samples
 
