@@ -172,6 +172,15 @@ def test_every_cell_was_executed_in_order_without_noise(path, notebook):
             assert not {"image/svg+xml", "image/jpeg"} & set(output.get("data", {}))
 
 
+def test_stored_outputs_are_those_of_the_claims_in_the_source(path, notebook):
+    for cell in code(notebook):
+        printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check":
+                claim = node.args[0]
+                assert not isinstance(claim, ast.Constant) or f"ok: {claim.value}\n" in printed, claim.value
+
+
 def test_checked_cells_are_executed_and_print_text(path, notebook):
     checked = tagged(notebook, "nbval-check-output")
     assert len(checked) >= 3

@@ -53,8 +53,8 @@ def speed(rows: pd.DataFrame, config: str | None = None) -> Figure:
     table = operator.set_index("tokens").sort_index()[[f"speedup_vs_{name}" for name in names]]
     table.columns = [f"over {LABELS[name].removeprefix('dense, ')}" for name in names]
     _speedups(table, right, [COLOURS[name] for name in names], "over dense", shown.tokens)
-    right.legend(loc="upper left")
     right.set(ylim=(0, None), title=f"{ratio:.1f}× over {fastest} at {tokens_label(last.tokens)} ({config} budget)")
+    label_lines(right)
     return figure
 
 
@@ -125,7 +125,8 @@ def crossover(rows: pd.DataFrame, configs: Sequence[str] | None = None) -> Figur
     figure, ax = new()
     _speedups(ratios.add_suffix(" budget"), ax, _colours(ratios), "over the fastest dense", ratios.index)
     _mark_without_choice(ratios, ax)
-    dense = " and ".join(sorted(set(fastest_dense(rows)[ratios.index])))
+    dense = set(fastest_dense(rows)[ratios.index])
+    dense = dense.pop() if len(dense) == 1 else "the fastest dense"
     ax.set_title(f"Stem beats {dense} from " + ", ".join(f"{n} ({name})" for name, n in lengths.items()))
     ax.set(ylim=(0, None))
     ax.legend()
