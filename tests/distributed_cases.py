@@ -39,6 +39,8 @@ CONFIGS = {
     "forced": PLAIN.replace(density=None, k_start=3, decay=1.0),
     "means": PLAIN.replace(density=0.2, dropped="mean"),
     "cell_means": PLAIN.replace(density=0.3, dropped="cells", block_size=2 * SIZE, score_stride=8),
+    "group": PLAIN.replace(lists="group"),
+    "group_cells": ADAPTIVE.replace(lists="group", exact_last_blocks=3),
     "adaptive_means": ADAPTIVE.replace(dropped="mean", threshold=0.06),
 }
 LENGTHS = (400, 333, 20)  # 25 blocks; a ragged last block; fewer blocks than pieces
@@ -99,7 +101,7 @@ def register_configs():
                 compare(rank, mesh, config, *inputs(tokens), impl="torch")
 
         CASES[f"lists_and_outputs_{name}"] = run
-    for name in ("plain", "angelslim", "hpc_ops", "adaptive", "cells", "shares", "means"):
+    for name in ("plain", "angelslim", "hpc_ops", "adaptive", "cells", "shares", "means", "group", "group_cells"):
 
         def run_kernels(rank, mesh, config=CONFIGS[name]):
             compare(rank, mesh, config, *inputs(90, 2, 1), impl="triton")
@@ -379,7 +381,6 @@ def bad_arguments(rank, mesh):
     refused(ValueError, "tokens that the layout gives rank", q[:, :, 1:], k, v, PLAIN)
     refused(TypeError, "config must be a StemConfig", q, k, v, 0.5)
     refused(TypeError, "mesh must be a DeviceMesh of one dimension", q, k, v, PLAIN, mesh=None)
-    refused(ValueError, "lists='head'", q, k, v, PLAIN.replace(lists="group"))
     refused(ValueError, "timeout must be positive", q, k, v, PLAIN, timeout=0)
     refused(ValueError, "q must be finite", q * float("nan"), k, v, PLAIN)
     refused(ValueError, "impl must be", q, k, v, PLAIN, impl="fast")

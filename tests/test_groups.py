@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import stem
-from stem import StemConfig, distributed
+from stem import StemConfig
 from stem.budget import BlockRows
 from stem.choose import choose_scores
 from stem.planning import plan_for, select
@@ -168,5 +168,3 @@ def test_where_nothing_is_chosen_the_option_changes_nothing():
     assert plan_for(q, k, v, full.replace(lists="group")).path == plan_for(q, k, v, full).path == "dense"
     with pytest.raises(ValueError, match="lists must be one of 'head', 'group', got 'groups'"):
         StemConfig(lists="groups")
-    with pytest.raises(ValueError, match="lists='head' where GPUs share a prompt, got 'group'"):
-        distributed.stem_attention(q, k, v, CONFIGS["mean"].replace(lists="group"), mesh=None)

@@ -85,8 +85,6 @@ def stem_attention(
     """
     config = DEFAULT if config is None else config
     check_config(config)
-    if config.lists != "head":
-        raise ValueError(f"config must have lists='head' where GPUs share a prompt, got {config.lists!r}")
     peers = Peers.of(mesh, timeout)
     wrap = None
     if isinstance(q, DTensor):

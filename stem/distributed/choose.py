@@ -50,7 +50,8 @@ def choose_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers
             last = _exact_lists(q, keys, bonus, exact, plan, shard, config)
             last = tuple(x[:, :, mine[before:] - exact] for x in last)
             lists, counts = _joined([(lists[:, :, :before], counts[:, :, :before]), last])
-    return lists, counts
+    heads = plan.problem.q_heads // lists.shape[1]  # that share a list
+    return (lists, counts) if heads == 1 else tuple(x.repeat_interleave(heads, 1) for x in (lists, counts))
 
 
 def _summaries(
@@ -61,21 +62,23 @@ def _summaries(
     q, k, v = (x.detach() if x.shape[2] else x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (q, k, v))
     size, stride = config.block_size, config.score_stride
     softmax, triton = config.reduction == "softmax", plan.choose_impl == "triton"
+    heads = config.pooled_heads(p.q_heads, p.kv_heads)
     weighs_values = config.value_weight > 0 or not softmax
     if triton:
         from stem.kernels.block_scores import raw_inputs, standardize, value_norms
         from stem.kernels.cell_features import cell_features
     if softmax:
         if triton:
-            q_rows, k_rows = cell_features(q, k, kernel_cells(q.shape[2], k.shape[2], config), p.scale)
+            q_rows, k_rows = cell_features(q, k, kernel_cells(q.shape[2], k.shape[2], config, heads), p.scale)
         else:
             q_rows, k_rows = prompt_features(q, k, config, p.scale)
         k_rows = k_rows.unflatten(2, (-1, config.score_cells))
         values = (value_norms if triton else group_value_norms)(v, size, stride) if weighs_values else None
     elif triton:
-        q_rows, k_rows, values = raw_inputs(q, k, v, size, stride, *config.value_term)
+        q_rows, k_rows, values = raw_inputs(q, k, v, size, stride, *config.value_term, heads=heads)
     else:
         q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
+        q_rows = q_rows.unflatten(1, (-1, heads)).mean(2)
         k_rows, values = group_sums(k, size, stride), group_value_norms(v, size, stride)
     q_rows = q_rows if blocks[0] else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
     summaries = [x[:, :, : blocks[1]] for x in (k_rows, values) if x is not None]
@@ -113,7 +116,7 @@ def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shar
     from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
 
     p, rows, (budget, width) = plan.problem, plan.rows, plan.budget
-    scale = routing_scale(p.head_dim, config, p.scale)
+    scale = routing_scale(p.head_dim, config, p.scale) / config.pooled_heads(p.q_heads, p.kv_heads)
     step = max(1, CHUNK_SCORES // (p.batch * p.q_heads * rows.stop))
     found = []
     for index, first, count in shard.runs:
@@ -122,7 +125,7 @@ def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shar
             here = budget[begin - rows.first :]  # down to the prompt's last row, from which the kernels count
             if rows.stop <= MAX_KV_BLOCKS:
                 sums = torch.cat([sums, sums.new_zeros(*sums.shape[:2], len(here) - sums.shape[2], *sums.shape[3:])], 2)
-                lists = empty_lists(p.batch, p.q_heads, len(here), width, q_sums.device)
+                lists = empty_lists(*sums.shape[:2], len(here), width, q_sums.device)
                 lists = score_select(sums.contiguous(), k_sums, bonus, scale, here, *config.always_kept, lists)
             else:
                 scores = score_blocks(sums, k_sums, bonus, scale, begin, rows.stop - rows.first)
@@ -137,7 +140,8 @@ def _share(q_features: Tensor, k_features: Tensor, bonus: Tensor | None, plan: P
 
     p, size, found = plan.problem, config.block_size, []
     for index, first, count in shard.runs:
-        cells = kernel_cells(p.kv_len - max(first * size, p.kv_len - p.q_len), p.kv_len, config)
+        pooled = config.pooled_heads(p.q_heads, p.kv_heads)
+        cells = kernel_cells(p.kv_len - max(first * size, p.kv_len - p.q_len), p.kv_len, config, pooled)
         features = q_features[:, :, index * cells.query_cells : (index + count) * cells.query_cells].contiguous()
         rules = config.share_rules(cells.num_kv_blocks)
         lists = pool_select(features, None, bonus, cells, p.scale, *rules, 0, (features, k_features))
@@ -153,16 +157,17 @@ def _scores(q_features: Tensor, k_features: Tensor, bonus: Tensor | None, plan: 
     q_rows = q_features.new_zeros(*q_features.shape[:2], num_rows, cells, *q_features.shape[3:])
     q_rows[:, :, mine] = q_features.unflatten(2, (-1, cells))
     q_rows = q_rows.flatten(2, 3)
+    heads = config.pooled_heads(p.q_heads, p.kv_heads)
     scale = routing_scale(p.head_dim, config, p.scale)
     if plan.choose_impl == "triton":
         from stem.kernels.block_scores import score_blocks
         from stem.kernels.cell_scores import cell_scores as score_cells
 
         if softmax:
-            whole = kernel_cells(p.q_len, p.kv_len, config)
+            whole = kernel_cells(p.q_len, p.kv_len, config, heads)
             scores = score_cells(q_rows, None, bonus, whole, p.scale, 0, (q_rows, k_features))
         else:
-            scores = score_blocks(q_rows, k_features, bonus, scale)
+            scores = score_blocks(q_rows, k_features, bonus, scale / heads)
     elif softmax:
         scores = pair_features(q_rows, k_features, bonus, config, p.q_len, p.kv_len)
     else:
@@ -182,7 +187,7 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _nothing(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
-    empty = x.new_empty(*x.shape[:2], 0, 1, dtype=torch.int32)
+    empty = x.new_empty(x.shape[0], plan.problem.q_heads, 0, 1, dtype=torch.int32)
     return empty, empty[..., 0]
 
 
@@ -223,7 +228,7 @@ def _exact_lists(
     if plan.choice == "share":
         from stem.kernels.share_select import pool_select
 
-        cells = kernel_cells(last_q.shape[2], p.kv_len, config)
+        cells = kernel_cells(last_q.shape[2], p.kv_len, config, config.pooled_heads(p.q_heads, p.kv_heads))
         rules = config.share_rules(cells.num_kv_blocks)
         return pool_select(last_q, keys, bonus, cells, p.scale, *rules, config.exact_last_blocks)
     scores = cell_scores(last_q, keys, bonus, config, p.scale, impl=plan.choose_impl)
