@@ -28,9 +28,6 @@ reproduce: $(INSTALLED) ## run notebooks 01-09 into results/notebooks/  [PROFILE
 
 test: unit-test notebook-test ## both targets below, in turn, or with `make -j2 test` side by side
 
-# Side by side, waiting threads of one yield their cores to the other.
-unit-test notebook-test: export OMP_WAIT_POLICY := passive
-
 unit-test: $(INSTALLED) ## unit, kernel and repository tests
 	$(BIN)/python -m pytest -q tests
 
