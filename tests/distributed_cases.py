@@ -397,7 +397,7 @@ def models(rank, mesh):
     for family in ("Llama", "Qwen3", "GptOss"):
         overrides = {"layer_types": ["full_attention"] * 3} if family == "GptOss" else {}
         model, ids = tiny_models.build(family, **overrides).to(DEVICE), tiny_models.tokens(150).to(DEVICE)
-        for config in (tiny_models.SPARSE, [ADAPTIVE, None, tiny_models.SPARSE]):
+        for config in (tiny_models.SPARSE, [ADAPTIVE, None, tiny_models.SPARSE.replace(dropped="mean")]):
             with stem.hf.stem_prefill(model, config, impl="torch") as report:
                 expected = tiny_models.logits(model, ids)
                 kept = [row["head_density"] for row in report if config is tiny_models.SPARSE]
