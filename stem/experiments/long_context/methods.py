@@ -37,6 +37,7 @@ VARIANTS = {  # name -> (method that it varies, fields of its config that differ
     "stem, means": ("stem", dict(dropped="mean")),
     "adaptive, cells alone": ("adaptive", dict(exact_last_blocks=0)),
     "adaptive, means": ("adaptive", dict(dropped="mean")),
+    "adaptive, 4 query cells": ("adaptive", dict(score_query_cells=4)),
     "adaptive, lists of groups": ("adaptive", dict(lists="group")),
     "stem, lists of groups": ("stem", dict(lists="group")),
     "adaptive, cells": ("adaptive", dict(dropped="cells")),

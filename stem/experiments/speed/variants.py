@@ -37,6 +37,7 @@ VARIANTS = {
     "density 10 %, groups": stem.StemConfig(density=0.1, **GROUPS),
     "density 10 %, groups, blocks of 64": stem.StemConfig(density=0.1, block_size=64, **GROUPS),
     "adaptive, 8 %": ADAPTIVE,
+    "adaptive, 8 %, 4 query cells": ADAPTIVE.replace(score_query_cells=4),
     "adaptive, 8 %, groups": ADAPTIVE.replace(**GROUPS),
     "adaptive, 5 %": ADAPTIVE,
     "adaptive, 5 %, means": ADAPTIVE.replace(dropped="mean"),
