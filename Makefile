@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 CHOSEN = $(if $(METHODS),--methods $(METHODS)) $(if $(MODEL),--model $(MODEL)) $(if $(LENGTHS),--lengths $(LENGTHS))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile  # a process for each core; each takes whole files of tests
 
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce test unit-test notebook-test serve-test lint theory correctness speed hopper training long_context evaluation quality extend serving tables notebooks lab lab-test clean
@@ -29,7 +30,7 @@ reproduce: $(INSTALLED) ## run notebooks 01-09 into results/notebooks/  [PROFILE
 test: unit-test notebook-test ## both targets below, in turn, or with `make -j2 test` side by side
 
 unit-test: $(INSTALLED) ## unit, kernel and repository tests
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) tests
 
 notebook-test: $(INSTALLED) ## the committed notebooks through nbval
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
