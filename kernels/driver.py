@@ -40,10 +40,11 @@ def cuda_driver() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL("libcuda.so.1")
         launch, encode = library.cuLaunchKernelEx, library.cuTensorMapEncodeTiled
+        replace = library.cuTensorMapReplaceAddress
     except (OSError, AttributeError):
         return None
     number, pointer = ctypes.c_uint, ctypes.c_void_p
-    launch.argtypes = [pointer] * 4
+    launch.argtypes, replace.argtypes = [pointer] * 4, [pointer] * 2
     encode.argtypes = [pointer, number, number, *[pointer] * 5, *[number] * 4]
     return library
 
@@ -62,6 +63,16 @@ class Buffers(NamedTuple):
 
     config: ctypes.Array
     """A CUlaunchConfig."""
+
+
+class Prepared(NamedTuple):
+    """A launch in buffers of its own, in which addresses can be rewritten before it starts."""
+
+    start: Callable[[], int]
+    """Launches the kernel; returns the driver's error code, 0 for none."""
+
+    slots: list[ctypes.c_uint64 | int]
+    """Of each tensor: its address, or where its tensor map lies, in which cuTensorMapReplaceAddress rewrites it."""
 
 
 class DirectLaunch:
@@ -107,13 +118,21 @@ class DirectLaunch:
             self._write(self._buffers, grid, stream, addresses, layouts, overlap)
             return self._launch(self._buffers.config, self._function, self._buffers.parameters, None)
 
-    def ready(self, *args) -> Callable[[], int]:
-        """Function that launches the kernel with these arguments of __call__, from buffers that are never rewritten."""
+    def prepare(self, *args) -> Prepared:
+        """A launch with these arguments of __call__, from buffers of its own."""
         buffers = self._new_buffers()
         self._write(buffers, *args)
         start = partial(self._launch, buffers.config, self._function, buffers.parameters, None)
         start.memory = buffers.memory  # the driver finds it through the addresses in `parameters`
-        return start
+        tensor_maps = {slot for slot, *_ in self._layout.boxes}
+        places = [buffers.first + number * SLOT for number in range(len(self._layout.slots))]
+        slots = [
+            ctypes.addressof(buffers.memory) + place
+            if number in tensor_maps
+            else ctypes.c_uint64.from_buffer(buffers.memory, place)
+            for number, place in enumerate(places)
+        ]
+        return Prepared(start, slots)
 
     def _new_buffers(self) -> Buffers:
         numbers = self._layout.numbers

@@ -2,25 +2,26 @@
 
 On short prompts the CPU needs longer to check inputs, look up the budget, allocate intermediate tensors and launch
 kernels than the GPU needs to run them. All of that depends on shapes, strides and options alone. When a call comes
-again, its recorded launches are started one after the other and nothing else is done. A CUDA graph would do the same,
-but its inputs would have to stay at one address.
+again, its recorded launches are started one after the other, with the addresses of the new inputs and outputs written
+into their parameters. A CUDA graph would do the same, but its inputs would have to stay at one address.
 
-A call is replayed from the third time on: the first may compile kernels, and the second is recorded. Calls that
-allocate more than 256 MiB for outputs and workspace, and calls with a tensor whose address is no multiple of 16 bytes,
-are not replayed.
+A call is replayed from the third time on: the first may compile kernels, and the second is recorded. All calls on a
+stream share the memory of their intermediate tensors. Calls that allocate more than 256 MiB, or more than 64 MiB of
+intermediate tensors, and calls with a tensor whose address is no multiple of 16 bytes, are not replayed.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from itertools import count
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .driver import DirectLaunch
+from .driver import DirectLaunch, cuda_driver
 from .launch import ALIGNMENT, ON_LAUNCH, Tiles, compiling_together, current_stream, is_watched, layout
 
 aten = torch.ops.aten
@@ -28,71 +29,54 @@ ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, 
 PLACE_BYTES = 256  # alignment of intermediate tensors, that of torch's allocator
 MOST_STREAMS = 64  # with a recording of one kind of call; more clear them
 MOST_BYTES = 256 << 20  # that a recorded call may allocate; calls that allocate more are bound by the GPU
-MOST_READY = 4096  # entries of READY; more clear them: about 10 KB each
+MOST_WORKSPACE = 64 << 20  # bytes of intermediate tensors of a recorded call
 NEVER_MET, MET = "never met", "met once"  # a recording is None if the call cannot be repeated
+LIKE_FIRST = "like the first input"
 
-NUMBERS = count()
-READY: dict[tuple, list[Callable[[], int]]] = {}
-"""(number of a recording, stream, addresses of its memories) -> its launches, in buffers of their own; [] if met once.
-
-Layers of a model that meet the same addresses in every pass then only call the driver.
-"""
-
-
-class Launch(NamedTuple):
-    """One launch of a recording."""
-
-    start: DirectLaunch
-    grid: tuple[int, int, int]
-    places: list[tuple[int, int]]
-    """Place of each tensor: (index of its memory, offset in bytes)."""
-
-    layouts: list
-    overlap: bool
-    """For layouts and overlap see DirectLaunch."""
+LOCK = Lock()  # of the buffers of all recordings and of the workspaces, while a call is repeated
+WORKSPACES: dict[tuple[torch.device, int], Tensor] = {}
+"""Memory for intermediate tensors by device and stream, on which the launches of all calls run one after the other."""
 
 
 class Recording(NamedTuple):
-    """A recorded call. Its memories are the inputs, the outputs, the workspace, and all memory from address 0 on."""
+    """A recorded call on one stream. Its memories are the inputs, then the outputs."""
 
-    launches: list[Launch]
-    outputs: list[tuple | None]
-    """(shape, strides, dtype) of each output; None for an output that is None."""
+    outputs: list[tuple | str | None]
+    """(shape, strides, dtype) of each output; LIKE_FIRST for one like the first input; None for one that is None."""
 
-    workspace_bytes: int
-    """Memory of all intermediate tensors."""
+    starts: list[Callable[[], int]]
+    """Its launches, each with buffers of its own."""
+
+    addresses: list[tuple[ctypes.c_uint64, int, int]]
+    """(slot, memory, offset in bytes) of each address that differs between calls; for slots see driver.Prepared."""
+
+    maps: list[tuple[int, int, int]]
+    """The same for each tensor map."""
 
     device: torch.device
     kept: list[Tensor]
-    """Tensors that stay in place from call to call, such as tables; kept alive here."""
+    """Tensors that stay in place from call to call: the workspace, and tables; kept alive here."""
 
-    number: int
-    """Its own among all recordings, for READY."""
-
-    def repeat(self, addresses: list[int], stream: int) -> list[Tensor | None] | None:
-        """Launch all kernels for inputs at these addresses; returns the outputs, None if a launch fails."""
-        device = self.device
-        outputs = [
-            made and torch.empty_strided(made[0], made[1], dtype=made[2], device=device) for made in self.outputs
-        ]
-        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
-        memories = (*addresses, *[0 if x is None else x.data_ptr() for x in outputs], workspace.data_ptr(), 0)
-        key = self.number, stream, memories
-        ready = READY.get(key)
-        if not ready:
-            calls = [
-                (start, (grid, stream, [memories[memory] + offset for memory, offset in places], layouts, overlap))
-                for start, grid, places, layouts, overlap in self.launches
-            ]
-            if ready is None:  # the first time at these addresses, which may be the last
-                if len(READY) >= MOST_READY:
-                    READY.clear()
-                READY[key] = []
-                return None if any(start(*call) for start, call in calls) else outputs
-            ready = READY[key] = [start.ready(*call) for start, call in calls]
-        for start in ready:
-            if start():
-                return None
+    def repeat(self, first: Tensor, addresses: list[int]) -> list[Tensor | None] | None:
+        """Launch all kernels for the first input and all inputs' addresses; returns the outputs, None on an error."""
+        outputs = []
+        for made in self.outputs:
+            if made is LIKE_FIRST:  # faster than with shape and strides
+                outputs.append(torch.empty_like(first))
+            else:
+                outputs.append(made and torch.empty_strided(*made[:2], dtype=made[2], device=self.device))
+        memories = (*addresses, *[0 if x is None else x.data_ptr() for x in outputs])
+        with LOCK:
+            for slot, memory, offset in self.addresses:
+                slot.value = memories[memory] + offset
+            if self.maps:
+                replace = cuda_driver().cuTensorMapReplaceAddress
+                for slot, memory, offset in self.maps:
+                    if replace(slot, memories[memory] + offset):
+                        return None
+            for start in self.starts:
+                if start():
+                    return None
         return outputs
 
 
@@ -134,46 +118,63 @@ class Recorder(TorchDispatchMode):
         self.launches.append((start, grid, tensors, overlap))
         self.complete = self.complete and start is not None
 
-    def recording(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, ...]) -> Recording | None:
-        """Recording of the call with these inputs and outputs; None if it cannot be repeated."""
-        starts = {x.data_ptr(): (memory, 0) for memory, x in enumerate(inputs)}
-        if not self.complete or not self.launches or len(starts) < len(inputs):  # two of them at one address
+    def recording(
+        self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, ...], stream: int
+    ) -> Recording | None:
+        """Recording of the call with these inputs and outputs on a stream; None if it cannot be repeated."""
+        of_inputs = {x.data_ptr(): memory for memory, x in enumerate(inputs)}
+        if not self.complete or not self.launches or len(of_inputs) < len(inputs):  # two of them at one address
             return None
-        allocated = {storage(x): x for x in self.allocated}
-        owned = {}  # where memory begins that the call allocated -> its place
+        allocated, of_outputs = {storage(x): x for x in self.allocated}, {}
         for memory, x in enumerate(outputs, len(inputs)):
             if x is not None and allocated.pop(x.data_ptr(), None) is None:  # not a whole allocation, or used twice
                 return None
             if x is not None:
-                owned[x.data_ptr()] = memory, 0
-        workspace, everything = len(inputs) + len(outputs), len(inputs) + len(outputs) + 1
-        workspace_bytes = 0
-        for start, x in allocated.items():
-            owned[start] = workspace, workspace_bytes
-            workspace_bytes += -(-x.untyped_storage().nbytes() // PLACE_BYTES) * PLACE_BYTES
-        of_inputs, kept = {storage(x) for x in inputs}, []
-
-        def place(x: Tensor | None) -> tuple[int, int] | None:
-            if x is None:
-                return everything, 0
-            if x.data_ptr() in starts:
-                return starts[x.data_ptr()]
-            if storage(x) in owned:
-                memory, offset = owned[storage(x)]
-                return memory, offset + x.data_ptr() - storage(x)
-            if storage(x) in of_inputs:  # a part of an input; which one is unknown
-                return None
-            kept.append(x)
-            return everything, x.data_ptr()
-
-        launches = []
-        for start, grid, tensors, overlap in self.launches:
-            places = [place(x.base if type(x) is Tiles else x) for x in tensors]
-            if None in places:
-                return None
-            launches.append(Launch(start, grid, places, [layout(x) for x in tensors if type(x) is Tiles], overlap))
+                of_outputs[x.data_ptr()] = memory
+        places, size = {}, 0  # of intermediate tensors in the workspace
+        for begin, x in allocated.items():
+            places[begin], size = size, size + -(-x.untyped_storage().nbytes() // PLACE_BYTES) * PLACE_BYTES
+        if size > MOST_WORKSPACE:
+            return None
+        device, storages = inputs[0].device, {storage(x) for x in inputs}
+        workspace = workspace_of(device, stream, size)
         made = [None if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
-        return Recording(launches, made, workspace_bytes, inputs[0].device, kept, next(NUMBERS))
+        like_first = torch.empty_like(inputs[0], device="meta")
+        like_first = like_first.shape, like_first.stride(), like_first.dtype
+        made = [LIKE_FIRST if of_output == like_first else of_output for of_output in made]
+        recording = Recording(made, [], [], [], device, [workspace])
+        for start, grid, tensors, overlap in self.launches:
+            addresses, layouts, differing = [], [layout(x) for x in tensors if type(x) is Tiles], []
+            for number, x in enumerate(x.base if type(x) is Tiles else x for x in tensors):
+                address, begin = (0, 0) if x is None else (x.data_ptr(), storage(x))
+                if address in of_inputs:
+                    differing.append((number, of_inputs[address], 0))
+                elif begin in of_outputs:
+                    differing.append((number, of_outputs[begin], address - begin))
+                elif begin in places:
+                    address += workspace.data_ptr() + places[begin] - begin
+                elif begin in storages:  # a part of an input; which one is unknown
+                    return None
+                elif x is not None:
+                    recording.kept.append(x)
+                addresses.append(address)
+            launch = start.prepare(grid, stream, addresses, layouts, overlap)
+            recording.starts.append(launch.start)
+            for number, *place in differing:
+                slot = launch.slots[number]
+                (recording.maps if isinstance(slot, int) else recording.addresses).append((slot, *place))
+        return recording
+
+
+def workspace_of(device: torch.device, stream: int, size: int) -> Tensor:
+    """Memory of at least `size` bytes for the intermediate tensors of calls on a stream."""
+    found = WORKSPACES.get((device, stream))
+    if found is None or len(found) < size:
+        if len(WORKSPACES) >= MOST_STREAMS:
+            WORKSPACES.clear()
+        found = torch.empty(1 << size.bit_length(), dtype=torch.uint8, device=device)
+        WORKSPACES[device, stream] = found
+    return found
 
 
 def storage(x: Tensor) -> int:
@@ -203,10 +204,11 @@ def replay(
     if recording is None or not is_quiet(device):
         return call()
     addresses = [x.data_ptr() for x in inputs]
-    if any(address % ALIGNMENT for address in addresses):
-        return call()
+    for address in addresses:
+        if address % ALIGNMENT:
+            return call()
     if type(recording) is Recording:
-        return recording.repeat(addresses, stream) or call()
+        return recording.repeat(inputs[0], addresses) or call()
     if recording is NEVER_MET:  # a first call may compile kernels, so it is not recorded
         if len(recordings) >= MOST_STREAMS:
             recordings.clear()
@@ -217,10 +219,10 @@ def replay(
         return call()
     with Recorder() as recorder:
         outputs = call()
-    recordings[stream] = recorder.recording(inputs, outputs)
+    recordings[stream] = recorder.recording(inputs, outputs, stream)
     return outputs
 
 
 def is_quiet(device: int) -> bool:
     """Whether launches can be replayed: the device is the current one, without graph capture or profiler."""
-    return device == torch.cuda.current_device() and not (torch.cuda.is_current_stream_capturing() or is_watched())
+    return device == torch._C._cuda_getDevice() and not (torch._C._cuda_isCurrentStreamCapturing() or is_watched())

@@ -278,3 +278,33 @@ def test_tensors_of_another_device_than_the_current_one():
     for index in (1, 0):
         x = torch.randn(64, device=f"cuda:{index}")
         torch.testing.assert_close(scaled(x, None, 2.0, 0.0), 2 * x)
+
+
+def test_a_prepared_launch_holds_each_address_where_the_driver_reads_it(monkeypatch):
+    """An address is in its slot, and a tensor map lies at a multiple of 64 bytes."""
+    made = []
+    library = SimpleNamespace(
+        cuLaunchKernelEx=lambda config, function, parameters, extra: made.append(list(parameters)) or 7,
+        cuTensorMapEncodeTiled=lambda target, *_: ctypes.memset(target, 5, driver.MAP_BYTES) and 0,
+    )
+    monkeypatch.setattr(driver, "cuda_driver", lambda: library)
+    layout = driver.Parameters()
+    layout.add_address(missing=True)
+    layout.add_tensor_map(2, 3, (16, 64))
+    layout.add_address(missing=False)
+    layout.add_number("i", 12)
+    variant = SimpleNamespace(function=1, metadata=SimpleNamespace(num_warps=4, shared=0))
+    start = DirectLaunch(variant, layout)
+    launch = start.prepare((1, 1, 1), 0, [0, 1 << 20, 48], [((32, 64), (64, 1), torch.bfloat16)], False)
+    other = start.prepare((1, 1, 1), 0, [0, 1 << 20, 64], [((32, 64), (64, 1), torch.bfloat16)], False)
+    _, place, address = launch.slots
+    address.value = 80
+    assert launch.start() == other.start() == 7
+    (tensor_map, *_, read, number), again = made
+    assert (
+        tensor_map == place
+        and place % 64 == 0
+        and ctypes.string_at(place, driver.MAP_BYTES) == b"\5" * driver.MAP_BYTES
+    )
+    assert [ctypes.c_uint64.from_address(x).value for x in (read, again[-2])] == [80, 64]
+    assert ctypes.c_int.from_address(number).value == 12

@@ -9,6 +9,7 @@ from itertools import count
 import pytest
 import torch
 from stem.kernels import replay as module
+from stem.kernels.driver import Prepared
 from stem.kernels.launch import ON_LAUNCH
 from stem.kernels.replay import Recorder, Recording, replay
 
@@ -18,16 +19,27 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BYTES = 64 * 4  # of the tensors that the stand-in for a kernel copies
 
 
-def start_copy(grid, stream, addresses, layouts, overlap):
-    """Stand-in for a DirectLaunch: copies one tensor into the other."""
-    source, target = addresses
-    ctypes.memmove(target, source, BYTES)
-    return 0
+class Copy:
+    """Stand-in for a DirectLaunch: copies one tensor into the other; `error` is what the driver returns."""
+
+    error = 0
+
+    def __call__(self, grid, stream, addresses, layouts, overlap):
+        source, target = addresses
+        ctypes.memmove(target, source, BYTES)
+        return self.error
+
+    def prepare(self, grid, stream, addresses, layouts, overlap):
+        slots = [ctypes.c_uint64(address) for address in addresses]
+        return Prepared(lambda: self(grid, stream, [slot.value for slot in slots], layouts, overlap), slots)
 
 
-def copy(source, target, start=start_copy):
+COPY = Copy()
+
+
+def copy(source, target, start=COPY):
     """A launch of it."""
-    start_copy((1, 1, 1), 0, [source.data_ptr(), target.data_ptr()], [None, None], False)
+    COPY((1, 1, 1), 0, [source.data_ptr(), target.data_ptr()], [None, None], False)
     note = ON_LAUNCH.get()
     if note:
         note(start, (1, 1, 1), (source, target), False)
@@ -36,11 +48,11 @@ def copy(source, target, start=start_copy):
 def record(call, *inputs):
     with Recorder() as recorder:
         outputs = call(*inputs)
-    return recorder.recording(inputs, outputs)
+    return recorder.recording(inputs, outputs, stream=0)
 
 
 def repeat(recording, *inputs):
-    return recording.repeat([x.data_ptr() for x in inputs], 0)
+    return recording.repeat(inputs[0], [x.data_ptr() for x in inputs])
 
 
 def draw(*shape):
@@ -57,7 +69,7 @@ def copy_by_way(x):
 
 def test_a_recording_repeats_the_launches_with_other_tensors():
     recording = record(copy_by_way, draw())
-    assert recording.workspace_bytes == 128 * 4 and len(recording.launches) == 2
+    assert len(recording.starts) == 2 and len(recording.kept[0]) >= 128 * 4  # the workspace
     x, y = draw(), draw()
     (first, nothing), (second, _) = repeat(recording, x), repeat(recording, y)
     assert torch.equal(first, x) and torch.equal(second, y) and nothing is None
@@ -79,42 +91,36 @@ def test_a_first_recording_does_not_import_the_compiler_of_torch():
     assert done.returncode == 0, done.stderr
 
 
-class CountedCopy:
-    """Stand-in for a DirectLaunch that counts how its launches came about."""
-
-    def __init__(self):
-        self.direct = self.made = self.repeated = 0
-
-    def __call__(self, *args):
-        self.direct += 1
-        return start_copy(*args)
-
-    def ready(self, *args):
-        self.made += 1
-
-        def start():
-            self.repeated += 1
-            return start_copy(*args)
-
-        return start
+def test_calls_of_a_stream_share_their_intermediate_tensors(monkeypatch):
+    monkeypatch.setattr(module, "WORKSPACES", {})
+    first, second = record(copy_by_way, draw()), record(copy_by_way, draw())
+    workspace, device = first.kept[0], torch.device("cpu")
+    assert second.kept[0] is workspace and module.WORKSPACES == {(device, 0): workspace}
+    assert len(module.workspace_of(device, 0, len(workspace) + 1)) > len(workspace)  # a larger one, from here on
+    assert module.workspace_of(device, 1, 1) is not module.workspace_of(device, 0, 1)
+    x = draw()
+    assert torch.equal(repeat(first, x)[0], x)  # in the memory that it was recorded with
+    monkeypatch.setattr(module, "MOST_STREAMS", 2)
+    module.workspace_of(device, 2, 1)
+    assert len(module.WORKSPACES) == 1
 
 
-def test_launches_at_the_same_addresses_are_made_ready_the_second_time(monkeypatch):
-    monkeypatch.setattr(module, "READY", {})
-    start, room = CountedCopy(), torch.empty(64)
-    monkeypatch.setattr(torch, "empty_strided", lambda *args, **kwargs: room)
-    recording = record(lambda x: (copy(x, out := torch.empty(64), start) or out,), draw())
-    start.direct, x, y = 0, draw(), draw()
-    for turn in range(4):
-        for each in (x, y):
-            assert torch.equal(repeat(recording, each)[0], each)
-            each.normal_()  # another tensor of the same address
-        assert (start.direct, start.made, start.repeated) == (2, 2 * min(turn, 1), 2 * turn)
-    assert recording.repeat([x.data_ptr()], 1) and start.direct == 3  # of another stream
-    monkeypatch.setattr(module, "MOST_READY", len(module.READY))
-    repeat(recording, draw())
-    assert len(module.READY) == 1
-    assert record(copy_by_way, draw()).number != recording.number
+def test_threads_take_turns():
+    """Launches of a call read what was written for it, also where several threads repeat one recording."""
+    recording, wrong = record(copy_by_way, draw()), []
+
+    def work():
+        for _ in range(300):
+            x = draw()
+            if not torch.equal(repeat(recording, x)[0], x):
+                wrong.append(x)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 def test_outputs_have_their_strides():
@@ -123,8 +129,12 @@ def test_outputs_have_their_strides():
         copy(x, out)
         return (out,)
 
-    x = draw()
+    x, other = draw(), draw(16, 4).t()  # empty_like keeps its strides
     assert torch.equal(repeat(record(transposed, draw()), x)[0], x.view(16, 4).T)
+    like_first = record(transposed, other)
+    assert like_first.outputs == [module.LIKE_FIRST]
+    out = repeat(like_first, other)[0]
+    assert torch.equal(out, other) and out.stride() == other.stride()
 
 
 def test_what_stays_between_calls_is_kept():
@@ -136,7 +146,7 @@ def test_what_stays_between_calls_is_kept():
         return (out,)
 
     recording = record(read_table, draw())
-    assert recording.kept == [table] and torch.equal(repeat(recording, draw())[0], table)
+    assert recording.kept[1] is table and torch.equal(repeat(recording, draw())[0], table)
 
 
 def computes(x):
@@ -188,6 +198,8 @@ def test_a_call_that_allocates_much_is_not_recorded(monkeypatch):
     assert recorder.allocated == []  # and holds no memory longer than the call does
     monkeypatch.setattr(module, "MOST_BYTES", 3 * BYTES)
     assert record(copy_by_way, draw()) is not None
+    monkeypatch.setattr(module, "MOST_WORKSPACE", 2 * BYTES - 1)  # its intermediate tensor
+    assert record(copy_by_way, draw()) is None
 
 
 def test_inputs_at_one_address_are_not_told_apart():
@@ -200,9 +212,17 @@ def test_inputs_at_one_address_are_not_told_apart():
 
 
 def test_a_refused_launch_gives_nothing():
-    recording = record(copy_by_way, draw())
-    refused = recording.launches[1]._replace(start=lambda *_: 1)
-    assert repeat(recording._replace(launches=[recording.launches[0], refused]), draw()) is None
+    refused = Copy()
+
+    def call(x):
+        out, _ = copy_by_way(x)
+        copy(x, out, refused)
+        return (out,)
+
+    recording = record(call, draw())
+    assert repeat(recording, draw()) is not None
+    refused.error = 1
+    assert repeat(recording, draw()) is None
 
 
 def test_launches_of_other_threads_are_not_noted():
