@@ -19,7 +19,7 @@ from stem.hf.padding import as_bool, once, packed_mask, rows_by_span, stem_mask,
 from stem.hf.report import LAYERS, NAME, Layer, causal_blocks
 from stem.hf.sinks import with_sink_key
 from stem.impl.attend import apply_sinks
-from stem.planning import plan_for
+from stem.planning import Plan, plan_for
 from stem.selection import BlockSelection
 from stem.transforms import refused_by_name
 
@@ -32,6 +32,9 @@ UNSUPPORTED = {  # arguments of an attention call: what a value other than None 
     "indices": "the model's own sparse indices",
     "block_indices": "the model's own sparse indices",
 }
+
+MOST_PLANS = 64  # that a layer remembers; more clear them
+NOTHING = nullcontext()
 
 
 def stem_attention_forward(
@@ -57,8 +60,8 @@ def stem_attention_forward(
     Raises:
         ValueError: For arguments in UNSUPPORTED, and for dropout or is_causal=False in a sparse prefill.
     """
-    for name, asked in kwargs.items():
-        if name in UNSUPPORTED and asked is not None and asked is not False:
+    for name in UNSUPPORTED.keys() & kwargs.keys():
+        if kwargs[name] is not None and kwargs[name] is not False:
             meaning = UNSUPPORTED[name]
             raise ValueError(f"{name}: Stem attention does not implement {meaning}; call stem.hf.disable(model)")
     layer: Layer | None = getattr(module, "stem_layer", None)
@@ -66,7 +69,7 @@ def stem_attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_plain = attention_mask is None and sinks is None and is_causal and not dropout
     if is_plain and _is_whole_prompt(layer, query, key, value, kwargs):
-        return _attend_whole(layer, query, key, value, scaling, None), None
+        return _attend_as_before(layer, query, key, value, scaling), None
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
         ends = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
         attention_mask = _packed(layer, attention_mask, query, key, *ends)
@@ -101,10 +104,27 @@ def _is_whole_prompt(layer: Layer | None, q: Tensor, k: Tensor, v: Tensor, optio
         and q.shape[3] == v.shape[3]
         and options.get("cu_seq_lens_q") is None
         and type(q) is type(k) is type(v) is Tensor
-        and not (torch.compiler.is_compiling() or q.is_meta or torch.is_autocast_enabled(q.device.type))
+        and not (torch.compiler.is_compiling() or q.is_meta or torch._C._is_any_autocast_enabled())
         and torch._C._get_tracing_state() is peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
+
+
+def _attend_as_before(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Stem attention of a whole prompt by the plan that the layer remembers for such tensors, [B, N, Hq, D]."""
+    grad = torch.is_grad_enabled()
+    gradients = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
+    kinds = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    layouts = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
+    key = scale, grad, gradients, torch.is_inference_mode_enabled(), kinds, layouts
+    with on_device_of(q):
+        plan = layer.plans.get(key)
+        if plan is None:
+            if len(layer.plans) >= MOST_PLANS:
+                layer.plans.clear()
+            prompt_length = None if layer.prompt_length is None else max(layer.prompt_length, q.shape[2])
+            plan = layer.plans[key] = _plan(layer, q, k, v, scale, prompt_length, False)
+        return _run(layer, plan, q, k, v, scale, None).transpose(1, 2).contiguous()
 
 
 def _attend_whole(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None) -> Tensor:
@@ -216,13 +236,8 @@ def _attend(
         return _attend_densely(q, k, v, scale, sinks=sinks)
     config, impl = layer.config, layer.impl
     if isinstance(config, StemConfig) and not torch.compiler.is_compiling():
-        plan = plan_for(q, k, v, config, scale, impl, prompt_length, return_lse=sinks is not None, return_counts=True)
-        if plan.path == "dense" and sinks is None:
-            layer.count(q, causal_blocks(plan.rows), plan.kept_blocks)
-            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        out, lse, counts, _ = plan.run(q, k, v)
-        layer.count(q, causal_blocks(plan.rows), plan.kept_blocks if counts is None else counts)
-        return apply_sinks(out, lse, sinks)[0]
+        plan = _plan(layer, q, k, v, scale, prompt_length, sinks is not None)
+        return _run(layer, plan, q, k, v, scale, sinks)
     if isinstance(config, StemConfig):  # in a compiled graph with gradients
         options = dict(scale=scale, sinks=sinks, impl=impl, prompt_length=prompt_length)
         out, selection = stem_attention(q, k, v, config, return_selection=True, **options)
@@ -237,9 +252,36 @@ def _attend(
     return out
 
 
+def _plan(
+    layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, prompt_length: int | None, with_lse: bool
+) -> Plan:
+    options = dict(return_lse=with_lse, return_counts=True)
+    plan = plan_for(q, k, v, layer.config, scale, layer.impl, prompt_length, **options)
+    if plan.path == "dense" and plan.impl == "hopper" and not plan.problem.needs_grad:
+        # launches that are replayed cost the host less than torch's dense kernels, and the GPU 3 us more at most
+        return plan_for(q, k, v, layer.config, scale, "hopper", prompt_length, **options)
+    return plan
+
+
+def _run(
+    layer: Layer, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Output of a plan, whose kept blocks the layer counts."""
+    if plan.path == "dense" and sinks is None:
+        out, lse, counts = (
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True),
+            None,
+            None,
+        )
+    else:
+        out, lse, counts, _ = plan.run(q, k, v)
+    layer.count(q, causal_blocks(plan.rows), plan.kept_blocks if counts is None else counts)
+    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Context in which the device of x is the current CUDA device; an empty one if it is, or on the CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else NOTHING
 
 
 def _attend_densely(

@@ -51,11 +51,15 @@ class Layer:
     peers: object = None  # stem.distributed.exchange.Peers of tensor parallelism, each with a part of the heads
     gaps: int = 0  # prompts attended to densely since `enable`, because their padding has gaps
     gapped: dict[int, int] = field(default_factory=dict)  # batch rows of such prompts: position of their last chunk
+    plans: dict = field(default_factory=dict)  # of earlier calls, see stem.hf.forward
     handle: int = 0  # its key in LAYERS, by which a compiled graph names it
 
     def __post_init__(self) -> None:
         self.handle = next(_HANDLES)
         LAYERS[self.handle] = self
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | dict(plans={})
 
     def __setstate__(self, state: dict) -> None:  # a copied or unpickled layer is another layer
         self.__dict__.update(state)
@@ -75,9 +79,9 @@ class Layer:
 
         `kept` is how many pairs each head keeps, or how many blocks each row keeps, int [B or 1, Hq, rows].
         """
-        batch, self.heads = q.shape[:2]
+        batch, self.heads, *_ = q.shape
         self.causal += batch * causal
-        if not isinstance(kept, Tensor):
+        if isinstance(kept, int):
             self.known += batch * kept
             return
         self.counts.append(kept)  # summed later: two launches in every call would cost more than this whole function

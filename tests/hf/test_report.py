@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -86,6 +87,51 @@ def test_all_layers_share_one_plan(monkeypatch):
     for _ in range(2):
         logits(model, ids)
     assert len(made) == 1 and made[0].problem.return_counts and not made[0].problem.return_selection
+
+
+def test_a_layer_remembers_plans_by_everything_that_decides_them(monkeypatch):
+    model, ids = build(), tokens(143)
+    hf.enable(model, SPARSE)
+    layer = model.model.layers[0].self_attn.stem_layer
+    expected, twin = logits(model, ids), build()
+    assert len(layer.plans) == 1 and torch.equal(logits(model, ids), expected)
+    for each in (model, twin):  # with gradients after a call without them, and at once
+        hf.enable(twin, SPARSE) if each is twin else None
+        each.requires_grad_()(ids).logits.sum().backward()
+    for here, there in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(here.grad, there.grad)
+    assert len(layer.plans) == 2
+    with torch.inference_mode():
+        model(ids)
+    logits(model, tokens(97))
+    logits(model.to(torch.float64), ids)
+    assert len(layer.plans) == 5
+    assert copy.deepcopy(layer).plans == {} and layer.plans
+    monkeypatch.setattr(hf.forward, "MOST_PLANS", 5)
+    logits(model, tokens(98))
+    assert len(layer.plans) == 1
+
+
+def test_launches_that_are_replayed_take_the_place_of_dense_kernels(monkeypatch):
+    """On Hopper GPUs, for calls without gradients; the operator itself prefers torch's kernels for short prompts."""
+    asked, found = [], SimpleNamespace(path="dense", impl="hopper", problem=SimpleNamespace(needs_grad=False))
+
+    def plan_for(q, k, v, config, scale, impl, prompt_length, **options):
+        asked.append(impl)
+        return found
+
+    def choose() -> list:
+        asked.clear()
+        assert hf.forward._plan(SimpleNamespace(config=SPARSE, impl=None), *[None] * 3, 1.0, None, False) is found
+        return asked
+
+    monkeypatch.setattr(hf.forward, "plan_for", plan_for)
+    assert choose() == [None, "hopper"]
+    for changes in (dict(path="lists"), dict(impl="triton"), dict(problem=SimpleNamespace(needs_grad=True))):
+        with monkeypatch.context() as patch:
+            for name, value in changes.items():
+                patch.setattr(found, name, value)
+            assert choose() == [None]
 
 
 def test_rows_by_layer_in_a_hybrid_model():
