@@ -10,7 +10,7 @@ from torch.func import grad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stem
-from stem import BlockSelection, StemConfig, distributed, hf, patterns
+from stem import BlockSelection, StemConfig, hf, patterns
 from stem.impl import stand_ins
 from stem.planning import plan_for
 
@@ -265,5 +265,3 @@ def test_bad_values():
         StemConfig(dropped="means")
     with pytest.raises(ValueError, match="dropped must be one of 'skip', 'mean', 'cells', got True"):
         stem.block_sparse_attention(q, k, v, random_selection(q, k, 32), dropped=True)
-    with pytest.raises(ValueError, match="dropped='skip' where GPUs share a prompt, got 'mean'"):
-        distributed.stem_attention(q, k, v, CONFIG, mesh=None)
