@@ -247,7 +247,7 @@ def variants() -> str:
             for row in group.sort_values(["density", "latency_ms"], ascending=[False, True]).to_dict("records"):
                 name = f"dense, {DENSE_LABELS[row['provider']]}" if row["variant"] == "dense" else row["variant"]
                 times = [number(row["latency_ms"]), number(row.get("choosing_ms", NAN))]
-                rates = [number(row["tflops"]), number(dense / row["latency_ms"], "×"), f"{row['error']:.2%}"]
+                rates = [number(row["tflops"]), number(dense / row["latency_ms"], "×"), number(100 * row["error"], "%")]
                 lines.append([what, tokens_label(tokens), name, f"{row['density']:.1%}", *times, *rates])
         header = ["q, k and v", "tokens", "variant", "density", "operator [ms]", "of it, choosing [ms]", "TFLOP/s"]
         parts.append(f"**{device}**\n\n{markdown_table([*header, 'over the fastest dense', 'error'], lines)}")
