@@ -179,6 +179,11 @@ CALIBRATED = (
     f"The threshold of `{EIGHT_PERCENT}` is the one that `stem.calibrate` finds for that density in two layers of the "
     "model's shape, with random weights, on one random prompt of that length."
 )
+TURNS = (
+    "Dense and sparse prefills take turns. Each speed-up is the median over rounds of a round's ratio, with its 95 % "
+    "interval, or the ratio of medians where no rounds were kept. Short prompts of small models wait for the CPU, "
+    "whose speed varied during the rounds."
+)
 BEYOND = {
     "forward+backward": "attention, forward and backward",
     "ttft": "first token of an 8B-shaped Llama, random weights",
@@ -208,7 +213,10 @@ def beyond() -> str:
 
 
 def drop_in() -> str:
-    """For each machine a table: prefill of whole models through stem.hf against the fastest dense back end."""
+    """For each machine a table: prefill of whole models through stem.hf against the fastest dense back end.
+
+    Speed-ups are medians over rounds with their interval, and ratios of medians in rows that hold no rounds.
+    """
     rows = full_rows("speed")
     if len(rows):
         rows = rows[rows.operation.str.startswith(PREFILL) & rows.latency_ms.notna()]
@@ -218,18 +226,21 @@ def drop_in() -> str:
     for device, part in by_device(rows):
         configs = [name for name in ("default", *PRESETS) if name in set(part.config)]
         lines = []
-        for (operation, tokens), group in part.groupby(["operation", "tokens"], sort=False):
+        for (operation, tokens), group in part.groupby(["operation", "tokens"]):
             dense, sparse = group[group.config == "dense"], group[group.config != "dense"]
             sparse = sparse.set_index("config").reindex(configs)
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
-            bounds = zip(sparse.speedup, sparse.speedup_low, sparse.speedup_high, strict=True)
-            ratios = [f"{number(x, '×')} [{number(low)}, {number(high)}]" for x, low, high in bounds]
+            ratios = []
+            for row in sparse.itertuples():
+                is_paired = row.speedup == row.speedup  # not NaN
+                ratio = number(row.speedup if is_paired else fastest.latency_ms / row.latency_ms, "×")
+                ratios.append(ratio + is_paired * f" [{number(row.speedup_low)}, {number(row.speedup_high)}]")
             host = number((sparse.host_ms / dense.host_ms.min()).max(), "×")
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])
         names = [PRESET_LABELS.get(name) or CONFIG_LABELS[name] for name in configs]
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]
-        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
+        parts.append(f"**{device}**. {TURNS}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 
