@@ -26,7 +26,6 @@ MODELS = {  # names in rows -> here
     "smollm2": "SmolLM2-135M",
     "smollm2-32k": "SmolLM2-135M, extended",
     "gemma3-270m-1.0.0": "Gemma 3 270M",
-    "gemma3-270m": "Gemma 3 270M",
 }
 PARTS = ("answers", "loss", "extension")
 NEEDLES = "niah_multikey_1"  # the task on which verdicts about needles rest
@@ -156,6 +155,22 @@ def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
     chosen = chosen[chosen.asked.isna() | chosen.asked.isin(asked)]
     table = chosen.pivot_table(index=["cell", "method"], columns="measure", values="value", sort=False)
     return table.reindex(columns=["generated", "right"]).dropna()
+
+
+def flips(rows: pd.DataFrame, method: str, block_size: float, asked: float) -> pd.DataFrame:
+    """Samples of one cell by whether dense attention, and the method, generate the right answer (1.0 = right).
+
+    Columns: samples, and mean changes by the method of answer [nats] and right (share), both in one sparse forward.
+    """
+    values = {
+        (measure, who): _values(rows[rows.measure == measure], name, block_size, asked).tolist()
+        for measure in ("generated", "answer", "right")
+        for who, name in (("dense", "dense"), ("method", method))
+    }
+    frame = pd.DataFrame(values)
+    changes = {measure: frame[measure].method - frame[measure].dense for measure in ("answer", "right")}
+    groups = frame.generated.assign(samples=1, **changes).groupby(["dense", "method"])
+    return groups.agg(dict(samples="sum", answer="mean", right="mean"))
 
 
 def points(rows: pd.DataFrame, measure: str = "answer", task: str | None = None) -> pd.DataFrame:

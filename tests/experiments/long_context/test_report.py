@@ -74,6 +74,20 @@ def test_pairs_are_the_samples_of_both_methods_in_all_tasks(rows):
     assert str(report.Difference(4e-4, -1e-5, 8e-4, 3)) == "+0.00040 [-0.00001, +0.00080], n = 3"
 
 
+def test_flips_group_samples_by_what_both_generate():
+    made = [
+        row("dense", 0, "generated", values="1 1 0 1"),
+        row("stem", 0, "generated", values="0 1 1 0"),
+        row("dense", 0, "answer", values="-1 -2 -3 -4"),
+        row("stem", 0, "answer", values="-3 -2.5 -3 -4"),
+        row("dense", 0, "right", values="1 1 1 0"),
+        row("stem", 0, "right", values="0 1 0 0"),
+    ]
+    found = report.flips(pd.DataFrame(made), "stem", 64, 0.25)
+    assert found.loc[1, 0].tolist() == [2, -1.0, -0.5] and found.loc[1, 1].tolist() == [1, -0.5, 0.0]
+    assert found.loc[0, 1].tolist() == [1, 0.0, -1.0] and len(found) == 3
+
+
 def test_controls_fail_where_the_measure_sees_them(rows):
     table = report.controls(rows)
     assert table.fails.groupby("measure").all().to_dict() == dict(answer=True, generated=False, loss=True, right=True)
