@@ -160,7 +160,8 @@ def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
 def flips(rows: pd.DataFrame, method: str, block_size: float, asked: float) -> pd.DataFrame:
     """Samples of one cell by whether dense attention, and the method, generate the right answer (1.0 = right).
 
-    Columns: samples, and mean changes by the method of answer [nats] and right (share), both in one sparse forward.
+    Columns: samples; means of before, log p(answer) under dense attention [nats], and of what the method changes in
+    answer [nats] and right (share), both in one forward.
     """
     values = {
         (measure, who): _values(rows[rows.measure == measure], name, block_size, asked).tolist()
@@ -169,8 +170,8 @@ def flips(rows: pd.DataFrame, method: str, block_size: float, asked: float) -> p
     }
     frame = pd.DataFrame(values)
     changes = {measure: frame[measure].method - frame[measure].dense for measure in ("answer", "right")}
-    groups = frame.generated.assign(samples=1, **changes).groupby(["dense", "method"])
-    return groups.agg(dict(samples="sum", answer="mean", right="mean"))
+    found = frame.generated.assign(samples=1, before=frame.answer.dense, **changes)
+    return found.groupby(["dense", "method"]).agg(dict.fromkeys(["before", *changes], "mean") | dict(samples="sum"))
 
 
 def points(rows: pd.DataFrame, measure: str = "answer", task: str | None = None) -> pd.DataFrame:

@@ -84,8 +84,9 @@ def test_flips_group_samples_by_what_both_generate():
         row("stem", 0, "right", values="0 1 0 0"),
     ]
     found = report.flips(pd.DataFrame(made), "stem", 64, 0.25)
-    assert found.loc[1, 0].tolist() == [2, -1.0, -0.5] and found.loc[1, 1].tolist() == [1, -0.5, 0.0]
-    assert found.loc[0, 1].tolist() == [1, 0.0, -1.0] and len(found) == 3
+    assert found.columns.tolist() == ["before", "answer", "right", "samples"] and len(found) == 3
+    assert found.loc[1, 0].tolist() == [-2.5, -1.0, -0.5, 2] and found.loc[1, 1].tolist() == [-2.0, -0.5, 0.0, 1]
+    assert found.loc[0, 1].tolist() == [-3.0, 0.0, -1.0, 1]
 
 
 def test_controls_fail_where_the_measure_sees_them(rows):
