@@ -268,11 +268,7 @@ def _run(
 ) -> Tensor:
     """Output of a plan, whose kept blocks the layer counts."""
     if plan.path == "dense" and sinks is None:
-        out, lse, counts = (
-            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True),
-            None,
-            None,
-        )
+        out, counts = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True), None
     else:
         out, lse, counts, _ = plan.run(q, k, v)
     layer.count(q, causal_blocks(plan.rows), plan.kept_blocks if counts is None else counts)
