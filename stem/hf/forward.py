@@ -33,7 +33,7 @@ UNSUPPORTED = {  # arguments of an attention call: what a value other than None 
     "block_indices": "the model's own sparse indices",
 }
 
-MOST_PLANS = 64  # that a layer remembers; more clear them
+MOST_PLANS = 64  # that layers with one config remember; more clear them
 NOTHING = nullcontext()
 
 
@@ -111,7 +111,7 @@ def _is_whole_prompt(layer: Layer | None, q: Tensor, k: Tensor, v: Tensor, optio
 
 
 def _attend_as_before(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Stem attention of a whole prompt by the plan that the layer remembers for such tensors, [B, N, Hq, D]."""
+    """Stem attention of a whole prompt by the plan that its layers remember for such tensors, [B, N, Hq, D]."""
     grad = torch.is_grad_enabled()
     gradients = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
     kinds = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device

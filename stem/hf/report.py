@@ -51,7 +51,7 @@ class Layer:
     peers: object = None  # stem.distributed.exchange.Peers of tensor parallelism, each with a part of the heads
     gaps: int = 0  # prompts attended to densely since `enable`, because their padding has gaps
     gapped: dict[int, int] = field(default_factory=dict)  # batch rows of such prompts: position of their last chunk
-    plans: dict = field(default_factory=dict)  # of earlier calls, see stem.hf.forward
+    plans: dict = field(default_factory=dict)  # of earlier calls, of all layers with one config; see stem.hf.forward
     handle: int = 0  # its key in LAYERS, by which a compiled graph names it
 
     def __post_init__(self) -> None:

@@ -68,10 +68,12 @@ def enable(
     shared, peers = _shared_prompt(mesh, configs, own), _tensor_parallel(model)
     disable(model)
     give_own_configs(model)
+    plans = {id(config): {} for config in configs.values()}
     for index, module in modules.items():
         previous = "sdpa" if (old := module.config._attn_implementation) == NAME else old  # config of an enabled model
         module.stem_layer = Layer(index, configs[index], impl, prompt_length, own[index], module.config, previous)
         module.stem_layer.shared, module.stem_layer.peers = shared, peers
+        module.stem_layer.plans = plans[id(configs[index])]
     for module in modules.values():
         _choose(module, NAME)
     if shared is not None:

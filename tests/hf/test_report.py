@@ -89,6 +89,17 @@ def test_all_layers_share_one_plan(monkeypatch):
     assert len(made) == 1 and made[0].problem.return_counts and not made[0].problem.return_selection
 
 
+def test_layers_with_one_config_look_up_one_plan(monkeypatch):
+    """A first call after `enable` then costs the host little more than a later one."""
+    asked, original = [], hf.forward._plan
+    monkeypatch.setattr(hf.forward, "_plan", lambda layer, *args: asked.append(layer.index) or original(layer, *args))
+    model, ids = build(), tokens(143)
+    hf.enable(model, {0: SPARSE, 1: SPARSE, 2: SPARSE.replace(density=1.0)})
+    for _ in range(2):
+        logits(model, ids)
+    assert asked == [0, 2] and [row["density"] for row in hf.density(model)][2] == 1.0
+
+
 def test_a_layer_remembers_plans_by_everything_that_decides_them(monkeypatch):
     model, ids = build(), tokens(143)
     hf.enable(model, SPARSE)
