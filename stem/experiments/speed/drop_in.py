@@ -1,8 +1,8 @@
 """Prefill of whole models with random weights, dense and through stem.hf in turn, and the host's share of the time."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from statistics import median
@@ -38,8 +38,8 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "smoke"): [2**10],
 }
 WAYS = {"cuda": ("default", *PRESETS), "cpu": ("default", "adaptive")}  # configs
-ROUNDS, CALLS, WARM_UP = {"cuda": 12, "cpu": 3}, 2, 3  # rounds; calls of each kind in one; calls before, untimed
-SECONDS, LEAST_ROUNDS = 4.0, 3  # no round of one length begins later, once there have been so many
+ROUNDS, WARM_UP = {"cuda": 15, "cpu": 3}, 3  # calls of each way; calls before, untimed
+SECONDS, LEAST_ROUNDS = 2.0, 5  # no round of one config begins later, once there have been so many
 TIMING = "perf_counter around a prefill of the whole model, dense and sparse in turn, clocks not locked"
 FARTHEST = 0.1  # largest relative error of the logits where every block is kept
 
@@ -54,10 +54,11 @@ def case(
 ) -> list[dict[str, Any]]:
     """Rows of operation "prefill <name>" of one length: the dense back ends, then stem.hf with each config of WAYS.
 
-    All take turns, and each round turns their order round, so that a change of the clocks meets all of them. `speedup`
-    is the median over the rounds of a round's ratio to the fastest dense back end, from `speedup_low` to `speedup_high`
-    (95 %). `host_ms` is the time until the call returns. A config that keeps every block must give the logits of the
-    first dense back end. `ids` [1, >= tokens] are the prompt, by default random.
+    The dense back ends take turns. Then each config and the fastest of them do, call by call on the enabled model, and
+    each round turns their order round, so that a change of the machine's speed meets both. `speedup` is the median over
+    the rounds of a round's ratio, from `speedup_low` to `speedup_high` (95 %). `host_ms` is the time until the call
+    returns, and `host_ratio` the median over the rounds of its ratio to the dense one. A config that keeps every block
+    must give the logits of dense attention. `ids` [1, >= tokens] are the prompt, by default random.
     """
     settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
     head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
@@ -65,42 +66,46 @@ def case(
     common = dict(operation=PREFILL + name) | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=TIMING)
     if ids is None:
         ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    ways, rows = {}, {}
+    ids = ids[:, :tokens].to(model.device)
     contexts = first_token.dense_contexts(model, device)
     contexts.pop("fa4", None)  # its calls cost the host more than FlashAttention-3's, and the GPU no less
-    for provider, context in contexts.items():
-        ways[provider] = context
-        rows[provider] = common | dict(provider=provider, config="dense", density=1.0)
+    dense, _ = take_turns(model, ids, contexts, LEAST_ROUNDS)
+    rows = [common | dict(provider=way, config="dense", density=1.0) | of_way for way, of_way in dense.items()]
+    timed = {way: of_way["latency_ms"] for way, of_way in dense.items() if "latency_ms" in of_way}
+    fastest = min(timed, key=timed.get, default=None)
     for chosen in WAYS[device]:
         config = CONFIGS[chosen] if chosen in CONFIGS else BRIEFLY[chosen][0]
-        ways[chosen] = partial(hf.stem_prefill, model, config)
-        rows[chosen] = common | dict(provider="stem", config=chosen, block_size=config.block_size)
-    measured, rounds = take_turns(model, ids[:, :tokens].to(model.device), ways, ROUNDS[device])
-    found = with_speedups([rows[way] | measured[way] for way in ways], seed)
-    fastest = next((row["fastest_dense"] for row in found if row.get("fastest_dense")), None)
-    for way, row in zip(ways, found, strict=True):
-        if rounds[way] and fastest:
-            row |= paired([dense / own for dense, own in zip(rounds[fastest], rounds[way], strict=False)])
-    return found
+        with hf.stem_prefill(model, config) as report:
+            ways = {way: contexts[way] for way in (fastest,) if way} | {"stem": partial(nullcontext, report)}
+            found, times = take_turns(model, ids, ways, ROUNDS[device])
+        row = common | dict(provider="stem", config=chosen, block_size=config.block_size) | found["stem"]
+        rows.append(row | (compared(times[fastest], times["stem"]) if fastest and times["stem"] else {}))
+    return with_speedups(rows, seed)
 
 
-def paired(ratios: list[float]) -> dict[str, float]:
+def compared(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Columns speedup, its interval and host_ratio of both ways' times, see `take_turns`."""
+    rounds = list(zip(dense, sparse, strict=False))
+    host_ratio = median(own / of_dense for (_, of_dense), (_, own) in rounds)
+    return paired(of_dense / own for (of_dense, _), (own, _) in rounds) | dict(host_ratio=host_ratio)
+
+
+def paired(ratios: Iterable[float]) -> dict[str, float]:
     """Median of speed-ups of rounds and its 95 % interval from order statistics, the range for fewer than six."""
-    ratios, count = sorted(ratios), len(ratios)
-    outside = max(0, int((count - 1.96 * count**0.5) / 2))
-    return dict(speedup=median(ratios), speedup_low=ratios[outside], speedup_high=ratios[count - 1 - outside])
+    ratios = sorted(ratios)
+    outside = max(0, int((len(ratios) - 1.96 * len(ratios) ** 0.5) / 2))
+    return dict(speedup=median(ratios), speedup_low=ratios[outside], speedup_high=ratios[-1 - outside])
 
 
 @torch.inference_mode()
 def take_turns(
     model: nn.Module, ids: Tensor, ways: Mapping[str, Callable[[], AbstractContextManager]], rounds: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """Latency, host time [ms], density and error of each way to attend, and the mean latency of each of its rounds.
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[float, float]]]]:
+    """Latency, host time [ms], density and error of each way to attend, and the times of its call in each round [ms].
 
-    A context of Stem gives its report.
+    The first way gives the logits to compare with. A context of Stem gives its report.
     """
-    found = {way: dict(error="") for way in ways}
-    times = {way: [] for way in ways}  # (whole call, until it returns) [ms]
+    found, times = {way: dict(error="") for way in ways}, {way: [] for way in ways}
     expected, begun = None, 0.0
     for turn in range(rounds + 1):
         begun = time.perf_counter() if turn == 1 else begun
@@ -112,20 +117,17 @@ def take_turns(
             try:
                 with ways[way]() as report:
                     if turn:
-                        times[way] += [_timed(model, ids) for _ in range(CALLS)]
+                        times[way].append(_timed(model, ids))
                         continue
                     logits = [prefill(model, ids) for _ in range(WARM_UP)][-1].double()
                     expected = logits if expected is None else expected
                     found[way] |= _checked(logits, expected, report)
             except Exception as error:  # one way's failure costs one row
                 found[way]["error"] = first_line(error)
-    rounds_of = {}
     for way, pairs in times.items():
-        whole = [whole for whole, _ in pairs]
-        rounds_of[way] = [sum(whole[i : i + CALLS]) / CALLS for i in range(0, len(whole), CALLS)]
         if pairs:
-            found[way] |= latencies(whole) | dict(host_ms=median(host for _, host in pairs))
-    return found, rounds_of
+            found[way] |= latencies([whole for whole, _ in pairs]) | dict(host_ms=median(host for _, host in pairs))
+    return found, times
 
 
 def _checked(logits: Tensor, expected: Tensor, report: hf.Report | None) -> dict[str, float]:

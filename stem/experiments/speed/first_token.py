@@ -1,15 +1,15 @@
 """Time to first token: the prefill of a whole model with random weights, dense and with Stem, and its peak memory."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stem import StemConfig, hf
 from stem.experiments.speed import peers
@@ -50,9 +50,15 @@ def first_token(model: nn.Module, ids: Tensor) -> Tensor:
 
 def dense_contexts(model: nn.Module, device: str) -> dict[str, Callable[[], AbstractContextManager]]:
     """Contexts by provider in which a model attends densely: SDPA's back ends, and on CUDA the installed peers."""
-    contexts = {name: partial(sdpa_kernel, backend) for name, backend in DENSE[device].items()}
+    contexts = {name: partial(_sdpa_of, model, backend) for name, backend in DENSE[device].items()}
     found = peers.installed(peers.DENSE) if device == "cuda" else []
     return contexts | {name: partial(peers.attention_of, model, name) for name in found}
+
+
+@contextmanager
+def _sdpa_of(model: nn.Module, backend: SDPBackend) -> Iterator[None]:
+    with peers.implementation_of(model, "sdpa"), sdpa_kernel(backend):
+        yield
 
 
 def case(

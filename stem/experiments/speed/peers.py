@@ -51,8 +51,15 @@ def attention_of(model: nn.Module, provider: str) -> Iterator[None]:
 
     AttentionInterface.register(provider, forward)
     AttentionMaskInterface.register(provider, lambda *sizes, **options: None)
+    with implementation_of(model, provider):
+        yield
+
+
+@contextmanager
+def implementation_of(model: nn.Module, name: str) -> Iterator[None]:
+    """An attention implementation of transformers in a model, also in one on which Stem is enabled, for a while."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(provider)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

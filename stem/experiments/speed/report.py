@@ -236,7 +236,8 @@ def drop_in() -> str:
                 is_paired = row.speedup == row.speedup  # not NaN
                 ratio = number(row.speedup if is_paired else fastest.latency_ms / row.latency_ms, "×")
                 ratios.append(ratio + is_paired * f" [{number(row.speedup_low)}, {number(row.speedup_high)}]")
-            host = number((sparse.host_ms / dense.host_ms.min()).max(), "×")
+            hosts = sparse.host_ms / dense.host_ms.min()
+            host = number(sparse.get("host_ratio", hosts).fillna(hosts).max(), "×")
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])
         names = [PRESET_LABELS.get(name) or CONFIG_LABELS[name] for name in configs]
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]

@@ -28,33 +28,36 @@ def test_rows_of_whole_models(tiny):
         assert row["error"] == "" and row["operation"] == "prefill tiny" and row["tokens"] == 100
         assert 0 < row["host_ms"] <= row["latency_ms_p80"] and set(row) <= set(bench.COLUMNS)
         assert row["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / row["latency_ms"])
-        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
-    assert dense["speedup_low"] == dense["speedup_high"] == 1
+    for row in (small, everything):
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"] and row["host_ratio"] > 0
     assert not hasattr(tiny.model.layers[0].self_attn, "stem_layer")
 
 
-def test_all_ways_take_turns(tiny, monkeypatch):
-    order = []
+def test_dense_and_sparse_calls_take_turns(tiny, monkeypatch):
+    order, least = [], drop_in.LEAST_ROUNDS
     monkeypatch.setattr(
         drop_in, "_timed", lambda model, ids: order.append(model.config._attn_implementation) or (2.0, 1.0)
     )
     rows = drop_in.case("tiny", tiny, 100, "cpu")
-    assert order == ["stem"] * 4 + ["sdpa"] * 2 + ["sdpa"] * 2 + ["stem"] * 4
+    assert order == ["sdpa"] * least + ["stem", "sdpa", "sdpa", "stem"] * 2  # dense alone, then both configs
     assert [(row["latency_ms"], row["host_ms"]) for row in rows] == [(2, 1)] * 3
+    assert tiny.config._attn_implementation == "sdpa"
 
 
 def test_speedups_are_of_one_round(tiny, monkeypatch):
     """A machine that is three times as slow in one round changes no ratio, but the medians of all calls."""
     monkeypatch.setitem(drop_in.ROUNDS, "cpu", 3)
-    calls, slow = [], 6  # of a round
+    calls = []
 
     def timed(model, ids):
         calls.append(model.config._attn_implementation)
         ms = 2.0 if calls[-1] == "sdpa" else 1.0
-        return (3 * ms if len(calls) <= slow else ms), 1.0
+        is_slow = (len(calls) - drop_in.LEAST_ROUNDS - 1) % 6 < 2
+        return (3 * ms if is_slow else ms), (ms / 4 if calls[-1] == "sdpa" else ms)
 
     monkeypatch.setattr(drop_in, "_timed", timed)
-    assert [row["speedup"] for row in drop_in.case("tiny", tiny, 100, "cpu")] == [1, 2, 2]
+    _, *sparse = drop_in.case("tiny", tiny, 100, "cpu")
+    assert [(row["speedup"], row["host_ratio"]) for row in sparse] == [(2, 2)] * 2
     few, many = drop_in.paired([3.0, 1.0, 2.0]), drop_in.paired([float(x) for x in range(20)])
     assert few == dict(speedup=2, speedup_low=1, speedup_high=3)
     assert many == dict(speedup=9.5, speedup_low=5, speedup_high=14)
@@ -66,7 +69,7 @@ def test_long_prompts_take_fewer_turns(tiny, monkeypatch):
     monkeypatch.setitem(drop_in.ROUNDS, "cpu", 9)
     monkeypatch.setattr(drop_in, "SECONDS", 0)
     drop_in.case("tiny", tiny, 100, "cpu")
-    assert len(calls) == drop_in.LEAST_ROUNDS * drop_in.CALLS * 3
+    assert len(calls) == drop_in.LEAST_ROUNDS * (1 + 2 * 2)  # dense, and with each config
 
 
 def test_a_way_that_computes_something_else_is_not_timed(tiny, monkeypatch):
@@ -100,7 +103,8 @@ def test_every_model_and_length_is_measured(tiny, monkeypatch):
 def test_the_table_compares_with_the_fastest_dense_back_end(made_up_machine):
     def row(provider, config, ms, host):
         common = dict(operation=candidates.PREFILL + "135M", tokens=8192, provider=provider, config=config)
-        return common | dict(latency_ms=ms, host_ms=host, speedup=21 / ms, speedup_low=1.0, speedup_high=1.5)
+        paired = dict(speedup=21 / ms, speedup_low=1.0, speedup_high=1.5, host_ratio=host / 9)
+        return common | dict(latency_ms=ms, host_ms=host) | paired
 
     rows = [row("sdpa_cudnn", "dense", 20, 10), row("sdpa_flash", "dense", 30, 9)]
     records.write_rows("speed", [*rows, row("stem", "default", 16, 11), row("stem", "adaptive", 25, 12)], "full")
