@@ -1,4 +1,4 @@
-"""Constants, operand dtypes, padded dimensions and TMA alignment that several kernels share."""
+"""Constants, operand dtypes, padded dimensions, indices and TMA alignment that several kernels share."""
 
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -29,6 +29,13 @@ def for_all_lengths(function: Callable, aligned: str = "") -> triton.JITFunction
     last_tensor = max(i for i, name in enumerate(names) if name.endswith(("_ptr", "_source")))
     numbers = [name for name in names[last_tensor + 1 :] if not name.startswith("stride_") and name != aligned]
     return triton.jit(function, do_not_specialize=numbers)
+
+
+@triton.jit
+def split_pair(index, num_heads):
+    """Batch entry and head of a flat index, both int64."""
+    index = index.to(tl.int64)
+    return index // num_heads, index % num_heads
 
 
 @cache

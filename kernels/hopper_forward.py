@@ -710,7 +710,7 @@ def prepare(
     """Do everything in sparse_forward but its launch, so that the launch can overlap with the kernel before it.
 
     Args:
-        pages, num_keys: See block_scores.raw_inputs. The last page may hold anything finite behind the last key. With
+        pages, num_keys: See score_inputs.raw_inputs. The last page may hold anything finite behind the last key. With
             pages, dropped blocks have no stand-ins.
         out: Where to store the output, [B, Hq, Nq, D] with dense rows; by default memory like q.
     Returns:

@@ -55,7 +55,7 @@ def choose_topk(
 
     Scores and lists take one launch for up to score_select.MAX_KV_BLOCKS key blocks.
     """
-    from stem.kernels import block_scores, block_select, score_select
+    from stem.kernels import block_scores, block_select, score_inputs, score_select
 
     (batch, heads, q_len), kv_len, size, (budget, width) = q.shape[:3], k.shape[2], config.block_size, budget
     num_q_blocks, offset, pooled = rows.stop - rows.first, kv_len - q_len, config.pooled_heads(q.shape[1], k.shape[1])
@@ -64,15 +64,15 @@ def choose_topk(
     step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads // pooled * rows.stop)))
     args = q, k, v, size, config.score_stride, *config.value_term
     if rows.stop <= score_select.MAX_KV_BLOCKS and step == num_q_blocks:
-        inputs = block_scores.score_inputs(*args, first_q_block=full_rows(rows, config), heads=pooled)
+        inputs = score_inputs.score_inputs(*args, first_q_block=full_rows(rows, config), heads=pooled)
         lists = score_select.score_select(*inputs, scale, budget, *config.always_kept, lists)
         return block_select.for_all_heads(lists, pooled)
-    q_sums, k_sums, value_bonus = block_scores.score_inputs(*args, num_q_blocks=step, heads=pooled)
+    q_sums, k_sums, value_bonus = score_inputs.score_inputs(*args, num_q_blocks=step, heads=pooled)
     for row in range(0, num_q_blocks, step):
         if row:
             start, stop = ((rows.first + x) * size - offset for x in (row, row + step))
             grid = dict(reverse=True, offset=offset + start, heads=pooled)
-            q_sums = block_scores.block_sums(q[:, :, start:stop], size, config.score_stride, **grid)
+            q_sums = score_inputs.block_sums(q[:, :, start:stop], size, config.score_stride, **grid)
         scores = block_scores.score_blocks(q_sums, k_sums, value_bonus, scale, rows.first + row)
         block_select.select_topk(scores, budget, *config.always_kept, width, lists, row)
     return block_select.for_all_heads(lists, pooled)

@@ -33,8 +33,7 @@ def block_scores(
     check_finite(q=q, k=k, v=v)
     check_config(config)
     impl = check_impl(impl, ("torch", "triton"), q.device, q.dtype)
-    scale = check_scale(scale, q.shape[-1])
-    return score(q, k, v, config, scale, impl)
+    return score(q, k, v, config, check_scale(scale, q.shape[-1]), impl)
 
 
 def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, impl: str) -> Tensor:
@@ -48,7 +47,8 @@ def score(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, imp
     if config.reduction == "softmax":
         scores = cell_scores(q, k, cell_bonus(v, config, impl), config, scale, impl=impl)
     elif impl == "triton":
-        from stem.kernels.block_scores import score_blocks, score_inputs
+        from stem.kernels.block_scores import score_blocks
+        from stem.kernels.score_inputs import score_inputs
 
         inputs = score_inputs(q, k, v, config.block_size, config.score_stride, *config.value_term, heads=heads)
         scores = score_blocks(*inputs, routing_scale(q.shape[-1], config, scale) / heads)
@@ -89,7 +89,7 @@ def value_term(v: Tensor, config: StemConfig, *, impl: str = "torch") -> Tensor:
     includes the empty groups of a ragged tail in mean and standard deviation, as hpc-ops does.
     """
     if impl == "triton":
-        from stem.kernels.block_scores import value_norms
+        from stem.kernels.value_norms import value_norms
     else:
         value_norms = group_value_norms
     return norms_term(value_norms(v, config.block_size, config.score_stride), v.shape[2], config)

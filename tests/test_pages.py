@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stem.kernels import block_scores
+from stem.kernels import score_inputs
 
 import stem
 from stem.budget import BlockRows, kept_blocks
@@ -90,9 +90,9 @@ def test_chunks_score_only_their_own_blocks(ends, value_norm, monkeypatch):
     pages = torch.randperm(60)[: -(-ends[-1] // 32)].int()
     cache, sums, read = cache_of(k, v, pages.tolist(), 32), None, []
     attend_by_copies(monkeypatch, cache)
-    raw_inputs = block_scores.raw_inputs
+    raw_inputs = score_inputs.raw_inputs
     monkeypatch.setattr(
-        block_scores, "raw_inputs", lambda *args, **paged: read.append(paged["num_keys"]) or raw_inputs(*args, **paged)
+        score_inputs, "raw_inputs", lambda *args, **paged: read.append(paged["num_keys"]) or raw_inputs(*args, **paged)
     )
     for first, stop in zip((0, *ends), ends, strict=False):
         out = torch.full_like(q[:, :, first:stop], float("nan"))

@@ -65,8 +65,9 @@ def _summaries(
     heads = config.pooled_heads(p.q_heads, p.kv_heads)
     weighs_values = config.value_weight > 0 or not softmax
     if triton:
-        from stem.kernels.block_scores import raw_inputs, standardize, value_norms
         from stem.kernels.cell_features import cell_features
+        from stem.kernels.score_inputs import raw_inputs
+        from stem.kernels.value_norms import standardize, value_norms
     if softmax:
         if triton:
             q_rows, k_rows = cell_features(q, k, kernel_cells(q.shape[2], k.shape[2], config, heads), p.scale)

@@ -97,8 +97,9 @@ def block_inputs(
 
     Only blocks without sums are read. Arguments as in attend_to_pages.
     """
-    from stem.kernels.block_scores import raw_inputs, standardize
+    from stem.kernels.score_inputs import raw_inputs
     from stem.kernels.score_select import MAX_KV_BLOCKS
+    from stem.kernels.value_norms import standardize
 
     size, stride = config.block_size, config.score_stride
     full = full_rows(rows, config) if rows.stop <= MAX_KV_BLOCKS else 0  # a larger kernel scores all rows

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from stem.kernels.block_scores import block_sums, raw_inputs, score_blocks, value_norms
+from stem.kernels.block_scores import score_blocks
+from stem.kernels.score_inputs import block_sums, raw_inputs
+from stem.kernels.value_norms import value_norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

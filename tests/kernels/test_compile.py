@@ -73,7 +73,7 @@ def sparse_forward_cases(head_dim, block_size, dtype):
 def cases():
     """(name, arguments of compile_for_sm90) over kernels and the extremes of their shapes."""
     import triton.language as tl
-    from stem.kernels import block_scores, block_select, score_select
+    from stem.kernels import block_scores, block_select, score_inputs, score_select, value_norms
 
     shapes = {
         torch.bfloat16: [(8, 16), (16, 16), (40, 32), (64, 128), (128, 64), (128, 128), (256, 128)],
@@ -86,16 +86,16 @@ def cases():
                 yield f"sparse_forward {dtype} {head_dim} {block_size} {name}", arguments
     depth = dict(HEAD_DIM=128, BLOCK_SIZE=128, STRIDE=16)
     for dtype, input_type, sums_type in ((torch.bfloat16, "bf16", "bf16"), (torch.float32, "fp32", "fp32")):
-        parts = block_scores.num_parts(dtype)
+        parts = score_inputs.num_parts(dtype)
         sums = depth | dict(BLOCK_D=128, GROUPS=16, PARTS=parts)
         one = dict(stride_xd=1, REVERSE=True, HEADS=4)
-        yield f"block_sums {dtype}", (block_scores.block_sums_kernel, input_type, sums | one, 4, 3, sums_type)
+        yield f"block_sums {dtype}", (score_inputs.block_sums_kernel, input_type, sums | one, 4, 3, sums_type)
         norms = dict(HEAD_DIM=128, DIM_TILE=64, BLOCK_SIZE=128)
         one = dict(stride_vd=1, GROUP_SIZE=16)
-        yield f"value_norms {dtype}", (block_scores.value_norms_kernel, input_type, norms | one)
+        yield f"value_norms {dtype}", (value_norms.value_norms_kernel, input_type, norms | one)
         for log_term in (False, True) if parts == 2 else (False,):
             all_three = sums | norms | dict(stride_qd=1, stride_kd=1, stride_vd=1, LOG_TERM=log_term, CAN_OVERLAP=True)
-            kernel = block_scores.score_inputs_kernel
+            kernel = score_inputs.score_inputs_kernel
             for pages in (dict(pages_ptr=None, HEADS=4), dict(HEADS=1)):
                 name = f"score_inputs {dtype} {log_term} {pages}"
                 yield name, (kernel, input_type, all_three | pages, 4, 3, sums_type)
@@ -111,8 +111,8 @@ def cases():
         short |= dict(CAN_OVERLAP=True)
         warps, stages = score_select.WARPS, score_select.STAGES
         yield f"score_select {dtype}", (score_select.score_select_kernel, input_type, short, warps, stages, sums_type)
-    standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=block_scores.NORM_TILE // 16)
-    yield "standardize", (block_scores.standardize_kernel, "fp32", standard)
+    standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=value_norms.NORM_TILE // 16)
+    yield "standardize", (value_norms.standardize_kernel, "fp32", standard)
     for on_top in (False, True):
         row = dict(ON_TOP=on_top, ROW_SIZE=8192)
         yield (

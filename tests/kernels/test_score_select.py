@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from stem.kernels.block_scores import block_sums, score_blocks, score_inputs
+from stem.kernels.block_scores import score_blocks
 from stem.kernels.block_select import empty_lists, select_topk
+from stem.kernels.score_inputs import block_sums, score_inputs
 from stem.kernels.score_select import score_select
 
 import stem
