@@ -47,25 +47,42 @@ def check(claim: str, condition: Any) -> None:
     print(f"ok: {claim}")
 
 
-def exercise(fn: Callable, against: Callable, args: tuple = (), mistakes: Mapping[str, Callable] | None = None) -> None:
+def exercise(
+    fn: Callable, against: Callable, args: tuple | list[tuple] = (), mistakes: Mapping[str, Callable] | None = None
+) -> None:
     """Compare a reader's solution `fn` with the answer of `against` on the same arguments, and print the result.
 
     A solution is not attempted if it returns None, or a tensor of NaN only, into which no kernel has written.
 
     Args:
-        mistakes: Hint -> function that makes this mistake; a solution with the same result gets the hint.
+        args: Arguments of one call, or a list with those of several calls.
+        mistakes: Hint -> function that makes this mistake; a solution with the same results gets the hint.
     Raises:
         AssertionError: If the solution was attempted and differs from the answer; the text says how.
     """
-    expected, found = against(*args), fn(*args)
-    if found is None or (isinstance(found, torch.Tensor) and found.numel() and bool(found.isnan().all())):
+    calls = args if isinstance(args, list) else [args]
+
+    def answers(of: Callable) -> list:
+        return [of(*call) for call in calls]
+
+    found = answers(fn)
+    if all(map(_is_untouched, found)):
         print("not attempted")
         return
-    reason = difference(found, expected)
-    if reason:
-        hints = [hint for hint, mistake in (mistakes or {}).items() if difference(found, mistake(*args)) is None]
-        raise AssertionError(f"not yet: {'; '.join(hints) or reason}")
+    reasons = list(map(difference, found, answers(against)))
+    if any(reasons):
+        hints = [
+            hint for hint, mistake in (mistakes or {}).items() if not any(map(difference, found, answers(mistake)))
+        ]
+        first = next(place for place, reason in enumerate(reasons) if reason)
+        shown = repr(calls[first])
+        where = f" (arguments {shown})" if len(shown) < 60 else f" (call {first + 1} of {len(calls)})"
+        raise AssertionError(f"not yet: {'; '.join(hints) or reasons[first] + where * (len(calls) > 1)}")
     print("correct")
+
+
+def _is_untouched(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, torch.Tensor) and answer.numel() > 0 and bool(answer.isnan().all()))
 
 
 def run_from_shell(number: str, experiment: str, arguments: Sequence[str] | None = None) -> None:

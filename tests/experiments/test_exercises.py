@@ -76,3 +76,27 @@ def test_a_wrong_answer_raises_and_a_known_mistake_is_named(capsys):
     mistakes = {"the base is 2, not e": torch.exp2, "no exponential": lambda x: x}
     with pytest.raises(AssertionError, match="not yet: the base is 2, not e$"):
         notebook.exercise(torch.exp2, against=spec, args=(torch.randn(9),), mistakes=mistakes)
+
+
+def test_several_calls_must_all_be_right(capsys):
+    def count(n, k=1):
+        return n * (n + 1) // 2 + k - 1
+
+    calls = [(1,), (2,), (5, 3)]
+    notebook.exercise(count, against=count, args=calls)
+    notebook.exercise(lambda *call: None, against=count, args=calls)
+    assert capsys.readouterr().out == "correct\nnot attempted\n"
+    with pytest.raises(AssertionError, match=r"not yet: got 15, expected 17 \(arguments \(5, 3\)\)$"):
+        notebook.exercise(lambda n, k=1: count(n), against=count, args=calls)
+    with pytest.raises(AssertionError, match=r"call 2 of 2\)$"):
+        notebook.exercise(lambda x: x.abs(), against=lambda x: x, args=[(torch.ones(30),), (-torch.ones(30),)])
+    square = {"a square, not a triangle": lambda n, k=1: n * n}
+    with pytest.raises(AssertionError, match="not yet: a square, not a triangle$"):
+        notebook.exercise(lambda n, k=1: n**2, against=count, args=calls, mistakes=square)
+    with pytest.raises(AssertionError, match="not yet: got 1, expected 3"):  # the mistake explains one call, not all
+        notebook.exercise(lambda n, k=1: 1, against=count, args=calls, mistakes=square)
+
+
+def test_an_answer_to_one_of_several_calls_is_an_attempt():
+    with pytest.raises(AssertionError, match="not yet: got None, expected 3|NoneType"):
+        notebook.exercise(lambda n: 1 if n == 1 else None, against=lambda n: n * (n + 1) // 2, args=[(1,), (2,)])
