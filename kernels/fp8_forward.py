@@ -24,14 +24,13 @@ from .hopper_forward import (
     BLOCK_SIZE,
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
+    LAUNCH_OPTIONS,
     NUM_CONSUMERS,
     PRODUCER_REGISTERS,
     PRODUCER_WARPS,
     VARYING,
-    Tasks,
     as_matrix,
     find_task,
-    launch_scratch,
     load_block,
     make_barriers,
     make_ring,
@@ -47,6 +46,7 @@ from .hopper_forward import (
     write_number,
 )
 from .launch import Tiles
+from .tasks import Tasks, launch_scratch
 
 NUM_STAGES = gl.constexpr(4)  # tiles in each ring
 HEADROOM = gl.constexpr(8.0)  # log2 of the largest weight; e4m3 ends at 448
@@ -243,7 +243,7 @@ def sparse_forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     (q8, *q_scales), (k8, *k_scales), (v8, *v_scales) = quantize(q, k, v, BLOCK_SIZE, scale, lse)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tasks = Tasks.of(q.device, q.shape, k.shape[1], k.shape[2], out.stride(), k8.element_size())
+    tasks = Tasks.of(q.device, q.shape, k.shape[1], k.shape[2], out.stride(), k8.element_size(), BLOCK_SIZE)
     scratch = launch_scratch(q.device, tasks.number)
     q_tiles = Tiles(q8, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     k_tiles = Tiles(k8, (1, 1, BLOCK_SIZE, head_dim), describe_tiles)
@@ -251,5 +251,6 @@ def sparse_forward(
     tensors = q_tiles, k_tiles, v_tiles, out, lse, *q_scales, *k_scales, *v_scales
     lists = kv_indices.contiguous(), kv_num_blocks.contiguous()
     num_kv_blocks = k_scales[0].shape[2]
-    tasks.launch(fp8_forward_kernel, (*tensors, *lists, scratch), kv_indices.shape[3], (num_kv_blocks,))
+    tensors = *tensors, *lists, scratch
+    tasks.launch(fp8_forward_kernel, tensors, kv_indices.shape[3], (num_kv_blocks,), **LAUNCH_OPTIONS)
     return out, lse

@@ -17,14 +17,13 @@ overflows, and fp32 and bf16 reach 2^127. So here the reference is the maximum o
 says that this was too low, the task is noted, and recomputed with the online softmax after all other tasks. fp16
 overflows at 2^16 and always takes the online softmax.
 
-The file exceeds 400 lines because it holds one kernel: its partitions share barriers, rings and layouts.
+The file exceeds 400 lines because it holds one kernel: its partitions share barriers, rings and layouts, and notebook
+08 derives it by taking lines out of this text.
 """
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache
-from threading import Lock
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from triton.experimental import gluon
@@ -34,9 +33,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from .common import LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, num_multiprocessors, with_dense_rows
-from .launch import Tiles, current_stream, launch
+from .common import LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, with_dense_rows
+from .launch import Tiles
 from .stand_ins import block_means, dropped_blocks
+from .tasks import Tasks, launch_scratch
 
 BLOCK_SIZE = 128
 HEAD_DIMS = (64, 128)
@@ -52,10 +52,7 @@ LAUNCH_REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
-BYTES_AT_ONCE = 4 << 20  # of keys and values of the heads in turn; with more, an NVIDIA H200 is slower at 8K and above
-GRAPH_TASKS = 1 << 19  # of all launches that graphs record, 4 MiB of scratch memory
-FOR_GRAPHS: dict[torch.device, torch.Tensor] = {}  # what is left of it, zeros since before the first capture
-LOCK = Lock()  # of FOR_GRAPHS
+LAUNCH_OPTIONS = dict(num_warps=CONSUMER_WARPS.value, maxnreg=LAUNCH_REGISTERS)
 TMA_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
@@ -577,46 +574,6 @@ def is_sm90(device: torch.device) -> bool:
     return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@lru_cache(maxsize=4096)
-def heads_at_once(num_keys: int, key_bytes: int, num_kv_heads: int) -> int:
-    """Number of KV heads of all batch entries that take turns, a divisor of their number; several for short prompts.
-
-    With several heads, all long tasks come before all short ones, and no multiprocessor begins a long one near the end.
-    """
-    most = max(1, BYTES_AT_ONCE // (2 * num_keys * key_bytes))
-    return max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= most)
-
-
-def new_scratch(device: torch.device, num_tasks: int) -> torch.Tensor:
-    """Scratch memory of a launch: two counters, 0, and room to note tasks. Never an inference tensor: it is cached."""
-    with torch.inference_mode(False):
-        return torch.zeros(2 + NUM_CONSUMERS.value * num_tasks, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=64)  # launches of a stream run one after the other, and each leaves the counters at 0
-def stream_scratch(device: torch.device, stream: int, num_tasks: int) -> torch.Tensor:
-    """Scratch memory shared by all launches of a size on the current stream."""
-    if device not in FOR_GRAPHS:
-        FOR_GRAPHS[device] = new_scratch(device, GRAPH_TASKS)
-    return new_scratch(device, num_tasks)
-
-
-def launch_scratch(device: torch.device, num_tasks: int) -> torch.Tensor:
-    """Scratch memory of a launch on the current stream; one that a CUDA graph records has its own, for good.
-
-    A graph may run on any stream. Zeros within the graph, for want of FOR_GRAPHS, would cost each replay some us.
-    """
-    if not torch.cuda.is_current_stream_capturing():
-        return stream_scratch(device, current_stream(device.index), num_tasks)
-    size = -(-(2 + NUM_CONSUMERS.value * num_tasks) // 4) * 4  # addresses stay multiples of 16 bytes
-    with LOCK:
-        left = FOR_GRAPHS.get(device)
-        if left is None or len(left) < size:
-            return new_scratch(device, num_tasks)
-        FOR_GRAPHS[device] = left[size:]
-        return left[:size]
-
-
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """Reason why the kernel does not cover a problem, in words; empty if it does."""
     if device.type != "cuda" or not is_sm90(device):
@@ -638,63 +595,6 @@ def supports(q: torch.Tensor, block_size: int) -> bool:
 def describe_tiles(x: torch.Tensor, shape: tuple[int, ...]) -> TensorDescriptor:
     """Gluon's descriptor of x [B, H, N, D], that TMA can read, in tiles of a shape."""
     return TensorDescriptor.from_tensor(x, list(shape), TMA_LAYOUT)
-
-
-class Tasks(NamedTuple):
-    """Tasks of a problem as both forward kernels for sm_90 take them."""
-
-    number: int
-    programs: int
-    heads: int
-    """Query heads that take turns."""
-
-    numbers: tuple[int, ...]
-    """Arguments of a kernel from the strides of its output to num_q_blocks."""
-
-    @classmethod
-    @lru_cache(maxsize=4096)
-    def of(
-        cls,
-        device: torch.device,
-        q_shape: torch.Size,
-        num_kv_heads: int,
-        num_keys: int,
-        out_strides: tuple[int, ...],
-        bytes_of: int,
-        size: int = BLOCK_SIZE,
-        heads: int = 1,
-    ) -> "Tasks":
-        """Tasks for queries and keys of which each number takes `bytes_of` bytes in the kernel.
-
-        A task is a query block of `size` tokens of as many heads as `heads`, which count as one.
-        """
-        batch, num_q_heads, num_queries, head_dim = q_shape
-        num_q_heads //= heads
-        num_q_blocks = -(-num_keys // size) - (num_keys - num_queries) // size
-        heads_per_kv_head = num_q_heads // num_kv_heads
-        heads = heads_at_once(num_keys, head_dim * bytes_of, batch * num_kv_heads) * heads_per_kv_head
-        num_tasks = num_q_blocks * batch * num_q_heads
-        num_programs = min(num_tasks, num_multiprocessors(device))
-        numbers = *out_strides[:3], num_q_heads, heads_per_kv_head, heads, num_queries, num_keys, num_q_blocks
-        return cls(num_tasks, num_programs, heads, numbers)
-
-    def launch(
-        self, kernel, tensors: tuple, max_blocks: int, numbers: tuple = (), full_rows: int = 0, **constants: int
-    ) -> None:
-        """Launch a kernel of these tasks, with its first tensors and its numbers after the number of tasks."""
-        ahead = min(full_rows, -(-self.programs // self.heads))  # a full row for each program until lists are written
-        num_q_blocks = self.numbers[-1]
-        numbers = *self.numbers, max_blocks, full_rows, ahead, self.number, *numbers
-        launch(
-            kernel,
-            (self.programs,),
-            tensors,
-            numbers,
-            overlap=0 < full_rows < num_q_blocks,
-            **constants,
-            num_warps=CONSUMER_WARPS.value,
-            maxnreg=LAUNCH_REGISTERS,
-        )
 
 
 def prepare(
@@ -727,7 +627,7 @@ def prepare(
     shape, head_dim, device = q.shape, q.shape[3], q.device
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(shape[:3], dtype=torch.float32, device=device)
-    tasks = Tasks.of(device, shape, k.shape[1], num_keys or k.shape[2], out.stride(), q.element_size())
+    tasks = Tasks.of(device, shape, k.shape[1], num_keys or k.shape[2], out.stride(), q.element_size(), BLOCK_SIZE)
     scratch = launch_scratch(device, tasks.number)
     q_tiles = Tiles(q, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     key_tile = 1, 1, BLOCK_SIZE, head_dim
@@ -750,6 +650,7 @@ def prepare(
             (flags_of_row, scale, raise_by),
             full_rows,
             PER_BLOCK=per_block,
+            **LAUNCH_OPTIONS,
         )
         return out, lse
 

@@ -15,12 +15,12 @@ from .common import LN_2, LOG2_E, SMALLEST_SCALE, with_dense_rows
 from .hopper_forward import (
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
+    LAUNCH_OPTIONS,
     NUM_CONSUMERS,
     NUM_STAGES,
     PRODUCER_REGISTERS,
     PRODUCER_WARPS,
     VARYING,
-    Tasks,
     announce_end,
     announce_task,
     as_matrix,
@@ -28,7 +28,6 @@ from .hopper_forward import (
     copy_tile,
     describe_tiles,
     find_task,
-    launch_scratch,
     load_block,
     make_barriers,
     ring_slot,
@@ -38,6 +37,7 @@ from .hopper_forward import (
 )
 from .launch import Tiles
 from .stand_ins import add_stand_ins
+from .tasks import Tasks, launch_scratch
 
 BLOCK_SIZE = 64
 HALF = gl.constexpr(BLOCK_SIZE)  # of a tile of keys
@@ -191,7 +191,8 @@ def sparse_forward(
     problem = q.device, q.shape, *k.shape[1:3], out.stride(), q.element_size(), block_size
     tasks = Tasks.of(*problem, heads=NUM_CONSUMERS.value)
     tensors = *tiles, out, lse, *lists, launch_scratch(q.device, tasks.number)
-    tasks.launch(pairs_forward_kernel, tensors, kv_indices.shape[3], (max(float(scale), SMALLEST_SCALE),))
+    numbers = (max(float(scale), SMALLEST_SCALE),)
+    tasks.launch(pairs_forward_kernel, tensors, kv_indices.shape[3], numbers, **LAUNCH_OPTIONS)
     if tokens:
         return add_stand_ins(out, lse, q, k, v, kv_indices, kv_num_blocks, block_size, tokens, scale)
     return out, lse

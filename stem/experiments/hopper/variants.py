@@ -80,7 +80,7 @@ ONE_CONSUMER: Edits = {  # of eight warps, with the rows of both
     "[CONSUMER_WARPS, PRODUCER_WARPS],": ["[PRODUCER_WARPS],"],
     "[CONSUMER_REGISTERS, PRODUCER_REGISTERS],": ["[PRODUCER_REGISTERS],"],
 }
-ONE_TASK: Edits = {"num_programs = ": ["num_programs = num_tasks"]}
+ONE_TASK: Edits = {"tasks = Tasks.of(": ["$", "tasks = tasks._replace(programs=tasks.number)"]}
 RUNNING_MAXIMUM: Edits = {"NO_ROOM: gl.constexpr": ["NO_ROOM: gl.constexpr = True"]}
 
 SHIPPED: Edits = TASKS | COPIES | PRODUCTS
@@ -106,11 +106,13 @@ DIARY: dict[str, Edits] = {
         ]
     },
     "short rows first": {"row = num_q_blocks - 1 - turn": ["row = turn"]},
-    "one head after the other": {"heads = heads_at_once(": ["heads = 1"]},
+    "one head after the other": {
+        "tasks = Tasks.of(": ["$", "tasks = tasks._replace(numbers=(*tasks.numbers[:5], 1, *tasks.numbers[6:]))"]
+    },
     "registers as launched": {
         "[CONSUMER_REGISTERS, PRODUCER_REGISTERS],": ["[LAUNCH_REGISTERS, LAUNCH_REGISTERS],"],
         "LAUNCH_REGISTERS = ": ["LAUNCH_REGISTERS = gl.constexpr(168)"],
-        "maxnreg=LAUNCH_REGISTERS,": ["maxnreg=LAUNCH_REGISTERS.value,"],
+        "LAUNCH_OPTIONS = ": ["LAUNCH_OPTIONS = dict(num_warps=CONSUMER_WARPS.value, maxnreg=LAUNCH_REGISTERS.value)"],
     },
     "products in turn": IN_TURN,
     "one consumer": ONE_CONSUMER,
