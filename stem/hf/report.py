@@ -156,7 +156,7 @@ class Report(Sequence):
     def layer(self, index: int) -> dict:
         """Row of the layer with this index in the model. Raises ValueError if the model has no such attention layer."""
         indices = [layer.index for layer in self._layers]
-        if index not in indices:
+        if type(index) is not int or index not in indices:  # True is no layer 1
             raise ValueError(f"index must be an attention layer of the model, one of {indices}, got {index!r}")
         return self[indices.index(index)]
 

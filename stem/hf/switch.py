@@ -85,7 +85,7 @@ def disable(model: nn.Module) -> None:
 
     Raises TypeError if model is no torch module.
     """
-    _remove(_enabled_layers(model))
+    _remove(model, _enabled_layers(model))
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def stem_prefill(
             for module in later.keys() & before.keys():
                 later[module] = before.pop(module)
         chosen = [module for module, (_, was_chosen) in before.items() if was_chosen and _is_chosen(module)]
-        _remove({module: module.stem_layer for module in before if hasattr(module, "stem_layer")})
+        _remove(model, {module: module.stem_layer for module in before if hasattr(module, "stem_layer")})
         for module, (layer, _) in before.items():
             if layer is not None:
                 module.stem_layer, layer.settings = layer, module.config
@@ -164,7 +164,7 @@ def _is_chosen(module: nn.Module) -> bool:
     return module.config._attn_implementation == NAME
 
 
-def _remove(layers: dict[nn.Module, Layer]) -> None:
+def _remove(model: nn.Module, layers: dict[nn.Module, Layer]) -> None:
     for layer in layers.values():  # a report says from here on what it says now
         layer.settings = copy.copy(layer.settings)
         if layer.shared is not None:
@@ -173,6 +173,9 @@ def _remove(layers: dict[nn.Module, Layer]) -> None:
         if _is_chosen(module):
             _choose(module, layer.previous)
         del module.stem_layer
+    for module in model.modules() if layers else ():  # a copied config that the user gave the model since `enable`
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME:
+            _choose(module, layer.previous)
 
 
 def _choose(module: nn.Module, implementation: str) -> None:

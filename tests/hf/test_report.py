@@ -154,7 +154,7 @@ def test_rows_by_layer_in_a_hybrid_model():
     assert len(report) == 2 and report[1]["layer"] == 7
     assert report.layer(7) == report[1] and report.layer(7)["attention"] == "stem"
     assert report.layer(3) == report[0] and report.layer(3)["attention"] == "dense"
-    for index in (1, 8, -1, "3"):
+    for index in (1, 8, -1, "3", True, 3.0):
         with pytest.raises(ValueError, match=rf"index must be an attention layer .* \[3, 7\], got {index!r}"):
             report.layer(index)
 

@@ -1,5 +1,6 @@
 """stem.hf.switch: enable, disable and stem_prefill, on models that share configs, copies and user choices included."""
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -103,6 +104,21 @@ def test_a_model_made_from_the_config_of_an_enabled_model():
     assert torch.equal(logits(first, tokens()), dense) and torch.equal(logits(second, tokens()), sparse)
     hf.disable(second)
     assert torch.equal(logits(second, tokens()), dense) and second.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_a_config_that_replaces_the_models_own_while_enabled(block):
+    model, around = build(), contextlib.nullcontext()
+    dense = logits(model, tokens())
+    if block:
+        around = hf.stem_prefill(model, SPARSE)
+    else:
+        hf.enable(model, SPARSE)
+    with around:
+        model.config = copy.deepcopy(model.config)
+        assert not torch.equal(logits(model, tokens()), dense)
+    hf.disable(model)
+    assert torch.equal(logits(model, tokens()), dense) and model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("chosen", ["eager", "masked_for_tests"])
