@@ -36,10 +36,14 @@ def added(kernel: str, before: variants.Edits, after: variants.Edits) -> str:
 
 
 def times(rows: pd.DataFrame, part: str) -> pd.DataFrame:
-    """Stages of a part in order: latency [ms], rate [TFLOP/s], gain over the stage before, relative error."""
+    """Stages of a part in order: latency [ms], rate [TFLOP/s], gain over the stage before, relative error.
+
+    A part of a stage, such as the quantisation before FP8, has no rate and no gain.
+    """
     shown = rows[rows.part == part].set_index("stage")
     shown = shown[["latency_ms", "tflops", "error"]]
-    return shown.assign(gain=shown.latency_ms.shift() / shown.latency_ms)[["latency_ms", "tflops", "gain", "error"]]
+    gain = shown.latency_ms.shift() / shown.latency_ms
+    return shown.assign(gain=gain.where(shown.tflops.notna()))[["latency_ms", "tflops", "gain", "error"]]
 
 
 def block_cycles(rows: pd.DataFrame) -> pd.DataFrame:

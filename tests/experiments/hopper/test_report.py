@@ -28,6 +28,8 @@ def test_gains_are_over_the_stage_before():
     ]
     table = report.times(pd.DataFrame([*rows, dict(rows[0], part="cells", stage="c")]), "attention")
     assert table.index.tolist() == ["a", "b"] and table.gain["b"] == 2 and table.gain.isna()["a"]
+    part_of_b = dict(rows[0], stage="part of b", latency_ms=1.0, tflops=float("nan"))
+    assert report.times(pd.DataFrame([*rows, part_of_b]), "attention").gain.isna().tolist() == [True, False, True]
 
 
 def stamped(stage: str, cycles: int) -> pd.DataFrame:
