@@ -185,6 +185,7 @@ def bars(rows: pd.DataFrame, operation: str, config: str) -> Figure:
     if not shown.provider.str.startswith("stem").any():
         raise ValueError(f"rows must hold times of operation={operation!r} and config={config!r}, got none of Stem")
     times = shown.pivot_table(index="tokens", columns="provider", values="latency_ms", sort=False).sort_index()
+    times = times[sorted(times, key=lambda name: [*BASELINES, name].index(name))]  # dense first, Stem in order of rows
     dense = times[[name for name in times if name in BASELINES and name not in FP8]].dropna(how="all")
     ratio = (dense.min(axis=1) / times.filter(regex="^stem").min(axis=1)).dropna()
     figure, ax = new()

@@ -76,6 +76,9 @@ def test_bars_compare_with_the_fastest_dense(operation, told):
     (ax,) = figures.bars(pd.DataFrame(beyond()), operation, "default").axes
     assert title(ax) == f"{told}: 3.0× over SDPA cuDNN at 4K tokens"
     assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "Stem, Triton"
+    late = pd.DataFrame([*beyond(), dict(next(iter(beyond())), operation=operation, provider="fa3", latency_ms=10.0)])
+    (ax,) = figures.bars(late, operation, "default").axes
+    assert ax.get_legend().get_texts()[0].get_text() == "dense, FlashAttention-3"  # as in the tables
     with pytest.raises(ValueError, match="operation='decode'"):
         figures.bars(pd.DataFrame(beyond()), "decode", "default")
 
