@@ -40,12 +40,12 @@ def score_tile(
     value_bonus_ptr,
     batch_kv_head,
     flat_rows,
+    q_blocks,
     kv_blocks,
     last_visible_block,
     heads_per_kv_head,
     num_q_blocks,
     num_kv_blocks,
-    first_q_block,
     scale,
     DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -56,7 +56,8 @@ def score_tile(
     """Scores of some query blocks of one KV head, [M, N], -inf in the future.
 
     flat_rows [M] are query blocks of all heads that share the KV head, the heads of one query block side by side, so
-    that a tile of key sums serves them all. A tile whose first key block is past last_visible_block is not computed.
+    that a tile of key sums serves them all; q_blocks [M] are their positions on the key grid. A tile whose first key
+    block is past last_visible_block is not computed.
     """
     rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
     is_row, is_block = rows < num_q_blocks, kv_blocks < num_kv_blocks
@@ -76,7 +77,7 @@ def score_tile(
             scores = tl.dot(q_high, k_low.T, scores, input_precision=PRECISION)
             scores = tl.dot(q_low, k_high.T, scores, input_precision=PRECISION)
     value_bonus_ptr += batch_kv_head * num_kv_blocks
-    return finish_scores(scores, value_bonus_ptr, first_q_block + rows, kv_blocks, is_block, scale)
+    return finish_scores(scores, value_bonus_ptr, q_blocks, kv_blocks, is_block, scale)
 
 
 @partial(for_all_lengths, aligned="num_kv_blocks")
@@ -85,6 +86,7 @@ def score_blocks_kernel(
     k_sums_ptr,
     value_bonus_ptr,
     scores_ptr,
+    q_blocks_ptr,
     heads_per_kv_head,
     num_q_blocks,
     num_kv_blocks,
@@ -98,18 +100,26 @@ def score_blocks_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program computes a tile of the scores of one KV head. Grid: (key tiles, query tiles, B * Hkv)."""
+    """One program computes a tile of the scores of one KV head. Grid: (key tiles, query tiles, B * Hkv).
+
+    q_blocks_ptr: positions of the query blocks on the key grid, ascending; None if they follow first_q_block.
+    """
     batch_kv_head = tl.program_id(2).to(tl.int64)
     first_flat_row = tl.program_id(1) * TILE_M
     flat_rows = first_flat_row + tl.arange(0, TILE_M)
     kv_blocks = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    last_visible_block = first_q_block + (first_flat_row + TILE_M - 1) // heads_per_kv_head
+    rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
+    last_row = (first_flat_row + TILE_M - 1) // heads_per_kv_head
+    if q_blocks_ptr is None:
+        q_blocks, last_visible_block = first_q_block + rows, first_q_block + last_row
+    else:
+        q_blocks = tl.load(q_blocks_ptr + rows, mask=rows < num_q_blocks, other=0)
+        last_visible_block = tl.load(q_blocks_ptr + tl.minimum(last_row, num_q_blocks - 1))
     scores = score_tile(
-        q_sums_ptr, k_sums_ptr, value_bonus_ptr, batch_kv_head, flat_rows, kv_blocks, last_visible_block,
-        heads_per_kv_head, num_q_blocks, num_kv_blocks, first_q_block, scale,
+        q_sums_ptr, k_sums_ptr, value_bonus_ptr, batch_kv_head, flat_rows, q_blocks, kv_blocks, last_visible_block,
+        heads_per_kv_head, num_q_blocks, num_kv_blocks, scale,
         DEPTH, PARTS, DEPTH_TILE, DTYPE, PRECISION,
     )  # fmt: skip
-    rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
     scores_ptr += batch_kv_head * heads_per_kv_head * num_q_blocks * num_kv_blocks
     offsets = (members * num_q_blocks + rows)[:, None].to(tl.int64) * num_kv_blocks + kv_blocks[None, :]
     tl.store(scores_ptr + offsets, scores, mask=(rows < num_q_blocks)[:, None] & (kv_blocks < num_kv_blocks)[None, :])
@@ -137,6 +147,7 @@ def score_blocks(
     scale: float,
     first_q_block: int | None = None,
     num_tile_rows: int | None = None,
+    q_blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Block scores: scale * <q_sums, k_sums> + value_bonus, one small GEMM for each KV head.
 
@@ -147,6 +158,7 @@ def score_blocks(
         scale: Factor of the dot products.
         first_q_block: Position of the first query block on the key grid; by default the last ones match.
         num_tile_rows: Query blocks by which the tile is chosen, so that parts of a prompt have the bits of the whole.
+        q_blocks: int32 [nq], positions of the query blocks on the key grid, ascending.
     Returns:
         fp32 [B, Hq, nq, nk], -inf where the key block is in the future of the query block.
     """
@@ -163,7 +175,7 @@ def score_blocks(
     launch(
         score_blocks_kernel,
         grid,
-        (q_sums.contiguous(), k_sums.contiguous(), value_bonus.contiguous(), scores),
+        (q_sums.contiguous(), k_sums.contiguous(), value_bonus.contiguous(), scores, q_blocks),
         (heads_per_kv_head, num_q_blocks, num_kv_blocks, first_q_block, float(scale)),
         DEPTH=q_sums.shape[-1],
         PARTS=parts,

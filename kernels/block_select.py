@@ -133,6 +133,7 @@ def select_topk_kernel(
     budget_ptr,
     kv_indices_ptr,
     kv_num_blocks_ptr,
+    q_blocks_ptr,
     num_score_rows,
     num_list_rows,
     first_list_row,
@@ -145,12 +146,16 @@ def select_topk_kernel(
 ):
     """One program selects the blocks of one row of one head; the row lives in registers. Grid: (rows, B * Hq).
 
-    The scores are rows of the lists from first_list_row on. The last list row is the last block of the key grid.
+    The scores are rows of the lists from first_list_row on. q_blocks_ptr: position of each list row on the key grid; if
+    None, the last list row is its last block.
     """
     row = tl.arange(0, 1)
     row_in_head = first_list_row + tl.program_id(0) + row  # [1]
     batch_head = tl.program_id(1).to(tl.int64)
-    q_block = num_kv_blocks - num_list_rows + row_in_head
+    if q_blocks_ptr is None:
+        q_block = num_kv_blocks - num_list_rows + row_in_head
+    else:
+        q_block = tl.load(q_blocks_ptr + row_in_head)
     kv_blocks = tl.arange(0, ROW_SIZE)
     scores_ptr += (batch_head * num_score_rows + tl.program_id(0)) * num_kv_blocks
     visible = kv_blocks[None, :] <= q_block[:, None]
@@ -189,6 +194,7 @@ def select_topk(
     max_blocks: int,
     lists: tuple[torch.Tensor, torch.Tensor] | None = None,
     first_row: int = 0,
+    q_blocks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending index lists of the best `budget` causal blocks of every row, ties to the lower index.
 
@@ -200,9 +206,10 @@ def select_topk(
             True adds them to the best `budget` blocks by score.
         max_blocks: Length of the lists; at least the largest count that the budget (and on_top) can give.
         lists: From `empty_lists`, written in place; by default new ones.
+        q_blocks: int32 [nq], position of each row on the key grid; by default that of the last nq blocks.
     Returns:
         kv_indices int32 [B, Hq, nq, max_blocks], 0 past the count; kv_num_blocks int32 [B, Hq, nq]. Row r is query
-        block nk - nq + r.
+        block nk - nq + r, or q_blocks[r].
     """
     batch, num_heads, num_score_rows, num_kv_blocks = scores.shape
     num_list_rows = len(budget)
@@ -212,7 +219,7 @@ def select_topk(
     launch(
         select_topk_kernel,
         (num_score_rows, batch * num_heads),
-        (scores.contiguous(), budget.contiguous(), *lists),
+        (scores.contiguous(), budget.contiguous(), *lists, q_blocks),
         (num_score_rows, num_list_rows, first_row, num_kv_blocks, sink_blocks, local_blocks, max_blocks),
         ON_TOP=on_top,
         ROW_SIZE=lanes,

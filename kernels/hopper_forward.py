@@ -210,15 +210,6 @@ def load_block(kv_list, place):
 
 
 @gluon.jit
-def find_block(kv_list, place, PAGED: gl.constexpr, pages_ptr):
-    """Place in memory of the key block that load_block returns, in blocks; PAGED: pages_ptr holds these places."""
-    kv_block = load_block(kv_list, place)
-    if PAGED:
-        kv_block = gl.load(pages_ptr + kv_block)
-    return kv_block
-
-
-@gluon.jit
 def write_number(number, place, WARPS: gl.constexpr):
     """Store an int32 in shared memory."""
     place.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])))
@@ -260,14 +251,22 @@ def feed(
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
     _batch_head, batch, head, kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
     num_blocks = kv_list[1]
-    kv_block = find_block(kv_list, num_blocks - 1, PAGED, pages_ptr)
+    kv_block = load_block(kv_list, num_blocks - 1)
+    next_block = kv_block
+    if PAGED:
+        next_block = load_block(kv_list, num_blocks - 2)
+        kv_block = gl.load(pages_ptr + kv_block)
     for consumer in gl.static_range(NUM_CONSUMERS):
         announce_task(q_inbox, parity, task, consumer)
         first_row = first_query + consumer * ROWS
         copy_tile(q_desc, batch, head, first_row, q_full.index(consumer), q_tiles.index(consumer))
     for step in range(num_blocks):
         k_row, v_row = kv_block * BLOCK, kv_block * v_desc.block_type.shape[2]
-        kv_block = find_block(kv_list, num_blocks - 2 - step, PAGED, pages_ptr)  # arrives while the rings are full
+        if PAGED:  # both loads arrive while the rings are full
+            kv_block = gl.load(pages_ptr + next_block)
+            next_block = load_block(kv_list, num_blocks - 3 - step)
+        else:
+            kv_block = load_block(kv_list, num_blocks - 2 - step)
         fill_slot(k_desc, k_ring, steps_before + step, batch, kv_head, k_row)
         fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, v_row)
     num_tiles = num_blocks
@@ -470,7 +469,7 @@ def consume_round(
         batch_head, batch, head, _kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
         num_blocks = kv_list[1]
         first_row = first_query + CONSUMER * ROWS
-        last_key = load_block(kv_list, num_blocks - 1) * BLOCK
+        last_key = gl.minimum(load_block(kv_list, num_blocks - 1) * BLOCK, offset + first_query)
         num_tiles = num_blocks
         dropped_ptr, flags_of_row, raise_by = stand_ins
         if PER_BLOCK > 0:
@@ -618,7 +617,8 @@ def prepare(
         all their causal blocks, whatever the lists say. If these are some but not all, the kernel that was launched
         last may still run when attention to them begins (programmatic dependent launch). The kernels that wrote q, k
         and v must have ended before that kernel began. `tokens`: of a stand-in of the dropped blocks, see stand_ins.py;
-        0 skips them.
+        0 skips them. Lists may be those of later rows of a longer prompt, whose last block is the diagonal one; then
+        num_keys says where the queries would stand in a prompt without the rows left out.
     """
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale

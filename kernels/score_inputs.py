@@ -201,6 +201,16 @@ def empty_sums(batch: int, num_heads: int, num_blocks: int, depth: int, x: torch
 
 
 @cache
+def key_shapes(
+    blocks: tuple[int, int, int], head_dim: int, block_size: int, stride: int, dtype: torch.dtype, log_term: bool
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of the group sums of keys and of the values of `raw_inputs`, for B, Hkv and nk."""
+    sums = ((), torch.float32) if num_parts(dtype) == 1 else ((2,), torch.bfloat16)
+    values = blocks if log_term else (*blocks, block_size // stride)
+    return ((*blocks, *sums[0], stride * head_dim), sums[1]), (values, torch.float32)
+
+
+@cache
 def group_constants(head_dim: int, block_size: int, stride: int, dtype: torch.dtype) -> dict[str, int]:
     """Compile-time constants of the kernels that add groups; cached, since they cost some us of host time."""
     return dict(
@@ -257,11 +267,13 @@ def raw_inputs(
     heads: int = 1,
     pages: torch.Tensor | None = None,
     num_keys: int | None = None,
+    of_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """score_inputs without z-scores: the values are the largest norm of each group, fp32 [B, Hkv, nk, groups].
 
     pages, num_keys: int32 [>= nk], the block of k and v that holds each key block of a batch of 1, and Nkv. By default
     k and v hold the keys in order, and nothing else.
+    of_keys: Memory for k_sums and the values, see `key_shapes`; it may have more blocks, which count as empty.
     """
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_q_heads //= heads
@@ -272,10 +284,12 @@ def raw_inputs(
         num_q_blocks = num_kv_blocks - offset // block_size - first_q_block
     constants = group_constants(head_dim, block_size, stride, q.dtype)
     q_sums = empty_sums(batch, num_q_heads, num_q_blocks, stride * head_dim, q)
-    k_sums = empty_sums(batch, num_kv_heads, num_kv_blocks, stride * head_dim, k)
     log_term = value_norm == "log"
-    value_shape = (batch, num_kv_heads, num_kv_blocks, *(() if log_term else (block_size // stride,)))
-    values = torch.empty(value_shape, dtype=torch.float32, device=v.device)  # 1 us faster than v.new_empty
+    if of_keys is None:
+        shapes = key_shapes((batch, num_kv_heads, num_kv_blocks), head_dim, block_size, stride, k.dtype, log_term)
+        of_keys = [torch.empty(shape, dtype=dtype, device=k.device) for shape, dtype in shapes]
+    k_sums, values = of_keys
+    num_kv_blocks = k_sums.shape[2]
     num_kv_programs = batch * num_kv_heads * num_kv_blocks
     grid = (2 * num_kv_programs + batch * num_q_heads * num_q_blocks, stride // constants["GROUPS"])
     sizes = num_q_heads, num_kv_heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, num_kv_programs

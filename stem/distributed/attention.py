@@ -190,9 +190,10 @@ class _Call:
         """Attention to all kept blocks in one go; all keys and values travel while the blocks are chosen."""
         p, finish = self.plan.problem, shards.gather_all(k, v, shard, self.peers)
         lists, counts = choose_rows(q, k, v, self.plan, shard, self.peers)
+        results = attend_to_all(q, *finish(), lists, counts, self.plan, shard)
         head_kept = torch.full((p.q_heads,), p.batch * self.plan.kept_blocks, dtype=torch.int64)
         self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts, head_kept)
-        return attend_to_all(q, *finish(), lists, counts, self.plan, shard)
+        return results
 
     def backward(self, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the rank's q, k and v."""
@@ -298,21 +299,17 @@ def attend_to_all(
     q: Tensor, keys: Tensor, values: Tensor, lists: Tensor, counts: Tensor, plan: Plan, shard: shards.Shard
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a rank's queries, from the keys and values of `gather_all`, without gradients."""
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
-    paged = plan.impl == "hopper"  # reads keys and values where they are
-    if paged:
+    if plan.impl == "hopper" and q.shape[2]:  # reads keys and values where they are
         from stem.kernels.hopper_forward import prepare
 
         pages = shard.pages(keys.shape[1] * keys.shape[2], keys.device)
-    keys, values = (shards.as_pages(x) if paged else shard.in_order(x) for x in (keys, values))
+        keys, values = (shards.as_pages(x) for x in (keys, values))
+        return prepare(q, keys, values, plan.problem.scale, pages=pages, num_keys=shard.end)(lists, counts)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+    keys, values = (shard.in_order(x) for x in (keys, values))
     for part, selection in shard.chunks(lists, counts, "skip"):
-        if paged:
-            options = dict(pages=pages, num_keys=selection.kv_len, out=out[:, :, part])
-            start = prepare(q[:, :, part], keys, values, plan.problem.scale, **options)
-            lse[:, :, part] = start(selection.kv_indices, selection.kv_num_blocks)[1]
-        else:
-            seen = (x[:, :, : selection.kv_len] for x in (keys, values))
-            out[:, :, part], lse[:, :, part] = _attend(q[:, :, part], *seen, selection, plan)
+        seen = (x[:, :, : selection.kv_len] for x in (keys, values))
+        out[:, :, part], lse[:, :, part] = _attend(q[:, :, part], *seen, selection, plan)
     return out, lse
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +25,9 @@ from stem.distributed.shards import Fetch, Shard
 from stem.planning import Plan
 from stem.scores import group_value_norms, norms_term, pair_sums, routing_scale
 from stem.selection import select_blocks
+from stem.transforms import lasting_tensors
+
+ALIGNMENT = 16  # bytes, of each of the summaries that travel together
 
 
 def choose_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers: Peers) -> tuple[Tensor, Tensor]:
@@ -58,32 +64,43 @@ def _summaries(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers: Peers, config: StemConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Features of the rank's query blocks, those of all key blocks, and the value term of all key blocks."""
-    p, blocks = plan.problem, (len(shard.q_blocks), len(shard.blocks))
+    p, size, stride = plan.problem, config.block_size, config.score_stride
     q, k, v = (x.detach() if x.shape[2] else x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (q, k, v))
-    size, stride = config.block_size, config.score_stride
     softmax, triton = config.reduction == "softmax", plan.choose_impl == "triton"
-    heads = config.pooled_heads(p.q_heads, p.kv_heads)
-    weighs_values = config.value_weight > 0 or not softmax
+    heads, num_blocks = config.pooled_heads(p.q_heads, p.kv_heads), len(shard.blocks)
     if triton:
         from stem.kernels.cell_features import cell_features
-        from stem.kernels.score_inputs import raw_inputs
+        from stem.kernels.score_inputs import key_shapes, raw_inputs
         from stem.kernels.value_norms import standardize, value_norms
-    if softmax:
-        if triton:
+    if triton and not softmax:
+        of_rank = p.batch, p.kv_heads, shard.slots[1]
+        shapes = key_shapes(of_rank, p.head_dim, size, stride, p.dtype, config.value_norm == "log")
+        memory = _Memory.of(shapes, k.device)
+        q_rows, *_ = raw_inputs(q, k, v, size, stride, *config.value_term, heads=heads, of_keys=memory.tensors)
+    else:
+        if not softmax:
+            q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
+            q_rows, k_rows = q_rows.unflatten(1, (-1, heads)).mean(2), group_sums(k, size, stride)
+        elif triton:
             q_rows, k_rows = cell_features(q, k, kernel_cells(q.shape[2], k.shape[2], config, heads), p.scale)
         else:
             q_rows, k_rows = prompt_features(q, k, config, p.scale)
-        k_rows = k_rows.unflatten(2, (-1, config.score_cells))
-        values = (value_norms if triton else group_value_norms)(v, size, stride) if weighs_values else None
-    elif triton:
-        q_rows, k_rows, values = raw_inputs(q, k, v, size, stride, *config.value_term, heads=heads)
+        summaries = [k_rows.unflatten(2, (-1, config.score_cells)) if softmax else k_rows]
+        if config.value_weight > 0 or not softmax:
+            summaries.append((value_norms if triton else group_value_norms)(v, size, stride))
+        shapes = tuple(((*x.shape[:2], shard.slots[1], *x.shape[3:]), x.dtype) for x in summaries)
+        memory = _Memory.of(shapes, k.device)
+        for place, x in zip(memory.tensors, summaries, strict=True):
+            place[:, :, :num_blocks] = x[:, :, :num_blocks]
+    q_rows = q_rows if len(shard.q_blocks) else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
+    found = memory.of_ranks(peers.gather(memory.bytes, "the exchange of block summaries")())
+    slots = shard.on(k.device)[1]
+    if triton:
+        from stem.kernels.gathered import rows_in_order
+
+        k_rows, *values = (rows_in_order(x, slots) for x in found)
     else:
-        q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
-        q_rows = q_rows.unflatten(1, (-1, heads)).mean(2)
-        k_rows, values = group_sums(k, size, stride), group_value_norms(v, size, stride)
-    q_rows = q_rows if blocks[0] else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
-    summaries = [x[:, :, : blocks[1]] for x in (k_rows, values) if x is not None]
-    k_rows, *values = _of_all_blocks(summaries, shard, peers)
+        k_rows, *values = (x.movedim(0, 2).flatten(2, 3).index_select(2, slots) for x in found)
     k_rows = k_rows.flatten(2, 3) if softmax else k_rows
     if not values:
         return q_rows, k_rows, None
@@ -92,47 +109,75 @@ def _summaries(
     return q_rows, k_rows, config.value_weight * norms_term(values[0], p.kv_len, config)
 
 
-def _of_all_blocks(summaries: list[Tensor], shard: Shard, peers: Peers) -> list[Tensor]:
-    """Summaries of all key blocks, [B, Hkv, nk, ...], from those of the rank's own, by one exchange."""
-    columns = [x.movedim(2, 0) for x in summaries]
-    sizes = [x.shape[1:].numel() * x.itemsize for x in columns]
-    aligned = [-(-size // 8) * 8 for size in sizes]  # bytes, so that every dtype can begin there
-    packed = torch.empty(shard.slots[1], sum(aligned), dtype=torch.uint8, device=columns[0].device)
+class _Memory(NamedTuple):
+    """Tensors side by side in one buffer, which travels as one."""
 
-    def parts(rows: Tensor) -> list[Tensor]:
-        split = zip(rows.split(aligned, 1), sizes, columns, strict=True)
-        return [part[:, :size].view(x.dtype).unflatten(1, x.shape[1:]) for part, size, x in split]
+    bytes: Tensor
+    tensors: list[Tensor]
+    places: list[tuple]
 
-    for part, x in zip(parts(packed), columns, strict=True):
-        part[: len(x)] = x
-    found = peers.gather(packed, "the exchange of block summaries")().flatten(0, 1)
-    slots = shard.on(packed.device)[1]
-    return [part.movedim(0, 2).index_select(2, slots) for part in parts(found)]
+    @classmethod
+    def of(cls, shapes: tuple, device: torch.device) -> _Memory:
+        """Memory for tensors of the shapes and dtypes."""
+        places, size = _places(shapes)
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        return cls(memory, [memory.view(dtype).as_strided(*where) for dtype, *where in places], places)
+
+    def of_ranks(self, gathered: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, [ranks, ...], in their gathered buffers."""
+        found = []
+        for dtype, shape, strides, first in self.places:
+            x = gathered.view(dtype)
+            found.append(x.as_strided((len(x), *shape), (x.shape[1], *strides), first))
+        return found
+
+
+@lru_cache(maxsize=1024)
+def _places(shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> tuple[list[tuple], int]:
+    """Dtype, shape, strides and first element of dense tensors side by side, and their bytes."""
+    places, size = [], 0
+    for shape, dtype in shapes:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        places.append((dtype, shape, x.stride(), size // x.itemsize))
+        size += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+    return places, size
 
 
 def _topk(q_sums: Tensor, k_sums: Tensor, bonus: Tensor, plan: Plan, shard: Shard, config: StemConfig):
-    """stem.choose.choose_topk for the rank's rows, with the tiles that the whole prompt takes."""
+    """stem.choose.choose_topk for the rank's rows."""
     from stem.kernels.block_scores import score_blocks
     from stem.kernels.block_select import empty_lists, select_topk
     from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
 
     p, rows, (budget, width) = plan.problem, plan.rows, plan.budget
     scale = routing_scale(p.head_dim, config, p.scale) / config.pooled_heads(p.q_heads, p.kv_heads)
-    step = max(1, CHUNK_SCORES // (p.batch * p.q_heads * rows.stop))
+    if rows.stop > MAX_KV_BLOCKS:
+        here, q_blocks = _rank_rows(plan, shard)
+        lists = empty_lists(*q_sums.shape[:3], width, q_sums.device)
+        step = max(4, CHUNK_SCORES // (p.batch * p.q_heads * rows.stop) // 4 * 4)  # parts of q_blocks stay aligned
+        for row in range(0, len(here), step):
+            part = slice(row, row + step)
+            options = dict(num_tile_rows=rows.stop - rows.first, q_blocks=q_blocks[part])
+            scores = score_blocks(q_sums[:, :, part], k_sums, bonus, scale, **options)
+            select_topk(scores, here, *config.always_kept, width, lists, row, q_blocks)
+        return lists
     found = []
     for index, first, count in shard.runs:
-        for row in range(0, count, step):
-            sums, begin = q_sums[:, :, index + row : index + min(row + step, count)], first + row
-            here = budget[begin - rows.first :]  # down to the prompt's last row, from which the kernels count
-            if rows.stop <= MAX_KV_BLOCKS:
-                sums = torch.cat([sums, sums.new_zeros(*sums.shape[:2], len(here) - sums.shape[2], *sums.shape[3:])], 2)
-                lists = empty_lists(*sums.shape[:2], len(here), width, q_sums.device)
-                lists = score_select(sums.contiguous(), k_sums, bonus, scale, here, *config.always_kept, lists)
-            else:
-                scores = score_blocks(sums, k_sums, bonus, scale, begin, rows.stop - rows.first)
-                lists = select_topk(scores, here, *config.always_kept, width)
-            found.append(tuple(x[:, :, : min(step, count - row)] for x in lists))
+        here = budget[first - rows.first :]  # down to the prompt's last row, from which the kernel counts
+        sums = q_sums.new_zeros(*q_sums.shape[:2], len(here), *q_sums.shape[3:])
+        sums[:, :, :count] = q_sums[:, :, index : index + count]
+        lists = empty_lists(*sums.shape[:2], len(here), width, q_sums.device)
+        lists = score_select(sums, k_sums, bonus, scale, here, *config.always_kept, lists)
+        found.append(tuple(x[:, :, :count] for x in lists))
     return _joined(found or [_nothing(plan, q_sums)])
+
+
+@lru_cache(maxsize=1024)
+def _rank_rows(plan: Plan, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Budget and position of the rank's query blocks on the device, int32 [rows]."""
+    q_blocks = shard.on(plan.problem.device)[0]
+    with lasting_tensors():
+        return plan.budget[0][q_blocks - plan.rows.first], q_blocks.int()
 
 
 def _share(q_features: Tensor, k_features: Tensor, bonus: Tensor | None, plan: Plan, shard: Shard, config: StemConfig):

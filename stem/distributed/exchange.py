@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,16 +60,30 @@ class Peers:
             _PEERS[key] = cls(mesh, float(timeout))
         return _PEERS[key]
 
-    def gather(self, x: Tensor, what: str, out: Tensor | None = None) -> Callable[[], Tensor]:
-        """Start to gather tensors of one shape; the result waits and gives them, [world_size, *x.shape].
+    def gather(self, x: Tensor, what: str) -> Callable[[], Tensor]:
+        """Start to gather tensors of one shape; the result waits and gives them, [world_size, *x.shape]."""
+        finish = self._gathered([x], self.group, what)
+        return lambda: finish()[0]
 
-        With `out`, they go there, beside the other collectives, which do not wait for them.
-        """
-        group = self.group if out is None else self.beside
-        out, x = x.new_empty(self.world_size, *x.shape) if out is None else out, x.contiguous()
+    def gather_beside(self, tensors: list[Tensor], what: str) -> Callable[[], list[Tensor]]:
+        """Start to gather several tensors as `gather` does, beside the other collectives, which do not wait."""
+        return self._gathered(tensors, self.beside, what)
+
+    def _gathered(self, tensors: list[Tensor], group: dist.ProcessGroup, what: str) -> Callable[[], list[Tensor]]:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
-        self.received += x.nbytes * (self.world_size - 1)
-        return self._started(lambda: gather(_bytes(out), _bytes(x), group=group, async_op=True), out, what)
+        out = [x.new_empty(self.world_size, *x.shape) for x in tensors]
+        pairs = [(_bytes(all_of), _bytes(x.contiguous())) for all_of, x in zip(out, tensors, strict=True)]
+        self.received += sum(x.nbytes for x in tensors) * (self.world_size - 1)
+
+        def start() -> list[dist.Work]:
+            if len(pairs) == 1 or not tensors[0].is_cuda:  # gloo has no launch for several
+                return [gather(*pair, group=group, async_op=True) for pair in pairs]
+            with dist._coalescing_manager(group, async_ops=True) as launched:
+                for pair in pairs:
+                    gather(*pair, group=group, async_op=True)
+            return launched.works
+
+        return self._started(start, out, what)
 
     def collect(self, rows: Tensor, width: int, slots: Tensor, what: str) -> Callable[[], Tensor]:
         """Start to gather rows [n, ...], n <= width; the result waits and gives rows `slots` of all, rank after rank.
@@ -90,7 +105,7 @@ class Peers:
         splits = ([count * size for count in counts] for counts in (receive_counts, send_counts))
         tensors = _bytes(out), _bytes(rows)
         self.received += out.nbytes
-        start = lambda: dist.all_to_all_single(*tensors, *splits, group=self.group, async_op=True)  # noqa: E731
+        start = lambda: [dist.all_to_all_single(*tensors, *splits, group=self.group, async_op=True)]  # noqa: E731
         return self._started(start, out, what)
 
     def reshard(self, x: Tensor, source: Layout, target: Layout, what: str) -> Tensor:
@@ -124,17 +139,18 @@ class Peers:
                     raise RuntimeError("time-out")
         return copy
 
-    def _started(self, start: Callable[[], dist.Work], out: Tensor, what: str) -> Callable[[], Tensor]:
-        """Start a collective; the result waits for it. With gloo the host waits, up to the time-out.
+    def _started(self, start: Callable[[], list[dist.Work]], out: Any, what: str) -> Callable[[], Any]:
+        """Start a collective; the result waits for it and gives `out`. With gloo the host waits, up to the time-out.
 
         With NCCL the stream waits. Then to_host has the time-out, and the group's watchdog.
         """
         with self._named(what):
-            work = start()
+            works = start()
 
-        def finish() -> Tensor:
+        def finish() -> Any:
             with self._named(what):
-                work.wait(*(() if out.is_cuda else (timedelta(seconds=self.timeout),)))
+                for work in works:
+                    work.wait(*(() if self.device_type == "cuda" else (timedelta(seconds=self.timeout),)))
             return out
 
         return finish
@@ -168,5 +184,5 @@ class Peers:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Memory of a contiguous tensor as bytes; gloo does not know all dtypes."""
-    return x.view(-1).view(torch.uint8)
+    """Memory of a contiguous tensor on the CPU as bytes; gloo does not know all dtypes."""
+    return x if x.is_cuda else x.view(-1).view(torch.uint8)

@@ -98,6 +98,12 @@ class Shard:
         return int((self.layout.positions(self.rank) >= self.layout.start).sum())
 
     @cached_property
+    def end(self) -> int:
+        """Position behind the rank's queries if their blocks were the first of the prompt."""
+        inside = self.layout.start if self.layout.start // self.block_size in self.q_blocks[:1] else 0
+        return self.num_queries + inside % self.block_size
+
+    @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
         """Consecutive query blocks: index of the first in q_blocks, the first query block, and the count."""
         starts = np.flatnonzero(np.diff(self.q_blocks, prepend=-2) != 1)
@@ -117,11 +123,9 @@ def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Callable[[],
 
     Every rank has `shard.slots[1]` blocks of rows, with zeros behind its own.
     """
-    missing, travelling = shard.slots[1] * shard.block_size - k.shape[2], []
-    for x in (k, v):
-        x = pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach().contiguous()
-        travelling.append(peers.gather(x, FETCH, x.new_empty(peers.world_size, *x.shape)))
-    return lambda: [finish() for finish in travelling]
+    missing = shard.slots[1] * shard.block_size - k.shape[2]
+    tensors = [pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v)]
+    return peers.gather_beside(tensors, FETCH)
 
 
 def as_pages(gathered: Tensor) -> Tensor:

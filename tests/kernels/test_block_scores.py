@@ -3,7 +3,8 @@
 import pytest
 import torch
 from stem.kernels.block_scores import score_blocks
-from stem.kernels.score_inputs import block_sums, raw_inputs
+from stem.kernels.gathered import rows_in_order
+from stem.kernels.score_inputs import block_sums, key_shapes, raw_inputs
 from stem.kernels.value_norms import value_norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,3 +143,37 @@ def test_keys_and_values_are_read_from_pages(num_queries, num_keys, value_norm):
     options = size, 16, value_norm, 0.5
     found = raw_inputs(q, pool[..., :32], pool[..., 32:], *options, pages=pages, num_keys=num_keys)
     assert all(map(torch.equal, found, raw_inputs(q, k, v, *options)))
+
+
+def test_scores_of_query_blocks_that_are_not_consecutive():
+    q_sums, k_sums = torch.randn(2, 4, 13, 32, device=DEVICE), torch.randn(2, 2, 17, 32, device=DEVICE)
+    bonus, rows = torch.rand(2, 2, 17, device=DEVICE), torch.tensor([0, 1, 5, 6, 7, 11, 12], device=DEVICE)
+    whole = score_blocks(q_sums, k_sums, bonus, 0.3)  # of query blocks 4 to 16
+    options = dict(num_tile_rows=13, q_blocks=(rows + 4).int())
+    assert torch.equal(score_blocks(q_sums[:, :, rows], k_sums, bonus, 0.3, **options), whole[:, :, rows])
+
+
+@pytest.mark.parametrize("value_norm", ["log", "zscore"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_summaries_of_keys_go_to_longer_memory(dtype, value_norm):
+    q, k, v = (torch.randn(1, 2, 100, 32, device=DEVICE).to(dtype) for _ in range(3))
+    shapes = key_shapes((1, 2, 6), 32, 32, 16, dtype, value_norm == "log")
+    memory = [torch.full(shape, float("nan"), dtype=of, device=DEVICE) for shape, of in shapes]
+    expected = raw_inputs(q, k, v, 32, 16, value_norm, 0.5)
+    found = raw_inputs(q, k, v, 32, 16, value_norm, 0.5, of_keys=memory)
+    assert torch.equal(found[0], expected[0])
+    for x, place, short in zip(found[1:], memory, expected[1:], strict=True):
+        assert x is place and torch.equal(x[:, :, :4], short) and not x[:, :, 4:].any()
+
+
+@pytest.mark.parametrize(("row", "dtype"), [((), torch.float32), ((2, 600), torch.bfloat16), ((3, 5), torch.float32)])
+def test_rows_in_order(row, dtype):
+    blocks = torch.randn(2, 3, 10, *row, device=DEVICE).to(dtype)
+    owned = [[9, 0, 4, 5], [1, 8], [2, 3, 6, 7]]
+    memory = torch.full((3, 2 * 3 * 4 * blocks[0, 0, 0].numel() + 8), float("nan"), device=DEVICE).to(dtype)
+    gathered = memory[:, 8:].unflatten(1, (2, 3, 4, *row))
+    slots = torch.empty(10, dtype=torch.int64, device=DEVICE)
+    for rank, mine in enumerate(owned):
+        gathered[rank, :, :, : len(mine)] = blocks[:, :, mine]
+        slots[mine] = 4 * rank + torch.arange(len(mine), device=DEVICE)
+    assert torch.equal(rows_in_order(gathered, slots), blocks)

@@ -121,3 +121,15 @@ def test_non_contiguous_scores_and_budget():
     strided = torch.stack([scores, scores], dim=-1)[..., 0]
     budget = torch.tensor([3, 7] * 9, dtype=torch.int32)[::2]
     check(strided, budget, 1, 1, on_top=False)
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["inside", "on_top"])
+def test_rows_that_are_not_consecutive(on_top):
+    scores, budget = torch.randn(1, 2, 21, 40, device=DEVICE), torch.randint(1, 9, (21,), device=DEVICE).int()
+    whole = select_topk(scores, budget, 2, 1, on_top, 12)  # of query blocks 19 to 39
+    rows = torch.tensor([0, 3, 4, 5, 9, 19, 20], device=DEVICE)
+    options = dict(lists=[torch.empty_like(x[:, :, rows]) for x in whole], q_blocks=(rows + 19).int())
+    for first in (0, 4):  # some rows at a time
+        part = scores[:, :, rows[first:][:4]]
+        found = select_topk(part, budget[rows], 2, 1, on_top, 12, first_row=first, **options)
+    assert all(torch.equal(x, y[:, :, rows]) for x, y in zip(found, whole, strict=True))

@@ -15,7 +15,7 @@ import torch
 SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
 POINTERS = {
     "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32", "flags_ptr": "i32",
-    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32", "pages_ptr": "i32",
+    "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32", "pages_ptr": "i32", "q_blocks_ptr": "i32", "slots_ptr": "i64",
     "k_means_ptr": "x", "v_means_ptr": "x", "dropped_ptr": "i8",
     "features_ptr": "x", "q_features_ptr": "x", "k_features_ptr": "x",
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
@@ -73,7 +73,7 @@ def sparse_forward_cases(head_dim, block_size, dtype):
 def cases():
     """(name, arguments of compile_for_sm90) over kernels and the extremes of their shapes."""
     import triton.language as tl
-    from stem.kernels import block_scores, block_select, score_inputs, score_select, value_norms
+    from stem.kernels import block_scores, block_select, gathered, score_inputs, score_select, value_norms
 
     shapes = {
         torch.bfloat16: [(8, 16), (16, 16), (40, 32), (64, 128), (128, 64), (128, 128), (256, 128)],
@@ -104,8 +104,9 @@ def cases():
             options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
             operands = tl.float32 if parts == 1 else tl.bfloat16
             product = tiles | dict(DEPTH=2048, PARTS=parts, DTYPE=operands, PRECISION="tf32x3")
-            name = f"score_blocks {dtype} {num_rows}"
-            yield name, (block_scores.score_blocks_kernel, input_type, product, *options, sums_type)
+            for positions in (dict(q_blocks_ptr=None), {}) if num_rows > 32 else ({},):
+                name, kernel = f"score_blocks {dtype} {num_rows} {positions}", block_scores.score_blocks_kernel
+                yield name, (kernel, input_type, product | positions, *options, sums_type)
         short = dict(ON_TOP=True, DEPTH=2048, PARTS=parts, ROWS=score_select.ROWS, ROW_SIZE=32, PRECISION="tf32x3")
         short |= dict(WARPS=score_select.WARPS, DEPTH_TILE=score_select.DEPTH_TILE // (2 // parts), DTYPE=operands)
         short |= dict(CAN_OVERLAP=True)
@@ -113,8 +114,9 @@ def cases():
         yield f"score_select {dtype}", (score_select.score_select_kernel, input_type, short, warps, stages, sums_type)
     standard = dict(GROUPS_PER_BLOCK=16, BLOCKS_PER_TILE=value_norms.NORM_TILE // 16)
     yield "standardize", (value_norms.standardize_kernel, "fp32", standard)
+    yield "rows_in_order", (gathered.rows_in_order_kernel, "bf16", dict(TILE=gathered.TILE))
     for on_top in (False, True):
-        row = dict(ON_TOP=on_top, ROW_SIZE=8192)
+        row = dict(ON_TOP=on_top, ROW_SIZE=8192) | ({} if on_top else dict(q_blocks_ptr=None))
         yield (
             f"select_topk {on_top}",
             (block_select.select_topk_kernel, "fp32", row, 8192 // block_select.KEYS_PER_WARP),
@@ -188,7 +190,7 @@ def test_kernels_compile_for_sm90(tmp_path):
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     shared = json.loads(process.stdout)
-    assert len(shared) == 68
+    assert len(shared) == 71
     too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
     assert not too_large
 

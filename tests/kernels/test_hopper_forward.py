@@ -250,6 +250,24 @@ def test_pages(num_queries, num_keys, head_dim, full_rows):
 
 
 @needs_sm90
+@pytest.mark.parametrize("num_queries", [1500, 1412], ids=["whole", "chunk"])
+def test_rows_of_a_longer_prompt(num_queries):
+    """Whole query blocks, here with the first and the last one, of which a chunk and a prompt hold a part."""
+    from stem.kernels.hopper_forward import prepare
+
+    q, k, v = random_inputs(4, 2, num_queries, 1500, 128, torch.bfloat16)
+    mask, start = random_mask(1, 4, num_queries, 1500, BLOCK_SIZE), 1500 - num_queries  # 12 query blocks
+    expected = forward(q, k, v, mask, 0.1)
+    rows = torch.tensor([0, 1, 4, 5, 8, 11])
+    mine = torch.isin(torch.arange(start, 1500) // BLOCK_SIZE, rows)
+    pages = torch.arange(12, device=DEVICE, dtype=torch.int32)
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 36)) for x in (k, v))
+    options = dict(pages=pages, num_keys=int(mine.sum()) + start % BLOCK_SIZE)
+    found = prepare(q[:, :, mine], k, v, 0.1, **options)(*lists_of(mask[:, :, rows]))
+    assert all(torch.equal(x, y[:, :, mine]) for x, y in zip(found, expected, strict=True))
+
+
+@needs_sm90
 def test_it_is_the_default_where_it_applies(monkeypatch):
     from stem.kernels import hopper_forward
 
