@@ -76,7 +76,8 @@ def stem_attention(
             DTensors. Any layout works; `Layout.for_config` saves exchanges. Without one, the numbers of tokens are
             exchanged first, for which the host waits.
         return_selection, return_lse: Also return the RowSelection / the log-sum-exp, in this order.
-        timeout: Of each collective [s]. With NCCL it is that of the group's watchdog and of the host's waits.
+        timeout: Of each collective [s]. With NCCL the host waits at the end of a call until everything has arrived,
+            while the attention runs; should it hang elsewhere, the group's watchdog ends the process a minute later.
     Returns:
         [B, Hq, nq, D] like q, or a tuple; the log-sum-exp is sharded like q. Gradients flow once, as in stem_attention.
     Raises:
@@ -100,6 +101,7 @@ def stem_attention(
     call = _Call(plan, layout, peers)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse = _Differentiable.apply(q, k, v, call) if needs_grad else call.forward(q, k, v)
+    peers.settle()
     selection = call.selection
     out, lse = apply_sinks(out, lse, sinks)
     if wrap:
@@ -205,7 +207,9 @@ class _Call:
         if dfetched:
             others = self.fetch.back(*dfetched, self.leaves[1])
             dk, dv = ((dx + other).to(dx.dtype) for dx, other in zip((dk, dv), others, strict=True))
-        return self._moved((dq, dk, dv), self.final, self.layout)
+        results = self._moved((dq, dk, dv), self.final, self.layout)
+        self.peers.settle()
+        return results
 
     def _moved(self, qkv: tuple[Tensor, ...], source: Layout, target: Layout) -> tuple[Tensor, ...]:
         """q, k and v (or their gradients) in another layout."""

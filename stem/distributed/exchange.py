@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from stem.distributed.layout import Layout, moves
 
 PATIENCE = 5.0  # seconds in which the other ranks must notice a failure, too; those that do not are named
+GRACE = 60.0  # seconds after a time-out in which the host can name a rank, before NCCL's watchdog ends the process
 _PEERS: dict[tuple[dist.ProcessGroup, float], Peers] = {}
 
 
@@ -44,9 +45,12 @@ class Peers:
             limit = timedelta(seconds=timeout)
             if dist.get_backend(mesh.get_group()) == "gloo":  # whose connections tell at once if a rank has ended
                 dist.barrier(mesh.get_group(), async_op=True).wait(limit)
+            else:
+                limit += timedelta(seconds=GRACE)
             self.group, self.beside = (
                 dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True) for _ in range(2)
             )
+        self.arrived, self.last = torch.cuda.Event() if self.device_type == "cuda" else None, ""
 
     @classmethod
     def of(cls, mesh: DeviceMesh, timeout: float) -> Peers:
@@ -127,22 +131,28 @@ class Peers:
         """Copy to the CPU, with the time-out for the collectives that x depends on."""
         if not x.is_cuda:
             return x
-        copy, done = (
-            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True),
-            torch.cuda.Event(),
-        )
+        copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        done = torch.cuda.Event()
         done.record()
+        self._until(done.query, what)
+        return copy
+
+    def settle(self) -> None:
+        """Wait on the host until the collectives so far have ended, with the time-out; those of gloo have."""
+        if self.last and not torch.cuda.is_current_stream_capturing():
+            self._until(self.arrived.query, self.last)
+
+    def _until(self, is_done: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + self.timeout
         with self._named(what):
-            while not done.query():
+            while not is_done():
                 if time.monotonic() > deadline:
                     raise RuntimeError("time-out")
-        return copy
 
     def _started(self, start: Callable[[], list[dist.Work]], out: Any, what: str) -> Callable[[], Any]:
         """Start a collective; the result waits for it and gives `out`. With gloo the host waits, up to the time-out.
 
-        With NCCL the stream waits. Then to_host has the time-out, and the group's watchdog.
+        With NCCL the stream waits. Then to_host and settle have the time-out, and later the group's watchdog.
         """
         with self._named(what):
             works = start()
@@ -150,7 +160,10 @@ class Peers:
         def finish() -> Any:
             with self._named(what):
                 for work in works:
-                    work.wait(*(() if self.device_type == "cuda" else (timedelta(seconds=self.timeout),)))
+                    work.wait(*(() if self.arrived else (timedelta(seconds=self.timeout),)))
+                if self.arrived:
+                    self.arrived.record()
+                    self.last = what
             return out
 
         return finish
