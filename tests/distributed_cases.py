@@ -533,6 +533,46 @@ def a_late_rank_is_named(rank, mesh):
 
 
 @case
+def the_host_waits_until_everything_has_arrived(rank, mesh):
+    """As under NCCL, where streams wait for collectives; here an event tells what has arrived."""
+
+    class Event:
+        arrives, queries = True, 0
+
+        def record(self):
+            pass
+
+        def query(self):
+            self.queries += 1
+            return self.arrives
+
+    peers, event = Peers(mesh, 1.0), Event()  # of its own, which no other case uses
+    where = Layout.zigzag(400, mesh.size(), SIZE)
+    q, k, v = (where.shard(x, rank).requires_grad_() for x in inputs(400))
+    with (
+        changed(peers, "arrived", event),
+        changed(Peers, "of", lambda mesh, timeout: peers),
+        changed(torch.cuda, "is_current_stream_capturing", lambda: False),  # needs CUDA
+    ):
+        for config in (PLAIN, ADAPTIVE):  # all keys travel at once, or those that lists name
+            for tensors in ((q.detach(), k.detach(), v.detach()), (q, k, v)):
+                before = event.queries
+                out = stem_attention(*tensors, config, mesh=mesh, layout=where)
+                assert event.queries == before + 1
+        out.sum().backward()
+        assert event.queries == before + 2
+        event.arrives = False
+        if rank == 0:
+            with changed(exchange, "PATIENCE", 0.2):
+                try:
+                    peers.settle()
+                except PeerError as error:
+                    assert error.ranks == list(range(1, mesh.size())) and peers.last in str(error), error
+                else:
+                    raise AssertionError("no PeerError")
+
+
+@case
 def z_a_dead_rank_is_named(rank, mesh):
     """The last case, because a rank dies in it; it dies before the first call if no other case has run."""
     q, k, v = inputs(64)
