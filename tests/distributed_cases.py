@@ -551,6 +551,7 @@ def the_host_waits_until_everything_has_arrived(rank, mesh):
     q, k, v = (where.shard(x, rank).requires_grad_() for x in inputs(400))
     with (
         changed(peers, "arrived", event),
+        changed(peers, "name", "the host waits"),  # under which no rank has said that it waits
         changed(Peers, "of", lambda mesh, timeout: peers),
         changed(torch.cuda, "is_current_stream_capturing", lambda: False),  # needs CUDA
     ):
