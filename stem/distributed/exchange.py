@@ -76,7 +76,9 @@ class Peers:
     def _gathered(self, tensors: list[Tensor], group: dist.ProcessGroup, what: str) -> Callable[[], list[Tensor]]:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
         out = [x.new_empty(self.world_size, *x.shape) for x in tensors]
-        pairs = [(_bytes(all_of), _bytes(x.contiguous())) for all_of, x in zip(out, tensors, strict=True)]
+        pairs = [(all_of, x.contiguous()) for all_of, x in zip(out, tensors, strict=True)]
+        if not tensors[0].is_cuda:  # gloo does not know all dtypes
+            pairs = [tuple(map(_bytes, pair)) for pair in pairs]
         self.received += sum(x.nbytes for x in tensors) * (self.world_size - 1)
 
         def start() -> list[dist.Work]:
@@ -197,5 +199,5 @@ class Peers:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Memory of a contiguous tensor on the CPU as bytes; gloo does not know all dtypes."""
-    return x if x.is_cuda else x.view(-1).view(torch.uint8)
+    """Memory of a contiguous tensor as bytes."""
+    return x.view(-1).view(torch.uint8)
