@@ -6,7 +6,7 @@ step, decides which rows are sparse. The implementation, which vLLM asks in ever
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -33,11 +33,11 @@ class Chunk(NamedTuple):
     """Prompt tokens of a request in this step: all of its prompt or a part."""
 
     request: int  # row of the batch
-    pages: Tensor  # int32, of the request, in order
     tokens: slice  # of the batch
     stop: int  # position after the last of them
     prompt_length: int  # tokens of the whole prompt
-    sums: dict[str, tuple[Tensor, Tensor]]  # layer -> block sums of earlier chunks, see pages.attend_to_pages
+    pages: Tensor | None = None  # int32, of the request, in order; None where no layer is sparse
+    sums: dict[str, tuple[Tensor, Tensor]] | None = None  # layer -> of earlier chunks, see pages.attend_to_pages
 
     @property
     def is_last(self) -> bool:
@@ -81,24 +81,29 @@ class Engine:
             engine = ENGINES[vllm_config.instance_id] = cls(vllm_config)
         return engine
 
-    def count(self, names: list[str], chunks: list[Chunk], heads: dict[str, int]) -> None:
-        """Add the block pairs of these chunks in some layers; where scores decide how many, the layer adds them."""
-        self.counts.flush()
-        pairs = {}  # config -> (kept, causal) block pairs of a head
+    def positions(self, heads: dict[str, int]) -> dict[StemConfig, tuple[np.ndarray, np.ndarray]]:
+        """Sparse layers among these by config: rows of the counts, int64 [layers], and heads, int64 [layers, 1]."""
+        found: dict[StemConfig, list[tuple[int, int]]] = {}
         for position, (name, layer) in enumerate(self.layers.items()):
-            if name in names and layer.config:
-                if layer.config not in pairs:
-                    pairs[layer.config] = np.sum([self._pairs(chunk, layer.config) for chunk in chunks], 0)
-                self.counts.pairs[position] += heads[name] * pairs[layer.config]
+            if name in heads and layer.config:
+                found.setdefault(layer.config, []).append((position, heads[name]))
+        return {config: (x[:, 0], x[:, 1:]) for config, x in ((c, np.array(pairs)) for c, pairs in found.items())}
 
-    def _pairs(self, chunk: Chunk, config: StemConfig) -> tuple[int, int]:
-        rows = chunk.block_rows(config)
-        causal = (rows.stop - rows.first) * (rows.first + rows.stop + 1) // 2
-        return causal if self.is_dense(chunk, config) else kept_blocks(rows, config) or 0, causal
+    def count(self, chunks: list[Chunk], config: StemConfig, positions: np.ndarray, heads: np.ndarray) -> list[int]:
+        """Add the block pairs of these chunks in some layers, and return the requests that are sparse there.
 
-    def is_dense(self, chunk: Chunk, config: StemConfig) -> bool:
-        """Whether vLLM's own attention gives the result, or is asked for by min_tokens."""
-        return chunk.prompt_length < self.min_tokens or keeps_every_block(chunk.block_rows(config), config)
+        Where scores decide how many blocks are kept, the layer adds them.
+        """
+        sparse, kept, causal = [], 0, 0
+        for chunk in chunks:
+            kept_pairs, all_pairs, is_dense = block_pairs(
+                chunk.tokens.stop - chunk.tokens.start, chunk.stop, chunk.prompt_length, config, self.min_tokens
+            )
+            kept, causal = kept + kept_pairs, causal + all_pairs
+            if not is_dense:
+                sparse.append(chunk.request)
+        self.counts.pairs[positions] += heads * (kept, causal)
+        return sparse
 
     def _log(self, vllm_config) -> None:
         sparse = [x for x in self.layers.values() if x.config]
@@ -133,37 +138,53 @@ class StemBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
         self.engine = Engine.of(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self.heads = {name: layer.num_heads for name, layer in layers.items()}
-        known = self.engine.layers if self.engine else {}
-        self.configs = {known[name].config for name in layer_names if name in known} - {None}
-        self.unfinished: dict[str, Chunk] = {}  # prompts of the step before that go on, by request
+        heads = {name: layer.num_heads for name, layer in layers.items()}
+        self.positions = self.engine.positions(heads) if self.engine else {}  # by config
+        self.unfinished: dict[str, Chunk] = {}  # sparse prompts of the step before that go on, by request
 
     def use_cascade_attention(self, *args, **kwargs) -> bool:
         return False  # it would take the first rows of prompts apart from the others
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        prompts = prompts_of(common_attn_metadata) if self.configs else None
-        unfinished, self.unfinished = self.unfinished, {}
+        prompts = prompts_of(common_attn_metadata) if self.positions else None
+        before, self.unfinished = self.unfinished, {}
         if prompts is None or common_attn_metadata.causal is not True:
             return metadata
-        chunks, rows = prompt_chunks(common_attn_metadata, prompts, unfinished)
-        self.unfinished = {prompts.names[chunk.request]: chunk for chunk in chunks if not chunk.is_last}
-        if chunks:
-            self.engine.count(self.layer_names, chunks, self.heads)
-            batches = {config: self._batch(config, chunks, rows, common_attn_metadata) for config in self.configs}
-            metadata.stem = {config: batch for config, batch in batches.items() if batch.chunks}
+        if chunks := prompt_chunks(common_attn_metadata, prompts):
+            self.engine.counts.flush()
+            sparse = {config: self.engine.count(chunks, config, *where) for config, where in self.positions.items()}
+            if any(sparse.values()):
+                metadata.stem = self._batches(sparse, chunks, common_attn_metadata, prompts, before)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata):
         return super().build(0, common_attn_metadata)
 
-    def _batch(self, config: StemConfig, chunks: list[Chunk], rows: list[tuple[int, int, int]], common) -> Batch:
-        sparse = [chunk for chunk in chunks if not self.engine.is_dense(chunk, config)]
+    def _batches(
+        self,
+        sparse: dict[StemConfig, list[int]],
+        chunks: list[Chunk],
+        common,
+        prompts: Prompts,
+        before: dict[str, Chunk],
+    ) -> dict[StemConfig, Batch]:
+        """A Batch for each config whose layers are sparse for some requests; see with_pages for `before`."""
+        requests = set().union(*sparse.values())
+        found = {
+            x.request: with_pages(x, common, before.get(prompts.names[x.request]))
+            for x in chunks
+            if x.request in requests
+        }
+        self.unfinished = {prompts.names[request]: chunk for request, chunk in found.items() if not chunk.is_last}
+        return {config: self._batch([found[x] for x in wanted], common) for config, wanted in sparse.items() if wanted}
+
+    def _batch(self, sparse: list[Chunk], common) -> Batch:
         ends = {chunk.request: chunk.tokens.stop for chunk in sparse}
-        dense = [(request, ends.get(request, start), stop) for request, start, stop in rows]
-        dense = [row for row in dense if row[1] < row[2]]
-        if not sparse or not dense:
+        starts = common.query_start_loc_cpu.tolist()
+        rows = ((i, ends.get(i, start), stop) for i, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)))
+        dense = [(request, start, stop) for request, start, stop in rows if start < stop]
+        if not dense:
             return Batch(sparse, None, None)
         tokens = torch.cat([torch.arange(start, stop) for _, start, stop in dense]).to(self.device)
         part = rows_of(common, dense, tokens)
@@ -214,26 +235,45 @@ class StemImpl:
         raise NotImplementedError
 
 
-def prompt_chunks(common, prompts: Prompts, before: dict[str, Chunk]) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
-    """Prompt tokens of each request in a step, and all its tokens as (request, first, stop).
+@lru_cache(maxsize=4096)
+def block_pairs(
+    tokens: int, stop: int, prompt_length: int, config: StemConfig, min_tokens: int
+) -> tuple[int, int, bool]:
+    """Kept and causal block pairs of a chunk in one head, and whether vLLM's own attention computes it.
 
-    `before` holds chunks of the step before by request. A chunk that goes on where one of them stops takes its sums
-    over. A request that vLLM preempted in between has lost its pages, and skips a step.
+    It does for prompts below min_tokens, and where every block is kept. Kept pairs are 0 where scores decide them.
     """
-    starts, ends = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
-    chunks, rows = [], []
-    for request, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
-        if start == stop:  # padding of a CUDA graph
-            continue
-        rows.append((request, start, stop))
-        prompt_length, first = int(prompts.lengths[request]), ends[request] - (stop - start)
-        if first < prompt_length:
-            last = min(ends[request], prompt_length)  # a resumed request computes answered tokens again, after these
-            pages = common.block_table_tensor[request].clone()  # kernels read aligned memory
-            earlier = before.get(prompts.names[request])
-            sums = earlier.sums if earlier and earlier.stop == first else {}
-            chunks.append(Chunk(request, pages, slice(start, start + last - first), last, prompt_length, sums))
-    return chunks, rows
+    rows = BlockRows.of(tokens, stop, config.block_size, prompt_length)
+    causal = (rows.stop - rows.first) * (rows.first + rows.stop + 1) // 2
+    is_dense = prompt_length < min_tokens or keeps_every_block(rows, config)
+    return causal if is_dense else kept_blocks(rows, config) or 0, causal, is_dense
+
+
+def prompt_chunks(common, prompts: Prompts) -> list[Chunk]:
+    """Prompt tokens of each request in a step, without their pages."""
+    starts, ends = common.query_start_loc_cpu.numpy(), common.seq_lens_cpu_upper_bound.numpy()
+    known = min(len(prompts.lengths), len(ends), len(starts) - 1)  # after them, padding of a CUDA graph
+    firsts, chunks = ends[:known] - starts[1 : known + 1] + starts[:known], []
+    for request in (firsts < prompts.lengths[:known]).nonzero()[0].tolist():
+        start, end, first = int(starts[request]), int(ends[request]), int(firsts[request])
+        prompt_length = int(prompts.lengths[request])
+        stop = min(end, prompt_length)  # a resumed request computes answered tokens again, after these
+        if first < stop:
+            chunks.append(Chunk(request, slice(start, start + stop - first), stop, prompt_length))
+    return chunks
+
+
+def with_pages(chunk: Chunk, common, earlier: Chunk | None) -> Chunk:
+    """The chunk with its request's pages, and the sums of the request's chunk in the step before.
+
+    They are taken over if the chunk goes on where that one stops. A request that vLLM preempted in between has lost its
+    pages, and skips a step.
+    """
+    first = chunk.stop - (chunk.tokens.stop - chunk.tokens.start)
+    sums = earlier.sums if earlier and earlier.stop == first else {}
+    return chunk._replace(
+        pages=common.block_table_tensor[chunk.request].clone(), sums=sums
+    )  # kernels read aligned memory
 
 
 def rows_of(common, rows: list[tuple[int, int, int]], tokens: Tensor):

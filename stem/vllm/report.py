@@ -71,7 +71,8 @@ class Counts:
     def __init__(self, engine: str, layers: Sequence[tuple[int, str]]) -> None:
         """Counts of a worker of this engine, described by (index, attention) of each layer."""
         path = Path(share_counts()) / f"{engine}-{os.getpid()}"
-        self.pairs = np.lib.format.open_memmap(f"{path}.npy", mode="w+", dtype=np.int64, shape=(len(layers), 2))
+        shared = np.lib.format.open_memmap(f"{path}.npy", mode="w+", dtype=np.int64, shape=(len(layers), 2))
+        self.pairs = np.asarray(shared)  # the same memory, without what a memmap does in each call
         path.with_suffix(".json").write_text(json.dumps(dict(engine=engine, layers=layers)))
         self.waiting: list[tuple[int, Tensor]] = []
         LIVE.add(self)

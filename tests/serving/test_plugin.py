@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionType
 import stem
 import stem.vllm
 from stem.vllm import settings
-from stem.vllm.backend import Chunk, prompt_chunks
+from stem.vllm.backend import Chunk, block_pairs, prompt_chunks, with_pages
 from stem.vllm.cpu import gather_packed
 from stem.vllm.prompts import Prompts
 
@@ -55,22 +55,41 @@ def test_vllm_has_the_private_names_of_the_scheduler():
     assert "if self.need_mamba_block_aligned_split:" in inspect.getsource(Scheduler.schedule)
 
 
+def test_prompts_are_told_from_decoding_requests():
+    starts, ends = torch.tensor([0, 128, 384, 385, 513, 516, 516]), torch.tensor([384, 512, 900, 640, 1003, 1000])
+    common = SimpleNamespace(query_start_loc_cpu=starts, seq_lens_cpu_upper_bound=ends)
+    prompts = Prompts(np.array([1000, 512, 800, 640, 1001]), list("abcde"))  # and padding
+    assert prompt_chunks(common, prompts) == [
+        Chunk(0, slice(0, 128), 384, 1000),
+        Chunk(1, slice(128, 384), 512, 512),
+        Chunk(3, slice(385, 513), 640, 640),
+        Chunk(4, slice(513, 514), 1001, 1001),  # resumed: two answered tokens come after its prompt's last one
+    ]
+    assert [chunk.is_last for chunk in prompt_chunks(common, prompts)] == [False, True, True, True]
+
+
 def test_sums_are_taken_over_where_a_chunk_goes_on():
     pages = torch.arange(40, dtype=torch.int32).view(4, 10)
-    starts, ends = torch.tensor([0, 128, 384, 385, 513]), torch.tensor([384, 512, 900, 640])
-    common = SimpleNamespace(query_start_loc_cpu=starts, seq_lens_cpu_upper_bound=ends, block_table_tensor=pages)
-    prompts = Prompts(np.array([1000, 512, 800, 640]), ["goes on", "skipped a step", "decodes", "is new"])
+    common, chunk = SimpleNamespace(block_table_tensor=pages), Chunk(2, slice(100, 228), 384, 1000)
+    earlier = [chunk._replace(stop=stop, sums={"layer": "sums"}) for stop in (256, 128)]
+    found = [with_pages(chunk, common, before) for before in (*earlier, None)]
+    assert [x.sums for x in found] == [{"layer": "sums"}, {}, {}]
+    assert all(torch.equal(x.pages, pages[2]) and x.pages.data_ptr() != pages[2].data_ptr() for x in found)
 
-    def earlier(stop):
-        return Chunk(0, pages[0], slice(0, 128), stop, 1000, {"layer": "sums"})
 
-    before = {"goes on": earlier(256), "skipped a step": earlier(128), "decodes": earlier(899)}
-    chunks, rows = prompt_chunks(common, prompts, before)
-    assert [(chunk.request, chunk.stop, chunk.is_last) for chunk in chunks] == [
-        (0, 384, False), (1, 512, True), (3, 640, True),
-    ]  # fmt: skip
-    assert chunks[0].sums is before["goes on"].sums and chunks[1].sums == chunks[2].sums == {}
-    assert rows == [(0, 0, 128), (1, 128, 384), (2, 384, 385), (3, 385, 513)]
+@pytest.mark.parametrize("options", [{"density": 0.3}, {"density": 0.3, "forced": "on_top"}, {"preset": "adaptive"}])
+def test_block_pairs_of_a_chunk(options):
+    config = stem.StemConfig.preset(**options) if "preset" in options else stem.StemConfig(**options, block_size=16)
+    size, prompt_length = config.block_size, 60 * config.block_size - 5
+    tokens, stop = 20 * size, 50 * size  # query blocks 30 to 49
+    kept, causal, is_dense = block_pairs(tokens, stop, prompt_length, config, 0)
+    budget = [int(x) for x in stem.block_budget(60, config)[30:50]]
+    by_scores = config.allocation == "adaptive" or config.forced == "on_top"
+    assert (kept, causal, is_dense) == (0 if by_scores else sum(budget), sum(range(31, 51)), False)
+    assert block_pairs(tokens, stop, prompt_length, config, prompt_length + 1) == (causal, causal, True)
+    assert block_pairs(tokens, stop, prompt_length, config, prompt_length) == (kept, causal, False)
+    dense = block_pairs(tokens, stop, prompt_length, stem.StemConfig(density=1.0, block_size=size), 0)
+    assert dense == (causal, causal, True)
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0", "0.32.0.unknown+x"])
