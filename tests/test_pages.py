@@ -34,13 +34,19 @@ def test_rows_are_copied_from_pages(layout):
     assert torch.equal(found[0], k[:, :, :290]) and torch.equal(found[1], v[:, :, :290])
 
 
-def test_all_rows_are_views_where_rows_come_before_heads():
+@pytest.mark.parametrize(("layout", "step"), [("NHD", 1), ("HND", 2)])
+def test_all_rows_are_views(layout, step):
     k, v = torch.randn(2, 1, 2, 100, HEAD_DIM)
-    cache = cache_of(k, v, [2, 0, 1, 3], 32)
-    keys, values = all_rows(cache)
-    assert keys.shape == (1, 2, cache.shape[0] * 32, HEAD_DIM) and keys.data_ptr() == cache.data_ptr()
-    assert torch.equal(keys[:, :, 64:96], k[:, :, :32]) and torch.equal(values[:, :, :32], v[:, :, 32:64])
-    assert all_rows(cache_of(k, v, [2, 0, 1, 3], 32, "HND")) is None
+    pages = [2, 0, 1, 3]
+    cache = cache_of(k, v, pages, 32, layout)
+    keys, values, found = all_rows(cache)
+    assert found == step and keys.data_ptr() == cache.data_ptr()
+    for i, page in enumerate(pages):
+        rows, here = slice(page * step * 32, page * step * 32 + min(32, 100 - 32 * i)), slice(32 * i, 32 * (i + 1))
+        assert torch.equal(keys[:, :, rows], k[:, :, here]) and torch.equal(values[:, :, rows], v[:, :, here])
+    last = keys[0, -1, -1].storage_offset() + 2 * HEAD_DIM
+    assert last == cache.untyped_storage().nbytes() // 4  # the last row of the last head ends with the memory
+    assert all_rows(torch.empty(4, 2, 33 * 2, HEAD_DIM)[:, :, ::2][:, :, :32]) is None
 
 
 def test_only_kernels_for_sm90_read_pages():
@@ -54,12 +60,14 @@ def attend_by_copies(monkeypatch, cache):
     def prepare(q, keys, values, scale, *, pages, num_keys, out):
         def attend(kv_indices, kv_num_blocks, full_rows):
             first_block, blocks = (num_keys - q.shape[2]) // 32, -(-num_keys // 32)
+            assert kv_indices.shape[1] == q.shape[1]
             lists = stem.BlockSelection(kv_indices, kv_num_blocks, 32, blocks, q.shape[2], num_keys)
             mask = lists.to_mask()
             for row in range(full_rows):
                 mask[:, :, row, : first_block + row + 1] = True
             selection = stem.BlockSelection.from_mask(mask, 32, q_len=q.shape[2], kv_len=num_keys)
-            out.copy_(stem.block_sparse_attention(q, *gather(cache, pages, num_keys), selection, scale, "torch"))
+            places = pages // all_rows(cache)[2]
+            out.copy_(stem.block_sparse_attention(q, *gather(cache, places, num_keys), selection, scale, "torch"))
 
         return attend
 
@@ -67,19 +75,27 @@ def attend_by_copies(monkeypatch, cache):
 
 
 @pytest.mark.parametrize(
-    ("first", "stop", "prompt_length"), [(0, 300, 700), (128, 420, 500), (1056, 1100, 1100), (0, 70, 70)]
+    ("first", "stop", "prompt_length", "layout", "lists"),
+    [
+        (0, 300, 700, "NHD", "head"),
+        (128, 420, 500, "HND", "head"),
+        (1056, 1100, 1100, "NHD", "head"),
+        (0, 70, 70, "HND", "group"),
+        (0, 300, 320, "NHD", "group"),
+    ],
 )
-def test_pages_give_the_attention_of_the_prompt(first, stop, prompt_length, monkeypatch):
-    q, (k, v) = torch.randn(1, 2, stop - first, HEAD_DIM), torch.randn(2, 1, 1, stop, HEAD_DIM)
+def test_pages_give_the_attention_of_the_prompt(first, stop, prompt_length, layout, lists, monkeypatch):
+    config = CONFIG.replace(lists=lists)
+    q, (k, v) = torch.randn(1, 4, stop - first, HEAD_DIM), torch.randn(2, 1, 2, stop, HEAD_DIM)
     pages = torch.randperm(2 * prompt_length // 32 + 2)[: -(-stop // 32)].int()
-    cache = cache_of(k, v, pages.tolist(), 32)
+    cache = cache_of(k, v, pages.tolist(), 32, layout)
     attend_by_copies(monkeypatch, cache)
     out = torch.full_like(q, float("nan"))
     rows = BlockRows.of(stop - first, stop, 32, prompt_length)
-    counts, _ = attend_to_pages(q, *all_rows(cache), pages, stop, CONFIG, rows, 0.3, out)
-    expected = stem.stem_attention(q, k, v, CONFIG, scale=0.3, impl="torch", prompt_length=prompt_length)
+    counts, _ = attend_to_pages(q, *all_rows(cache), pages, stop, config, rows, 0.3, out)
+    expected = stem.stem_attention(q, k, v, config, scale=0.3, impl="torch", prompt_length=prompt_length)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-    assert counts.sum() == 2 * kept_blocks(rows, CONFIG)
+    assert counts.sum() == 4 * kept_blocks(rows, config)
 
 
 @pytest.mark.parametrize("value_norm", ["log", "zscore"])

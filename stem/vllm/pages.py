@@ -27,16 +27,26 @@ def gather(kv_cache: Tensor, pages: Tensor, stop: int) -> tuple[Tensor, Tensor]:
     return rows[..., : width // 2], rows[..., width // 2 :]
 
 
-def all_rows(kv_cache: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Keys and values of all pages, views [1, Hkv, pages * page, D]; None if heads come before rows in memory."""
-    x = kv_cache.transpose(0, 1)
-    if x.stride(1) != x.shape[2] * x.stride(2):
+def all_rows(kv_cache: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """Keys and values of all pages, views [1, Hkv, rows, D], and a step: page p begins at row p * step * page.
+
+    The step is 1 where rows come before heads in memory, and Hkv where heads come first: the views of two heads then
+    overlap. None for any other order.
+    """
+    pages, heads, page, width = kv_cache.shape
+    page_stride, head_stride, row_stride, _ = kv_cache.stride()
+    step, rest = divmod(page_stride, page * row_stride)
+    if rest:
         return None
-    x = x.flatten(1, 2)[None]
-    return x[..., : x.shape[3] // 2], x[..., x.shape[3] // 2 :]
+    shape = 1, heads, ((pages - 1) * step + 1) * page, width // 2
+    strides = pages * page_stride, head_stride, row_stride, 1
+    k, v = (x.as_strided(shape, strides) for x in kv_cache.split(width // 2, -1))
+    return k, v, step
 
 
-def readable_rows(q: Tensor, kv_cache: Tensor, config: StemConfig, rows: BlockRows) -> tuple[Tensor, Tensor] | None:
+def readable_rows(
+    q: Tensor, kv_cache: Tensor, config: StemConfig, rows: BlockRows
+) -> tuple[Tensor, Tensor, int] | None:
     """all_rows, if kernels for sm_90 can read them page by page for these rows of the config; else None."""
     from stem.kernels.common import is_aligned
     from stem.kernels.hopper_forward import unsupported
@@ -45,7 +55,6 @@ def readable_rows(q: Tensor, kv_cache: Tensor, config: StemConfig, rows: BlockRo
         config.reduction == "mean",
         config.allocation != "adaptive",
         config.dropped == "skip",
-        config.lists == "head",
     )
     if not all(plain) or config.compute != "input" or kv_cache.shape[2] != config.block_size:
         return None
@@ -54,13 +63,14 @@ def readable_rows(q: Tensor, kv_cache: Tensor, config: StemConfig, rows: BlockRo
     if q.shape[1] * (rows.stop - rows.first) * rows.stop > CHUNK_SCORES:
         return None
     views = all_rows(kv_cache)
-    return views if views and all(map(is_aligned, views)) else None
+    return views if views and all(map(is_aligned, views[:2])) else None
 
 
 def attend_to_pages(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    step: int,
     pages: Tensor,
     stop: int,
     config: StemConfig,
@@ -72,7 +82,7 @@ def attend_to_pages(
     """Store in `out` the Stem attention of queries [1, Hq, Nq, D], the last positions before `stop`.
 
     Args:
-        k, v: From readable_rows.
+        k, v, step: From readable_rows.
         pages: int32 [..], the request's pages in order, one block of the config each; its address is aligned.
         sums: From the request's chunk before, for its first blocks, which are then not read for scores.
     Returns:
@@ -80,12 +90,13 @@ def attend_to_pages(
     """
     from stem.kernels.hopper_forward import prepare
 
+    pages = pages * step if step > 1 else pages
     start = prepare(q, k, v, scale, pages=pages, num_keys=stop, out=out)
     if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
         lists, sums, full = forced_lists(1, q.shape[1], config, rows, q.device), None, 0
     else:
         inputs, sums, full = block_inputs(q, k, v, pages, stop, config, rows, sums)
-        lists = choose(inputs, config, rows, routing_scale(q.shape[3], config, scale))
+        lists = choose(inputs, config, rows, q.shape[1], routing_scale(q.shape[3], config, scale))
     start(*lists, full)
     return lists[1], sums
 
@@ -104,7 +115,7 @@ def block_inputs(
     size, stride = config.block_size, config.score_stride
     full = full_rows(rows, config) if rows.stop <= MAX_KV_BLOCKS else 0  # a larger kernel scores all rows
     done = sums[0].shape[2] // ALIGNED_PAGES * ALIGNED_PAGES if sums else 0
-    paged = dict(pages=pages[done:], num_keys=stop - done * size)
+    paged = dict(pages=pages[done:], num_keys=stop - done * size, heads=config.pooled_heads(q.shape[1], k.shape[1]))
     q_sums, *new = raw_inputs(q, k, v, size, stride, *config.value_term, full, **paged)
     if done:
         new = [torch.cat([old[:, :, :done], own], 2) for old, own in zip(sums, new, strict=True)]
@@ -115,16 +126,19 @@ def block_inputs(
 
 
 def choose(
-    inputs: tuple[Tensor, Tensor, Tensor], config: StemConfig, rows: BlockRows, scale: float
+    inputs: tuple[Tensor, Tensor, Tensor], config: StemConfig, rows: BlockRows, heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Lists of the best blocks by mean score, as many as the budget says; see stem.choose.choose_topk."""
+    """Lists of the best blocks by mean score for all query heads, as many as the budget says; see choose_topk."""
     from stem.kernels.block_scores import score_blocks
-    from stem.kernels.block_select import empty_lists, select_topk
+    from stem.kernels.block_select import empty_lists, for_all_heads, select_topk
     from stem.kernels.score_select import MAX_KV_BLOCKS, score_select
 
-    device = inputs[0].device
+    device, choosing = inputs[0].device, inputs[0].shape[1]
+    pooled = heads // choosing
     budget, width = device_budget(rows, config, device)
-    lists = empty_lists(1, inputs[0].shape[1], rows.stop - rows.first, width, device)
+    lists = empty_lists(1, choosing, rows.stop - rows.first, width, device)
     if rows.stop <= MAX_KV_BLOCKS:
-        return score_select(*inputs, scale, budget, *config.always_kept, lists)
-    return select_topk(score_blocks(*inputs, scale), budget, *config.always_kept, width, lists)
+        lists = score_select(*inputs, scale / pooled, budget, *config.always_kept, lists)
+    else:
+        lists = select_topk(score_blocks(*inputs, scale / pooled), budget, *config.always_kept, width, lists)
+    return for_all_heads(lists, pooled)

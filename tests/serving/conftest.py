@@ -67,7 +67,10 @@ def server(tools, model):
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     yield process, f"http://127.0.0.1:{port}", log
     process.terminate()
-    process.wait(300)  # on a busy machine
+    try:
+        process.wait(60)  # on a busy machine
+    except subprocess.TimeoutExpired:  # while it starts
+        process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -77,9 +77,9 @@ def test_sums_are_taken_over_where_a_chunk_goes_on():
     assert all(torch.equal(x.pages, pages[2]) and x.pages.data_ptr() != pages[2].data_ptr() for x in found)
 
 
-@pytest.mark.parametrize("options", [{"density": 0.3}, {"density": 0.3, "forced": "on_top"}, {"preset": "adaptive"}])
+@pytest.mark.parametrize("options", [{"block_size": 16}, {"forced": "on_top"}, {"preset": "adaptive"}])
 def test_block_pairs_of_a_chunk(options):
-    config = stem.StemConfig.preset(**options) if "preset" in options else stem.StemConfig(**options, block_size=16)
+    (config,) = settings.configs_by_layer(options, 1)
     size, prompt_length = config.block_size, 60 * config.block_size - 5
     tokens, stop = 20 * size, 50 * size  # query blocks 30 to 49
     kept, causal, is_dense = block_pairs(tokens, stop, prompt_length, config, 0)
