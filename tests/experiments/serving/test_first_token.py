@@ -35,13 +35,14 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
 
 
 def test_engines_take_turns(monkeypatch):
-    calls, seconds = [], dict(a=iter([9.0, 3.0, 2.0]), b=iter([9.0, 4.0, 5.0]))
+    calls, seconds = [], dict(a=iter([9.0, 3.0, 2.0, 4.0, 5.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
     monkeypatch.setattr(engines, "answer", lambda llm, *args: (calls.append(llm) or [[7]], next(seconds[llm])))
     assert engines.fastest(["a", "b"], [[1]]) == [([[7]], 2000.0), ([[7]], 4000.0)]
-    assert calls == ["a", "b"] * 3
-    monkeypatch.setattr(engines, "answer", lambda llm, *args: (calls.append(llm) or [[7]], 0.4))
-    engines.fastest(["a", "b"], [[1]])
-    assert calls[6:] == ["a", "b"] * 11
+    assert calls == ["a", "b"] + ["b", "a", "a", "b", "b", "a"]  # three rounds, as they take longer than MEASURED
+    monkeypatch.setattr(engines, "MEASURED", 25.0)
+    calls.clear()
+    seconds.update(a=iter([9.0, 3.0, 2.0, 4.0, 1.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
+    assert engines.fastest(["a", "b"], [[1]])[0] == ([[7]], 1000.0) and len(calls) == 10
 
 
 def test_three_engines_of_the_large_model_live_at_a_time(monkeypatch):
