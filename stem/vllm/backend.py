@@ -83,11 +83,13 @@ class Engine:
 
     def positions(self, heads: dict[str, int]) -> dict[StemConfig, tuple[np.ndarray, np.ndarray]]:
         """Sparse layers among these by config: rows of the counts, int64 [layers], and heads, int64 [layers, 1]."""
-        found: dict[StemConfig, list[tuple[int, int]]] = {}
-        for position, (name, layer) in enumerate(self.layers.items()):
-            if name in heads and layer.config:
-                found.setdefault(layer.config, []).append((position, heads[name]))
-        return {config: (x[:, 0], x[:, 1:]) for config, x in ((c, np.array(pairs)) for c, pairs in found.items())}
+        found = {}
+        for config in {layer.config for layer in self.layers.values()} - {None}:
+            known = [(i, name) for i, (name, layer) in enumerate(self.layers.items()) if layer.config == config]
+            here = np.array([(i, heads[name]) for i, name in known if name in heads], dtype=np.int64)
+            if len(here):
+                found[config] = here[:, 0], here[:, 1:]
+        return found
 
     def count(self, chunks: list[Chunk], config: StemConfig, positions: np.ndarray, heads: np.ndarray) -> list[int]:
         """Add the block pairs of these chunks in some layers, and return the requests that are sparse there.
@@ -271,9 +273,8 @@ def with_pages(chunk: Chunk, common, earlier: Chunk | None) -> Chunk:
     """
     first = chunk.stop - (chunk.tokens.stop - chunk.tokens.start)
     sums = earlier.sums if earlier and earlier.stop == first else {}
-    return chunk._replace(
-        pages=common.block_table_tensor[chunk.request].clone(), sums=sums
-    )  # kernels read aligned memory
+    pages = common.block_table_tensor[chunk.request].clone()  # at an aligned address, as kernels want it
+    return chunk._replace(pages=pages, sums=sums)
 
 
 def rows_of(common, rows: list[tuple[int, int, int]], tokens: Tensor):

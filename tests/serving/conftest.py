@@ -15,6 +15,11 @@ CPU_ENGINE = ("test_engine.py", "test_plugin.py", "test_server.py")
 collect_ignore = CPU_ENGINE if torch.cuda.is_available() else ()
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of the server come last: it starts while the others run."""
+    items.sort(key=lambda item: item.path.name == "test_server.py")
+
+
 @pytest.fixture(scope="package", autouse=True)
 def rare_collections():
     """vLLM collects garbage eight times for each engine, among all the objects that it imports."""
