@@ -126,7 +126,10 @@ def test_answers_are_those_of_stem_hf(runner):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_answers_of_one():
     one, two = (torch.tensor(result("answers", gpus)) for gpus in ("1", "2"))
-    assert (one - two).abs().max() < 1e-2 < (one[0] - one[1]).abs().max()
+    dense, sparse = (one - two).abs().mean((1, 2)).tolist()  # the last bit of a logit from 4 to 8 is 0.03 in bf16
+    assert max(dense, sparse) < 1e-2 < (one[0] - one[1]).abs().mean() / 50
+    assert sparse < 1.5 * dense
+    assert (one - two)[1].abs().max() < 2 * (one - two)[0].abs().max()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)  # of whole prompts
 CHUNKED_LENGTHS = (32768, 131072)
 CHUNK = 8192
 DENSITIES = (None, 0.25, 0.1)  # None is vLLM's own attention
+GROUP_DENSITIES = (0.25, 0.1)  # of engines whose lists serve all query heads of a key-value head
 MIN_TOKENS = 4096  # of a sparse prompt, as README starts a server
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
 DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
@@ -29,21 +30,24 @@ SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short promp
 def large_model_rows() -> list[dict]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
-    Prompts below MIN_TOKENS stay dense. Three engines at a time take turns, which needs 60 GiB. Those of whole prompts
+    Prompts below MIN_TOKENS stay dense. Up to five engines take turns, which needs 90 GiB. Those of whole prompts
     decode from CUDA graphs.
 
     Returns:
-        A row for each attention, chunk and length: attention, density (requested), realised (the density that was
-        computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time, first_token_ms (see
-        engines.fastest; of the last of several requests), token_ms of each further token (NaN where not measured), and
-        answer, the ids of the first request's first tokens.
+        A row for each attention, chunk and length: attention, density (requested), lists (see StemConfig), realised
+        (the density that was computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time,
+        first_token_ms (see engines.fastest; of the last of several requests), token_ms of each further token (NaN where
+        not measured), and answer, the ids of the first request's first tokens.
     """
+    ways = [None if density is None else dict(density=density, min_tokens=MIN_TOKENS) for density in DENSITIES]
+    groups = [dict(density=density, min_tokens=MIN_TOKENS, lists="group") for density in GROUP_DENSITIES]
     whole = [([_ids(tokens, VOCABULARY)], 0) for tokens in LENGTHS]
     whole += [([_ids(DECODE_TOKENS, VOCABULARY, 1)], DECODED)]
     chunked = [([_ids(tokens, VOCABULARY)], 0) for tokens in CHUNKED_LENGTHS]
     chunked += [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
     with large_model() as start:
-        return compared(start, None, whole) + compared(start, CHUNK, chunked, enforce_eager=True)
+        found = compared(start, ways + groups, None, whole)
+        return found + compared(start, ways, CHUNK, chunked, enforce_eager=True)
 
 
 @contextmanager
@@ -62,13 +66,18 @@ def large_model() -> Iterator:
         yield lambda settings, longest, chunk, **options: engine(folder, settings, longest, chunk, **shared | options)
 
 
-def compared(start: Callable, chunk: int | None, cases: Sequence[tuple[Sequence, int]], **options) -> list[dict]:
-    """Rows of engines of DENSITIES, all of them alive; a case is prompts, and tokens of their answers after the first.
+def compared(
+    start: Callable,
+    settings: Sequence[Mapping | None],
+    chunk: int | None,
+    cases: Sequence[tuple[Sequence, int]],
+    **options,
+) -> list[dict]:
+    """Rows of engines with these settings, all of them alive; a case is prompts, and tokens of answers after the first.
 
     Arguments start, chunk and options: see large_model and engines.engine.
     """
     longest = max(len(ids) for prompts, _ in cases for ids in prompts)
-    settings = [None if density is None else dict(density=density, min_tokens=MIN_TOKENS) for density in DENSITIES]
     with ExitStack() as stack:
         llms = [stack.enter_context(start(x, longest, chunk, **options)) for x in settings]
         return [row for prompts, further in cases for row in _rows(llms, settings, chunk, prompts, further)]
@@ -104,9 +113,10 @@ def _rows(
     size, rows = dict(chunk=chunk or 0, tokens=len(prompts[0]), requests=len(prompts)), []
     for i, (answers, all_ms) in enumerate(measured):
         kept, causal = _block_pairs(llms[i], settings[i]) - before[i]
-        about = dict(attention="vLLM", density=1.0, realised=1.0)
+        about = dict(attention="vLLM", density=1.0, lists="head", realised=1.0)
         if settings[i] is not None:
-            about = dict(attention="Stem", density=settings[i]["density"], realised=float(kept / causal))
+            lists, realised = settings[i].get("lists", "head"), float(kept / causal)
+            about = dict(attention="Stem", density=settings[i]["density"], lists=lists, realised=realised)
         first_ms = first[i][1]
         token_ms = (all_ms - first_ms) / further_tokens if further_tokens else float("nan")
         answer = " ".join(map(str, answers[0][:SHOWN]))

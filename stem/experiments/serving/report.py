@@ -41,20 +41,22 @@ def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
 
 
 def _table(rows: pd.DataFrame) -> str:
-    densities = sorted(rows.density[rows.attention == "Stem"].unique(), reverse=True)
-    header = ["prompt", "vLLM", *(f"Stem, density {density:g}" for density in densities)]
+    sparse = rows[rows.attention == "Stem"].sort_values(["lists", "density"], ascending=False)
+    ways = list(dict.fromkeys(zip(sparse.lists, sparse.density, strict=True)))
+    shared = {"head": "", "group": ", lists of groups"}
+    header = ["prompt", "vLLM", *(f"Stem, density {density:g}{shared[lists]}" for lists, density in ways)]
     lines = []
     for (chunk, requests, tokens), group in rows.groupby(["chunk", "requests", "tokens"]):
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
         name += f", chunks of {tokens_label(chunk)}" if chunk else ""
-        lines.append([name, *_cells(group, "first_token_ms", densities)])
+        lines.append([name, *_cells(group, "first_token_ms", ways)])
     for tokens, group in rows[rows.token_ms.notna()].groupby("tokens"):
-        lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", densities)])
+        lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", ways)])
     return markdown_table(header, lines)
 
 
-def _cells(rows: pd.DataFrame, column: str, densities: list[float]) -> list[str]:
+def _cells(rows: pd.DataFrame, column: str, ways: list[tuple[str, float]]) -> list[str]:
     stock = rows[column][rows.attention == "vLLM"].iloc[0]
-    found = rows[rows.attention == "Stem"].groupby("density")[column].first()
-    cells = [f"{number(found[x], ' ms')} ({stock / found[x]:.2f}x)" if x in found else "–" for x in densities]
+    found = rows[rows.attention == "Stem"].groupby(["lists", "density"])[column].first()
+    cells = [f"{number(found[x], ' ms')} ({stock / found[x]:.2f}x)" if x in found else "–" for x in ways]
     return [number(stock, " ms"), *cells]

@@ -20,13 +20,13 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     monkeypatch.setattr(first_token, "fastest", fastest)
     sizes = dict(hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, vocab_size=tools.VOCABULARY)
     build("Llama", **sizes, eos_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
-    ids, settings = tools.prompt(600), [None, tools.SETTINGS]
+    ids, settings = tools.prompt(600), [None, tools.SETTINGS | dict(lists="group")]
     with ExitStack() as stack:
         llms = [stack.enter_context(engine(str(tmp_path), x, 600, 256, dtype="float32")) for x in settings]
         answer(llms[1], [tools.prompt(100)])  # its density is not that of the rows
         found = first_token._rows(llms, settings, 256, [ids, ids], further_tokens=3)
         tokens = [answer(llm, [ids], 4)[0][0] for llm in llms]
-    assert [row["attention"] for row in found] == ["vLLM", "Stem"]
+    assert [(row["attention"], row["lists"]) for row in found] == [("vLLM", "head"), ("Stem", "group")]
     assert all((row["chunk"], row["tokens"], row["requests"]) == (256, 600, 2) for row in found)
     budget = stem.block_budget(38, stem.StemConfig(**tools.SETTINGS))  # blocks of 16 tokens
     assert [row["realised"] for row in found] == [1.0, pytest.approx(int(budget.sum()) / (38 * 39 / 2), abs=1e-9)]
@@ -45,14 +45,14 @@ def test_engines_take_turns(monkeypatch):
     assert engines.fastest(["a", "b"], [[1]])[0] == ([[7]], 1000.0) and len(calls) == 10
 
 
-def test_three_engines_of_the_large_model_live_at_a_time(monkeypatch):
+def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     events = []
 
     @contextmanager
     def start(folder, settings, longest, chunk, **options):
-        density = settings and settings["density"]
-        events.append((density, longest, chunk, options["enforce_eager"]))
-        yield density
+        way = settings and (settings["density"], settings.get("lists", "head"))
+        events.append((way, longest, chunk, options["enforce_eager"]))
+        yield way
         events.append("end")
 
     def rows(llms, settings, chunk, prompts, further):
@@ -62,9 +62,10 @@ def test_three_engines_of_the_large_model_live_at_a_time(monkeypatch):
     monkeypatch.setattr(first_token, "engine", start)
     monkeypatch.setattr(first_token, "_rows", rows)
     found = first_token.large_model_rows()
-    ends, densities = ["end"] * 3, [None, 0.25, 0.1]
-    assert events[:3] == [(density, 131072, None, False) for density in densities]
-    assert events[3:10] == [(densities, [n], 0) for n in first_token.LENGTHS] + [(densities, [4096], 128)]
-    assert events[10:16] == ends + [(density, 131072, 8192, True) for density in densities]
-    assert events[16:] == [(densities, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ends
+    heads = [None, (0.25, "head"), (0.1, "head")]
+    ways = [*heads, (0.25, "group"), (0.1, "group")]
+    assert events[:5] == [(way, 131072, None, False) for way in ways]
+    assert events[5:12] == [(ways, [n], 0) for n in first_token.LENGTHS] + [(ways, [4096], 128)]
+    assert events[12:20] == ["end"] * 5 + [(way, 131072, 8192, True) for way in heads]
+    assert events[20:] == [(heads, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
     assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3

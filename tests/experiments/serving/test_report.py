@@ -7,7 +7,7 @@ from stem.experiments.serving import report
 
 def rows(*measured):
     columns = ["attention", "density", "chunk", "tokens", "requests", "first_token_ms", "token_ms"]
-    return pd.DataFrame(measured, columns=columns).assign(device="NVIDIA H200")
+    return pd.DataFrame(measured, columns=columns).assign(device="NVIDIA H200", lists="head")
 
 
 def test_the_table_has_a_line_for_each_prompt(monkeypatch):
@@ -26,6 +26,23 @@ def test_the_table_has_a_line_for_each_prompt(monkeypatch):
     assert lines[4] == "| 32K | 300 ms | 200 ms (1.50x) | 150 ms (2.00x) |"
     assert lines[5] == "| 8 of 32K at once, chunks of 8K | 2000 ms | – | 1250 ms (1.60x) |"
     assert lines[6] == "| each further token after 32K | 4 ms | 4 ms (1.00x) | – |"
+
+
+def test_lists_of_groups_have_columns_of_their_own(monkeypatch):
+    measured = rows(
+        ("vLLM", 1.0, 0, 32768, 1, 300.0, None),
+        ("Stem", 0.1, 0, 32768, 1, 150.0, None),
+        ("Stem", 0.1, 0, 32768, 1, 100.0, None),
+        ("Stem", 0.25, 0, 32768, 1, 200.0, None),
+        ("vLLM", 1.0, 8192, 32768, 1, 300.0, None),
+        ("Stem", 0.1, 8192, 32768, 1, 150.0, None),
+    )
+    measured.loc[2, "lists"] = "group"
+    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    lines = report.serving().splitlines()
+    assert lines[2].endswith("| Stem, density 0.25 | Stem, density 0.1 | Stem, density 0.1, lists of groups |")
+    assert lines[4] == "| 32K | 300 ms | 200 ms (1.50x) | 150 ms (2.00x) | 100 ms (3.00x) |"
+    assert lines[5] == "| 32K, chunks of 8K | 300 ms | – | 150 ms (2.00x) | – |"
 
 
 def test_without_rows_the_command_is_named(monkeypatch):
