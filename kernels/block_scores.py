@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import for_all_lengths
+from .common import at_least_sm90, for_all_lengths, take_turn
 from .launch import launch
 
 PRECISION = "ieee" if torch.version.hip else "tf32x3"  # fp32 products, on NVIDIA by three tf32 products
@@ -99,11 +99,13 @@ def score_blocks_kernel(
     DEPTH_TILE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
 ):
     """One program computes a tile of the scores of one KV head. Grid: (key tiles, query tiles, B * Hkv).
 
     q_blocks_ptr: positions of the query blocks on the key grid, ascending; None if they follow first_q_block.
     """
+    take_turn(CAN_OVERLAP)
     batch_kv_head = tl.program_id(2).to(tl.int64)
     first_flat_row = tl.program_id(1) * TILE_M
     flat_rows = first_flat_row + tl.arange(0, TILE_M)
@@ -136,7 +138,7 @@ def score_tiles(parts: int, num_rows: int) -> dict[str, int]:
     if parts == 1:
         return dict(TILE_M=64, TILE_N=64, DEPTH_TILE=32, num_warps=4, num_stages=3)
     if num_rows <= 512:  # short prompts: more programs
-        return dict(TILE_M=64, TILE_N=32, DEPTH_TILE=128, num_warps=4, num_stages=4)
+        return dict(TILE_M=64, TILE_N=16, DEPTH_TILE=128, num_warps=4, num_stages=4)
     return dict(TILE_M=128, TILE_N=128, DEPTH_TILE=64, num_warps=8, num_stages=3)
 
 
@@ -172,15 +174,18 @@ def score_blocks(
     tiles = score_tiles(parts, num_rows if num_tile_rows is None else num_tile_rows * heads_per_kv_head)
     grid = (-(-num_kv_blocks // tiles["TILE_N"]), -(-num_rows // tiles["TILE_M"]), batch * num_kv_heads)
     first_q_block = num_kv_blocks - num_q_blocks if first_q_block is None else first_q_block
+    can_overlap = at_least_sm90(scores.device)
     launch(
         score_blocks_kernel,
         grid,
         (q_sums.contiguous(), k_sums.contiguous(), value_bonus.contiguous(), scores, q_blocks),
         (heads_per_kv_head, num_q_blocks, num_kv_blocks, first_q_block, float(scale)),
+        overlap=can_overlap,
         DEPTH=q_sums.shape[-1],
         PARTS=parts,
         DTYPE=operand_dtype(parts),
         PRECISION=PRECISION,
+        CAN_OVERLAP=can_overlap,
         **tiles,
     )
     return scores

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import for_all_lengths
+from .common import at_least_sm90, for_all_lengths, take_turn
 from .launch import launch
 
 SIGN_BIT = tl.constexpr(0x80000000)
@@ -136,6 +136,7 @@ def select_topk_kernel(
     q_blocks_ptr,
     num_score_rows,
     num_list_rows,
+    first_score_row,
     first_list_row,
     num_kv_blocks,
     sink_blocks,
@@ -143,12 +144,15 @@ def select_topk_kernel(
     max_blocks,
     ON_TOP: tl.constexpr,
     ROW_SIZE: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
 ):
     """One program selects the blocks of one row of one head; the row lives in registers. Grid: (rows, B * Hq).
 
-    The scores are rows of the lists from first_list_row on. q_blocks_ptr: position of each list row on the key grid; if
-    None, the last list row is its last block.
+    The scores are rows of the lists from first_score_row on, other rows have none; programs take the rows from
+    first_list_row on. q_blocks_ptr: position of each list row on the key grid; if None, the last list row is its last
+    block.
     """
+    take_turn(CAN_OVERLAP)
     row = tl.arange(0, 1)
     row_in_head = first_list_row + tl.program_id(0) + row  # [1]
     batch_head = tl.program_id(1).to(tl.int64)
@@ -157,8 +161,9 @@ def select_topk_kernel(
     else:
         q_block = tl.load(q_blocks_ptr + row_in_head)
     kv_blocks = tl.arange(0, ROW_SIZE)
-    scores_ptr += (batch_head * num_score_rows + tl.program_id(0)) * num_kv_blocks
-    visible = kv_blocks[None, :] <= q_block[:, None]
+    score_row = first_list_row + tl.program_id(0) - first_score_row
+    scores_ptr += (batch_head * num_score_rows + score_row) * num_kv_blocks
+    visible = (kv_blocks[None, :] <= q_block[:, None]) & (score_row >= 0) & (score_row < num_score_rows)
     scores = tl.load(scores_ptr + row[:, None] + kv_blocks[None, :], mask=visible, other=float("-inf"))
     select_rows(
         scores, q_block, kv_blocks, row == 0, batch_head * num_list_rows + row_in_head, row_in_head,
@@ -195,6 +200,7 @@ def select_topk(
     lists: tuple[torch.Tensor, torch.Tensor] | None = None,
     first_row: int = 0,
     q_blocks: torch.Tensor | None = None,
+    written: range | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending index lists of the best `budget` causal blocks of every row, ties to the lower index.
 
@@ -207,22 +213,26 @@ def select_topk(
         max_blocks: Length of the lists; at least the largest count that the budget (and on_top) can give.
         lists: From `empty_lists`, written in place; by default new ones.
         q_blocks: int32 [nq], position of each row on the key grid; by default that of the last nq blocks.
+        written: Rows of the lists to write, by default those of the scores. No score decides about the others.
     Returns:
         kv_indices int32 [B, Hq, nq, max_blocks], 0 past the count; kv_num_blocks int32 [B, Hq, nq]. Row r is query
         block nk - nq + r, or q_blocks[r].
     """
     batch, num_heads, num_score_rows, num_kv_blocks = scores.shape
     num_list_rows = len(budget)
+    written = range(first_row, first_row + num_score_rows) if written is None else written
     if lists is None:
         lists = empty_lists(batch, num_heads, num_list_rows, max_blocks, scores.device)
-    lanes = row_size(num_kv_blocks)
+    lanes, can_overlap = row_size(num_kv_blocks), at_least_sm90(scores.device)
     launch(
         select_topk_kernel,
-        (num_score_rows, batch * num_heads),
+        (len(written), batch * num_heads),
         (scores.contiguous(), budget.contiguous(), *lists, q_blocks),
-        (num_score_rows, num_list_rows, first_row, num_kv_blocks, sink_blocks, local_blocks, max_blocks),
+        (num_score_rows, num_list_rows, first_row, written.start, num_kv_blocks, sink_blocks, local_blocks, max_blocks),
+        overlap=can_overlap,
         ON_TOP=on_top,
         ROW_SIZE=lanes,
+        CAN_OVERLAP=can_overlap,
         num_warps=min(32, max(1, lanes // KEYS_PER_WARP)),
     )
     return lists

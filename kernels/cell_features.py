@@ -16,7 +16,8 @@ import triton.language as tl
 from .common import LOG2_E, for_all_lengths
 from .launch import launch
 
-FEATURE_TILE, FEATURE_WARPS = 8, 4  # cells of one program of cell_features, and its warps
+FEATURE_TILE, POOLED_TILE = 8, 4  # cells of one program of cell_features, and of pooled heads
+FEATURE_WARPS = 4
 UNROLL = 16  # rows of each cell that are in flight at once
 
 
@@ -227,11 +228,12 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
     width = head_dim * (2 if cells.peak else cells.stride)
     q_features = q.new_empty(batch, num_q_heads, num_q_cells, width, dtype=dtype)
     k_features = k.new_empty(batch, num_kv_heads, num_k_cells, width, dtype=dtype)
-    num_q_programs = batch * num_q_heads * -(-num_q_cells // FEATURE_TILE)
+    tile = FEATURE_TILE if cells.heads == 1 else POOLED_TILE
+    num_q_programs = batch * num_q_heads * -(-num_q_cells // tile)
     front = cells.q_start - cells.first_position
     launch(
         cell_features_kernel,
-        (num_q_programs + batch * num_kv_heads * -(-num_k_cells // FEATURE_TILE), cells.stride),
+        (num_q_programs + batch * num_kv_heads * -(-num_k_cells // tile), cells.stride),
         (q, k, q_features, k_features),
         (
             *q.stride(),
@@ -253,7 +255,7 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
         K_CELL=cells.k_cell,
         STRIDE=cells.stride,
         PEAK=cells.peak > 0,
-        CELLS=FEATURE_TILE,
+        CELLS=tile,
         UNROLL=UNROLL,
         HEADS=cells.heads,
         num_warps=FEATURE_WARPS,

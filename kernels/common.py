@@ -7,6 +7,7 @@ from inspect import signature
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -16,6 +17,14 @@ SMALLEST_SCALE = 1e-30  # stands for 0: kernels take row maxima before they scal
 SMALLEST_DOT = 16  # columns of the smallest product
 TMA_BYTES = 16  # alignment of addresses and strides
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def take_turn(CAN_OVERLAP: tl.constexpr):
+    """Wait until the kernel launched before has ended, then let the next one begin; see `overlap` of launch.launch."""
+    if CAN_OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 def for_all_lengths(function: Callable, aligned: str = "") -> triton.JITFunction:

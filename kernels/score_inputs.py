@@ -92,6 +92,8 @@ def score_inputs_kernel(
     num_kv_blocks,
     num_kv_programs,
     first_q_block,
+    first_kv_block,
+    num_read_blocks,
     offset,
     value_weight,
     HEAD_DIM: tl.constexpr,
@@ -107,10 +109,13 @@ def score_inputs_kernel(
 ):
     """One program reads one block of v, of k or of HEADS query heads, which count as one of the num_q_heads.
 
-    Grid: (2 * num_kv_programs + B * num_q_heads * nq, STRIDE / GROUPS), num_kv_programs = B * Hkv * nk. LOG_TERM:
-    values_ptr takes the weighted value term of the block, [nk]; otherwise the largest norm of each of its groups,
-    [nk, groups]. pages_ptr: block of k and v in memory for each key block; None if they are in order.
+    Grid: (2 * num_kv_programs + B * num_q_heads * nq, STRIDE / GROUPS), num_kv_programs = B * Hkv * num_read_blocks,
+    the key blocks from first_kv_block on. LOG_TERM: values_ptr takes the weighted value term of the block, [nk];
+    otherwise the largest norm of each of its groups, [nk, groups]. pages_ptr: block of k and v in memory for each key
+    block; None if they are in order.
     """
+    if CAN_OVERLAP:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
     depth: tl.constexpr = STRIDE * HEAD_DIM
@@ -126,7 +131,8 @@ def score_inputs_kernel(
         )  # fmt: skip
     else:
         kv_program = program % num_kv_programs
-        block, batch_head = kv_program % num_kv_blocks, kv_program // num_kv_blocks
+        block, batch_head = first_kv_block + kv_program % num_read_blocks, kv_program // num_read_blocks
+        kv_row = batch_head.to(tl.int64) * num_kv_blocks + block
         batch, head = split_pair(batch_head, num_kv_heads)
         first_row = block.to(tl.int64) * BLOCK_SIZE
         end_row = num_keys
@@ -135,7 +141,7 @@ def score_inputs_kernel(
             first_row, end_row = page_row, page_row - first_row + num_keys
         if program >= num_kv_programs:
             add_groups(
-                k_ptr + batch * stride_kb + head * stride_kh, k_sums_ptr + kv_program.to(tl.int64) * PARTS * depth,
+                k_ptr + batch * stride_kb + head * stride_kh, k_sums_ptr + kv_row * PARTS * depth,
                 first_row, first_group, end_row, stride_kh, stride_kn, stride_kd,
                 HEAD_DIM, BLOCK_D, BLOCK_SIZE, STRIDE, GROUPS, False, 1,
             )  # fmt: skip
@@ -145,12 +151,10 @@ def score_inputs_kernel(
                 v_ptr, first_row, end_row, stride_vn, stride_vd, HEAD_DIM, DIM_TILE, BLOCK_SIZE, STRIDE
             )
             if LOG_TERM:
-                tl.store(values_ptr + kv_program, value_weight * tl.maximum(tl.log(tl.max(norms, axis=0)), 0.0))
+                tl.store(values_ptr + kv_row, value_weight * tl.maximum(tl.log(tl.max(norms, axis=0)), 0.0))
             else:
                 num_groups: tl.constexpr = BLOCK_SIZE // STRIDE
-                tl.store(values_ptr + kv_program.to(tl.int64) * num_groups + tl.arange(0, num_groups), norms)
-    if CAN_OVERLAP:  # at the end, so that the next kernel does not take multiprocessors from this one
-        gdc_launch_dependents()
+                tl.store(values_ptr + kv_row * num_groups + tl.arange(0, num_groups), norms)
 
 
 @for_all_lengths
@@ -234,6 +238,7 @@ def score_inputs(
     first_q_block: int = 0,
     num_q_blocks: int | None = None,
     heads: int = 1,
+    kv_blocks: range | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Group sums of queries and keys and the weighted value term, in one pass over q, k and v; see `score_blocks`.
 
@@ -246,11 +251,13 @@ def score_inputs(
         value_weight: Factor of the value term.
         first_q_block, num_q_blocks: First query block and number of query blocks to sum; default all.
         heads: Consecutive query heads whose sums are added; they count as one in q_sums.
+        kv_blocks: Key blocks that are read, with value_norm "log" only; default all. The others' results are arbitrary.
     Returns:
         q_sums, k_sums: As from `block_sums`. value_bonus: fp32 [B, Hkv, nk].
     """
     blocks = first_q_block, num_q_blocks
-    *sums, values = raw_inputs(q, k, v, block_size, stride, value_norm, value_weight, *blocks, heads)
+    read = kv_blocks if value_norm == "log" else None
+    *sums, values = raw_inputs(q, k, v, block_size, stride, value_norm, value_weight, *blocks, heads, kv_blocks=read)
     return *sums, standardize(values, stride, value_norm, value_weight, k.shape[2])
 
 
@@ -268,6 +275,7 @@ def raw_inputs(
     pages: torch.Tensor | None = None,
     num_keys: int | None = None,
     of_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
+    kv_blocks: range | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """score_inputs without z-scores: the values are the largest norm of each group, fp32 [B, Hkv, nk, groups].
 
@@ -290,14 +298,16 @@ def raw_inputs(
         of_keys = [torch.empty(shape, dtype=dtype, device=k.device) for shape, dtype in shapes]
     k_sums, values = of_keys
     num_kv_blocks = k_sums.shape[2]
-    num_kv_programs = batch * num_kv_heads * num_kv_blocks
+    kv_blocks = range(num_kv_blocks) if kv_blocks is None else kv_blocks
+    num_kv_programs = batch * num_kv_heads * len(kv_blocks)
     grid = (2 * num_kv_programs + batch * num_q_heads * num_q_blocks, stride // constants["GROUPS"])
+    strides = *q.stride(), *k.stride(), *v.stride()
     sizes = num_q_heads, num_kv_heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, num_kv_programs
     launch(
         score_inputs_kernel,
         grid,
         (q, k, v, q_sums, k_sums, values, pages),
-        (*q.stride(), *k.stride(), *v.stride(), *sizes, first_q_block, offset, float(value_weight)),
+        (*strides, *sizes, first_q_block, kv_blocks.start, len(kv_blocks), offset, float(value_weight)),
         DIM_TILE=min(DIM_TILE, constants["BLOCK_D"]),
         HEADS=heads,
         LOG_TERM=log_term,

@@ -38,6 +38,7 @@ def products_by_shares(
     is_row,
     kv_blocks,
     is_block,
+    depth_end,
     DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -48,7 +49,7 @@ def products_by_shares(
     """Products <q_sums, k_sums> of a few rows of each, [M, N]; each warp computes a share of the depth."""
     products = tl.zeros([WARPS, q_rows.shape[0], kv_blocks.shape[0]], tl.float32)
     shares = tl.arange(0, WARPS)[:, None] * DEPTH_TILE + tl.arange(0, DEPTH_TILE)[None, :]
-    for depth_start in range(0, DEPTH, WARPS * DEPTH_TILE):
+    for depth_start in range(0, depth_end, WARPS * DEPTH_TILE):
         depth = depth_start + shares
         q_high = load_shares(q_sums_ptr, q_rows, is_row, depth, PARTS, DEPTH, DTYPE)  # [WARPS, M, DEPTH_TILE]
         k_high = load_shares(k_sums_ptr, kv_blocks, is_block, depth, PARTS, DEPTH, DTYPE)  # [WARPS, N, DEPTH_TILE]
@@ -74,6 +75,7 @@ def score_select_kernel(
     num_q_blocks,
     num_kv_blocks,
     first_scored,
+    num_scored,
     sink_blocks,
     local_blocks,
     max_blocks,
@@ -91,21 +93,26 @@ def score_select_kernel(
 ):
     """One program scores and selects ROWS query blocks of one KV head. Grid: (row tiles, B * Hkv).
 
-    Query blocks before first_scored have score 0.
+    Query blocks but the num_scored from first_scored on have score 0; a program with no scored one does not wait.
     """
+    first_row = tl.program_id(0) * ROWS // heads_per_kv_head
+    last_row = (tl.program_id(0) * ROWS + ROWS - 1) // heads_per_kv_head
+    scores = (last_row >= first_scored) & (first_row < first_scored + num_scored)
     if CAN_OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+        gdc_launch_dependents()  # at once: what follows finds q, k and v where score_inputs found them
+        if scores:
+            gdc_wait()
     batch_kv_head = tl.program_id(1).to(tl.int64)
     flat_rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows, members = flat_rows // heads_per_kv_head, flat_rows % heads_per_kv_head
     kv_blocks = tl.arange(0, ROW_SIZE)
     is_row, is_block = rows < num_q_blocks, kv_blocks < num_kv_blocks
     heads = batch_kv_head * heads_per_kv_head + members
-    q_rows = heads * (num_q_blocks - first_scored) + rows - first_scored
+    q_rows = heads * num_scored + rows - first_scored
+    is_scored = is_row & (rows >= first_scored) & (rows < first_scored + num_scored)
     k_sums_ptr += batch_kv_head * num_kv_blocks * (PARTS * DEPTH)
     products = products_by_shares(
-        q_sums_ptr, k_sums_ptr, q_rows, is_row & (rows >= first_scored), kv_blocks, is_block,
+        q_sums_ptr, k_sums_ptr, q_rows, is_scored, kv_blocks, is_block, tl.where(scores, DEPTH, 0),
         DEPTH, PARTS, WARPS, DEPTH_TILE, DTYPE, PRECISION,
     )  # fmt: skip
     q_blocks = num_kv_blocks - num_q_blocks + rows
@@ -144,17 +151,19 @@ def score_select(
     local_blocks: int,
     on_top: bool,
     lists: tuple[torch.Tensor, torch.Tensor],
+    first_scored: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """select_topk(score_blocks(q_sums, k_sums, value_bonus, scale), budget, ...) for at most MAX_KV_BLOCKS key blocks.
 
     The arguments are those of both functions. The lists, from `empty_lists`, hold all query blocks. q_sums may hold
-    only the last ones: the others have score 0, so their budget must be all their causal blocks.
+    only some, by default the last ones, from `first_scored` on: no score decides about the others.
     """
     batch, num_q_heads, num_q_blocks, max_blocks = lists[0].shape
     num_kv_heads, num_kv_blocks = k_sums.shape[1:3]
     constants = select_constants(num_kv_blocks, 2 if q_sums.dtype == torch.bfloat16 else 1, q_sums.device)
     heads_per_kv_head = num_q_heads // num_kv_heads
-    sizes = heads_per_kv_head, num_q_blocks, num_kv_blocks, num_q_blocks - q_sums.shape[2]
+    first_scored = num_q_blocks - q_sums.shape[2] if first_scored is None else first_scored
+    sizes = heads_per_kv_head, num_q_blocks, num_kv_blocks, first_scored, q_sums.shape[2]
     launch(
         score_select_kernel,
         (-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads),

@@ -104,4 +104,4 @@ class Tasks(NamedTuple):
         ahead = min(full_rows, -(-self.programs // self.heads))  # a full row for each program until lists are written
         num_q_blocks = self.numbers[-1]
         numbers = *self.numbers, max_blocks, full_rows, ahead, self.number, *numbers
-        launch(kernel, (self.programs,), tensors, numbers, overlap=0 < full_rows < num_q_blocks, **constants)
+        launch(kernel, (self.programs,), tensors, numbers, overlap=full_rows < num_q_blocks, **constants)

@@ -83,20 +83,22 @@ def keeps_every_block(rows: BlockRows, config: StemConfig) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def scores_matter(rows: BlockRows, config: StemConfig) -> bool:
-    """Whether scores decide about a block. They do not if forced blocks use up the budget of every row."""
+def scored_rows(rows: BlockRows, config: StemConfig) -> range:
+    """These query blocks, counted from 0, from the first to the last about which scores decide; empty if none is."""
     if config.allocation == "adaptive":
-        return not keeps_every_block(rows, config)
+        return range(full_rows(rows, config), rows.stop - rows.first)
     forced = config.always_kept.count
     inside = forced - config.always_kept.added  # budget that goes to forced blocks
-    return any(forced <= row and inside < kept <= row for row, kept in enumerate(rows.of_these(config), rows.first))
+    budget = enumerate(rows.of_these(config), rows.first)
+    open_rows = [row - rows.first for row, kept in budget if forced <= row and inside < kept <= row]
+    return range(open_rows[0], open_rows[-1] + 1) if open_rows else range(0)
 
 
 @lru_cache(maxsize=4096)
 def kept_blocks(rows: BlockRows, config: StemConfig) -> int | None:
     """Key blocks that these query blocks keep in one head, the same for all finite inputs; None if scores decide it."""
     if not keeps_every_block(rows, config):
-        if config.allocation == "adaptive" or (config.forced == "on_top" and scores_matter(rows, config)):
+        if config.allocation == "adaptive" or (config.forced == "on_top" and scored_rows(rows, config)):
             return None
     return sum(rows.kept_by_row(config))
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stem.budget import BlockRows, full_rows
+from stem.budget import BlockRows, scored_rows
 from stem.cells import kernel_cells
 from stem.config import StemConfig
 from stem.scores import cell_bonus, routing_scale, score
@@ -63,16 +63,19 @@ def choose_topk(
     scale = routing_scale(q.shape[3], config, scale) / pooled
     step = min(num_q_blocks, max(1, CHUNK_SCORES // (batch * heads // pooled * rows.stop)))
     args = q, k, v, size, config.score_stride, *config.value_term
+    scored, (sinks, local, on_top) = scored_rows(rows, config) or range(num_q_blocks), config.always_kept
     if rows.stop <= score_select.MAX_KV_BLOCKS and step == num_q_blocks:
-        inputs = score_inputs.score_inputs(*args, first_q_block=full_rows(rows, config), heads=pooled)
-        lists = score_select.score_select(*inputs, scale, budget, *config.always_kept, lists)
+        read = None if on_top else range(sinks, rows.first + scored.stop - max(local, 1))  # the others are forced
+        inputs = score_inputs.score_inputs(*args, scored.start, len(scored), pooled, read)
+        lists = score_select.score_select(*inputs, scale, budget, sinks, local, on_top, lists, scored.start)
         return block_select.for_all_heads(lists, pooled)
-    q_sums, k_sums, value_bonus = score_inputs.score_inputs(*args, num_q_blocks=step, heads=pooled)
-    for row in range(0, num_q_blocks, step):
-        if row:
+    q_sums, k_sums, value_bonus = score_inputs.score_inputs(*args, scored.start, min(step, len(scored)), pooled)
+    for row in scored[::step]:
+        if row > scored.start:
             start, stop = ((rows.first + x) * size - offset for x in (row, row + step))
             grid = dict(reverse=True, offset=offset + start, heads=pooled)
             q_sums = score_inputs.block_sums(q[:, :, start:stop], size, config.score_stride, **grid)
-        scores = block_scores.score_blocks(q_sums, k_sums, value_bonus, scale, rows.first + row)
-        block_select.select_topk(scores, budget, *config.always_kept, width, lists, row)
+        scores = block_scores.score_blocks(q_sums, k_sums, value_bonus, scale, rows.first + row, num_q_blocks)
+        written = range(row if row > scored.start else 0, row + step if row + step < scored.stop else num_q_blocks)
+        block_select.select_topk(scores, budget, sinks, local, on_top, width, lists, row, written=written)
     return block_select.for_all_heads(lists, pooled)

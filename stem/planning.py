@@ -12,7 +12,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from stem import choose
-from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, kept_blocks, scores_matter
+from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, kept_blocks, scored_rows
 from stem.config import StemConfig, check_config
 from stem.impl.attend import attend, empty_attention
 from stem.impl.coverage import impl_for, resolve_impl
@@ -21,7 +21,7 @@ from stem.selection import BlockSelection
 from stem.transforms import is_transformed
 from stem.validation import check_finite, check_prompt_length, check_qkv, check_scale
 
-SHORT_BLOCKS = 64  # key blocks up to which lists that no score decides are cached: launches dominate there
+SHORT_BLOCKS = 64  # key blocks up to which launches dominate: known lists are cached, others made beside attention
 # With every block kept, impl="hopper" is faster than torch's dense kernels from here on (NVIDIA H200, 9 to 64 heads).
 LISTS_TOKENS, LISTS_ROWS = 640, 20 * 1024  # tokens of the prompt; queries of all heads and batch entries
 MOST_PLANS = 1024
@@ -172,13 +172,11 @@ class Plan:
 
     def _choice(self) -> str:
         config, rows = self.problem.config, self.rows
-        if self.problem.q_len and rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
+        if self.problem.q_len and rows.stop <= SHORT_BLOCKS and not scored_rows(rows, config):
             return "forced"
         if not self.problem.q_len or keeps_every_block(rows, config):
             return "all"
-        if self.choose_impl != "triton":
-            return "scores"
-        kinds = {("mean", False): "topk", ("softmax", True): "share"}
+        kinds = {("mean", False): "topk", ("softmax", True): "share"} if self.choose_impl == "triton" else {}
         return kinds.get((config.reduction, config.allocation == "adaptive"), "scores")
 
     def _path(self) -> str:
@@ -190,9 +188,7 @@ class Plan:
             if not (is_long and self.impl == "hopper" and not p.needs_grad):
                 return "dense"
         if self.impl == "hopper" and p.config.block_size == 128 and not p.needs_grad and full_rows(rows, p.config):
-            from stem.kernels.score_select import MAX_KV_BLOCKS
-
-            if keeps_every_block(rows, p.config) or (self.choice == "topk" and rows.stop <= MAX_KV_BLOCKS):
+            if keeps_every_block(rows, p.config) or (self.choice == "topk" and rows.stop <= SHORT_BLOCKS):
                 return "overlap"  # full rows need no lists
         return "lists"
 
@@ -214,8 +210,7 @@ class Plan:
             else:
                 selection = self.choose(q, k, v)
                 lists = selection.kv_indices, selection.kv_num_blocks
-            stand_in_tokens = selection.stand_in_tokens if selection else 0
-            out, lse = start(*lists, full_rows(self.rows, p.config), stand_in_tokens)  # full rows need no list
+            out, lse = start(*lists, full_rows(self.rows, p.config), selection.stand_in_tokens if selection else 0)
         else:
             selection = self.choose(q, k, v)
             out, lse = attend(q, k, v, selection, p.scale, self.impl, p.needs_grad)

@@ -9,7 +9,7 @@ import torch
 
 import stem
 from stem import StemConfig, block_budget, select_blocks
-from stem.budget import BlockRows, causal_pairs, full_rows, keeps_every_block, scores_matter
+from stem.budget import BlockRows, causal_pairs, full_rows, keeps_every_block, scored_rows
 from stem.experiments.theory.paper import decay_cost, uniform_cost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -222,18 +222,20 @@ def test_min_blocks_is_a_floor_under_a_density():
     ],
     ids=str,
 )
-def test_scores_matter_where_other_scores_select_other_blocks(config):
+def test_scored_rows_are_those_where_other_scores_select_other_blocks(config):
     for nk, nq in ((1, 1), (4, 4), (8, 8), (9, 3), (20, 20), (40, 7), (60, 60)):
         budget = block_budget(nk, config)
         future = torch.ones(nq, nk, dtype=torch.bool).triu(nk - nq + 1)
         scores = torch.randn(1, 64, nq, nk).masked_fill(future, -torch.inf)
         mask = select_blocks(scores, budget, config, impl="torch").to_mask()
-        assert scores_matter(BlockRows(nk - nq, nk, nk, nk), config) == bool((mask != mask[:, :1]).any()), (nk, nq)
+        differ = (mask != mask[:, :1]).any(-1).any(1)[0].nonzero().flatten().tolist()
+        expected = range(differ[0], differ[-1] + 1) if differ else range(0)
+        assert scored_rows(BlockRows(nk - nq, nk, nk, nk), config) == expected, (nk, nq)
 
 
 def test_scores_matter_to_a_threshold():
     config = StemConfig(allocation="adaptive", threshold=0.1, dense_first_blocks=4)
-    assert [scores_matter(BlockRows(0, n, n, n), config) for n in (4, 5)] == [False, True]
+    assert [bool(scored_rows(BlockRows(0, n, n, n), config)) for n in (4, 5)] == [False, True]
 
 
 @pytest.mark.parametrize("budget", [dict(k_start=4), dict(density=0.5), dict(allocation="adaptive", threshold=1.0)])
@@ -242,7 +244,7 @@ def test_short_prompts_keep_everything(budget):
     assert block_budget(10, config).tolist() == list(range(1, 11))
     for tokens, dense in ((150, True), (160, True), (161, False)):
         rows = BlockRows.of(tokens, tokens, 16)
-        assert keeps_every_block(rows, config) is dense and scores_matter(rows, config) is not dense
+        assert keeps_every_block(rows, config) is dense and bool(scored_rows(rows, config)) is not dense
     q = torch.randn(1, 1, 161, 8, device=DEVICE)
     for impl in ("torch", "triton"):
         for prompt in (150, 161):  # the chunks of a prompt are dense if it is

@@ -58,6 +58,7 @@ TABLE = [  # tokens, config, changes -> path, choice, impl, repeatable
     (1536, PAPER, dict(dtype=torch.float64, dense_kernel=None), "lists", "scores", "torch", True),
     (1536, PAPER, dict(head_dim=96), "lists", "topk", "triton", True),
     (1536, PAPER.replace(block_size=64), {}, "lists", "topk", "triton", True),
+    (8192, PAPER, {}, "overlap", "topk", "hopper", True),
     (2**17, PAPER, {}, "lists", "topk", "hopper", True),
     (2**17, PAPER.replace(lists="group"), {}, "lists", "topk", "hopper", True),
     (2**17, ADAPTIVE.replace(lists="group"), {}, "lists", "share", "hopper", True),

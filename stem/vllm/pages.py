@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stem.budget import BlockRows, device_budget, full_rows, scores_matter
+from stem.budget import BlockRows, device_budget, full_rows, scored_rows
 from stem.choose import CHUNK_SCORES, forced_lists
 from stem.config import StemConfig
 from stem.planning import SHORT_BLOCKS
@@ -92,7 +92,7 @@ def attend_to_pages(
 
     pages = pages * step if step > 1 else pages
     start = prepare(q, k, v, scale, pages=pages, num_keys=stop, out=out)
-    if rows.stop <= SHORT_BLOCKS and not scores_matter(rows, config):
+    if rows.stop <= SHORT_BLOCKS and not scored_rows(rows, config):
         lists, sums, full = forced_lists(1, q.shape[1], config, rows, q.device), None, 0
     else:
         inputs, sums, full = block_inputs(q, k, v, pages, stop, config, rows, sums)

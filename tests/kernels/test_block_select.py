@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from stem.kernels.block_select import select_topk
+from stem.kernels.block_select import empty_lists, select_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -133,3 +133,15 @@ def test_rows_that_are_not_consecutive(on_top):
         part = scores[:, :, rows[first:][:4]]
         found = select_topk(part, budget[rows], 2, 1, on_top, 12, first_row=first, **options)
     assert all(torch.equal(x, y[:, :, rows]) for x, y in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("blocks", [10, 40])
+def test_rows_without_scores_keep_everything_or_forced_blocks(blocks):
+    scores = torch.randn(2, 3, 8, blocks)
+    full, forced = torch.arange(blocks - 7, blocks - 4), torch.tensor([4, 3])
+    budget = torch.cat([full, torch.tensor([6, 5, 6]), forced]).int().to(DEVICE)
+    expected = select_topk(scores.to(DEVICE), budget, 2, 2, False, blocks - 5)
+    lists = empty_lists(2, 3, 8, blocks - 5, scores.to(DEVICE).device)
+    found = select_topk(scores[:, :, 3:6].to(DEVICE), budget, 2, 2, False, blocks - 5, lists, 3, written=range(8))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

@@ -103,7 +103,7 @@ def cases():
             tiles = block_scores.score_tiles(parts, num_rows)
             options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
             operands = tl.float32 if parts == 1 else tl.bfloat16
-            product = tiles | dict(DEPTH=2048, PARTS=parts, DTYPE=operands, PRECISION="tf32x3")
+            product = tiles | dict(DEPTH=2048, PARTS=parts, DTYPE=operands, PRECISION="tf32x3", CAN_OVERLAP=True)
             for positions in (dict(q_blocks_ptr=None), {}) if num_rows > 32 else ({},):
                 name, kernel = f"score_blocks {dtype} {num_rows} {positions}", block_scores.score_blocks_kernel
                 yield name, (kernel, input_type, product | positions, *options, sums_type)
@@ -116,7 +116,7 @@ def cases():
     yield "standardize", (value_norms.standardize_kernel, "fp32", standard)
     yield "rows_in_order", (gathered.rows_in_order_kernel, "bf16", dict(TILE=gathered.TILE))
     for on_top in (False, True):
-        row = dict(ON_TOP=on_top, ROW_SIZE=8192) | ({} if on_top else dict(q_blocks_ptr=None))
+        row = dict(ON_TOP=on_top, ROW_SIZE=8192, CAN_OVERLAP=True) | ({} if on_top else dict(q_blocks_ptr=None))
         yield (
             f"select_topk {on_top}",
             (block_select.select_topk_kernel, "fp32", row, 8192 // block_select.KEYS_PER_WARP),
@@ -151,8 +151,8 @@ def cell_cases():
         features |= dict(HEADS=4 if peak else 1)
         yield f"cell_features {peak}", (cell_features.cell_features_kernel, "bf16", features)
     for name, depth, depth_tile, operand, columns, stages in (
-        ("corners", 256, 256, "bf16", 64, 3),
-        ("narrow corners", 128, 128, "bf16", 64, 3),
+        ("corners", 256, 256, "bf16", 64, 4),
+        ("narrow corners", 128, 128, "bf16", 64, 4),
         ("one-token cells", 256, 256, "bf16", 128, 2),
         ("strided", 512, 128, "bf16", 64, 1),
         ("fp32", 256, 64, "fp32", 64, 1),

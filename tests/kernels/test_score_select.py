@@ -67,3 +67,23 @@ def test_score_inputs_are_the_sums_and_the_value_term(num_queries, num_keys, val
     assert torch.equal(some, q_sums[:, :, :1])
     some, *_ = score_inputs(q, k, v, 16, 4, value_norm, 0.3, first_q_block=1)
     assert torch.equal(some, q_sums[:, :, 1:])
+
+
+@pytest.mark.parametrize("value_norm", ["log", "zscore"])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(190, 190), (100, 190)])
+def test_only_rows_and_key_blocks_that_scores_decide_about_are_read(num_queries, num_keys, value_norm):
+    """The first rows keep everything, the last ones forced blocks only; forced key blocks have no sums."""
+    q = torch.randn(2, 6, num_queries, 16, device=DEVICE)
+    k, v = torch.randn(2, 2, 2, num_keys, 16, device=DEVICE)
+    first = (num_keys - num_queries) // 16
+    budget = torch.tensor([1, 2, 3, 4, 5, 6, 7, 6, 6, 5, 3, 3], dtype=torch.int32, device=DEVICE)[first:]
+    scored, read = range(7 - first, 10 - first), range(1, 8)
+    everything = score_inputs(q, k, v, 16, 8, value_norm, 0.2)
+    expected = select_topk(score_blocks(*everything, 0.01), budget, 1, 2, False, 7)
+    inputs = score_inputs(q, k, v, 16, 8, value_norm, 0.2, scored.start, len(scored), kv_blocks=read)
+    assert torch.equal(inputs[0], everything[0][:, :, scored])
+    assert torch.equal(inputs[2][:, :, read], everything[2][:, :, read])
+    lists = empty_lists(2, 6, len(budget), 7, q.device)
+    found = score_select(*inputs, 0.01, budget, 1, 2, False, lists, scored.start)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

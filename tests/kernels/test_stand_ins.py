@@ -108,7 +108,7 @@ def test_stand_ins_far_above_the_first_tile(boost):
 
 
 @needs_sm90
-@pytest.mark.parametrize("tokens, path", [(3000, "overlap"), (8192, "lists")])
+@pytest.mark.parametrize("tokens, path", [(3000, "overlap"), (8192, "overlap"), (9000, "lists")])
 def test_overlapped_and_replayed_calls(tokens, path):
     q, k, v = (torch.randn(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
     config = stem.StemConfig(density=0.3, sink_blocks=1, local_blocks=1, dropped="mean")

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from stem.budget import BlockRows, keeps_every_block, scores_matter
+from stem.budget import BlockRows, keeps_every_block, scored_rows
 from stem.config import StemConfig
 from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, number, tokens_label
 from stem.experiments.speed.candidates import BRIEFLY, CONFIGS
@@ -17,7 +17,7 @@ def kept_by(config: StemConfig, tokens: int) -> str:
     rows = BlockRows.of(tokens, tokens, config.block_size)
     if keeps_every_block(rows, config):
         return EVERY_BLOCK
-    return CHOSEN if scores_matter(rows, config) else WINDOW
+    return CHOSEN if scored_rows(rows, config) else WINDOW
 
 
 def kinds(names, lengths) -> pd.DataFrame:
