@@ -62,10 +62,11 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     monkeypatch.setattr(first_token, "engine", start)
     monkeypatch.setattr(first_token, "_rows", rows)
     found = first_token.large_model_rows()
-    heads = [None, (0.25, "head"), (0.1, "head")]
-    ways = [*heads, (0.25, "group"), (0.1, "group")]
-    assert events[:5] == [(way, 131072, None, False) for way in ways]
-    assert events[5:12] == [(ways, [n], 0) for n in first_token.LENGTHS] + [(ways, [4096], 128)]
-    assert events[12:20] == ["end"] * 5 + [(way, 131072, 8192, True) for way in heads]
-    assert events[20:] == [(heads, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
-    assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3
+    ways, groups = [None, (0.25, "head"), (0.1, "head")], [(0.25, "group"), (0.1, "group")]
+    assert events[:3] == [(way, 131072, None, False) for way in ways]
+    assert events[3:10] == [(ways, [n], 0) for n in first_token.LENGTHS] + [(ways, [4096], 128)]
+    assert events[10:16] == ["end"] * 3 + [(way, 131072, 8192, True) for way in ways]
+    assert events[16:19] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)]
+    assert events[19:24] == ["end"] * 3 + [(way, 131072, None, True) for way in groups]
+    assert events[24:] == [(groups, [32768], 0), (groups, [131072], 0)] + ["end"] * 2
+    assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3 + [None] * 2
