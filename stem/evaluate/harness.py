@@ -2,8 +2,11 @@
 
 import difflib
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from math import isnan
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from stem import hf
+from stem.hf.models import attention_modules
 from stem.impl.coverage import IMPLS
 from stem.patterns.options import METHOD_OPTIONS, config_from_options, method_from_options, per_layer
 from stem.pretrained import resolve
@@ -69,13 +73,24 @@ class StemLM(HFLM):
         return {**super().get_model_info(), "stem": stem}
 
     def fingerprint(self) -> str:
-        """Hash of options (not batch size and device), tokenizer, config and weight samples: 12 hexadecimal digits."""
+        """Hash of all that answers depend on, as it is now, forward hooks apart: 12 hexadecimal digits.
+
+        That is this package's version, each layer's attention, lm-eval's options but batch size and device, the
+        tokenizer, the model's configs, and every weight and buffer that is in memory (about a second a GB).
+        """
         options = {name: value for name, value in self._options.items() if name not in NO_PART_IN_ANSWERS}
-        parameters = [x.detach() for x in self.model.parameters() if not x.is_meta]
-        weights = [(*x.flatten()[:4].tolist(), float(x.float().sum())) for x in parameters]
-        config = self.model.config.to_dict()
-        about = [self._described, options, self.tokenizer.name_or_path, config, weights]
-        return hashlib.sha256(repr(_in_order(about)).encode()).hexdigest()[:12]
+        layers = [getattr(module, "stem_layer", None) for module in attention_modules(self.model).values()]
+        attention = [layer and (layer.attention, layer.impl, _method(layer.config)) for layer in layers]
+        configs = [self.model.config.to_dict(), self.model.config._attn_implementation]
+        if (generation := getattr(self.model, "generation_config", None)) is not None:
+            configs.append(generation.to_dict())
+        about = [version("stem-sparse-attention"), attention, options, _tokenization(self.tokenizer), configs]
+        digest = hashlib.sha256(repr(_in_order(about)).encode())
+        for x in (*self.model.parameters(), *self.model.buffers()):
+            if not x.is_meta:
+                digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
+                digest.update(x.detach().flatten().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()[:12]
 
     def _counts(self) -> tuple[float, int]:
         return hf.density(self.model).density(), self.from_cache
@@ -133,6 +148,21 @@ class AnswerCache(CachingLM):
 def resolved(name):
     """Return the folder of a packaged model or GGUF file; see `stem.pretrained.resolve`. Objects pass through."""
     return resolve(name) if isinstance(name, str) else name
+
+
+def _method(config):
+    """A layer's config, or what names a Selector in another process too."""
+    if isinstance(config, partial):
+        return [_method(config.func), config.args, config.keywords]
+    return getattr(config, "__qualname__", config)
+
+
+def _tokenization(tokenizer) -> str:
+    """Rules by which a tokenizer cuts a text, as JSON, without the truncation and padding of its last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    rules |= dict(truncation=tokenizer.truncation_side, padding=tokenizer.padding_side)
+    return json.dumps(rules, sort_keys=True)
 
 
 def _in_order(x):

@@ -2,15 +2,17 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
+from tokenizers import normalizers
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from stem import pretrained  # noqa: E402
+from stem import StemConfig, hf, patterns, pretrained  # noqa: E402
 from stem.evaluate import __main__ as command_line  # noqa: E402
-from stem.evaluate.harness import StemLM  # noqa: E402
+from stem.evaluate.harness import StemLM, _method  # noqa: E402
 
 SPARSE = {"block_size": 16, "sink_blocks": 1, "local_blocks": 1}
 
@@ -71,19 +73,44 @@ def test_a_model_with_other_weights_has_another_fingerprint(tiny):
     model, tokenizer = pretrained.load(tiny, device="cpu")
     fingerprints = [StemLM(model, tokenizer, k_start=2, block_size=16).fingerprint()]
     fingerprints.append(StemLM(model, tokenizer, k_start=2, block_size=16, batch_size=4).fingerprint())
-    changes = [{"k_start": 3}, {"dense_layers": 1}, {"layers": {0: None}}, {"pattern": "a_shape"}, {"impl": "torch"}]
+    changes = [{"k_start": 3}, {"dense_layers": 1}, {"layers": {1: None}}, {"pattern": "a_shape"}, {"impl": "torch"}]
     changes += [{"max_length": 99}, {"preset": "angelslim"}, {"layers": {0: {"density": 0.5}, "1": None}}]
     for change in changes:
         options = {"k_start": 2, "block_size": 16, **change}
         fingerprints.append(StemLM(model, tokenizer, **options).fingerprint())
+    rows = model.model.layers[1].mlp.down_proj.weight.data
     for change in (
         lambda: model.model.layers[1].self_attn.q_proj.weight.data[0, 0].add_(1),
         lambda: model.lm_head.weight.data[-1, -1].add_(1),
+        lambda: rows.copy_(rows.flip(0)),  # of the same sum
+        lambda: model.model.rotary_emb.inv_freq.mul_(0.5),
         lambda: setattr(model.config, "rope_parameters", dict(rope_type="default", rope_theta=500.0)),
+        lambda: setattr(model.generation_config, "suppress_tokens", [5, 6]),
+        lambda: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
     ):
         change()
         fingerprints.append(StemLM(model, tokenizer, k_start=2, block_size=16).fingerprint())
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == len(fingerprints) - 1
+
+
+def test_the_fingerprint_is_that_of_the_attention_that_runs(tiny):
+    lm = StemLM(tiny, device="cpu", **SPARSE)
+    first = lm.fingerprint()
+    lm.tok_encode("a text", left_truncate_len=1)
+    assert lm.fingerprint() == first == StemLM(tiny, device="cpu", pattern="stem", **SPARSE).fingerprint()
+    found = {first}
+    for change in (
+        lambda: hf.enable(lm.model, StemConfig(density=0.9)),
+        lambda: hf.enable(lm.model, partial(patterns.select, "xattention", tau=0.9)),
+        lambda: hf.enable(lm.model, partial(patterns.select, "xattention", tau=0.8)),
+        lambda: lm.model.set_attn_implementation("eager"),
+        lambda: hf.disable(lm.model),
+        lambda: lm.model.set_attn_implementation("sdpa"),
+    ):
+        change()
+        found.add(lm.fingerprint())
+    assert len(found) == 7
+    assert "0x" not in repr(_method(partial(patterns.select, "xattention", tau=0.8)))  # an address, of one process
 
 
 def test_sampled_answers_are_computed_again(tiny, texts, tmp_path):
