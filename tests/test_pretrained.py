@@ -243,6 +243,13 @@ def test_a_complete_cache_is_never_written(cache, monkeypatch):
     assert pretrained.resolve("smollm2") == folder and written(cache) == before
 
 
+def test_a_cache_that_lacks_the_model_and_cannot_be_written_is_named(cache, monkeypatch):
+    monkeypatch.setattr(gguf, "convert", fake_conversion)
+    cache.write_text("a file, so that no folder can be made here")
+    with pytest.raises(FileExistsError, match=f"set STEM_CACHE to a folder that can be written, .*{cache}"):
+        pretrained.resolve("smollm2")
+
+
 def test_a_file_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "folder" / "file"
     assert pretrained.keep(file, b"first") and file.read_bytes() == b"first"

@@ -14,10 +14,18 @@ import torch
 
 
 def convert_once(find: Callable[[Path], Path], folder: Path) -> None:
-    """Convert the GGUF file that find(scratch folder) returns, unless another process does. `folder` appears whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    options = dict(dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True)
-    with tempfile.TemporaryDirectory(**options) as scratch:
+    """Convert the GGUF file that find(scratch folder) returns, unless another process does. `folder` appears whole.
+
+    Raises OSError if the cache that holds `folder` cannot be written.
+    """
+    cache = folder.parent
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}.", ignore_cleanup_errors=True)
+    except OSError as error:
+        reason = f"{error.strerror}; set STEM_CACHE to a folder that can be written, or that holds {folder.name}"
+        raise OSError(error.errno, reason, str(cache)) from None
+    with temporary as scratch:
         model = Path(scratch) / "model"
         convert(find(Path(scratch)), model)
         try:
