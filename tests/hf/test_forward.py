@@ -196,7 +196,7 @@ def test_autocast_through_a_model():
 def test_continuous_batching_is_refused_by_name():
     model = build()
     hf.enable(model, SPARSE)
-    with pytest.raises(ValueError, match="stem is not supported for continuous batching"):
+    with pytest.raises(ValueError, match=r"stem\W+is not supported"):
         model.generate_batch([tokens(40)[0].tolist()], max_new_tokens=2)
     q = torch.randn(1, 4, 40, 16)
     with pytest.raises(ValueError, match=r"cache: .*generate_batch \(continuous batching\)"):
