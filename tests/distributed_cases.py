@@ -534,7 +534,7 @@ def a_late_rank_is_named(rank, mesh):
 
 @case
 def the_host_waits_until_everything_has_arrived(rank, mesh):
-    """As under NCCL, where streams wait for collectives; here an event tells what has arrived."""
+    """Under NCCL, where streams wait for collectives, an event tells what has arrived; here it is a stand-in."""
 
     class Event:
         arrives, queries = True, 0
