@@ -157,7 +157,7 @@ def _latency() -> tuple[str, str]:
 
 
 def _matched() -> str:
-    """Speed-up of the fastest method within the bounds on needles and documents over the fastest dense kernel."""
+    """Speed-up of the fastest method at a density chosen within the bounds over the fastest dense kernel."""
     found = matched_report.fastest()
     if found is None:
         return ""
@@ -168,8 +168,8 @@ def _matched() -> str:
         f"**Operator at matched accuracy: {dense.operator_ms / row.operator_ms:.1f}× over {name} ({times})** at "
         f"{tokens_label(row.tokens)} tokens and density {row.density:.1%}, block selection included, on one "
         f"{row.device}. Its accuracy, on {found.model} at {tokens_label(found.length)} tokens and density "
-        f"{point.density:.1%}: `{found.method}` loses {_lost(point.needles)} nats on needles and "
-        f"{point.documents.mean:.4f} nats per token on documents (bounds {-matched_report.NATS} and "
+        f"{point.density:.1%}, which other samples chose: `{found.method}` loses {_lost(point.needles)} nats on "
+        f"needles and {point.documents.mean:.4f} nats per token on documents (bounds {-matched_report.NATS} and "
         f"{matched_report.LOSS}) "
         "([rows](results/README.md#speed-at-matched-accuracy))."
     )

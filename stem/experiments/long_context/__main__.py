@@ -3,11 +3,12 @@
 import argparse
 
 from stem.experiments import records
-from stem.experiments.long_context import answers, extension, logits, loss, matched, selection_cost
+from stem.experiments.long_context import answers, choice, extension, logits, loss, matched, selection_cost
 
 PARTS = dict(
-    answers=answers, loss=loss, logits=logits, selection_cost=selection_cost, matched=matched, extension=extension
-)
+    answers=answers, loss=loss, logits=logits, selection_cost=selection_cost, choice=choice, matched=matched,
+    extension=extension,
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

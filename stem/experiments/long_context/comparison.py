@@ -59,6 +59,7 @@ class Study:
     kinds: tuple[str, ...] | None = None  # of document; None means all
     presets: bool = False  # True also measures `methods.presets()`
     generates: bool = False  # True also generates the answers of tasks with one answer
+    calibrates: bool = False  # True takes the calibration texts as documents
 
 
 class Comparison:
@@ -271,6 +272,9 @@ def _stages(study: Study, names: Sequence[str]) -> list[tuple[float | None, list
 
 
 def _inputs(tokenizer, study: Study, seed: int, task: str, length: int):
+    if task == DOCUMENTS and study.calibrates:
+        windows = samples.calibration_windows(tokenizer, length, study.windows)
+        return {f"calibration text {number}": of for number, of in enumerate(windows, 1)}
     if task == DOCUMENTS:
         kinds = {} if study.kinds is None else dict(kinds=study.kinds)
         return samples.document_windows(tokenizer, length, study.windows, **kinds)

@@ -43,8 +43,25 @@ def points(rows: pd.DataFrame, model: str, length: int) -> dict[str, list[Point]
     return found
 
 
+class Picked(NamedTuple):
+    """A method's point on the reported samples, at the density that other samples chose."""
+
+    point: Point
+    is_chosen: bool  # False where no density was within both bounds there; the point is then the highest density's
+
+
+def picked(model: str, length: int) -> dict[str, Picked]:
+    """Method -> the point at its lowest density within the bounds on the rows of "choice", of those also reported."""
+    chosen, found = points(report.rows(parts=("choice",)), model, length), {}
+    for method, of in points(report.rows(parts=("answers", "loss")), model, length).items():
+        within = {point.asked for point in chosen.get(method, ()) if point.is_within}
+        point = next((point for point in of if point.asked in within), None)
+        found[method] = Picked(point or of[-1], point is not None)
+    return found
+
+
 def matched() -> str:
-    """Each method at the lowest density within the bounds, and its operator's time there beside dense kernels."""
+    """Each method at the density that other samples chose, and its operator's time there beside dense kernels."""
     times = full_rows("long_context/matched")
     if times.empty:
         return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
@@ -54,7 +71,7 @@ def matched() -> str:
         name = source.removeprefix("captured from ")
         model = report.MODELS.get(name, name)
         wide = times[(times.device == device) & (times.source == "random normal")]
-        found = points(report.rows(parts=("answers", "loss")), model, length)
+        found = picked(model, length)
         parts.append(
             _table(found, {tokens_label(length): of} | {tokens_label(n): t for n, t in wide.groupby("tokens")})
         )
@@ -63,7 +80,9 @@ def matched() -> str:
             -1,
             f"**{model}, {tokens_label(length)} tokens, on {device}.** Each method at its lowest measured density at "
             f"which needles ({NEEDLES}) lose at most {-NATS} nats and documents at most {LOSS} nats per token in the "
-            f"mean, in blocks of {BLOCK_SIZE}; where no density is within both bounds, the highest one. Times [ms] are "
+            f"mean, in blocks of {BLOCK_SIZE}. Needles and calibration texts of their own choose that density; the "
+            f"losses shown are those of other samples. Where no density is within both bounds, the highest one. Times "
+            f"[ms] are "
             f"of one layer with selection: the mean of {heads.layers:.0f} captured layers ({heads.q_heads:.0f} query "
             f"and {heads.kv_heads:.0f} KV heads of {heads.head_dim:.0f})"
             + "".join(
@@ -77,7 +96,7 @@ def matched() -> str:
 
 
 class Fastest(NamedTuple):
-    """The fastest method within both bounds at the longest timed length."""
+    """The fastest method at the longest timed length, of those with a chosen density."""
 
     method: str
     point: Point
@@ -88,7 +107,7 @@ class Fastest(NamedTuple):
 
 
 def fastest() -> Fastest | None:
-    """The method within both bounds whose operator takes least time at the longest timed length; None without one."""
+    """The method that takes least time at its chosen density and the longest timed length; None without one."""
     times = full_rows("long_context/matched")
     captured = times[times.source.str.startswith("captured")] if len(times) else times
     found = []
@@ -97,20 +116,17 @@ def fastest() -> Fastest | None:
         model = report.MODELS.get(name, name)
         wide = times[(times.device == device) & (times.tokens == times.tokens.max())]
         dense = wide[wide.asked.isna()].sort_values("operator_ms")
-        for method, of in points(report.rows(parts=("answers", "loss")), model, length).items():
-            point = next((point for point in of if point.is_within), None)
-            row = wide[(wide.method == method) & (wide.asked == point.asked)] if point else wide[:0]
-            if len(row) and len(dense):
+        for method, (point, is_chosen) in picked(model, length).items():
+            row = wide[(wide.method == method) & (wide.asked == point.asked)]
+            if is_chosen and len(row) and len(dense):
                 found.append(Fastest(method, point, model, length, row.iloc[0], dense.iloc[0]))
     return min(found, key=lambda of: of.row.operator_ms, default=None)
 
 
-def _table(found: dict[str, list[Point]], times: dict[str, pd.DataFrame]) -> str:
+def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
     dense = {label: of[of.asked.isna()].sort_values("operator_ms") for label, of in times.items()}
     lines = []
-    for method, of in found.items():
-        within = [point for point in of if point.is_within]
-        point = within[0] if within else of[-1]
+    for method, (point, is_chosen) in found.items():
         cells = []
         for label, rows in times.items():
             row = rows[(rows.method == method) & (rows.asked == point.asked)]
@@ -118,16 +134,13 @@ def _table(found: dict[str, list[Point]], times: dict[str, pd.DataFrame]) -> str
         if set(cells) == {MISSING}:
             continue
         values = [" ".join(str(difference).split(", n")[:1]) for difference in point[1:3]]
-        lines.append((not within, point.density, [method, _share(point, within), *values, *cells]))
+        share = f"{point.density:.1%}" if is_chosen else f"none to {point.density:.1%}"
+        lines.append((not is_chosen, point.density, [method, share, *values, *cells]))
     header = ["method", "density", "needles", "documents"]
     for label, of in dense.items():
         fastest = DENSE_LABELS.get(of.method.iloc[0], of.method.iloc[0])
         header += [f"{label} [ms]", f"over {fastest}, {number(of.operator_ms.iloc[0])} ms"]
     return markdown_table(header, [line for *_, line in sorted(lines, key=lambda line: line[:2])])
-
-
-def _share(point: Point, within: list[Point]) -> str:
-    return f"{point.density:.1%}" if within else f"none to {point.density:.1%}"
 
 
 def _time(row: pd.DataFrame) -> str:

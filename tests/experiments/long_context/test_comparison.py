@@ -8,7 +8,7 @@ import torch
 
 import stem
 from stem.experiments import documents, records
-from stem.experiments.long_context import answers, comparison, loss, measures, methods, samples
+from stem.experiments.long_context import answers, choice, comparison, loss, measures, methods, samples
 from stem.experiments.long_context.comparison import Study
 
 SPARSE = stem.StemConfig(density=0.4, block_size=16, sink_blocks=1, local_blocks=1)
@@ -149,10 +149,10 @@ def test_the_adaptive_preset_is_calibrated_for_each_density(ruler_rows, tokenize
 
     monkeypatch.setattr(stem, "calibrate", calibrate)
     told = []
-    study = Study((256,), ("niah_multikey_2",), ("adaptive",), (0.55, 0.7), (32,), samples=1)
+    study = Study((256,), ("niah_multikey_2",), ("adaptive",), (0.6, 0.7), (32,), samples=1)
     found = comparison.run(study, model, tokenizer, "tiny", show=told.append)
     rows = [row for row in found if row["method"] == "adaptive"]
-    assert {row["asked"] for row in rows} == {0.55} and asked[0] == (0.55, 1, 1)
+    assert {row["asked"] for row in rows} == {0.6} and asked[0] == (0.6, 1, 1)
     assert {row["threshold"] for row in rows} == {0.9}
     assert {row["density"] for row in rows} == {0.4167}  # a threshold of 0.9 leaves the forced blocks
     assert any("adaptive at density 0.7, 256 tokens is left out: no threshold fits" in line for line in told)
@@ -250,3 +250,10 @@ def test_full_studies_hold_eight_windows_and_every_method(part):
     study = part.STUDIES["full"]
     assert study.windows >= 8 and study.samples >= 16 and study.names == () and study.kinds is None
     assert len(documents.KINDS) == 5
+
+
+def test_a_study_that_calibrates_reads_calibration_texts_as_documents(tokenizer, monkeypatch):
+    monkeypatch.setattr(samples, "calibration_windows", lambda _, length, count: [torch.ones(count, length)] * 2)
+    monkeypatch.setattr(samples, "document_windows", lambda *_: pytest.fail("these documents are reported"))
+    found = comparison._inputs(tokenizer, choice.STUDIES["full"], choice.SEED, comparison.DOCUMENTS, 64)
+    assert {kind: tuple(of.shape) for kind, of in found.items()} == {f"calibration text {i}": (1, 64) for i in (1, 2)}

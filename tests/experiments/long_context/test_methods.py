@@ -31,6 +31,12 @@ def test_the_papers_forced_blocks_leave_nothing_to_choose_at_8k():
     assert methods.candidates("stem", 0.07, 128, 8192) == []
 
 
+def test_a_threshold_may_compute_less_than_its_density():
+    assert Forced(4, 4).chosen_share(256, 0.08) > methods.LEAST_CHOSEN > Forced(4, 4).chosen_share(256, 0.0754)
+    budget, threshold = (methods.candidates(name, 0.08, 128, 2**15) for name in ("stem", "adaptive"))
+    assert {of.forced for of in budget} - {of.forced for of in threshold} == {Forced(4, 4)}
+
+
 def kept(method, q, k, v):
     """Mask of the blocks that a method keeps."""
     attention = method.attention
