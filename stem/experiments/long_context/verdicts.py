@@ -6,6 +6,7 @@ by sample and has a 95 % bootstrap interval. "Reproduced" needs an interval that
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -46,17 +47,18 @@ def of_difference(difference: Difference, better: int, told: str) -> Verdict:
 
 
 def ablation(step: str) -> Verdict:
-    """Table 5: what a step changes in the loss on documents, at the longest windows of the largest model."""
+    """Table 5: what a step changes in the loss on documents, at the longest windows of each of `_models`."""
     rows = report.rows(parts=("loss",))
     rows = report.whole(rows[(rows.task != "all")]) if len(rows) else rows
     after, before = STEPS[step]
     rows = rows[(rows.block_size.isna() | (rows.block_size == 128))] if len(rows) else rows
+    found = {}
     for (model, length), of in sorted(rows.groupby(["model", "length"]), key=_importance) if len(rows) else ():
         change = report.paired(of, after, before, block_size=128, asked=ASKED)
-        if change.count:
+        if change.count and model not in found:
             told = f"loss {change} windows of {tokens_label(length)} ({model}, density {ASKED:.0%})"
-            return of_difference(change, -1, told)
-    return NONE
+            found[model] = of_difference(change, -1, told)
+    return _of_models(found)
 
 
 def value_term(paper_change: float) -> Verdict:
@@ -65,27 +67,27 @@ def value_term(paper_change: float) -> Verdict:
     Args:
         paper_change: The paper's relative change, below 0.
     """
-    wide, about = _logits("Table 1", "error")
-    if wide.empty:
-        return NONE
-    change = _difference(wide["output-aware"] / wide["score-aware"] - 1)
-    told = f"{change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}], n = {change.count} {about}"
-    found = of_difference(change, -1, told)
-    small = found.verdict == "reproduced" and change.mean > SHARE_OF_PAPER * paper_change
-    return found._replace(verdict="partly: the sign, at a smaller size") if small else found
+    found = {}
+    for model, (wide, about) in _logits("Table 1", "error").items():
+        change = _difference(wide["output-aware"] / wide["score-aware"] - 1)
+        told = f"{change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}], n = {change.count} {about}"
+        found[model] = of_difference(change, -1, told)
+        if found[model].verdict == "reproduced" and change.mean > SHARE_OF_PAPER * paper_change:
+            found[model] = found[model]._replace(verdict="partly: the sign, at a smaller size")
+    return _of_models(found)
 
 
 def pruning() -> Verdict:
     """Fig. 3: error in the last quarter of the prompt after each of the three earlier quarters was pruned."""
-    wide, about = _logits("Fig. 3", "error_last")
-    if wide.empty:
-        return NONE
-    ratios = [_difference(np.log(wide[f"quarter {i}"] / wide[f"quarter {i + 1}"])) for i in (1, 2)]
-    means = ", ".join(f"{wide[f'quarter {i}'].mean():.2g}" for i in (1, 2, 3))
-    shown = ", ".join(f"{np.exp(x.mean):.2f} [{np.exp(x.low):.2f}, {np.exp(x.high):.2f}]" for x in ratios)
-    told = f"what reaches the last quarter: {means}; ratios {shown}, n = {ratios[0].count} {about}"
-    falls = [x.low > 0 for x in ratios]
-    return Verdict(told, "reproduced" if all(falls) else "partly" if any(falls) else "not reproduced")
+    found = {}
+    for model, (wide, about) in _logits("Fig. 3", "error_last").items():
+        ratios = [_difference(np.log(wide[f"quarter {i}"] / wide[f"quarter {i + 1}"])) for i in (1, 2)]
+        means = ", ".join(f"{wide[f'quarter {i}'].mean():.2g}" for i in (1, 2, 3))
+        shown = ", ".join(f"{np.exp(x.mean):.2f} [{np.exp(x.low):.2f}, {np.exp(x.high):.2f}]" for x in ratios)
+        told = f"what reaches the last quarter: {means}; ratios {shown}, n = {ratios[0].count} {about}"
+        falls = [x.low > 0 for x in ratios]
+        found[model] = Verdict(told, "reproduced" if all(falls) else "partly" if any(falls) else "not reproduced")
+    return _of_models(found)
 
 
 class Against(NamedTuple):
@@ -134,14 +136,30 @@ def _importance(group: tuple) -> tuple:
     return not model.startswith("Qwen"), -length
 
 
-def _logits(claim: str, column: str) -> tuple[pd.DataFrame, str]:
-    """Errors of one claim by window and method, at the longest windows of one model, and a description of them."""
-    rows = full_rows("long_context/logits", claim=claim)
+def _of_models(found: dict[str, Verdict]) -> Verdict:
+    """What each of `_models` found, in words; the first one's verdict, and those of others that differ."""
+    found = {model: found[model] for model in _models(found)}
+    first, *_ = [*found.values(), NONE]
+    different = [f"{model}: {of.verdict}" for model, of in found.items() if of.verdict != first.verdict]
+    return Verdict("; ".join(of.ours for of in found.values()), "; ".join([first.verdict, *different]))
+
+
+def _models(names: Iterable[str]) -> list[str]:
+    """Models, in their order, on which a claim of the paper is judged: Qwen's, or the first one where none is there."""
+    names = list(names)
+    return [name for name in names if name.startswith("Qwen")] or names[:1]
+
+
+def _logits(claim: str, column: str) -> dict[str, tuple[pd.DataFrame, str]]:
+    """Model -> errors of one claim by window and method, at its longest windows, and a description of them."""
+    rows, found = full_rows("long_context/logits", claim=claim), {}
     if rows.empty:
-        return rows, ""
-    (model, length), rows = min(rows.groupby(["model", "tokens"]), key=_importance)
-    about = f"windows of {tokens_label(length)} ({report.MODELS.get(model, model)})"
-    return rows.pivot_table(index=["text", "sample"], columns="method", values=column), about
+        return found
+    rows = rows.assign(model=rows.model.replace(report.MODELS))
+    for (model, length), of in sorted(rows.groupby(["model", "tokens"]), key=_importance):
+        wide = of.pivot_table(index=["text", "sample"], columns="method", values=column)
+        found.setdefault(model, (wide, f"windows of {tokens_label(length)} ({model})"))
+    return found
 
 
 def _difference(values: pd.Series) -> Difference:

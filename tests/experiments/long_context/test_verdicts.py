@@ -45,13 +45,27 @@ def test_qwen_and_the_longest_windows_come_first():
     assert "windows of 16K (Qwen2.5-Coder-0.5B" in verdicts.ablation("both").ours
 
 
-def logits(claim, errors, column):
+def test_each_of_qwens_models_is_told_and_a_verdict_that_differs():
+    bigger = "qwen2.5-coder-1.5b-0.2.0"
+    write("loss", {"uniform_topk": [1.1] * 4, "stem": [1.2] * 4}, (16384, 32768))
+    write("loss", {"uniform_topk": [1.2] * 4, "stem": [1.1] * 4}, (16384,), model=bigger)
+    found = verdicts.ablation("both")
+    assert found.verdict == "not reproduced: the opposite sign; Qwen2.5-Coder-1.5B: reproduced"
+    assert [told[:12] for told in found.ours.split("; ")] == ["loss +0.100 ", "loss -0.100 "]
+    assert found.ours.count("windows of 16K") == found.ours.count("windows of 32K") == 1
+    logits("Table 1", {"score-aware": (1.0, 2.0), "output-aware": (1.1, 2.2)}, "error")
+    logits("Table 1", {"score-aware": (1.0, 2.0), "output-aware": (0.9, 1.8)}, "error", bigger)
+    found = verdicts.value_term(-0.072)
+    assert found.ours.startswith("+10.0%") and "; -10.0%" in found.ours and found.verdict.endswith("1.5B: reproduced")
+
+
+def logits(claim, errors, column, model=MODEL):
     rows = []
     for method, values in errors.items():
         for sample, value in enumerate(values):
-            rows.append(dict(claim=claim, method=method, text="a", sample=sample, tokens=16384, model=MODEL))
+            rows.append(dict(claim=claim, method=method, text="a", sample=sample, tokens=16384, model=model))
             rows[-1] |= {"error": 1.0, "error_last": 1.0, column: value}
-    records.write_rows("long_context/logits", rows, "full")
+    records.write_rows("long_context/logits", rows, "full", same=("claim", "method", "sample", "model"))
 
 
 @pytest.mark.parametrize(
