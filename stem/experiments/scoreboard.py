@@ -170,7 +170,7 @@ def _matched() -> str:
         f"{row.device}. Its accuracy, on {found.model} at {tokens_label(found.length)} tokens and density "
         f"{point.density:.1%}, which other samples chose: `{found.method}` loses {_lost(point.needles)} nats on "
         f"needles and {point.documents.mean:.4f} nats per token on documents (bounds {-matched_report.NATS} and "
-        f"{matched_report.LOSS}) "
+        f"{matched_report.LOSS}{'' if point.is_within else ', met where it was chosen and missed here'}) "
         "([rows](results/README.md#speed-at-matched-accuracy))."
     )
 

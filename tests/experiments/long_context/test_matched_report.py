@@ -95,6 +95,9 @@ def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypa
     told = scoreboard._matched()
     assert told.startswith("**Operator at matched accuracy: 3.0× over FlashAttention-3 (9 → 3 ms)** at 128K tokens")
     assert "which other samples chose: `adaptive` loses 0.26 [0.26, 0.26] nats on needles and 0.0040 nats" in told
+    assert "(bounds 0.25 and 0.005, met where it was chosen and missed here)" in told
+    monkeypatch.setattr(matched_report, "NATS", -0.27)
+    assert "(bounds 0.27 and 0.005)" in scoreboard._matched()
     monkeypatch.setattr(matched_report, "NATS", -0.1)
     monkeypatch.setattr(matched_report, "LOSS", 0.0005)
     assert matched_report.fastest() is None and scoreboard._matched() == ""
