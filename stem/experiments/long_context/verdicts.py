@@ -137,7 +137,7 @@ def _importance(group: tuple) -> tuple:
 
 
 def _of_models(found: dict[str, Verdict]) -> Verdict:
-    """What each of `_models` found, in words; the first one's verdict, and those of others that differ."""
+    """Join what each of `_models` found, in words; the verdict is the first one's, and names others that differ."""
     found = {model: found[model] for model in _models(found)}
     first, *_ = [*found.values(), NONE]
     different = [f"{model}: {of.verdict}" for model, of in found.items() if of.verdict != first.verdict]
