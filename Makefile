@@ -52,6 +52,7 @@ correctness: $(INSTALLED) ## run notebook 03, which writes results/correctness/ 
 speed: $(INSTALLED) ## measure this machine and write results/speed/  [PROFILE=smoke|full LENGTHS="1024 2048"]
 	$(BIN)/python -m stem.experiments.speed --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE)) $(if $(LENGTHS),--lengths $(LENGTHS))
 	$(BIN)/python -m stem.experiments.speed.variants --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
+	$(BIN)/python -m stem.experiments.speed.fresh --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 	$(BIN)/python -m stem.experiments.speed.coverage --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 	$(BIN)/python -m stem.experiments.speed.shared --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 	$(BIN)/python -m stem.experiments.speed.shared_memory --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))

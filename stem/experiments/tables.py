@@ -12,7 +12,7 @@ from stem.experiments.correctness import report as correctness
 from stem.experiments.long_context import matched_report
 from stem.experiments.long_context import report as long_context
 from stem.experiments.serving import report as serving
-from stem.experiments.speed import coverage, factors, scaling
+from stem.experiments.speed import coverage, factors, fresh, scaling
 from stem.experiments.speed import report as speed
 from stem.experiments.training import report as training
 
@@ -49,6 +49,7 @@ SECTIONS = {
     "beyond": speed.beyond,
     "drop_in": speed.drop_in,
     "variants": speed.variants,
+    "fresh": fresh.table,
     "coverage": coverage.table,
     "shared": scaling.section,
     "matched": matched_report.section,

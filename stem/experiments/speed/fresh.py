@@ -1,0 +1,149 @@
+"""First prefills of fresh processes, with an empty and with a filled disk cache of compiled kernels.
+
+    python -m stem.experiments.speed.fresh --profile full
+
+Rows go to results/speed/fresh/<machine>.csv. Each process imports everything, attends densely once, which starts CUDA
+and cuBLAS, and then times its first prefill through stem.hf, a second one, and one of each other length. The model has
+two layers in the shape of Llama-3.1-8B and random weights. Kernels are counted by Triton's compilation listener.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from triton import knobs
+
+import stem
+from stem import hf
+from stem.experiments import records
+from stem.experiments.markdown import by_device, full_rows, markdown_table, number, tokens_label
+from stem.experiments.speed import first_token
+
+PRESETS = {"cuda": ("adaptive", "paper"), "cpu": ("paper",)}
+LENGTHS = {"cuda": (12007, 40009, 2049, 8192, 700), "cpu": (300, 200)}  # tokens, the first prefill's first
+SHAPE = {
+    "cuda": first_token.LLAMA_8B | dict(hidden_size=4096, num_attention_heads=32, num_hidden_layers=2, vocab_size=1024),
+    "cpu": first_token.TINY,
+}
+CACHES = ("empty", "filled")
+
+
+def process(preset: str, lengths: Sequence[int], device: str) -> list[dict[str, Any]]:
+    """A row for the first prefill of this process, for the second, and for the first of each other length.
+
+    Columns: tokens, prefill ("first", "second" or "another length"), latency_ms, and the kernels that Triton compiled
+    and loaded from its disk cache.
+    """
+    hits: list[bool] = []
+    knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = first_token.random_llama(SHAPE[device], device, dtype)
+    first, *others = lengths
+    calls, rows = [("first", first), ("second", first), *(("another length", tokens) for tokens in others)], []
+    with torch.inference_mode():
+        for tokens in lengths:
+            _timed(lambda tokens=tokens: first_token.first_token(model, _ids(model, tokens)))
+        with hf.stem_prefill(model, stem.StemConfig.preset(preset)):
+            for which, tokens in calls:
+                ids, before = _ids(model, tokens), len(hits)
+                ms = _timed(lambda ids=ids: first_token.first_token(model, ids))
+                found = dict(compiled=hits[before:].count(False), loaded=hits[before:].count(True))
+                rows.append(dict(tokens=tokens, prefill=which, latency_ms=ms) | found)
+    knobs.compilation.listener = None
+    return rows
+
+
+def _ids(model: torch.nn.Module, tokens: int) -> torch.Tensor:
+    return torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+
+
+def _timed(call: Callable[[], torch.Tensor]) -> float:
+    """Time until the result of a call is there [ms]."""
+    start = time.perf_counter()
+    call().isfinite().all().item()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def cases(device: str) -> Iterator[dict[str, Any]]:
+    """Rows of `process` in two new processes for each preset, the second with the disk cache of the first."""
+    for preset in PRESETS[device]:
+        with tempfile.TemporaryDirectory() as cache:
+            for state in CACHES:
+                command = [
+                    sys.executable,
+                    "-m",
+                    "stem.experiments.speed.fresh",
+                    "--process",
+                    preset,
+                    "--device",
+                    device,
+                ]
+                done = subprocess.run(
+                    command,
+                    env=os.environ | dict(TRITON_CACHE_DIR=cache),
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                for row in json.loads(done.stdout.splitlines()[-1]):
+                    yield dict(preset=preset, disk_cache=state) | row
+
+
+def table() -> str:
+    """For each machine a table of `cases`."""
+    rows = full_rows("speed/fresh")
+    if rows.empty:
+        return "No full run of `python -m stem.experiments.speed.fresh` is committed yet."
+    parts = []
+    for device, part in by_device(rows):
+        lines = []
+        for (preset, state), group in part.groupby(["preset", "disk_cache"], sort=False):
+            first, second = (group[group.prefill == which].iloc[0] for which in ("first", "second"))
+            others = group[group.prefill == "another length"]
+            times = [number(row.latency_ms / 1e3) for row in (first, second)]
+            kernels = [f"{rows.compiled.sum()} and {rows.loaded.sum()}" for rows in (group[:1], others)]
+            lengths = ", ".join(map(tokens_label, others.tokens))
+            lines.append([preset, state, tokens_label(first.tokens), *times, *kernels, lengths])
+        counted = "kernels compiled and loaded"
+        header = [
+            "preset",
+            "disk cache",
+            "tokens",
+            "first prefill [s]",
+            "second [s]",
+            counted,
+            "at other lengths",
+            "these",
+        ]
+        parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, start the processes, and write the rows; with --process, be one of them."""
+    parser = argparse.ArgumentParser(prog="python -m stem.experiments.speed.fresh", description=__doc__)
+    parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser.add_argument("--process", metavar="PRESET", help="print the rows of this process as JSON")
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.process:
+        print(json.dumps(process(options.process, LENGTHS[device], device)))
+        return
+    rows = []
+    for row in cases(device):
+        rows.append(row)
+        path = records.write_rows("speed/fresh", rows, options.profile)
+        print(*row.values(), sep="  ", flush=True)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
