@@ -47,6 +47,7 @@ SECTIONS = {
     "speed": speed.speed,
     "factors": factors.table,
     "beyond": speed.beyond,
+    "break_even": speed.break_even,
     "drop_in": speed.drop_in,
     "variants": speed.variants,
     "fresh": fresh.table,

@@ -5,8 +5,9 @@ from typing import Any
 
 import pandas as pd
 
+from stem.config import StemConfig
 from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, number, tokens_label
-from stem.experiments.speed.candidates import BASELINES, EIGHT_PERCENT, GRAPH, PREFILL, PRESETS, SHORT
+from stem.experiments.speed.candidates import BASELINES, EIGHT_PERCENT, GRAPH, NEVER_DENSE, PREFILL, PRESETS, SHORT
 from stem.experiments.speed.peers import FP8
 
 DENSE_LABELS = {  # provider -> name, in the order of the tables
@@ -209,6 +210,37 @@ def beyond() -> str:
         header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "peak memory [GiB]"]
         told = f" {CALIBRATED}" if EIGHT_PERCENT in set(part.config) else ""
         parts.append(f"**{device}**.{told}\n\n{markdown_table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def break_even() -> str:
+    """For each machine the shortest captured prompt from which on `adaptive` beats dense attention, and a table."""
+    rows = full_rows("speed")
+    rows = rows[(rows.config == NEVER_DENSE) & rows.latency_ms.notna()] if len(rows) else rows
+    if rows.empty:
+        return no_rows("04_speed")
+    limit, parts = StemConfig.preset("adaptive").dense_up_to, []
+    for device, part in by_device(rows):
+        model = part.operation.str.removeprefix(GRAPH).str.removeprefix("captured ").str.removesuffix(" operator")
+        ratios, lines = {}, []
+        for (name, tokens), group in part.groupby([model, "tokens"]):
+            cells = []
+            for row in group.sort_values("operation").to_dict("records"):  # called, then from a graph
+                ratio, fastest = best_ratio(row)
+                ratios[row["operation"].startswith(GRAPH), name, tokens] = ratio
+                times = number(ratio * row["latency_ms"]), number(row["latency_ms"])
+                cells += [f"{times[0]} ({DENSE_LABELS[fastest]})", times[1], number(ratio, "×")]
+            lines.append([name, tokens_label(tokens), f"{group.density.iloc[0]:.1%}", *cells])
+        ratios, told = pd.Series(ratios), []
+        for (is_graph, name), of_length in ratios.groupby(level=[0, 1]):
+            first = wins_from(of_length.droplevel([0, 1]))
+            how = "from CUDA graphs" if is_graph else "called from Python"
+            found = "nowhere" if first is None else f"from {tokens_label(first)} tokens on"
+            told.append(f"{found} ({how}, {name})")
+        header = ["model", "tokens", "density", "dense [ms]", "`adaptive` [ms]", "speed-up"]
+        header += [f"{name}, graph" for name in header[3:]]
+        sentence = f"`adaptive` keeps every block up to {limit} tokens. Without that limit it beats dense attention "
+        parts.append(f"**{device}**. {sentence}{', and '.join(told)}.\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 

@@ -3,7 +3,7 @@
 import itertools
 
 from stem.experiments import records
-from stem.experiments.speed import bench, report
+from stem.experiments.speed import bench, candidates, report
 
 
 def speed_rows() -> list[dict]:
@@ -94,3 +94,18 @@ def test_wins_from_needs_every_longer_length_and_every_baseline():
     assert report.wins_from(speedups) == 4
     assert report.wins_from(speedups / 1.2) == 8
     assert report.wins_from(speedups / 2) is None
+
+
+def test_the_break_even_is_the_length_from_which_on_adaptive_is_faster(made_up_machine):
+    def row(tokens, ratio, graph="", **more):
+        common = dict(operation=f"{graph}captured tiny operator", provider="stem", config=candidates.NEVER_DENSE)
+        return common | dict(tokens=tokens, density=0.5, latency_ms=2.0, speedup_vs_fa3=ratio) | more
+
+    rows = [row(4096, 1.1), row(5500, 0.9), row(8192, 1.25, speedup_vs_sdpa_cudnn=1.2)]
+    rows += [row(tokens, ratio, candidates.GRAPH) for tokens, ratio in ((4096, 1.05), (5500, 1.3), (8192, 1.5))]
+    records.write_rows("speed", rows, "full")
+    told, _, _, _, *lines = report.break_even().splitlines()
+    assert "beats dense attention from 8K tokens on (called from Python, tiny), and from 4K tokens on (from" in told
+    assert lines[-1] == "| tiny | 8K | 50.0% | 2.4 (cuDNN) | 2 | 1.2× | 3 (FlashAttention-3) | 2 | 1.5× |"
+    records.write_rows("speed", [row(4096, 0.9)], "full")
+    assert "dense attention nowhere (called" in report.break_even()
