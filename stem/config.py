@@ -37,7 +37,7 @@ PRESETS = {
         routing_scale="raw", value_norm="zscore_padded", value_weight=0.3,
     ),
     "adaptive": dict(
-        allocation="adaptive", threshold=0.005, sink_blocks=1, local_blocks=2, dense_up_to=5120,
+        allocation="adaptive", threshold=0.005, sink_blocks=1, local_blocks=2, dense_up_to=4096,
         score_stride=1, reduction="softmax", score_cells=8, score_peak=0.3, score_pooling="rms", value_weight=0.0,
         exact_last_blocks=1,
     ),
