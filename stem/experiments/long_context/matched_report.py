@@ -13,7 +13,7 @@ from stem.experiments.speed.report import DENSE_LABELS
 
 NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
 BLOCK_SIZE = 128
-REUSED = ", then true mass in the place of scores, and selections that several layers reuse"
+ORACLE, REUSED = ", then true mass in the place of scores", ", then selections that several layers reuse"
 SEARCHED = 8  # settings that the table of the search shows
 
 
@@ -161,7 +161,7 @@ def search() -> str:
     rows = full_rows("long_context/tuning")
     if rows.empty:
         return ""
-    parts = []
+    parts, rows = [], rows.assign(divergence=rows.get("divergence"))  # of the answers' tokens from dense [nats]
     for (device, length, asked), of in rows.groupby(["device", "length", "asked"]):
         own = of[(of.anchors == 1) & ~of.changes.str.contains("exact_last_blocks=1048576")]
         others = of.drop(own.index)
@@ -171,13 +171,17 @@ def search() -> str:
                 f"{row.density_needles:.1%}, {row.density_documents:.1%}",
                 f"{row.needles:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
                 f"{row.documents:+.4f}",
+                MISSING if pd.isna(row.divergence) else f"{row.divergence:.2f}",
             ]
             for row in pd.concat([own.sort_values("score").head(SEARCHED), others]).itertuples()
         ]
-        header = ["fields of the preset that differ", "density of needles, documents", "needles", "documents"]
+        header = ["what differs from the preset", "density of needles, documents", "needles", "documents", "divergence"]
+        counts = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
         parts.append(
             f"**Search for `adaptive` at {asked:.0%}** on {device}: {len(of)} settings at {tokens_label(length)} "
-            f"tokens, on {of['count'].max():.0f} needles and calibration windows that no other table reports. The "
-            f"best {min(SEARCHED, len(own))}{REUSED if len(others) else ''}.\n\n{markdown_table(header, lines)}"
+            f"tokens, on {counts} needles and calibration windows that no other table reports. The best "
+            f"{min(SEARCHED, len(own))}{ORACLE if (others.anchors == 1).any() else ''}"
+            f"{REUSED if (others.anchors > 1).any() else ''}. The divergence of the answers' tokens from dense "
+            f"attention [nats] has no sign, so gains do not offset losses.\n\n{markdown_table(header, lines)}"
         )
     return "\n\n".join(parts)

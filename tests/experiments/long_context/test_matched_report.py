@@ -5,6 +5,7 @@ import pytest
 
 from stem.experiments import scoreboard
 from stem.experiments.long_context import matched_report, report
+from stem.experiments.markdown import MISSING
 
 MODEL, LENGTH = "Qwen2.5-Coder-0.5B", 2**15
 
@@ -86,6 +87,12 @@ def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatc
     lines = [line.split(" | ")[0].strip("| ") for line in matched_report.search().splitlines() if line.startswith("|")]
     best = [f"score_cells={i}" for i in range(11, 11 - matched_report.SEARCHED, -1)]
     assert lines[2:] == [*best, "exact_last_blocks=1048576", "the first line, reused by 2 layers each"]
+    told = matched_report.search()
+    assert "then true mass in the place of scores, then selections that several layers reuse." in told
+    assert f"| {MISSING} |" in told
+    frame = frame.query("anchors == 1").assign(divergence=1.5, count=[12] * 12 + [24])
+    told = matched_report.search()
+    assert "on 12 to 24 needles" in told and "| 1.50 |" in told and "several layers" not in told
 
 
 def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypatch):
