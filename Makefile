@@ -74,6 +74,7 @@ quality: $(INSTALLED) ## loss of every method on documents, errors of the logits
 	$(LONG_CONTEXT) logits $(if $(MODEL),--model $(MODEL))
 	$(LONG_CONTEXT) selection_cost
 	$(LONG_CONTEXT) choice $(CHOSEN)
+	$(LONG_CONTEXT) tuning $(if $(MODEL),--model $(MODEL))
 	$(LONG_CONTEXT) matched $(if $(MODEL),--model $(MODEL))
 
 extend: $(INSTALLED) ## train the embedded model to 32K tokens and compare methods there  [PROFILE=smoke|full]

@@ -3,11 +3,11 @@
 import argparse
 
 from stem.experiments import records
-from stem.experiments.long_context import answers, choice, extension, logits, loss, matched, selection_cost
+from stem.experiments.long_context import answers, choice, extension, logits, loss, matched, selection_cost, tuning
 
 PARTS = dict(
     answers=answers, loss=loss, logits=logits, selection_cost=selection_cost, choice=choice, matched=matched,
-    extension=extension,
+    tuning=tuning, extension=extension,
 )  # fmt: skip
 
 
