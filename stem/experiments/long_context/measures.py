@@ -43,17 +43,25 @@ def answer_scores(model, prompts: Prompts) -> tuple[Tensor, Tensor]:
         Log-likelihood of each answer, fp32 [samples] [nats], and bool [samples], True where every token of the answer
         is the likeliest.
     """
-    head = model.get_output_embeddings()
     logp, right = [], []
-    longest = int(prompts.answer_tokens.max())
-    for ids, counts in _batches(model, prompts.ids, prompts.answer_tokens):
-        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -longest - 1 : -1]
-        logits, targets = head(hidden).float(), ids[:, -longest:]
-        asked = torch.arange(longest, device=ids.device) >= longest - counts[:, None]  # answers end together
+    for logits, targets, asked in _answer_logits(model, prompts):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         logp.append(-(losses * asked).sum(-1).cpu())
         right.append(((logits.argmax(-1) == targets) | ~asked).all(-1).cpu())
     return torch.cat(logp), torch.cat(right)
+
+
+@torch.no_grad()
+def answer_distributions(model, prompts: Prompts) -> list[Tensor]:
+    """Log-probabilities of every token at the places of each answer: fp32 [answer tokens, vocabulary], on the CPU."""
+    batches = ((logits.log_softmax(-1).cpu(), asked.cpu()) for logits, _, asked in _answer_logits(model, prompts))
+    return [logp[of] for logits, asked in batches for logp, of in zip(logits, asked, strict=True)]
+
+
+def divergence(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Kullback-Leibler divergence of `found` from `expected`, summed over an answer, mean over the answers [nats]."""
+    each = [F.kl_div(b, a, log_target=True, reduction="sum") for a, b in zip(expected, found, strict=True)]
+    return float(torch.stack(each).mean())
 
 
 @torch.no_grad()
@@ -133,6 +141,15 @@ def last_row(model, ids: Tensor, config: StemConfig) -> LastRow:
     with hf.stem_prefill(model, select):
         model(ids, use_cache=False, logits_to_keep=1)
     return LastRow(*(torch.stack(of) for of in zip(*found, strict=True)))
+
+
+def _answer_logits(model, prompts: Prompts) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits fp32 [batch, longest answer, vocabulary], tokens, and bool, True at the places of an answer."""
+    head, longest = model.get_output_embeddings(), int(prompts.answer_tokens.max())
+    for ids, counts in _batches(model, prompts.ids, prompts.answer_tokens):
+        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -longest - 1 : -1]
+        asked = torch.arange(longest, device=ids.device) >= longest - counts[:, None]  # answers end together
+        yield head(hidden).float(), ids[:, -longest:], asked
 
 
 def _batches(model, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

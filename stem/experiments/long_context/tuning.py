@@ -38,10 +38,13 @@ class Search:
     def __init__(self, model, prompts, documents: torch.Tensor, density: float, block_size: int) -> None:
         self.model, self.prompts, self.documents = model, prompts, documents
         self.density, self.block_size, self.rows = density, block_size, {}
-        self.dense = self._losses()[:2]
+        self.answers = measures.answer_distributions(model, prompts)
+        self.losses = measures.document_losses(model, documents)
 
-    def _losses(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return measures.answer_scores(self.model, self.prompts)[0], measures.document_losses(self.model, self.documents)
+    def _right(self, answers: list[torch.Tensor]) -> torch.Tensor:
+        """Log-likelihood of each right answer, fp32 [needles] [nats]."""
+        ids = self.prompts.ids.cpu()
+        return torch.stack([of.gather(1, row[-len(of) :, None]).sum() for row, of in zip(ids, answers, strict=True)])
 
     def score(self, changes: dict, anchors: int = 1) -> float:
         """Loss on needles over NATS plus loss on documents over NATS_PER_TOKEN; inf where no threshold fits."""
@@ -65,15 +68,15 @@ class Search:
 
             attention = patterns.reuse(choose, range(0, layers, anchors), layers)
         with hf.stem_prefill(self.model, attention) as report:
-            needles = measures.answer_scores(self.model, self.prompts)[0] - self.dense[0]
-            of_needles = report.density()
+            answers, of_needles = measures.answer_distributions(self.model, self.prompts), report.density()
         with hf.stem_prefill(self.model, attention) as report:
-            documents = float((measures.document_losses(self.model, self.documents) - self.dense[1]).mean())
-            of_documents = report.density()
+            losses, of_documents = measures.document_losses(self.model, self.documents), report.density()
+        needles, documents = self._right(answers) - self._right(self.answers), float((losses - self.losses).mean())
         low, high = measures.interval(needles)
         score = max(0.0, -float(needles.mean())) / NATS + max(0.0, documents) / NATS_PER_TOKEN
         about = dict(asked=self.density, length=self.documents.shape[1], block_size=self.block_size)
         about |= dict(threshold=config.threshold, density_documents=of_documents, density_needles=of_needles)
+        about |= dict(divergence=measures.divergence(self.answers, answers))  # of the answers' tokens from dense
         about |= dict(needles=float(needles.mean()), low=low, high=high, documents=documents, score=score)
         return about | dict(count=len(needles), values=" ".join(f"{x:.4g}" for x in needles.tolist()))
 

@@ -18,10 +18,10 @@ def test_without_a_part_all_run_with_their_defaults(ran):
     assert (
         [name for name, _ in ran]
         == list(__main__.PARTS)
-        == ["answers", "loss", "logits", "selection_cost", "choice", "matched", "extension"]
+        == ["answers", "loss", "logits", "selection_cost", "choice", "matched", "tuning", "extension"]
     )
     assert {options.profile for _, options in ran} == {"full"}
-    assert ran[0][1].methods is None and ran[6][1].evaluate_only is False
+    assert ran[0][1].methods is None and ran[7][1].evaluate_only is False
     assert [options.seed for name, options in ran if name in ("answers", "choice")] == [0, 2000]
 
 

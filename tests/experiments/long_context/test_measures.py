@@ -22,6 +22,19 @@ def test_answers_are_scored_as_all_logits_say_whatever_the_batch(ruler_rows, tok
         assert bool(right[i]) == bool((logits[i, -count - 1 : -1].argmax(-1) == prompts.ids[i, -count:]).all())
 
 
+def test_the_divergence_of_answers_is_that_of_all_logits(ruler_rows, tokenizer, model):
+    prompts = samples.exact_prompts("niah_multikey_1", tokenizer, 128, 2)
+    with torch.no_grad():
+        logp = model(prompts.ids).logits.log_softmax(-1)
+    expected = [logp[i, -count - 1 : -1] for i, count in enumerate(prompts.answer_tokens)]
+    found = measures.answer_distributions(model, prompts)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(expected, found, strict=True))
+    other = [(2 * of).log_softmax(-1) for of in found]
+    by_hand = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(found, other, strict=True)) / 2
+    assert measures.divergence(found, other) == pytest.approx(by_hand, rel=1e-3)
+    assert measures.divergence(found, found) == pytest.approx(0, abs=1e-5)
+
+
 def test_document_losses_are_those_of_all_logits(model):
     ids = torch.randint(1000, (2, 96))
     losses = measures.document_losses(model, ids)
