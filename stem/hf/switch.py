@@ -173,9 +173,12 @@ def _remove(model: nn.Module, layers: dict[nn.Module, Layer]) -> None:
         if _is_chosen(module):
             _choose(module, layer.previous)
         del module.stem_layer
-    for module in model.modules() if layers else ():  # a copied config that the user gave the model since `enable`
+    if not layers:
+        return
+    *_, last = layers.values()
+    for module in model.modules():  # a copied config that the user gave the model since `enable`
         if getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME:
-            _choose(module, layer.previous)
+            _choose(module, last.previous)
 
 
 def _choose(module: nn.Module, implementation: str) -> None:
