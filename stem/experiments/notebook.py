@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import inspect
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,7 +60,8 @@ def exercise(
         args: Arguments of one call, or a list with those of several calls.
         mistakes: Hint -> function that makes this mistake; a solution with the same results gets the hint.
     Raises:
-        AssertionError: If the solution was attempted and differs from the answer; the text says how.
+        AssertionError: If the solution was attempted and differs from the answer, or names the function that gives it;
+            the text says which.
     """
     calls = args if isinstance(args, list) else [args]
 
@@ -69,6 +72,8 @@ def exercise(
     if all(map(_is_untouched, found)):
         print("not attempted")
         return
+    if copied := _functions(against) & _named_by(_functions(fn) - _functions(against)):
+        raise AssertionError(f"not yet: write it without {', '.join(of.__name__ for of in copied)}")
     reasons = list(map(difference, found, answers(against)))
     if any(reasons):
         hints = [
@@ -79,6 +84,18 @@ def exercise(
         where = f" (arguments {shown})" if len(shown) < 60 else f" (call {first + 1} of {len(calls)})"
         raise AssertionError(f"not yet: {'; '.join(hints) or reasons[first] + where * (len(calls) > 1)}")
     print("correct")
+
+
+def _functions(of: Any) -> set[Callable]:
+    """Python functions of a function or a partial one and its arguments."""
+    parts = (of.func, *of.args) if isinstance(of, partial) else (of,)
+    return set(filter(inspect.isfunction, parts))
+
+
+def _named_by(functions: set[Callable]) -> set[Callable]:
+    """Python functions among the variables that these functions read from outside."""
+    variables = map(inspect.getclosurevars, functions)
+    return {x for of in variables for x in (*of.globals.values(), *of.nonlocals.values()) if inspect.isfunction(x)}
 
 
 def _is_untouched(answer: Any) -> bool:

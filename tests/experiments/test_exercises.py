@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_several_calls_must_all_be_right(capsys):
     notebook.exercise(lambda *call: None, against=count, args=calls)
     assert capsys.readouterr().out == "correct\nnot attempted\n"
     with pytest.raises(AssertionError, match=r"not yet: got 15, expected 17 \(arguments \(5, 3\)\)$"):
-        notebook.exercise(lambda n, k=1: count(n), against=count, args=calls)
+        notebook.exercise(lambda n, k=1: n * (n + 1) // 2, against=count, args=calls)
     with pytest.raises(AssertionError, match=r"call 2 of 2\)$"):
         notebook.exercise(lambda x: x.abs(), against=lambda x: x, args=[(torch.ones(30),), (-torch.ones(30),)])
     square = {"a square, not a triangle": lambda n, k=1: n * n}
@@ -100,3 +101,19 @@ def test_several_calls_must_all_be_right(capsys):
 def test_an_answer_to_one_of_several_calls_is_an_attempt():
     with pytest.raises(AssertionError, match="not yet: got None, expected 3|NoneType"):
         notebook.exercise(lambda n: 1 if n == 1 else None, against=lambda n: n * (n + 1) // 2, args=[(1,), (2,)])
+
+
+def test_a_solution_that_calls_the_answer_is_none():
+    def applied(fn, x):
+        return fn(x)
+
+    def answer(x):
+        return x + 1
+
+    def shifted(x):
+        return answer(x)
+
+    for fn, against in ((shifted, answer), (partial(applied, shifted), partial(applied, answer))):
+        with pytest.raises(AssertionError, match="not yet: write it without answer$"):
+            notebook.exercise(fn, against=against, args=(torch.ones(2),))
+    notebook.exercise(partial(applied, lambda x: 1 + x), against=partial(applied, answer), args=(torch.ones(2),))
