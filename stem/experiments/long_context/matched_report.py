@@ -14,10 +14,6 @@ from stem.experiments.speed.report import DENSE_LABELS
 NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
 BLOCK_SIZE = 128
 ORACLE, REUSED = ", then true mass in the place of scores", ", then selections that several layers reuse"
-TRIED = (
-    "Thresholds by layer or of the last block, and scores of what stand-ins miss, are no options: selectors made for "
-    "the search tried them."
-)
 SEARCHED = 8  # settings that the table of the search shows
 
 
@@ -186,6 +182,6 @@ def search() -> str:
             f"tokens, on {counts} needles and calibration windows that no other table reports. The best "
             f"{min(SEARCHED, len(own))}{ORACLE if (others.anchors == 1).any() else ''}"
             f"{REUSED if (others.anchors > 1).any() else ''}. The divergence of the answers' tokens from dense "
-            f"attention [nats] has no sign, so gains do not offset losses. {TRIED}\n\n{markdown_table(header, lines)}"
+            f"attention [nats] has no sign, so gains do not offset losses.\n\n{markdown_table(header, lines)}"
         )
     return "\n\n".join(parts)
