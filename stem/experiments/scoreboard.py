@@ -202,7 +202,9 @@ def _needles() -> str:
     densities = ", ".join(f"{of.density:.1%}" for of in needles)
     on_documents = ", ".join(f"{of.difference.mean:.3f}" for of in documents)
     lead = verdicts.against("adaptive", "stem, last block dense") if len(found) == len(names) else []
-    paired = f" `adaptive` minus the last, paired: {lead[0].difference}." if lead else ""
+    lead = lead[0].difference if lead else None
+    told = "" if lead is None or lead.excludes_zero else ", an interval that holds zero"
+    paired = "" if lead is None else f" `adaptive` minus the last, paired: {lead}{told}."
     return (
         f"**Quality: on needles {lost}** nats of log p(answer) against dense attention, means of "
         f"{needles[0].difference.count} samples, {where}, densities {densities}.{paired} On documents the losses are "

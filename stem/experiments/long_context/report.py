@@ -277,11 +277,10 @@ def _by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
 
 
 def _difference(part: pd.DataFrame, of: pd.DataFrame) -> Difference:
-    """Difference to dense attention of one method's rows at one density: of one task, or of the samples of all."""
+    """Difference to dense attention of one method's rows at one density, from samples where the rows hold them."""
     row = of.iloc[0]
-    if len(of) == 1:
-        return Difference(row.difference, row.low, row.high, row["count"])
-    return paired(part, row.method, block_size=row.block_size, asked=row.asked)
+    found = paired(part, row.method, block_size=row.block_size, asked=row.asked)
+    return found if found.count else Difference(row.difference, row.low, row.high, row["count"])
 
 
 def _interval(difference: Difference, form: str) -> str:
