@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 
-from stem.experiments.long_context import report
+from stem.experiments.long_context import report, tuning
+from stem.experiments.long_context.measures import interval
 from stem.experiments.long_context.report import NEEDLES, Difference
 from stem.experiments.markdown import MISSING, full_rows, markdown_table, number, tokens_label
 from stem.experiments.speed.report import DENSE_LABELS
@@ -15,6 +17,8 @@ NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [n
 BLOCK_SIZE = 128
 ORACLE, REUSED = ", then true mass in the place of scores", ", then selections that several layers reuse"
 SEARCHED = 8  # settings that the table of the search shows
+HEADER = ["what differs from the preset", "density of needles, documents", "needles", "documents", "divergence"]
+EXACT = f"exact_last_blocks={tuning.ORACLE['exact_last_blocks']}"
 
 
 class Point(NamedTuple):
@@ -157,31 +161,64 @@ def section() -> str:
 
 
 def search() -> str:
-    """The best settings that the search for `adaptive` at a low density found, on samples that no other row reports."""
+    """The best settings that the search for `adaptive` at a low density found, and what they lose on other samples."""
     rows = full_rows("long_context/tuning")
     if rows.empty:
         return ""
-    parts, rows = [], rows.assign(divergence=rows.get("divergence"))  # of the answers' tokens from dense [nats]
-    for (device, length, asked), of in rows.groupby(["device", "length", "asked"]):
-        own = of[(of.anchors == 1) & ~of.changes.str.contains("exact_last_blocks=1048576")]
-        others = of.drop(own.index)
-        lines = [
-            [
-                row.changes if row.anchors == 1 else f"the first line, reused by {row.anchors:.0f} layers each",
-                f"{row.density_needles:.1%}, {row.density_documents:.1%}",
-                f"{row.needles:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
-                f"{row.documents:+.4f}",
-                MISSING if pd.isna(row.divergence) else f"{row.divergence:.2f}",
-            ]
-            for row in pd.concat([own.sort_values("score").head(SEARCHED), others]).itertuples()
-        ]
-        header = ["what differs from the preset", "density of needles, documents", "needles", "documents", "divergence"]
-        counts = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
-        parts.append(
-            f"**Search for `adaptive` at {asked:.0%}** on {device}: {len(of)} settings at {tokens_label(length)} "
-            f"tokens, on {counts} needles and calibration windows that no other table reports. The best "
-            f"{min(SEARCHED, len(own))}{ORACLE if (others.anchors == 1).any() else ''}"
-            f"{REUSED if (others.anchors > 1).any() else ''}. The divergence of the answers' tokens from dense "
-            f"attention [nats] has no sign, so gains do not offset losses.\n\n{markdown_table(header, lines)}"
-        )
+    rows, parts = rows.fillna({"thresholds": ""}), []
+    for (device, model, length, asked), group in rows.groupby(["device", "model", "length", "asked"]):
+        model = report.MODELS.get(model, model)
+        for samples, of in group.groupby("samples", sort=False):
+            oracles = of.changes.str.contains(EXACT)
+            counts = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
+            if samples == tuning.REPORTED:
+                lines = [
+                    _setting(row) + _to_oracle(row, of) for row in of.sort_values(["changes", "score"]).itertuples()
+                ]
+                parts.append(
+                    f"**Those of the search, on the samples of the tables above** ({model}, {tokens_label(length)} "
+                    f"tokens, {counts} needles, 8 windows of {' and of '.join(tuning.KINDS)}). Thresholds are "
+                    f"calibrated on calibration windows, and their multiples come from the samples of the search.\n\n"
+                    + markdown_table([*HEADER, "needles to the oracle", "documents to the oracle"], lines)
+                )
+                continue
+            own = of[(of.anchors == 1) & ~oracles].sort_values("score")
+            others = of.drop(own.index)
+            lines = [_setting(row) for row in pd.concat([own.head(SEARCHED), others]).itertuples()]
+            parts.append(
+                f"**Search for `adaptive` at {asked:.0%}** on {model} and {device}: {len(of)} settings at "
+                f"{tokens_label(length)} tokens, on {counts} needles and calibration windows that no other table "
+                f"reports. The best {min(SEARCHED, len(own))}{ORACLE if (others.anchors == 1).any() else ''}"
+                f"{REUSED if (others.anchors > 1).any() else ''}. The divergence of the answers' tokens from dense "
+                f"attention [nats] has no sign, so gains do not offset losses.\n\n{markdown_table(HEADER, lines)}"
+            )
     return "\n\n".join(parts)
+
+
+def _setting(row) -> list[str]:
+    """Cells of a row of the search under `HEADER`."""
+    changed = row.changes if row.anchors == 1 else f"the first line, reused by {row.anchors:.0f} layers each"
+    last, _, layers = row.thresholds.partition("layers=")
+    told = [f"threshold of the last block × {last.removeprefix('last=').strip()}"] if last else []
+    return [
+        "; ".join([changed, *told, *(["thresholds by layer"] if layers else [])]),
+        f"{row.density_needles:.1%}, {row.density_documents:.1%}",
+        f"{row.needles:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
+        f"{row.documents:+.4f}",
+        MISSING if pd.isna(row.divergence) else f"{row.divergence:.2f}",
+    ]
+
+
+def _to_oracle(row, rows: pd.DataFrame) -> list[str]:
+    """Paired differences to the same setting with exact shares, on needles and documents; empty for oracles."""
+    same = rows[rows.changes.str.contains(EXACT) & (rows.thresholds == row.thresholds)]
+    if EXACT in row.changes or same.empty:
+        return [MISSING, MISSING]
+    found = []
+    for column, digits in (("values", 2), ("document_values", 4)):
+        ours, theirs = (
+            torch.tensor([float(x) for x in of.split()]) for of in (getattr(row, column), same[column].iloc[0])
+        )
+        low, high = interval(ours - theirs)
+        found.append(f"{float((ours - theirs).mean()):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+    return found

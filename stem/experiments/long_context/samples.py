@@ -29,6 +29,10 @@ class Prompts(NamedTuple):
     answer_tokens: Tensor  # int64 [samples], length of the answer at the end [tokens]
     answers: list[list[str]]  # texts that a generated answer has to contain
 
+    def first(self, count: int) -> Prompts:
+        """The first samples."""
+        return Prompts(self.task, *(of[:count] for of in self[1:]))
+
 
 def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0) -> Prompts:
     """Samples of RULER or of `signatures` of exactly `length` tokens, so that a batch needs no padding (our choice).
