@@ -11,16 +11,18 @@ import torch
 from transformers import AutoTokenizer
 
 from stem.experiments.documents import stdlib_documents
-from stem.experiments.serving.engines import engine, fastest
+from stem.experiments.serving.engines import engine, timed
+from stem.experiments.speed.drop_in import paired
 from stem.pretrained import resolve
 
 LAYERS, VOCABULARY = 8, 128256
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)  # of whole prompts
 CHUNKED_LENGTHS = (32768, 131072)
 CHUNK = 8192
-DENSITIES = (None, 0.25, 0.1)  # None is vLLM's own attention
-GROUP_DENSITIES = (0.25, 0.1)  # of engines whose lists serve all query heads of a key-value head
 MIN_TOKENS = 4096  # of a sparse prompt, as README starts a server
+DENSITIES = (0.25, 0.1)
+WAYS = (None, *(dict(density=density, min_tokens=MIN_TOKENS) for density in DENSITIES))  # None: vLLM's own attention
+GROUPS = tuple(dict(way, lists="group") for way in WAYS[1:])  # lists that serve all query heads of a key-value head
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
 DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
 SHOWN = 8  # tokens of an answer in a row
@@ -30,24 +32,23 @@ SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short promp
 def large_model_rows() -> list[dict]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
-    Prompts below MIN_TOKENS stay dense. Three engines at a time take turns, which needs 60 GiB. Those of whole prompts
-    decode from CUDA graphs. Engines whose lists serve groups of heads come after the others, for long prompts only.
+    Prompts below MIN_TOKENS stay dense. The engines take turns, five for whole prompts, which needs 90 GiB, and three
+    for chunks. Those of whole prompts decode from CUDA graphs.
 
     Returns:
         A row for each attention, chunk and length: attention, density (requested), lists (see StemConfig), realised
         (the density that was computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time,
-        first_token_ms (see engines.fastest; of the last of several requests), token_ms of each further token (NaN where
-        not measured), and answer, the ids of the first request's first tokens.
+        first_token_ms (the shortest of engines.timed; of the last of several requests), speedup over vLLM's own
+        attention (the median over rounds of a round's ratio, from speedup_low to speedup_high, 95 %), token_ms of each
+        further token (NaN where not measured), and answer, the ids of the first request's first tokens.
     """
-    ways = [None if density is None else dict(density=density, min_tokens=MIN_TOKENS) for density in DENSITIES]
-    groups = [dict(density=density, min_tokens=MIN_TOKENS, lists="group") for density in GROUP_DENSITIES]
     whole = [([_ids(tokens, VOCABULARY)], 0) for tokens in LENGTHS]
     whole += [([_ids(DECODE_TOKENS, VOCABULARY, 1)], DECODED)]
-    long = [([_ids(tokens, VOCABULARY)], 0) for tokens in CHUNKED_LENGTHS]
-    together = [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
+    chunked = [([_ids(tokens, VOCABULARY)], 0) for tokens in CHUNKED_LENGTHS]
+    chunked += [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
     with large_model() as start:
-        found = compared(start, ways, None, whole) + compared(start, ways, CHUNK, long + together, enforce_eager=True)
-        return found + compared(start, groups, None, long, enforce_eager=True)
+        found = compared(start, WAYS + GROUPS, None, whole)
+        return found + compared(start, WAYS, CHUNK, chunked, enforce_eager=True)
 
 
 @contextmanager
@@ -105,11 +106,11 @@ def _rows(
     prompts: Sequence[Sequence[int]],
     further_tokens: int = 0,
 ) -> list[dict]:
-    """A row for each engine and its settings; answers go on with further_tokens."""
+    """A row for each engine and its settings, the first of several without; answers go on with further_tokens."""
     before = [_block_pairs(*engine) for engine in zip(llms, settings, strict=True)]
-    first = measured = fastest(llms, prompts)
+    first = measured = timed(llms, prompts)
     if further_tokens:
-        measured = fastest(llms, prompts, 1 + further_tokens)
+        measured = timed(llms, prompts, 1 + further_tokens)
     size, rows = dict(chunk=chunk or 0, tokens=len(prompts[0]), requests=len(prompts)), []
     for i, (answers, all_ms) in enumerate(measured):
         kept, causal = _block_pairs(llms[i], settings[i]) - before[i]
@@ -117,10 +118,11 @@ def _rows(
         if settings[i] is not None:
             lists, realised = settings[i].get("lists", "head"), float(kept / causal)
             about = dict(attention="Stem", density=settings[i]["density"], lists=lists, realised=realised)
-        first_ms = first[i][1]
-        token_ms = (all_ms - first_ms) / further_tokens if further_tokens else float("nan")
-        answer = " ".join(map(str, answers[0][:SHOWN]))
-        rows.append({**about, **size, "first_token_ms": first_ms, "token_ms": token_ms, "answer": answer})
+        about |= size | dict(first_token_ms=min(first[i][1]))
+        if len(llms) > 1:
+            about |= paired(dense / own for dense, own in zip(first[0][1], first[i][1], strict=True))
+        about["token_ms"] = (min(all_ms) - min(first[i][1])) / further_tokens if further_tokens else float("nan")
+        rows.append(about | dict(answer=" ".join(map(str, answers[0][:SHOWN]))))
         print(rows[-1], flush=True)
     return rows
 

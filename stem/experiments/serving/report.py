@@ -56,7 +56,15 @@ def _table(rows: pd.DataFrame) -> str:
 
 
 def _cells(rows: pd.DataFrame, column: str, ways: list[tuple[str, float]]) -> list[str]:
-    stock = rows[column][rows.attention == "vLLM"].iloc[0]
-    found = rows[rows.attention == "Stem"].groupby(["lists", "density"])[column].first()
-    cells = [f"{number(found[x], ' ms')} ({stock / found[x]:.2f}x)" if x in found else "–" for x in ways]
-    return [number(stock, " ms"), *cells]
+    stock = rows[rows.attention == "vLLM"].iloc[0]
+    found = {(row.lists, row.density): row for row in rows[rows.attention == "Stem"][::-1].itertuples()}  # first ones
+    cells = [_cell(getattr(found[x], column), stock[column], found[x], column) if x in found else "–" for x in ways]
+    return [number(stock[column], " ms"), *cells]
+
+
+def _cell(own: float, dense: float, row, column: str) -> str:
+    """A time and its speed-up: of the rounds if the row has it, else the ratio of the two times."""
+    ratio = f"{dense / own:.2f}x"
+    if column == "first_token_ms" and pd.notna(getattr(row, "speedup", None)):
+        ratio = f"{row.speedup:.2f}x, {row.speedup_low:.2f} to {row.speedup_high:.2f}"
+    return f"{number(own, ' ms')} ({ratio})"

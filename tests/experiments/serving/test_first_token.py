@@ -13,11 +13,12 @@ from stem.experiments.serving.engines import answer, engine
 def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     from tiny_models import build
 
-    def fastest(llms, prompts, tokens=1):
-        return [(answer(llm, prompts, tokens)[0], 100.0 + 5 * tokens) for llm in llms]
+    def timed(llms, prompts, tokens=1):
+        rounds = [[x + 5.0 * tokens for x in times] for times in ((100, 200, 140), (100, 100, 100))]
+        return [(answer(llm, prompts, tokens)[0], times) for llm, times in zip(llms, rounds, strict=True)]
 
     monkeypatch.setattr("gc.collect", lambda *generation: 0)  # takes long over all that vLLM imports
-    monkeypatch.setattr(first_token, "fastest", fastest)
+    monkeypatch.setattr(first_token, "timed", timed)
     sizes = dict(hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, vocab_size=tools.VOCABULARY)
     build("Llama", **sizes, eos_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
     ids, settings = tools.prompt(600), [None, tools.SETTINGS | dict(lists="group")]
@@ -31,18 +32,23 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     budget = stem.block_budget(38, stem.StemConfig(**tools.SETTINGS))  # blocks of 16 tokens
     assert [row["realised"] for row in found] == [1.0, pytest.approx(int(budget.sum()) / (38 * 39 / 2), abs=1e-9)]
     assert all((row["first_token_ms"], row["token_ms"]) == (105.0, 5.0) for row in found)
+    speedups = [[row[x] for x in ("speedup", "speedup_low", "speedup_high")] for row in found]
+    assert speedups == [[1.0] * 3, pytest.approx([145 / 105, 1.0, 205 / 105])]
     assert [row["answer"] for row in found] == [" ".join(map(str, x)) for x in tokens] and tokens[0] != tokens[1]
 
 
 def test_engines_take_turns(monkeypatch):
     calls, seconds = [], dict(a=iter([9.0, 3.0, 2.0, 4.0, 5.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
     monkeypatch.setattr(engines, "answer", lambda llm, *args: (calls.append(llm) or [[7]], next(seconds[llm])))
-    assert engines.fastest(["a", "b"], [[1]]) == [([[7]], 2000.0), ([[7]], 4000.0)]
+    assert engines.timed(["a", "b"], [[1]]) == [([[7]], [3e3, 2e3, 4e3]), ([[7]], [4e3, 5e3, 6e3])]
     assert calls == ["a", "b"] + ["b", "a", "a", "b", "b", "a"]  # three rounds, as they take longer than MEASURED
     monkeypatch.setattr(engines, "MEASURED", 25.0)
     calls.clear()
     seconds.update(a=iter([9.0, 3.0, 2.0, 4.0, 1.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
-    assert engines.fastest(["a", "b"], [[1]])[0] == ([[7]], 1000.0) and len(calls) == 10
+    assert engines.timed(["a", "b"], [[1]])[0] == ([[7]], [3e3, 2e3, 4e3, 1e3]) and len(calls) == 10
+    monkeypatch.setattr(engines, "MOST_ROUNDS", 3)
+    seconds.update(a=iter([9.0, 3.0, 2.0, 4.0, 1.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
+    assert len(engines.timed(["a", "b"], [[1]])[0][1]) == 3
 
 
 def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
@@ -62,11 +68,10 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     monkeypatch.setattr(first_token, "engine", start)
     monkeypatch.setattr(first_token, "_rows", rows)
     found = first_token.large_model_rows()
-    ways, groups = [None, (0.25, "head"), (0.1, "head")], [(0.25, "group"), (0.1, "group")]
-    assert events[:3] == [(way, 131072, None, False) for way in ways]
-    assert events[3:10] == [(ways, [n], 0) for n in first_token.LENGTHS] + [(ways, [4096], 128)]
-    assert events[10:16] == ["end"] * 3 + [(way, 131072, 8192, True) for way in ways]
-    assert events[16:19] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)]
-    assert events[19:24] == ["end"] * 3 + [(way, 131072, None, True) for way in groups]
-    assert events[24:] == [(groups, [32768], 0), (groups, [131072], 0)] + ["end"] * 2
-    assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3 + [None] * 2
+    ways = [None, (0.25, "head"), (0.1, "head")]
+    whole = ways + [(0.25, "group"), (0.1, "group")]
+    assert events[:5] == [(way, 131072, None, False) for way in whole]
+    assert events[5:12] == [(whole, [n], 0) for n in first_token.LENGTHS] + [(whole, [4096], 128)]
+    assert events[12:20] == ["end"] * 5 + [(way, 131072, 8192, True) for way in ways]
+    assert events[20:] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
+    assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3

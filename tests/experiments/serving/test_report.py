@@ -45,6 +45,15 @@ def test_lists_of_groups_have_columns_of_their_own(monkeypatch):
     assert lines[5] == "| 32K, chunks of 8K | 300 ms | – | 150 ms (2.00x) | – |"
 
 
+def test_a_speedup_of_rounds_comes_with_its_interval(monkeypatch):
+    measured = rows(("vLLM", 1.0, 0, 2048, 1, 16.0, 4.0), ("Stem", 0.25, 0, 2048, 1, 20.0, 2.0))
+    measured = measured.assign(speedup=[1.0, 0.9], speedup_low=[1.0, 0.85], speedup_high=[1.0, 0.96])
+    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    lines = report.serving().splitlines()
+    assert lines[4] == "| 2K | 16 ms | 20 ms (0.90x, 0.85 to 0.96) |"
+    assert lines[5] == "| each further token after 2K | 4 ms | 2 ms (2.00x) |"
+
+
 def test_without_rows_the_command_is_named(monkeypatch):
     monkeypatch.setattr(report, "full_rows", lambda name: rows())
     assert "make serving PROFILE=full" in report.serving()
