@@ -13,6 +13,7 @@ HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (
 pytestmark = pytest.mark.skipif(not HAS_SM90, reason="needs a GPU of compute capability 9.0")
 SETTINGS = dict(density=0.2, sink_blocks=1, local_blocks=1)  # of 128 tokens a block
 LENGTHS = (8192, 3000, 12345, 129)
+SMALL_LOGITS = 1 / 8  # of a random model's: then they stay below 1, where the last bit of bf16 is worth 0.004
 TIE = 1e-3  # scores this close, over the largest of a row, may be ordered otherwise in fp16
 
 
@@ -23,14 +24,15 @@ def topics(length, seed):
     return words.gather(1, torch.randint(0, 3, (len(words), 1), generator=draw))[:length, 0].tolist()
 
 
-def saved_model(dtype):
-    """A random Llama on the GPU, its folder, and prompts for it."""
+def saved_model(dtype, logits=1.0):
+    """A random Llama on the GPU whose logits are multiplied by a number, its folder, and prompts for it."""
     import serving_engine as tools
     from tiny_models import build
     from transformers import AutoModelForCausalLM
 
     sizes = dict(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=2**14)
     model = build("Llama", **sizes, vocab_size=tools.VOCABULARY, eos_token_id=None, bos_token_id=None)
+    model.lm_head.weight.data *= logits
     folder = tempfile.mkdtemp()
     model.to(dtype).save_pretrained(folder)  # rounds the rotary frequencies too, which a loaded model has in fp32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda")
@@ -93,10 +95,13 @@ def differences() -> dict[str, float]:
 
 
 def answers(gpus: int) -> list:
-    """Log-probabilities of a token after each prompt in bf16, [dense or sparse, prompts, vocabulary]."""
+    """Log-probabilities of a token after each prompt in bf16, [dense or sparse, prompts, vocabulary].
+
+    vLLM rounds logits to bf16. The last bit of one from 4 to 8 is worth 0.03, so that no engine could keep to 0.01.
+    """
     import serving_engine as tools
 
-    _, folder, prompts = saved_model(torch.bfloat16)
+    _, folder, prompts = saved_model(torch.bfloat16, SMALL_LOGITS)
     options = dict(tensor_parallel_size=gpus, disable_custom_all_reduce=True)
     llms = [engine(folder, "bfloat16", settings, **options) for settings in (None, SETTINGS)]
     return [[x[0].tolist() for x in tools.answers(llm, prompts)] for llm in llms]
@@ -126,10 +131,11 @@ def test_answers_are_those_of_stem_hf(runner):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_answers_of_one():
     one, two = (torch.tensor(result("answers", gpus)) for gpus in ("1", "2"))
-    dense, sparse = (one - two).abs().mean((1, 2)).tolist()  # the last bit of a logit from 4 to 8 is 0.03 in bf16
-    assert max(dense, sparse) < 1e-2 < (one[0] - one[1]).abs().mean() / 50
+    assert one.sub(one.mean(-1, keepdim=True)).abs().max() < 1  # logits, up to their mean
+    assert (one[0] - one[1]).abs().mean() > 0.1
+    assert (one - two).abs().max() < 1e-2
+    dense, sparse = (one - two).abs().mean((1, 2)).tolist()
     assert sparse < 1.5 * dense
-    assert (one - two)[1].abs().max() < 2 * (one - two)[0].abs().max()
 
 
 if __name__ == "__main__":
