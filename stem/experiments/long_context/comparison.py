@@ -37,6 +37,7 @@ from stem.experiments.long_context import measures, methods, ruler, samples
 from stem.experiments.long_context.measures import InChunks
 from stem.experiments.long_context.methods import Method
 from stem.experiments.long_context.samples import Prompts
+from stem.validation import check_integer
 
 DOCUMENTS = "documents"  # task of the losses; the other tasks are RULER's
 CALIBRATION_TASK, CALIBRATION_SAMPLES, CALIBRATION_SEED = "niah_multikey_1", 4, 1000
@@ -296,6 +297,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-sizes", metavar="TOKENS", nargs="+", type=int, help="block sizes")
     parser.add_argument("--tasks", metavar="TASK", nargs="+", choices=(*samples.FIXED_ORDER, DOCUMENTS), help="tasks")
     parser.add_argument("--kinds", metavar="KIND", nargs="+", choices=tuple(documents.KINDS), help="of documents")
+    parser.add_argument("--samples", metavar="COUNT", type=int, help="samples of each task")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=math.inf, help="no measurement begins after this time [s]")
 
@@ -310,7 +312,11 @@ def with_options(study: Study, options: argparse.Namespace) -> Study:
         tasks=options.tasks,
         kinds=options.kinds,
     )
-    return replace(study, **{name: tuple(value) for name, value in given.items() if value})
+    changes = {name: tuple(value) for name, value in given.items() if value}
+    if options.samples is not None:
+        check_integer("samples", options.samples, 1)
+        changes["samples"] = options.samples
+    return replace(study, **changes)
 
 
 def measure(study: Study, part: str, options: argparse.Namespace) -> None:

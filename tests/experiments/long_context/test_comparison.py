@@ -2,6 +2,7 @@
 
 import argparse
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,6 +223,9 @@ def test_every_option_replaces_the_studys_value():
     study = comparison.with_options(STUDY, options(*words))
     assert study == Study((512,), ("ruler_vt",), ("xattention",), (0.2,), (64,), samples=2, kinds=("prose",))
     assert comparison.with_options(STUDY, options()) == STUDY
+    assert comparison.with_options(STUDY, options("--samples", "5")) == replace(STUDY, samples=5)
+    with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
+        comparison.with_options(STUDY, options("--samples", "0"))
 
 
 def test_a_run_of_some_methods_leaves_the_rows_of_the_others(monkeypatch, made_up_machine):
