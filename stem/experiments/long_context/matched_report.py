@@ -16,6 +16,13 @@ from stem.experiments.speed.report import DENSE_LABELS
 NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
 BLOCK_SIZE = 128
 ORACLE, REUSED = ", then true mass in the place of scores", ", then selections that several layers reuse"
+CHOSEN = (
+    f"Each method at its lowest measured density at which needles ({NEEDLES}) lose at most {-NATS} nats and documents "
+    f"at most {LOSS} nats per token in the mean, in blocks of {BLOCK_SIZE}. Needles and calibration texts of their own "
+    "choose that density; the losses shown are those of other samples. Where no density is within both bounds, the "
+    "highest one."
+)
+UNCHOSEN = f"Each method at its highest density measured, in blocks of {BLOCK_SIZE}: no other samples choose one here."
 SEARCHED = 8  # settings that the table of the search shows
 HEADER = ["what differs from the preset", "density of needles, documents", "needles", "documents", "divergence"]
 EXACT = f"exact_last_blocks={tuning.ORACLE['exact_last_blocks']}"
@@ -50,8 +57,8 @@ def points(rows: pd.DataFrame, model: str, length: int) -> dict[str, list[Point]
 class Picked(NamedTuple):
     """A method's point on the reported samples, at the density that other samples chose."""
 
-    point: Point
-    is_chosen: bool  # False where no density was within both bounds there; the point is then the highest density's
+    point: Point  # of the highest density where none is chosen
+    is_chosen: bool | None  # False: no density was within both bounds there; None: the model has no such samples
 
 
 def picked(model: str, length: int) -> dict[str, Picked]:
@@ -60,8 +67,15 @@ def picked(model: str, length: int) -> dict[str, Picked]:
     for method, of in points(report.rows(parts=("answers", "loss")), model, length).items():
         within = {point.asked for point in chosen.get(method, ()) if point.is_within}
         point = next((point for point in of if point.asked in within), None)
-        found[method] = Picked(point or of[-1], point is not None)
+        found[method] = Picked(point or of[-1], point is not None if chosen else None)
     return found
+
+
+def longest(model: str, length: int) -> int:
+    """The longest samples, up to a length, of which a model has both needles and documents; the length without any."""
+    rows = report.rows(parts=("answers", "loss"))
+    lengths = sorted({of for of in rows[rows.model == model].length if of <= length}, reverse=True)
+    return next((of for of in lengths if points(rows, model, of)), length)
 
 
 def matched() -> str:
@@ -75,20 +89,17 @@ def matched() -> str:
         name = source.removeprefix("captured from ")
         model = report.MODELS.get(name, name)
         wide = times[(times.device == device) & (times.source == "random normal")]
-        found = picked(model, length)
+        found = picked(model, at := longest(model, length))
         parts.append(
             _table(found, {tokens_label(length): of} | {tokens_label(n): t for n, t in wide.groupby("tokens")})
         )
         heads = of.iloc[0]
         parts.insert(
             -1,
-            f"**{model}, {tokens_label(length)} tokens, on {device}.** Each method at its lowest measured density at "
-            f"which needles ({NEEDLES}) lose at most {-NATS} nats and documents at most {LOSS} nats per token in the "
-            f"mean, in blocks of {BLOCK_SIZE}. Needles and calibration texts of their own choose that density; the "
-            f"losses shown are those of other samples. Where no density is within both bounds, the highest one. Times "
-            f"[ms] are "
-            f"of one layer with selection: the mean of {heads.layers:.0f} captured layers ({heads.q_heads:.0f} query "
-            f"and {heads.kv_heads:.0f} KV heads of {heads.head_dim:.0f})"
+            f"**{model}, {tokens_label(length)} tokens, on {device}.** {CHOSEN if _has_choice(found) else UNCHOSEN} "
+            + (f"Needles and documents have {tokens_label(at)} tokens. " if at != length else "")
+            + f"Times [ms] are of one layer with selection: the mean of {heads.layers:.0f} captured layers "
+            f"({heads.q_heads:.0f} query and {heads.kv_heads:.0f} KV heads of {heads.head_dim:.0f})"
             + "".join(
                 f", and random normal inputs at {tokens_label(n)} in the shape of Llama-3.1-8B"
                 for n in [*wide.tokens.unique()]
@@ -127,6 +138,10 @@ def fastest() -> Fastest | None:
     return min(found, key=lambda of: of.row.operator_ms, default=None)
 
 
+def _has_choice(found: dict[str, Picked]) -> bool:
+    return any(of.is_chosen is not None for of in found.values())
+
+
 def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
     dense = {label: of[of.asked.isna()].sort_values("operator_ms") for label, of in times.items()}
     lines = []
@@ -138,7 +153,7 @@ def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
         if set(cells) == {MISSING}:
             continue
         values = [" ".join(str(difference).split(", n")[:1]) for difference in point[1:3]]
-        share = f"{point.density:.1%}" if is_chosen else f"none to {point.density:.1%}"
+        share = f"{point.density:.1%}" if is_chosen is not False else f"none to {point.density:.1%}"
         lines.append((not is_chosen, point.density, [method, share, *values, *cells]))
     header = ["method", "density", "needles", "documents"]
     for label, of in dense.items():
@@ -165,7 +180,7 @@ def search() -> str:
     rows = full_rows("long_context/tuning")
     if rows.empty:
         return ""
-    rows, parts = rows.fillna({"thresholds": ""}), []
+    rows, parts = rows.assign(thresholds=rows.thresholds.astype(object).fillna("")), []
     for (device, model, length, asked), group in rows.groupby(["device", "model", "length", "asked"]):
         model = report.MODELS.get(model, model)
         for samples, of in group.groupby("samples", sort=False):

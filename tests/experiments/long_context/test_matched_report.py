@@ -77,6 +77,26 @@ def test_a_method_is_shown_at_the_lowest_density_that_other_samples_chose(rows):
     assert theirs[:2] == ["xattention", "none to 25.0%"] and theirs[4:6] == ["6 (3)", "1.50×"]
 
 
+def test_a_model_without_samples_that_choose_shows_its_highest_density_at_its_longest_samples(rows, monkeypatch):
+    """Needles of the captured length have no documents beside them, so the samples of half the length count."""
+    read = report.rows
+
+    def others(parts):
+        frame = read(parts)
+        if parts == ("choice",):
+            return frame[frame.model == "none"]
+        needles = frame[frame.measure == "answer"].assign(values="-9 -9")
+        return pd.concat([frame.assign(length=LENGTH // 2), needles])
+
+    monkeypatch.setattr(report, "rows", others)
+    told = matched_report.matched()
+    lines = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")][2:]
+    assert [line[:2] for line in lines] == [["adaptive", "25.0%"], ["xattention", "25.0%"]]
+    assert [line[2].split()[0] for line in lines] == ["-0.100", "-0.300"]
+    assert "no other samples choose one here. Needles and documents have 16K tokens." in told
+    assert matched_report.fastest() is None  # nothing was chosen on other samples
+
+
 def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatch):
     names = [f"score_cells={i}" for i in range(12)] + ["exact_last_blocks=1048576", "score_cells=0"]
     frame = pd.DataFrame(
