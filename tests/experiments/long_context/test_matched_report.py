@@ -100,7 +100,7 @@ def test_a_model_without_samples_that_choose_shows_its_highest_density_at_its_lo
 def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatch):
     names = [f"score_cells={i}" for i in range(12)] + ["exact_last_blocks=1048576", "score_cells=0"]
     frame = pd.DataFrame(
-        dict(changes=name, anchors=1 + (i == 13), score=12.0 - i, needles=-i / 10, low=-1.0, high=0.0, documents=0.01)
+        dict(changes=name, anchors=1 + (i == 13), score=12.0 - i, values=f"{-i} {-i}", documents=0.01)
         for i, name in enumerate(names)
     ).assign(device="NVIDIA H200", length=2**14, asked=0.08, count=12, density_needles=0.08, density_documents=0.079)
     frame = frame.assign(model="smollm2-0.1.2", samples="tuning", thresholds=None, divergence=None)
@@ -108,6 +108,7 @@ def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatc
     lines = [line.split(" | ")[0].strip("| ") for line in matched_report.search().splitlines() if line.startswith("|")]
     best = [f"score_cells={i}" for i in range(11, 11 - matched_report.SEARCHED, -1)]
     assert lines[2:] == [*best, "exact_last_blocks=1048576", "the first line, reused by 2 layers each"]
+    assert "| score_cells=11 | 8.0%, 7.9% | -11.00 [-11.00, -11.00] | +0.0100 |" in matched_report.search()
     told = matched_report.search()
     assert "then true mass in the place of scores, then selections that several layers reuse." in told
     assert f"| {MISSING} |" in told
@@ -120,20 +121,21 @@ def test_reported_samples_show_thresholds_and_the_distance_to_the_same_with_exac
     oracle, layers = "exact_last_blocks=1048576 score_cells=32", "last=0.25 layers=1,0.5"
     lines = [("score_cells=32", None), ("score_cells=32", layers), (oracle, layers)]
     frame = pd.DataFrame(dict(changes=changes, thresholds=of) for changes, of in lines)
-    numbers = dict(needles=-0.5, low=-1.0, high=0.1, documents=0.01, divergence=0.3, score=1.0, anchors=1, count=2)
+    numbers = dict(documents=0.01, divergence=0.3, score=1.0, anchors=1, count=2)
     about = dict(
         device="H200", model="smollm2-0.1.2", length=2**14, asked=0.08, samples="reported", density_needles=0.08
     )
     frame = frame.assign(**numbers, **about, density_documents=0.079)
-    frame["values"], frame["document_values"] = ["-1 0"] * 2 + ["-0.75 0.25"], ["0.01 0.02"] * 2 + ["0.02 0.03"]
+    frame["values"], frame["document_values"] = ["-1 -1"] * 2 + ["-0.75 -0.75"], ["0.01 0.02"] * 2 + ["0.02 0.03"]
     monkeypatch.setattr(matched_report, "full_rows", lambda name: frame)
-    first, own, exact = [line.strip("| ").split(" | ") for line in matched_report.search().splitlines()[-3:]]
+    first, own, exact = [line.strip("| ").split(" | ") for line in matched_report.reported().splitlines()[-3:]]
     rows = {row[0]: row[1:] for row in (first, own, exact)}
     assert rows["score_cells=32"][-2:] == [MISSING, MISSING]
     told = "score_cells=32; threshold of the last block × 0.25; thresholds by layer"
-    assert rows[told][:4] == ["8.0%, 7.9%", "-0.50 [-1.00, +0.10]", "+0.0100", "0.30"]
+    assert rows[told][:4] == ["8.0%, 7.9%", "-1.00 [-1.00, -1.00]", "+0.0100", "0.30"]
     assert rows[told][-2:] == ["-0.25 [-0.25, -0.25]", "-0.0100 [-0.0100, -0.0100]"]
     assert rows[f"exact_last_blocks=1048576 {told}"][-2:] == [MISSING, MISSING]
+    assert matched_report.search() == "" and "of 16K tokens" in matched_report.reported()
 
 
 def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypatch):
