@@ -422,6 +422,7 @@ def models(rank, mesh):
         assert Peers.of(mesh, attention.TIMEOUT).gather(held, "the test")().sum() == 150
         for bad, words in (
             (dict(labels=ids), "labels"),
+            (dict(output_hidden_states=True), "output_hidden_states"),
             (dict(attention_mask=torch.arange(150, device=DEVICE)[None] > 3), "padding"),
             (dict(logits_to_keep=torch.tensor([1])), "logits_to_keep"),
         ):

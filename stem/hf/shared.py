@@ -75,11 +75,10 @@ class SharedPrompt:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
             raise ValueError("attention_mask: prompts that several ranks share have no padding; pass none, or ones")
-        for name in ("labels", "cu_seq_lens_q", "token_type_ids"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name}: a model that shares prompts does not take it; compute the loss from the logits"
-                )
+        for name in ("labels", "cu_seq_lens_q", "token_type_ids", "output_hidden_states"):
+            given = kwargs.get(name)
+            if given is not None and given is not False:
+                raise ValueError(f"{name}: a model that shares prompts does not take it; use its logits")
 
     def _grow(self, num_tokens: int) -> None:
         """Add the tokens of a call to the layout."""
