@@ -105,7 +105,7 @@ class Against(NamedTuple):
 
 
 def against(method: str, other: str = "dense", asked: float = ASKED) -> list[Against]:
-    """One task of needles, and documents, in blocks of 128 tokens, at the longest samples of the largest model."""
+    """Needles of one task and documents in blocks of 128 tokens: the longest samples of the first of Qwen's models."""
     found = []
     for what, part, measure in (("needles", "answers", "answer"), ("documents", "loss", "loss")):
         rows = report.rows(parts=(part,))
@@ -124,7 +124,7 @@ def against(method: str, other: str = "dense", asked: float = ASKED) -> list[Aga
 
 
 def near_dense() -> Verdict:
-    """Tables 2 and 4: needles and documents of published Stem at the density of the claim, on the largest model."""
+    """Tables 2 and 4: needles and documents of published Stem at the density of the claim; see `against`."""
     found = against("stem")
     reason = "not testable here: the paper's models have 8B parameters and generate answers"
     return Verdict("; ".join(map(str, found)), reason) if found else NONE
