@@ -44,9 +44,12 @@ def by_device(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return sorted(rows.groupby("device", sort=True), key=lambda group: -len(group[1]))
 
 
+def not_run(command: str, machine: str = "a CUDA machine") -> str:
+    """A sentence in place of a table: the command that writes the missing rows, and the machine it needs."""
+    return f"No full run is committed yet: `{command}` on {machine} writes its rows."
+
+
 def no_rows(notebook: str) -> str:
-    """A paragraph in place of a table: the command that writes the missing rows of a notebook such as "04_speed"."""
-    return (
-        f"No full run is committed yet: `make reproduce PROFILE=full ONLY={notebook[:2]}` on a CUDA machine writes its "
-        f"rows. What two CPU cores measure stands in [notebook {notebook[:2]}](notebooks/{notebook}.ipynb)."
-    )
+    """`not_run` for a notebook such as "04_speed", and where its rows of a CPU are."""
+    told = not_run(f"make reproduce PROFILE=full ONLY={notebook[:2]}")
+    return f"{told} What two CPU cores measure stands in [notebook {notebook[:2]}](notebooks/{notebook}.ipynb)."

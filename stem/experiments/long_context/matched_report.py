@@ -10,7 +10,7 @@ import torch
 from stem.experiments.long_context import report, tuning
 from stem.experiments.long_context.measures import interval
 from stem.experiments.long_context.report import NEEDLES, Difference
-from stem.experiments.markdown import MISSING, full_rows, markdown_table, number, tokens_label
+from stem.experiments.markdown import MISSING, full_rows, markdown_table, not_run, number, tokens_label
 from stem.experiments.speed.report import DENSE_LABELS
 
 NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
@@ -82,7 +82,7 @@ def matched() -> str:
     """Each method at the density that other samples chose, and its operator's time there beside dense kernels."""
     times = full_rows("long_context/matched")
     if times.empty:
-        return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
+        return not_run("make quality PROFILE=full")
     captured = times[times.source.str.startswith("captured")]
     parts = []
     for (device, source, length), of in captured.groupby(["device", "source", "tokens"]):

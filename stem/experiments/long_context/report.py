@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stem.experiments.long_context.measures import interval
 from stem.experiments.long_context.methods import BLIND, LEAST_CHOSEN, TRANSFER_LENGTH, TRANSFERRED
-from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, number, tokens_label
+from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, not_run, number, tokens_label
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
 MEASURES = ("answer", "right", "generated", "loss")
@@ -231,7 +231,7 @@ def quality() -> str:
     """Documents of each machine and model against dense attention: one table per length and block size."""
     found = rows(parts=("loss",))
     if found.empty:
-        return "No full run is committed yet: `make quality PROFILE=full` on a CUDA machine writes its rows."
+        return not_run("make quality PROFILE=full")
     found = whole(found[found.task != "all"])
     parts = []
     for (device, model, length), part in found.groupby(["device", "model", "length"]):

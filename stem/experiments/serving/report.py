@@ -9,17 +9,15 @@ import pandas as pd
 import torch
 
 from stem.experiments import records
-from stem.experiments.markdown import by_device, full_rows, markdown_table, number, tokens_label
+from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run, number, tokens_label
 from stem.experiments.serving import engines
-
-MISSING = "No full run is committed yet: `make serving PROFILE=full` on a GPU with vLLM writes its rows."
 
 
 def serving() -> str:
     """One table per machine: a line for each prompt, a column for each density, with speed-ups over vLLM."""
     rows = full_rows("serving")
     if rows.empty:
-        return MISSING
+        return not_run("make serving PROFILE=full", "a GPU with vLLM")
     return "\n\n".join(f"**{device}**\n\n{_table(part)}" for device, part in by_device(rows))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import stem
 from stem.experiments import records
-from stem.experiments.markdown import by_device, full_rows, markdown_table
+from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run
 from stem.experiments.speed.bench import first_line
 from stem.experiments.speed.candidates import SHAPES
 from stem.impl.coverage import IMPLS
@@ -82,7 +82,7 @@ def table() -> str:
     """For each machine a table of `rows`: relative errors, or the number of the error message below the table."""
     found = full_rows("speed/coverage")
     if found.empty:
-        return "No full run of `python -m stem.experiments.speed.coverage` is committed yet."
+        return not_run("make speed PROFILE=full")
     parts = []
     for device, part in by_device(found):
         messages, lines = [], []

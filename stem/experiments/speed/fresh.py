@@ -23,7 +23,7 @@ from triton import knobs
 import stem
 from stem import hf
 from stem.experiments import records
-from stem.experiments.markdown import by_device, full_rows, markdown_table, number, tokens_label
+from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run, number, tokens_label
 from stem.experiments.speed import first_token
 
 PRESETS = {"cuda": ("adaptive", "paper"), "cpu": ("paper",)}
@@ -100,7 +100,7 @@ def table() -> str:
     """For each machine a table of `cases`."""
     rows = full_rows("speed/fresh")
     if rows.empty:
-        return "No full run of `python -m stem.experiments.speed.fresh` is committed yet."
+        return not_run("make speed PROFILE=full")
     parts = []
     for device, part in by_device(rows):
         lines = []

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from stem.config import StemConfig
-from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, number, tokens_label
+from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, not_run, number, tokens_label
 from stem.experiments.speed.candidates import BASELINES, EIGHT_PERCENT, GRAPH, NEVER_DENSE, PREFILL, PRESETS, SHORT
 from stem.experiments.speed.peers import FP8
 
@@ -282,7 +282,7 @@ def variants() -> str:
     rows = full_rows("speed/variants")
     rows = rows[rows.latency_ms.notna()] if len(rows) else rows
     if rows.empty:
-        return "No full run of `python -m stem.experiments.speed.variants` is committed yet."
+        return not_run("make speed PROFILE=full")
     parts = []
     for device, part in by_device(rows):
         lines = []

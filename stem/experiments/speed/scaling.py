@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 import stem
-from stem.experiments.markdown import by_device, full_rows, markdown_table, number, tokens_label
+from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run, number, tokens_label
 from stem.experiments.speed.candidates import Shape
 
 DENSITIES = (0.207, 0.08)
@@ -103,7 +103,7 @@ def section() -> str:
     """For each machine the rows of all ranks beside one, the links, and the plan for more ranks."""
     rows = full_rows("speed/shared")
     if rows.empty:
-        return "No full run of `python -m stem.experiments.speed.shared` is committed yet; it needs two GPUs."
+        return not_run("make speed PROFILE=full", "a machine with two GPUs")
     parts = [f"**{device}, several GPUs of one host**\n\n{_tables(part)}" for device, part in by_device(rows)]
     memory = full_rows("speed/shared_memory")
     return "\n\n".join(parts if memory.empty else [*parts, _memory(memory)])
