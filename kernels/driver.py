@@ -12,7 +12,7 @@ import re
 import struct
 import threading
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,11 @@ def cuda_driver() -> ctypes.CDLL | None:
     return library
 
 
+def address_of(function: Callable) -> int:
+    """Address of a function of a library."""
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
 class Buffers(NamedTuple):
     """Memory that the driver reads at a launch."""
 
@@ -68,11 +73,13 @@ class Buffers(NamedTuple):
 class Prepared(NamedTuple):
     """A launch in buffers of its own, in which addresses can be rewritten before it starts."""
 
-    start: Callable[[], int]
-    """Launches the kernel; returns the driver's error code, 0 for none."""
+    start: tuple[int, int, int, int]
+    """Address of the function cuLaunchKernelEx, and its config, function and parameters."""
 
-    slots: list[ctypes.c_uint64 | int]
-    """Of each tensor: its address, or where its tensor map lies, in which cuTensorMapReplaceAddress rewrites it."""
+    slots: list[tuple[int, bool]]
+    """Of each tensor: where its address lies, or (True) its tensor map, for cuTensorMapReplaceAddress."""
+
+    buffers: Buffers
 
 
 class DirectLaunch:
@@ -122,17 +129,10 @@ class DirectLaunch:
         """A launch with these arguments of __call__, from buffers of its own."""
         buffers = self._new_buffers()
         self._write(buffers, *args)
-        start = partial(self._launch, buffers.config, self._function, buffers.parameters, None)
-        start.memory = buffers.memory  # the driver finds it through the addresses in `parameters`
-        tensor_maps = {slot for slot, *_ in self._layout.boxes}
-        places = [buffers.first + number * SLOT for number in range(len(self._layout.slots))]
-        slots = [
-            ctypes.addressof(buffers.memory) + place
-            if number in tensor_maps
-            else ctypes.c_uint64.from_buffer(buffers.memory, place)
-            for number, place in enumerate(places)
-        ]
-        return Prepared(start, slots)
+        start = address_of(self._launch), ctypes.addressof(buffers.config), self._function
+        first, maps = ctypes.addressof(buffers.memory) + buffers.first, {slot for slot, *_ in self._layout.boxes}
+        slots = [(first + number * SLOT, number in maps) for number in range(len(self._layout.slots))]
+        return Prepared((*start, ctypes.addressof(buffers.parameters)), slots, buffers)
 
     def _new_buffers(self) -> Buffers:
         numbers = self._layout.numbers

@@ -89,8 +89,10 @@ def launch(
 
 
 @contextmanager
-def compiling_together() -> Iterator[None]:
+def compiling_together() -> Iterator[ThreadPoolExecutor]:
     """Context in which launches compile the variants that they lack, all at the same time, and run nothing.
+
+    It yields the threads that compile.
 
     Triton's compiler leaves Python to other threads for most of its time.
     """
@@ -104,7 +106,7 @@ def compiling_together() -> Iterator[None]:
 
         token = COMPILE.set(compile_only)
         try:
-            yield
+            yield pool
         finally:
             COMPILE.reset(token)
     for variant in found.values():

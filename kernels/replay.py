@@ -12,7 +12,6 @@ intermediate tensors, and calls with a tensor whose address is no multiple of 16
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .driver import DirectLaunch, cuda_driver
+from .driver import DirectLaunch, address_of, cuda_driver
 from .launch import ALIGNMENT, ON_LAUNCH, Tiles, compiling_together, current_stream, is_watched, layout
+from .program import Program, library
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
@@ -39,23 +39,17 @@ WORKSPACES: dict[tuple[torch.device, int], Tensor] = {}
 
 
 class Recording(NamedTuple):
-    """A recorded call on one stream. Its memories are the inputs, then the outputs."""
+    """A recorded call on one stream."""
 
     outputs: list[tuple | str | None]
     """(shape, strides, dtype) of each output; LIKE_FIRST for one like the first input; None for one that is None."""
 
-    starts: list[Callable[[], int]]
-    """Its launches, each with buffers of its own."""
-
-    addresses: list[tuple[ctypes.c_uint64, int, int]]
-    """(slot, memory, offset in bytes) of each address that differs between calls; for slots see driver.Prepared."""
-
-    maps: list[tuple[int, int, int]]
-    """The same for each tensor map."""
+    program: Program
+    """Its launches; memories are the inputs, then the outputs."""
 
     device: torch.device
-    kept: list[Tensor]
-    """Tensors that stay in place from call to call: the workspace, and tables; kept alive here."""
+    kept: list
+    """What stays in place from call to call: the workspace, tables and buffers of launches; kept alive here."""
 
     def repeat(self, first: Tensor, addresses: list[int]) -> list[Tensor | None] | None:
         """Launch all kernels for the first input and all inputs' addresses; returns the outputs, None on an error."""
@@ -65,19 +59,9 @@ class Recording(NamedTuple):
                 outputs.append(torch.empty_like(first))
             else:
                 outputs.append(made and torch.empty_strided(*made[:2], dtype=made[2], device=self.device))
-        memories = (*addresses, *[0 if x is None else x.data_ptr() for x in outputs])
         with LOCK:
-            for slot, memory, offset in self.addresses:
-                slot.value = memories[memory] + offset
-            if self.maps:
-                replace = cuda_driver().cuTensorMapReplaceAddress
-                for slot, memory, offset in self.maps:
-                    if replace(slot, memories[memory] + offset):
-                        return None
-            for start in self.starts:
-                if start():
-                    return None
-        return outputs
+            error = self.program.run(*addresses, *[0 if x is None else x.data_ptr() for x in outputs])
+        return None if error else outputs
 
 
 class Recorder(TorchDispatchMode):
@@ -142,7 +126,7 @@ class Recorder(TorchDispatchMode):
         like_first = torch.empty_like(inputs[0], device="meta")
         like_first = like_first.shape, like_first.stride(), like_first.dtype
         made = [LIKE_FIRST if of_output == like_first else of_output for of_output in made]
-        recording = Recording(made, [], [], [], device, [workspace])
+        starts, places, maps, kept = [], [], [], [workspace]
         for start, grid, tensors, overlap in self.launches:
             addresses, layouts, differing = [], [layout(x) for x in tensors if type(x) is Tiles], []
             for number, x in enumerate(x.base if type(x) is Tiles else x for x in tensors):
@@ -156,14 +140,16 @@ class Recorder(TorchDispatchMode):
                 elif begin in storages:  # a part of an input; which one is unknown
                     return None
                 elif x is not None:
-                    recording.kept.append(x)
+                    kept.append(x)
                 addresses.append(address)
             launch = start.prepare(grid, stream, addresses, layouts, overlap)
-            recording.starts.append(launch.start)
+            starts.append(launch.start)
+            kept += launch.buffers, start
             for number, *place in differing:
-                slot = launch.slots[number]
-                (recording.maps if isinstance(slot, int) else recording.addresses).append((slot, *place))
-        return recording
+                target, is_map = launch.slots[number]
+                (maps if is_map else places).append((target, *place))
+        replace = address_of(cuda_driver().cuTensorMapReplaceAddress) if maps else 0
+        return Recording(made, Program(replace, places, maps, starts), device, kept)
 
 
 def workspace_of(device: torch.device, stream: int, size: int) -> Tensor:
@@ -203,10 +189,12 @@ def replay(
     recording = recordings.get(stream, NEVER_MET)
     if recording is None or not is_quiet(device):
         return call()
-    addresses = [x.data_ptr() for x in inputs]
-    for address in addresses:
-        if address % ALIGNMENT:
-            return call()
+    addresses, all_bits = [], 0
+    for x in inputs:
+        addresses.append(address := x.data_ptr())
+        all_bits |= address
+    if all_bits % ALIGNMENT:
+        return call()
     if type(recording) is Recording:
         return recording.repeat(inputs[0], addresses) or call()
     if recording is NEVER_MET:  # a first call may compile kernels, so it is not recorded
@@ -214,7 +202,8 @@ def replay(
             recordings.clear()
         recordings[stream] = MET
         if compile_first:
-            with compiling_together():
+            with compiling_together() as pool:
+                pool.submit(library)  # which the recording needs
                 call()
         return call()
     with Recorder() as recorder:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -33,6 +36,7 @@ UNSUPPORTED = {  # arguments of an attention call: what a value other than None 
     "block_indices": "the model's own sparse indices",
 }
 
+SPECIAL = frozenset(UNSUPPORTED) | {"s_aux", "cu_seq_lens_q"}  # arguments of calls that take no known plan
 MOST_PLANS = 64  # that layers with one config remember; more clear them
 NOTHING = nullcontext()
 
@@ -60,16 +64,18 @@ def stem_attention_forward(
     Raises:
         ValueError: For arguments in UNSUPPORTED, and for dropout or is_causal=False in a sparse prefill.
     """
+    layer: Layer | None = getattr(module, "stem_layer", None)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_plain = attention_mask is None and is_causal and not dropout and SPECIAL.isdisjoint(kwargs)
+    if is_plain and layer is not None:
+        out = _attend_as_before(layer, query, key, value, scaling)
+        if out is not None:
+            return out, None
     for name in UNSUPPORTED.keys() & kwargs.keys():
         if kwargs[name] is not None and kwargs[name] is not False:
             meaning = UNSUPPORTED[name]
             raise ValueError(f"{name}: Stem attention does not implement {meaning}; call stem.hf.disable(model)")
-    layer: Layer | None = getattr(module, "stem_layer", None)
     sinks = kwargs.pop("s_aux", None)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_plain = attention_mask is None and sinks is None and is_causal and not dropout
-    if is_plain and _is_whole_prompt(layer, query, key, value, kwargs):
-        return _attend_as_before(layer, query, key, value, scaling), None
     if is_causal and query.shape[2] > 1 and kwargs.get("cu_seq_lens_q") is not None:
         ends = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
         attention_mask = _packed(layer, attention_mask, query, key, *ends)
@@ -91,40 +97,58 @@ def stem_attention_forward(
     return _prefill(layer, query, key, value, attention_mask, scaling, sinks=sinks), None
 
 
-def _is_whole_prompt(layer: Layer | None, q: Tensor, k: Tensor, v: Tensor, options: dict) -> bool:
-    """Whether a sparse layer gets a whole prompt in ordinary tensors, so that nothing but its plan has to be looked up.
+class Known(NamedTuple):
+    """A plan of whole prompts, and the tensors that it is for."""
+
+    fits: Callable[[Tensor, Tensor, Tensor], bool]
+    """Whether q, k and v have the plan's types, dtypes, devices, shapes, strides and gradients, and its autocast and
+    transforms (none): the check of torch.compile's guards, one call. One by one, the checks cost the host a launch."""
+
+    plan: Plan
+    causal: int
+    """Causal block pairs of one head."""
+
+
+def _attend_as_before(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor | None:
+    """Stem attention of a whole prompt by the plan that its layers remember, [B, N, Hq, D]; None for other calls.
 
     Small models on short prompts wait for the host, so such a call reaches its kernels as directly as SDPA does.
     """
+    if torch.compiler.is_compiling() or not layer.own is layer.shared is None:
+        return None
+    known: Known | None = layer.plans.get((scale, q.shape))
+    with on_device_of(q):
+        if known is None or forward_ad._current_level >= 0 or not known.fits(q, k, v):
+            if not _is_whole_prompt(layer, q, k, v):
+                return None
+            known = _remember(layer, q, k, v, scale)
+        return _run(layer, known.plan, known.causal, q, k, v, scale, None).transpose(1, 2).contiguous()
+
+
+def _is_whole_prompt(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a layer with a StemConfig gets a whole prompt in ordinary tensors."""
     return (
-        layer is not None
-        and type(layer.config) is StemConfig
-        and layer.own is layer.shared is None
+        type(layer.config) is StemConfig
+        and type(q) is type(k) is type(v) is Tensor
         and 1 < q.shape[2] == k.shape[2]
         and q.shape[3] == v.shape[3]
-        and options.get("cu_seq_lens_q") is None
-        and type(q) is type(k) is type(v) is Tensor
-        and not (torch.compiler.is_compiling() or q.is_meta or torch._C._is_any_autocast_enabled())
+        and not (q.is_meta or torch._C._is_any_autocast_enabled())
         and torch._C._get_tracing_state() is peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
 
 
-def _attend_as_before(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Stem attention of a whole prompt by the plan that its layers remember for such tensors, [B, N, Hq, D]."""
-    grad = torch.is_grad_enabled()
-    gradients = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
-    kinds = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
-    layouts = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
-    key = scale, grad, gradients, torch.is_inference_mode_enabled(), kinds, layouts
-    with on_device_of(q):
-        plan = layer.plans.get(key)
-        if plan is None:
-            if len(layer.plans) >= MOST_PLANS:
-                layer.plans.clear()
-            prompt_length = None if layer.prompt_length is None else max(layer.prompt_length, q.shape[2])
-            plan = layer.plans[key] = _plan(layer, q, k, v, scale, prompt_length, False)
-        return _run(layer, plan, q, k, v, scale, None).transpose(1, 2).contiguous()
+def _remember(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Known:
+    """Plan of a whole prompt, noted for later calls of all layers with this config."""
+    prompt_length = None if layer.prompt_length is None else max(layer.prompt_length, q.shape[2])
+    plan = _plan(layer, q, k, v, scale, prompt_length, False)
+    sizes, strides = [list(x.shape) for x in (q, k, v)], [list(x.stride()) for x in (q, k, v)]
+    guards = TensorGuards(q, k, v, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    known = Known(guards.check, plan, causal_blocks(plan.rows))
+    if len(layer.plans) >= MOST_PLANS:
+        layer.plans.clear()
+    layer.plans[scale, q.shape] = known
+    return known
 
 
 def _attend_whole(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None) -> Tensor:
@@ -237,7 +261,7 @@ def _attend(
     config, impl = layer.config, layer.impl
     if isinstance(config, StemConfig) and not torch.compiler.is_compiling():
         plan = _plan(layer, q, k, v, scale, prompt_length, sinks is not None)
-        return _run(layer, plan, q, k, v, scale, sinks)
+        return _run(layer, plan, causal_blocks(plan.rows), q, k, v, scale, sinks)
     if isinstance(config, StemConfig):  # in a compiled graph with gradients
         options = dict(scale=scale, sinks=sinks, impl=impl, prompt_length=prompt_length)
         out, selection = stem_attention(q, k, v, config, return_selection=True, **options)
@@ -264,20 +288,20 @@ def _plan(
 
 
 def _run(
-    layer: Layer, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
+    layer: Layer, plan: Plan, causal: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
 ) -> Tensor:
     """Output of a plan, whose kept blocks the layer counts."""
     if plan.path == "dense" and sinks is None:
         out, counts = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True), None
     else:
         out, lse, counts, _ = plan.run(q, k, v)
-    layer.count(q, causal_blocks(plan.rows), plan.kept_blocks if counts is None else counts)
+    layer.count(q, causal, plan.kept_blocks if counts is None else counts)
     return out if sinks is None else apply_sinks(out, lse, sinks)[0]
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Context in which the device of x is the current CUDA device; an empty one if it is, or on the CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else NOTHING
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch._C._cuda_getDevice() else NOTHING
 
 
 def _attend_densely(

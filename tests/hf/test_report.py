@@ -1,6 +1,7 @@
 """stem.hf.report: realised density and the attention that runs, layer by layer."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -101,26 +102,63 @@ def test_layers_with_one_config_look_up_one_plan(monkeypatch):
 
 
 def test_a_layer_remembers_plans_by_everything_that_decides_them(monkeypatch):
+    asked, original = [], hf.forward._plan
+    monkeypatch.setattr(hf.forward, "_plan", lambda *args: asked.append(original(*args)) or asked[-1])
     model, ids = build(), tokens(143)
-    hf.enable(model, SPARSE)
+    hf.enable(model, {0: SPARSE, 1: SPARSE, 2: None})
     layer = model.model.layers[0].self_attn.stem_layer
     expected, twin = logits(model, ids), build()
-    assert len(layer.plans) == 1 and torch.equal(logits(model, ids), expected)
+    assert len(asked) == 1 and torch.equal(logits(model, ids), expected)
+    assert len(asked) == 1
     for each in (model, twin):  # with gradients after a call without them, and at once
-        hf.enable(twin, SPARSE) if each is twin else None
+        hf.enable(twin, {0: SPARSE, 1: SPARSE, 2: None}) if each is twin else None
         each.requires_grad_()(ids).logits.sum().backward()
     for here, there in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(here.grad, there.grad)
-    assert len(layer.plans) == 2
+    assert [plan.problem.needs_grad for plan in asked] == [False, True, True]
     with torch.inference_mode():
         model(ids)
+    assert len(asked) == 4
     logits(model, tokens(97))
     logits(model.to(torch.float64), ids)
-    assert len(layer.plans) == 5
-    assert copy.deepcopy(layer).plans == {} and layer.plans
-    monkeypatch.setattr(hf.forward, "MOST_PLANS", 5)
+    assert [plan.problem.dtype for plan in asked[3:]] == [torch.float32, torch.float32, torch.float64]
+    assert copy.deepcopy(layer).plans == {} and len(layer.plans) == 2
+    monkeypatch.setattr(hf.forward, "MOST_PLANS", 2)
     logits(model, tokens(98))
     assert len(layer.plans) == 1
+
+
+@pytest.mark.parametrize("change", ["strides", "dtype", "gradient", "autocast", "inference mode", "vmap", "subclass"])
+def test_a_known_plan_serves_only_tensors_that_it_fits(change):
+    model, context = build(), nullcontext()
+    hf.enable(model, SPARSE)
+    module = model.model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, 143, 16) for heads in (4, 2, 2))
+    attend = partial(hf.stem_attention_forward, module, attention_mask=None, scaling=0.25)
+    attend(q, k, v)
+    known = module.stem_layer.plans[0.25, q.shape]
+    assert known.fits(q, k, v) and known.fits(q.clone(), k.clone(), v.clone())
+    if change == "strides":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif change == "dtype":
+        q, k, v = q.double(), k.double(), v.double()
+    elif change == "gradient":
+        q.requires_grad_()
+    elif change == "subclass":
+        q = q.as_subclass(torch.nn.Parameter)
+    elif change == "autocast":
+        context = torch.autocast("cpu", torch.bfloat16)
+    elif change == "inference mode":
+        context = torch.inference_mode()
+    if change == "vmap":
+        fits = torch.func.vmap(lambda q: torch.tensor(known.fits(q, k, v)))(q[None])
+        assert not fits
+        return
+    with context:
+        assert not known.fits(q, k, v)
+        out, module.stem_layer.plans = attend(q, k, v)[0], {}
+        torch.testing.assert_close(attend(q, k, v)[0], out, atol=0, rtol=0)
+        assert out.dtype == (torch.bfloat16 if change == "autocast" else q.dtype)
 
 
 def test_launches_that_are_replayed_take_the_place_of_dense_kernels(monkeypatch):

@@ -282,9 +282,8 @@ def test_tensors_of_another_device_than_the_current_one():
 
 def test_a_prepared_launch_holds_each_address_where_the_driver_reads_it(monkeypatch):
     """An address is in its slot, and a tensor map lies at a multiple of 64 bytes."""
-    made = []
     library = SimpleNamespace(
-        cuLaunchKernelEx=lambda config, function, parameters, extra: made.append(list(parameters)) or 7,
+        cuLaunchKernelEx=(signature := ctypes.CFUNCTYPE(ctypes.c_int))(lambda: 7),
         cuTensorMapEncodeTiled=lambda target, *_: ctypes.memset(target, 5, driver.MAP_BYTES) and 0,
     )
     monkeypatch.setattr(driver, "cuda_driver", lambda: library)
@@ -295,16 +294,18 @@ def test_a_prepared_launch_holds_each_address_where_the_driver_reads_it(monkeypa
     layout.add_number("i", 12)
     variant = SimpleNamespace(function=1, metadata=SimpleNamespace(num_warps=4, shared=0))
     start = DirectLaunch(variant, layout)
-    launch = start.prepare((1, 1, 1), 0, [0, 1 << 20, 48], [((32, 64), (64, 1), torch.bfloat16)], False)
-    other = start.prepare((1, 1, 1), 0, [0, 1 << 20, 64], [((32, 64), (64, 1), torch.bfloat16)], False)
-    _, place, address = launch.slots
-    address.value = 80
-    assert launch.start() == other.start() == 7
-    (tensor_map, *_, read, number), again = made
-    assert (
-        tensor_map == place
-        and place % 64 == 0
-        and ctypes.string_at(place, driver.MAP_BYTES) == b"\5" * driver.MAP_BYTES
-    )
-    assert [ctypes.c_uint64.from_address(x).value for x in (read, again[-2])] == [80, 64]
-    assert ctypes.c_int.from_address(number).value == 12
+    prepared = [
+        start.prepare((1, 1, 1), 0, [0, 1 << 20, address], [((32, 64), (64, 1), torch.bfloat16)], False)
+        for address in (48, 64)
+    ]
+    _, (place, is_map), (slot, is_other) = prepared[0].slots
+    assert is_map and not is_other and place % 64 == 0
+    assert ctypes.string_at(place, driver.MAP_BYTES) == b"\5" * driver.MAP_BYTES
+    ctypes.c_uint64.from_address(slot).value = 80
+    found = []
+    for address_of_launch, config, function, parameters in (x.start for x in prepared):
+        assert signature(address_of_launch)() == 7 and config and function == 1
+        tensor_map, *_, address, number = (ctypes.c_void_p * 7).from_address(parameters)
+        found.append((ctypes.c_uint64.from_address(address).value, ctypes.c_int.from_address(number).value))
+        assert tensor_map % 64 == 0
+    assert found == [(80, 12), (64, 12)]

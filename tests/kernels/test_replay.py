@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 from stem.kernels import replay as module
-from stem.kernels.driver import Prepared
+from stem.kernels.driver import Prepared, address_of
 from stem.kernels.launch import ON_LAUNCH
 from stem.kernels.replay import Recorder, Recording, replay
 
@@ -19,19 +19,29 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BYTES = 64 * 4  # of the tensors that the stand-in for a kernel copies
 
 
+LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+
+
 class Copy:
     """Stand-in for a DirectLaunch: copies one tensor into the other; `error` is what the driver returns."""
 
     error = 0
+
+    def __init__(self):
+        self.launch = LAUNCH(self.start)
 
     def __call__(self, grid, stream, addresses, layouts, overlap):
         source, target = addresses
         ctypes.memmove(target, source, BYTES)
         return self.error
 
+    def start(self, config, function, parameters, extra):
+        return self((1, 1, 1), 0, (ctypes.c_uint64 * 2).from_address(parameters), [], False)
+
     def prepare(self, grid, stream, addresses, layouts, overlap):
-        slots = [ctypes.c_uint64(address) for address in addresses]
-        return Prepared(lambda: self(grid, stream, [slot.value for slot in slots], layouts, overlap), slots)
+        buffers = (ctypes.c_uint64 * 2)(*addresses)
+        place = ctypes.addressof(buffers)
+        return Prepared((address_of(self.launch), 0, 0, place), [(place, False), (place + 8, False)], buffers)
 
 
 COPY = Copy()
@@ -69,7 +79,7 @@ def copy_by_way(x):
 
 def test_a_recording_repeats_the_launches_with_other_tensors():
     recording = record(copy_by_way, draw())
-    assert len(recording.starts) == 2 and len(recording.kept[0]) >= 128 * 4  # the workspace
+    assert len(recording.kept[0]) >= 128 * 4  # the workspace
     x, y = draw(), draw()
     (first, nothing), (second, _) = repeat(recording, x), repeat(recording, y)
     assert torch.equal(first, x) and torch.equal(second, y) and nothing is None
@@ -146,7 +156,7 @@ def test_what_stays_between_calls_is_kept():
         return (out,)
 
     recording = record(read_table, draw())
-    assert recording.kept[1] is table and torch.equal(repeat(recording, draw())[0], table)
+    assert any(x is table for x in recording.kept) and torch.equal(repeat(recording, draw())[0], table)
 
 
 def computes(x):
