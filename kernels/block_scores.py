@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import at_least_sm90, for_all_lengths, take_turn
+from .common import ALIGNED_OR_NOT, at_least_sm90, for_all_lengths, take_turn
 from .launch import launch
 
 PRECISION = "ieee" if torch.version.hip else "tf32x3"  # fp32 products, on NVIDIA by three tf32 products
@@ -133,11 +133,14 @@ def operand_dtype(parts: int) -> tl.dtype:
     return tl.float32 if parts == 1 or triton.knobs.runtime.interpret else tl.bfloat16
 
 
+SHORT = 512  # rows of scores of a KV head
+
+
 def score_tiles(parts: int, num_rows: int) -> dict[str, int]:
     """Tile of the score GEMM and its warps and pipeline stages (our choice, for sm_90)."""
     if parts == 1:
         return dict(TILE_M=64, TILE_N=64, DEPTH_TILE=32, num_warps=4, num_stages=3)
-    if num_rows <= 512:  # short prompts: more programs
+    if num_rows <= SHORT:  # short prompts: more programs
         return dict(TILE_M=64, TILE_N=16, DEPTH_TILE=128, num_warps=4, num_stages=4)
     return dict(TILE_M=128, TILE_N=128, DEPTH_TILE=64, num_warps=8, num_stages=3)
 
@@ -175,17 +178,25 @@ def score_blocks(
     grid = (-(-num_kv_blocks // tiles["TILE_N"]), -(-num_rows // tiles["TILE_M"]), batch * num_kv_heads)
     first_q_block = num_kv_blocks - num_q_blocks if first_q_block is None else first_q_block
     can_overlap = at_least_sm90(scores.device)
+    constants = dict(DEPTH=q_sums.shape[-1], PARTS=parts, DTYPE=operand_dtype(parts), PRECISION=PRECISION)
+    constants |= dict(CAN_OVERLAP=can_overlap)
+
+    def also() -> list[tuple[tuple, dict]]:
+        of_lengths = [constants | score_tiles(parts, rows) for rows in (SHORT, SHORT + 1)]
+        return [
+            ((heads_per_kv_head, num_q_blocks, blocks, first_q_block, float(scale)), others)
+            for blocks in ALIGNED_OR_NOT
+            for others in of_lengths
+        ]
+
     launch(
         score_blocks_kernel,
         grid,
         (q_sums.contiguous(), k_sums.contiguous(), value_bonus.contiguous(), scores, q_blocks),
         (heads_per_kv_head, num_q_blocks, num_kv_blocks, first_q_block, float(scale)),
         overlap=can_overlap,
-        DEPTH=q_sums.shape[-1],
-        PARTS=parts,
-        DTYPE=operand_dtype(parts),
-        PRECISION=PRECISION,
-        CAN_OVERLAP=can_overlap,
+        also=also,
+        **constants,
         **tiles,
     )
     return scores

@@ -5,13 +5,11 @@ the top, by counting how many keys reach a candidate. In short rows, the rank of
 that are always kept get keys above every float.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-from .common import at_least_sm90, for_all_lengths, take_turn
+from .common import ROW_SIZES, at_least_sm90, for_all_lengths, row_size, take_turn
 from .launch import launch
 
 SIGN_BIT = tl.constexpr(0x80000000)
@@ -171,12 +169,6 @@ def select_topk_kernel(
     )  # fmt: skip
 
 
-@cache
-def row_size(num_kv_blocks: int) -> int:
-    """Lanes of a row of scores: the next power of two, at least 16."""
-    return max(16, triton.next_power_of_2(num_kv_blocks))
-
-
 def empty_lists(
     batch: int, num_heads: int, num_rows: int, max_blocks: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,16 +215,21 @@ def select_topk(
     written = range(first_row, first_row + num_score_rows) if written is None else written
     if lists is None:
         lists = empty_lists(batch, num_heads, num_list_rows, max_blocks, scores.device)
-    lanes, can_overlap = row_size(num_kv_blocks), at_least_sm90(scores.device)
+    can_overlap = at_least_sm90(scores.device)
+    blocks = num_score_rows, num_list_rows, first_row, written.start, num_kv_blocks
+    numbers = *blocks, sink_blocks, local_blocks, max_blocks
+
+    def constants(lanes: int) -> dict:
+        num_warps = min(32, max(1, lanes // KEYS_PER_WARP))
+        return dict(ON_TOP=on_top, ROW_SIZE=lanes, CAN_OVERLAP=can_overlap, num_warps=num_warps)
+
     launch(
         select_topk_kernel,
         (len(written), batch * num_heads),
         (scores.contiguous(), budget.contiguous(), *lists, q_blocks),
-        (num_score_rows, num_list_rows, first_row, written.start, num_kv_blocks, sink_blocks, local_blocks, max_blocks),
+        numbers,
         overlap=can_overlap,
-        ON_TOP=on_top,
-        ROW_SIZE=lanes,
-        CAN_OVERLAP=can_overlap,
-        num_warps=min(32, max(1, lanes // KEYS_PER_WARP)),
+        also=lambda: [(numbers, constants(lanes)) for lanes in ROW_SIZES],
+        **constants(row_size(num_kv_blocks)),
     )
     return lists

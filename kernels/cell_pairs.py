@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .cell_features import Cells
-from .common import LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
+from .common import ALIGNED_OR_NOT, LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
 from .launch import Tiles, launch
 from .sparse_forward import can_describe, describe_tiles
 
@@ -226,22 +226,13 @@ def pair_cells(
         rows = min(chunk_rows, num_rows - first_row)
         row_tiles = -(-rows * cells.query_cells // ROW_TILE)
         num_splits, columns_per_split = split_keys(num_columns, heads * row_tiles)
+        sizes = num_q_heads, heads_per_kv_head, q_features.shape[2], k_features.shape[2]
+        others = first_row * cells.query_cells, chunk_cells, cells.first_position, cells.kv_len
         launch_twice(
             pair_cells_kernel,
             (heads, row_tiles, num_splits),
             (q_features, k_source, value_bonus, sums),
-            (
-                num_q_heads,
-                heads_per_kv_head,
-                q_features.shape[2],
-                k_features.shape[2],
-                num_kv_blocks,
-                first_row * cells.query_cells,
-                chunk_cells,
-                cells.first_position,
-                cells.kv_len,
-                columns_per_split * columns,
-            ),
+            [(*sizes, blocks, *others, columns_per_split * columns) for blocks in (num_kv_blocks, *ALIGNED_OR_NOT)],
             DEPTH=depth,
             Q_CELL=cells.q_cell,
             K_CELL=cells.k_cell,
@@ -266,8 +257,13 @@ def split_keys(tiles: int, programs: int) -> tuple[int, int]:
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
-def launch_twice(kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, **constants) -> None:
-    """Launch pair_cells_kernel or pair_tokens_kernel twice, with REDO=False and then with REDO=True; adds the flags."""
+def launch_twice(kernel, grid: tuple[int, int, int], tensors: tuple, numbers: list[tuple], **constants) -> None:
+    """Launch pair_cells_kernel or pair_tokens_kernel twice, with REDO=False and then with REDO=True; adds the flags.
+
+    `numbers` are those of this launch, then those of other lengths.
+    """
     flags = tensors[0].new_empty(grid, dtype=torch.int32)
     for redo in (False, True):
-        launch(kernel, grid, (*tensors, flags), numbers, REDO=redo, **constants)
+        of_kernel = constants | dict(REDO=redo)
+        also = lambda of_kernel=of_kernel: [(others, of_kernel) for others in numbers[1:]]  # noqa: E731
+        launch(kernel, grid, (*tensors, flags), numbers[0], also=also, **of_kernel)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
-from .common import LN_2, for_all_lengths
+from .common import LN_2, for_all_lengths, row_size
 from .launch import launch
 from .token_pairs import pair_tokens
 
@@ -96,20 +96,17 @@ def pool_shares_kernel(
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
 
-def cell_constants(cells: Cells) -> dict[str, int]:
-    """Compile-time constants and warps of the kernels that pool the shares of cells."""
-    row_size = max(2, triton.next_power_of_2(cells.num_kv_blocks))
+def cell_constants(cells: Cells, lanes: int) -> dict[str, int]:
+    """Compile-time constants and warps of the kernels that pool the shares of cells in rows of so many lanes."""
     constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, HEADS=1)
-    constants |= dict(ROW_SIZE=row_size)
-    return constants | dict(num_warps=min(16, max(1, row_size // 1024)))
+    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(1, lanes // 1024)))
 
 
-def token_constants(cells: Cells) -> dict[str, int]:
+def token_constants(cells: Cells, lanes: int) -> dict[str, int]:
     """cell_constants for single queries: several are read at once, since there are many for few programs."""
-    constants = cell_constants(cells)
-    at_once = min(cells.block_size, max(1, TOKEN_TILE // constants["ROW_SIZE"]))
-    constants |= dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once, HEADS=cells.heads)
-    return constants | dict(num_warps=min(16, max(8, constants["ROW_SIZE"] // 512)))
+    at_once = min(cells.block_size, max(1, TOKEN_TILE // lanes))
+    constants = dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once, RMS=cells.rms, HEADS=cells.heads)
+    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(8, lanes // 512)))
 
 
 def cell_scores(
@@ -138,12 +135,13 @@ def cell_scores(
     batch, num_heads = features[0].shape[:2]
     heads = batch * num_heads
     scores = q.new_empty(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, dtype=torch.float32)
+    lanes = row_size(cells.num_kv_blocks)
 
     def pool(rows: int, sums: torch.Tensor, numbers: tuple, constants: dict) -> None:
         launch(pool_shares_kernel, (rows, heads), (sums, scores), numbers, **constants)
 
     for chunk in pair_cells(*features, value_bonus, cells):
-        pool(*chunk, cell_constants(cells))
+        pool(*chunk, cell_constants(cells, lanes))
     if exact_last_blocks:  # overwrites the scores of these rows
-        pool(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells))
+        pool(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells, lanes))
     return scores

@@ -40,6 +40,19 @@ def for_all_lengths(function: Callable, aligned: str = "") -> triton.JITFunction
     return triton.jit(function, do_not_specialize=numbers)
 
 
+ALIGNED_OR_NOT = 16, 17  # a number of each kind for which Triton compiles, see for_all_lengths
+ROW_SIZES = 64, 256, 1024  # lanes of a row of blocks; few, since a kernel is compiled for each
+
+
+@cache
+def row_size(num_kv_blocks: int) -> int:
+    """Lanes of a row of blocks: the first of 64, 256, 1024, 4096, ... that is no smaller."""
+    lanes = ROW_SIZES[0]
+    while lanes < num_kv_blocks:
+        lanes *= 4
+    return lanes
+
+
 @triton.jit
 def split_pair(index, num_heads):
     """Batch entry and head of a flat index, both int64."""

@@ -51,7 +51,14 @@ class Variant(NamedTuple):
 
 
 def launch(
-    kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, *, overlap: bool = False, **constants
+    kernel,
+    grid: tuple[int, ...],
+    tensors: tuple,
+    numbers: tuple,
+    *,
+    overlap: bool = False,
+    also: Callable[[], list[tuple[tuple, dict]]] | None = None,
+    **constants,
 ) -> None:
     """Launch kernel[grid](*tensors, *numbers, **constants) on the device of the tensors.
 
@@ -63,17 +70,20 @@ def launch(
         overlap: Whether the kernel may begin while the kernel launched before it still runs (programmatic dependent
             launch, on NVIDIA GPUs from compute capability 9.0 on), once each program of that kernel has ended or called
             gdc_launch_dependents. It must call gdc_wait before it reads results of that kernel. Only a hint.
+        also: Gives numbers and constants of other prompt lengths, whose variants `compiling_together` compiles too.
         constants: Compile-time constants, the last arguments, and options such as num_warps.
     """
     first = tensors[0]
     device = (first.base if type(first) is Tiles else first).get_device()  # -1: the CPU
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, tensors, numbers, overlap=overlap, **constants)
+            return launch(kernel, grid, tensors, numbers, overlap=overlap, also=also, **constants)
     key, addresses, layouts = variant_key(kernel, device, tensors, numbers, constants)
     compile_only = COMPILE.get()
     if compile_only:
-        return compile_only(key, kernel, grid, tensors, numbers, constants)
+        for others in ((numbers, constants), *(also() if also else ())):
+            compile_only(variant_key(kernel, device, tensors, *others)[0], kernel, grid, tensors, *others)
+        return None
     variant = key and (VARIANTS.get(key) or remember(key, kernel, grid, tensors, numbers, constants))
     if variant is None:
         kernel[grid](*with_descriptors(tensors), *numbers, **constants)

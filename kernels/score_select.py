@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .block_scores import PRECISION, finish_scores, operand_dtype
-from .block_select import row_size, select_rows
+from .block_scores import PRECISION, finish_scores, operand_dtype, score_blocks
+from .block_select import select_rows, select_topk
 from .common import at_least_sm90, for_all_lengths
-from .launch import launch
+from .launch import COMPILE, launch
 
 MAX_KV_BLOCKS = 32  # of a row; with 64, two kernels are faster on an NVIDIA H200
+ROW_SIZES = MAX_KV_BLOCKS // 2, MAX_KV_BLOCKS  # lanes of a row
 ROWS = 16  # query blocks of one program, of all heads that share a KV head
 WARPS, STAGES = 4, 4  # of a program, and the tiles in flight
 DEPTH_TILE = 32  # of a warp's share of a product of 16-bit sums
@@ -130,7 +131,7 @@ def select_constants(num_kv_blocks: int, parts: int, device: torch.device) -> di
     return dict(
         PARTS=parts,
         ROWS=ROWS,
-        ROW_SIZE=row_size(num_kv_blocks),
+        ROW_SIZE=ROW_SIZES[num_kv_blocks > ROW_SIZES[0]],
         WARPS=WARPS,
         DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),
@@ -164,14 +165,24 @@ def score_select(
     heads_per_kv_head = num_q_heads // num_kv_heads
     first_scored = num_q_blocks - q_sums.shape[2] if first_scored is None else first_scored
     sizes = heads_per_kv_head, num_q_blocks, num_kv_blocks, first_scored, q_sums.shape[2]
+    numbers = *sizes, sink_blocks, local_blocks, max_blocks, float(scale)
+    constants = constants | dict(ON_TOP=on_top, DEPTH=q_sums.shape[-1])
+    if COMPILE.get():  # what longer prompts need
+        scores = score_blocks(q_sums, k_sums, value_bonus, scale, first_scored)
+        select_topk(scores, budget, sink_blocks, local_blocks, on_top, max_blocks, lists, first_scored)
     launch(
         score_select_kernel,
         (-(-num_q_blocks * heads_per_kv_head // ROWS), batch * num_kv_heads),
         (q_sums, k_sums, value_bonus, budget, *lists),
-        (*sizes, sink_blocks, local_blocks, max_blocks, float(scale)),
+        numbers,
         overlap=constants["CAN_OVERLAP"],
-        ON_TOP=on_top,
-        DEPTH=q_sums.shape[-1],
+        also=lambda: [(numbers, constants | dict(ROW_SIZE=lanes)) for lanes in ROW_SIZES],
         **constants,
     )
     return lists
+
+
+def compile_for_short_prompts(*args) -> None:
+    """Compile score_select with these arguments, if `compiling_together` compiles the kernels of longer prompts."""
+    if COMPILE.get():
+        score_select(*args)

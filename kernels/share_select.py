@@ -3,6 +3,8 @@
 `select_above` reads scores from memory. `pool_select` pools cells and selects at once, without storing the scores.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from .block_select import empty_lists, for_all_heads, is_forced
 from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
 from .cell_scores import cell_constants, pool_shares, token_constants
-from .common import LOG2_E, for_all_lengths
+from .common import LOG2_E, ROW_SIZES, for_all_lengths, row_size
 from .launch import launch
 from .token_pairs import pair_tokens
 
@@ -186,12 +188,14 @@ def pool_select(
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
 
-    def select(rows: int, sums: torch.Tensor, numbers: tuple, constants: dict) -> None:
-        grid = rows, batch * num_heads
-        launch(pool_select_kernel, grid, (sums, *lists), (*numbers, *rules), **constants)
+    def select(rows: int, sums: torch.Tensor, numbers: tuple, constants: Callable[[Cells, int], dict]) -> None:
+        grid, numbers = (rows, batch * num_heads), (*numbers, *rules)
+        lanes = row_size(cells.num_kv_blocks)
+        also = lambda: [(numbers, constants(cells, lanes)) for lanes in ROW_SIZES]  # noqa: E731
+        launch(pool_select_kernel, grid, (sums, *lists), numbers, also=also, **constants(cells, lanes))
 
     for chunk in pair_cells(*features, value_bonus, cells):
-        select(*chunk, cell_constants(cells))
+        select(*chunk, cell_constants)
     if exact_last_blocks:  # overwrites the lists of these rows
-        select(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells))
+        select(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants)
     return for_all_heads(lists, cells.heads)

@@ -125,23 +125,12 @@ def pair_tokens(
     sums_dtype = torch.float32 if operand == tl.float32 else torch.bfloat16
     sums = q.new_empty(heads, count * size, num_kv_blocks, dtype=sums_dtype)
     num_splits, blocks_per_split = split_keys(num_kv_blocks, heads * count)
-    first_block = num_kv_blocks - count
+    sizes = num_q_heads, num_q_heads // num_kv_heads, num_kv_blocks, num_kv_blocks - count
     launch_twice(
         pair_tokens_kernel,
         (heads, count, num_splits),
         (q, k, value_bonus, sums),
-        (
-            *q.stride(),
-            *k.stride(),
-            num_q_heads,
-            num_q_heads // num_kv_heads,
-            num_kv_blocks,
-            first_block,
-            cells.q_start,
-            cells.kv_len,
-            blocks_per_split,
-            float(scale),
-        ),
+        [(*q.stride(), *k.stride(), *sizes, cells.q_start, cells.kv_len, blocks_per_split, float(scale))],
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
         BLOCK=size,

@@ -51,10 +51,7 @@ def choose_share(
 def choose_topk(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig, rows: BlockRows, scale: float, budget: tuple[Tensor, int]
 ) -> tuple[Tensor, Tensor]:
-    """Lists of the best blocks by mean score, as many as the `device_budget` says, by Triton and some rows at a time.
-
-    Scores and lists take one launch for up to score_select.MAX_KV_BLOCKS key blocks.
-    """
+    """Lists of the best blocks by mean score, as many as `device_budget` says, by Triton and some rows at a time."""
     from stem.kernels import block_scores, block_select, score_inputs, score_select
 
     (batch, heads, q_len), kv_len, size, (budget, width) = q.shape[:3], k.shape[2], config.block_size, budget
@@ -70,6 +67,8 @@ def choose_topk(
         lists = score_select.score_select(*inputs, scale, budget, sinks, local, on_top, lists, scored.start)
         return block_select.for_all_heads(lists, pooled)
     q_sums, k_sums, value_bonus = score_inputs.score_inputs(*args, scored.start, min(step, len(scored)), pooled)
+    of_call = budget, sinks, local, on_top, lists, scored.start
+    score_select.compile_for_short_prompts(q_sums, k_sums, value_bonus, scale, *of_call)
     for row in scored[::step]:
         if row > scored.start:
             start, stop = ((rows.first + x) * size - offset for x in (row, row + step))
