@@ -100,11 +100,10 @@ def launch(
 
 @contextmanager
 def compiling_together() -> Iterator[ThreadPoolExecutor]:
-    """Context in which launches compile the variants that they lack, all at the same time, and run nothing.
+    """Context in which launches compile the variants that they and other prompt lengths need, and run nothing.
 
-    It yields the threads that compile.
-
-    Triton's compiler leaves Python to other threads for most of its time.
+    All are compiled at the same time, in the threads that this yields. Triton's compiler leaves Python to other threads
+    for most of its time.
     """
     found: dict[tuple, Future] = {}
     with ThreadPoolExecutor() as pool:

@@ -2,8 +2,8 @@
 
 On short prompts the CPU needs longer to check inputs, look up the budget, allocate intermediate tensors and launch
 kernels than the GPU needs to run them. All of that depends on shapes, strides and options alone. When a call comes
-again, its recorded launches are started one after the other, with the addresses of the new inputs and outputs written
-into their parameters. A CUDA graph would do the same, but its inputs would have to stay at one address.
+again, one call of C writes the addresses of the new inputs and outputs into the parameters of its recorded launches and
+starts them one after the other. A CUDA graph would do the same, but its inputs would have to stay at one address.
 
 A call is replayed from the third time on: the first may compile kernels, and the second is recorded. All calls on a
 stream share the memory of their intermediate tensors. Calls that allocate more than 256 MiB, or more than 64 MiB of
