@@ -7,13 +7,13 @@ from stem.kernels import launch as module
 import stem
 from stem.planning import Plan, Problem
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = 700, 1500, 2304, 4096, 5500, 8192, 12007, 40009, 100_000  # tokens
-ALIGNED = "score_blocks_kernel", "pair_cells_kernel"  # compiled for numbers of key blocks that 16 divides and others
 
 
 def compiled(config, tokens):
     """Kernels and constants that a first call compiles, and whether 16 divides the number of key blocks."""
-    q, k, v = (torch.empty(1, heads, tokens, 64, dtype=torch.float16) for heads in (4, 2, 2))
+    q, k, v = (torch.zeros(1, heads, tokens, 64, dtype=torch.float16, device=DEVICE) for heads in (4, 2, 2))
     found = set()
 
     def note(key, kernel, grid, tensors, numbers, constants):
