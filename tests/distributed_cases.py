@@ -328,18 +328,20 @@ def a_layout_for_a_config_moves_nothing(rank, mesh):
 @case
 def all_keys_travel_while_blocks_are_chosen(rank, mesh):
     """Where budgets let the lists name nearly all blocks; not for gradients, few blocks, or counts that data decide."""
-    started, real = [], shards.gather_all
+    started, peers = [], Peers.of(mesh, TIMEOUT)
+    real = peers.gather_beside
 
-    def gather_all(*args):
-        started.append(args)
-        return real(*args)
+    def gather_beside(tensors, what):
+        started.append([x.shape[1] for x in tensors])
+        return real(tensors, what)
 
     few = stem.StemConfig(k_start=2, decay=1.0, block_size=SIZE, sink_blocks=1, local_blocks=1)
-    for config, expected in ((PLAIN.replace(density=0.6), 1), (few, 0), (ADAPTIVE, 0)):
+    halves = [[2, 2], [1, 1]]  # of three heads, for k and v
+    for config, expected in ((PLAIN.replace(density=0.6), halves), (few, []), (ADAPTIVE, [])):
         started.clear()
-        with changed(shards, "gather_all", gather_all):
-            compare(rank, mesh, config, *inputs(400))
-        assert len(started) == expected, config
+        with changed(peers, "gather_beside", gather_beside):
+            compare(rank, mesh, config, *inputs(400, 6, 3, batch=2))
+        assert started == expected, config
 
 
 @case

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,28 +31,44 @@ from stem.transforms import lasting_tensors
 ALIGNMENT = 16  # bytes, of each of the summaries that travel together
 
 
-def choose_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers: Peers) -> tuple[Tensor, Tensor]:
-    """Lists of the rank's query blocks: int32 [B, Hq, rows, max] and counts [B, Hq, rows].
+def choose_rows(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers: Peers
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Begin to choose; the result gives the rank's lists, int32 [B, Hq, rows, max], and counts [B, Hq, rows].
 
     The summaries of key blocks are gathered, and with `exact_last_blocks` all keys travel to the ranks of the last
     blocks. impl="torch" pairs the rank's query blocks in products of the whole prompt's shape, in which the rows of
     other ranks are zero: the bits of a row of a product depend on the product's shape.
     """
-    rows, config = plan.rows, plan.rows.at_the_end(plan.problem.config)
+    if plan.choice in ("all", "forced"):
+        return partial(_known_rows, q, plan, shard)
+    config = plan.rows.at_the_end(plan.problem.config)
+    summaries = _summaries(q, k, v, plan, shard, peers, config)
+    return lambda: _scored_rows(q, k, summaries(), plan, shard, peers, config)
+
+
+def _known_rows(q: Tensor, plan: Plan, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Lists and counts that do not depend on the numbers in q, k and v."""
     mine = shard.on(q.device)[0]
-    if plan.choice == "all":
-        blocks, counts = torch.arange(rows.stop, device=q.device), (mine + 1).int()
-        lists = torch.where(blocks < counts[:, None], blocks, 0).int()
-        return tuple(x.expand(*q.shape[:2], *x.shape) for x in (lists, counts))
     if plan.choice == "forced":
-        return tuple(x.index_select(2, mine - rows.first) for x in plan.forced)
-    q_features, k_features, bonus = _summaries(q, k, v, plan, shard, peers, config)
+        return tuple(x.index_select(2, mine - plan.rows.first) for x in plan.forced)
+    blocks, counts = torch.arange(plan.rows.stop, device=q.device), (mine + 1).int()
+    lists = torch.where(blocks < counts[:, None], blocks, 0).int()
+    return tuple(x.expand(*q.shape[:2], *x.shape) for x in (lists, counts))
+
+
+def _scored_rows(
+    q: Tensor, k: Tensor, summaries: tuple, plan: Plan, shard: Shard, peers: Peers, config: StemConfig
+) -> tuple[Tensor, Tensor]:
+    """Lists and counts from the results of `_summaries`."""
+    q_features, k_features, bonus = summaries
     choose = {"topk": _topk, "share": _share, "scores": _scores}[plan.choice]
     lists, counts = choose(q_features, k_features, bonus, plan, shard, config)
     exact = _exact_rows(plan, config)
-    if exact < rows.stop:
+    if exact < plan.rows.stop:
         keys = _keys_for_rows(k, exact, shard, peers)
         if keys is not None:
+            mine = shard.on(q.device)[0]
             before = int((shard.q_blocks < exact).sum())
             last = _exact_lists(q, keys, bonus, exact, plan, shard, config)
             last = tuple(x[:, :, mine[before:] - exact] for x in last)
@@ -62,8 +79,10 @@ def choose_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers
 
 def _summaries(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, shard: Shard, peers: Peers, config: StemConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Features of the rank's query blocks, those of all key blocks, and the value term of all key blocks."""
+) -> Callable[[], tuple[Tensor, Tensor, Tensor | None]]:
+    """Begin to gather summaries; the result gives features of the rank's query blocks and of all key blocks, and
+    the value term of all key blocks.
+    """
     p, size, stride = plan.problem, config.block_size, config.score_stride
     q, k, v = (x.detach() if x.shape[2] else x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (q, k, v))
     softmax, triton = config.reduction == "softmax", plan.choose_impl == "triton"
@@ -93,20 +112,25 @@ def _summaries(
         for place, x in zip(memory.tensors, summaries, strict=True):
             place[:, :, :num_blocks] = x[:, :, :num_blocks]
     q_rows = q_rows if len(shard.q_blocks) else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
-    found = memory.of_ranks(peers.gather(memory.bytes, "the exchange of block summaries")())
-    slots = shard.on(k.device)[1]
-    if triton:
-        from stem.kernels.gathered import rows_in_order
+    finish = peers.gather(memory.bytes, "the exchange of block summaries")
 
-        k_rows, *values = (rows_in_order(x, slots) for x in found)
-    else:
-        k_rows, *values = (x.movedim(0, 2).flatten(2, 3).index_select(2, slots) for x in found)
-    k_rows = k_rows.flatten(2, 3) if softmax else k_rows
-    if not values:
-        return q_rows, k_rows, None
-    if triton and not softmax:
-        return q_rows, k_rows, standardize(values[0], stride, *config.value_term, p.kv_len)
-    return q_rows, k_rows, config.value_weight * norms_term(values[0], p.kv_len, config)
+    def result() -> tuple[Tensor, Tensor, Tensor | None]:
+        found = memory.of_ranks(finish())
+        slots = shard.on(k.device)[1]
+        if triton:
+            from stem.kernels.gathered import rows_in_order
+
+            k_rows, *values = (rows_in_order(x, slots) for x in found)
+        else:
+            k_rows, *values = (x.movedim(0, 2).flatten(2, 3).index_select(2, slots) for x in found)
+        k_rows = k_rows.flatten(2, 3) if softmax else k_rows
+        if not values:
+            return q_rows, k_rows, None
+        if triton and not softmax:
+            return q_rows, k_rows, standardize(values[0], stride, *config.value_term, p.kv_len)
+        return q_rows, k_rows, config.value_weight * norms_term(values[0], p.kv_len, config)
+
+    return result
 
 
 class _Memory(NamedTuple):

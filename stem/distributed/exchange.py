@@ -17,6 +17,7 @@ from stem.distributed.layout import Layout, moves
 
 PATIENCE = 5.0  # seconds in which the other ranks must notice a failure, too; those that do not are named
 GRACE = 60.0  # seconds after a time-out in which the host can name a rank, before NCCL's watchdog ends the process
+CHANNELS = 32  # of NCCL for keys and values, each a program of the GPU: faster than its choice, which is 16
 _PEERS: dict[tuple[dist.ProcessGroup, float], Peers] = {}
 
 
@@ -42,13 +43,18 @@ class Peers:
         self.ranks = dist.get_process_group_ranks(mesh.get_group())
         self.received, self.name = 0, f"stem-{mesh.get_group().group_name}"
         with self._named("the first call"):
-            limit = timedelta(seconds=timeout)
-            if dist.get_backend(mesh.get_group()) == "gloo":  # whose connections tell at once if a rank has ended
+            limit, backend, options = timedelta(seconds=timeout), dist.get_backend(mesh.get_group()), None
+            if backend == "gloo":  # whose connections tell at once if a rank has ended
                 dist.barrier(mesh.get_group(), async_op=True).wait(limit)
             else:
                 limit += timedelta(seconds=GRACE)
+            if backend == "nccl":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = limit  # of new_group, which warns of another one
+                options.config.min_ctas = options.config.max_ctas = CHANNELS
             self.group, self.beside = (
-                dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True) for _ in range(2)
+                dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True, pg_options=of_group)
+                for of_group in (None, options)
             )
         self.arrived, self.last = torch.cuda.Event() if self.device_type == "cuda" else None, ""
 

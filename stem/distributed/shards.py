@@ -19,6 +19,7 @@ from stem.transforms import lasting_tensors
 from stem.validation import compute_dtype
 
 FETCH = "the exchange of keys and values"
+PARTS = 2  # of the heads: attention to the first begins while keys and values of the second travel
 GATHER_SHARE = 0.5  # of the key blocks of other ranks; where more are named, all travel, without being packed
 
 
@@ -118,14 +119,15 @@ class Shard:
         return BlockSelection(kv_indices, kv_num_blocks, self.block_size, num_kv_blocks, self.num_queries, keys)
 
 
-def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Callable[[], list[Tensor]]:
-    """Begin to gather all keys and values; the result waits and gives both, [world_size, B, Hkv, rows, D].
+def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> list[Callable[[], list[Tensor]]]:
+    """Begin to gather all keys and values, PARTS of the heads one after the other.
 
-    Every rank has `shard.slots[1]` blocks of rows, with zeros behind its own.
+    The result of each part waits and gives both, [world_size, B, Hkv of the part, rows, D]. Every rank has
+    `shard.slots[1]` blocks of rows, with zeros behind its own.
     """
     missing = shard.slots[1] * shard.block_size - k.shape[2]
-    tensors = [pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v)]
-    return peers.gather_beside(tensors, FETCH)
+    k, v = (pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v))
+    return [peers.gather_beside(part, FETCH) for part in zip(k.chunk(PARTS, 1), v.chunk(PARTS, 1), strict=True)]
 
 
 def as_pages(gathered: Tensor) -> Tensor:

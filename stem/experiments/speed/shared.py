@@ -79,11 +79,15 @@ def _parts(mine: list[Tensor], config: stem.StemConfig, layout: Layout, peers: P
     """Columns of parts of a call, each alone [ms]: selection and its exchange, keys and values, attention."""
     plan = plan_part(*mine, config, layout, peers.rank)
     shard = Shard.of(layout, peers.rank, config.block_size)
-    lists, gathered = choose_rows(*mine, plan, shard, peers), gather_all(*mine[1:], shard, peers)()
+
+    def gathered() -> list[list[Tensor]]:
+        return [finish() for finish in gather_all(*mine[1:], shard, peers)]
+
+    lists, parts = choose_rows(*mine, plan, shard, peers)(), gathered()
     calls = dict(
-        selection=lambda: choose_rows(*mine, plan, shard, peers),
-        exchange=lambda: gather_all(*mine[1:], shard, peers)(),
-        attention=lambda: attend_to_all(mine[0], *gathered, *lists, plan, shard),
+        selection=lambda: choose_rows(*mine, plan, shard, peers)(),
+        exchange=gathered,
+        attention=lambda: attend_to_all(mine[0], parts, *lists, plan, shard),
     )
     for call in calls.values():
         _time(call, peers)
