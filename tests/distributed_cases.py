@@ -520,7 +520,9 @@ def a_late_rank_is_named(rank, mesh):
     q, k, v = inputs(64)
     where = Layout.zigzag(64, mesh.size(), SIZE)
     mine = [where.shard(x, rank) for x in (q, k, v)]
-    stem_attention(*mine, PLAIN, mesh=mesh, layout=where, timeout=1.5)
+    for timeout in (TIMEOUT, 1.5):  # first calls take longer, on a busy machine not everywhere equally long
+        dist.barrier()
+        stem_attention(*mine, PLAIN, mesh=mesh, layout=where, timeout=timeout)
     begin = time.monotonic()
     if rank == 1:
         time.sleep(6)
@@ -589,7 +591,7 @@ def z_a_dead_rank_is_named(rank, mesh):
             stem_attention(*(where.shard(x, rank) for x in (q, k, v)), PLAIN, mesh=mesh, layout=where, timeout=TIMEOUT)
     except PeerError as error:
         assert error.ranks == [1] and "rank 1 did not take part in" in str(error), error
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < TIMEOUT / 2
     else:
         raise AssertionError("no PeerError")
 
