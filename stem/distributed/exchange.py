@@ -17,7 +17,7 @@ from stem.distributed.layout import Layout, moves
 
 PATIENCE = 5.0  # seconds in which the other ranks must notice a failure, too; those that do not are named
 GRACE = 60.0  # seconds after a time-out in which the host can name a rank, before NCCL's watchdog ends the process
-CHANNELS = 32  # of NCCL for keys and values, each a program of the GPU: faster than its choice, which is 16
+CHANNELS = 32  # of NCCL, each a program on the GPU: faster for keys and values than its own choice
 _PEERS: dict[tuple[dist.ProcessGroup, float], Peers] = {}
 
 
@@ -50,12 +50,9 @@ class Peers:
                 limit += timedelta(seconds=GRACE)
             if backend == "nccl":
                 options = dist.ProcessGroupNCCL.Options()
-                options._timeout = limit  # of new_group, which warns of another one
+                options._timeout = limit  # as new_group sets it, which warns of another one
                 options.config.min_ctas = options.config.max_ctas = CHANNELS
-            self.group, self.beside = (
-                dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True, pg_options=of_group)
-                for of_group in (None, options)
-            )
+            self.group = dist.new_group(self.ranks, timeout=limit, use_local_synchronization=True, pg_options=options)
         self.arrived, self.last = torch.cuda.Event() if self.device_type == "cuda" else None, ""
 
     @classmethod
@@ -72,14 +69,11 @@ class Peers:
 
     def gather(self, x: Tensor, what: str) -> Callable[[], Tensor]:
         """Start to gather tensors of one shape; the result waits and gives them, [world_size, *x.shape]."""
-        finish = self._gathered([x], self.group, what)
+        finish = self.gather_together([x], what)
         return lambda: finish()[0]
 
-    def gather_beside(self, tensors: list[Tensor], what: str) -> Callable[[], list[Tensor]]:
-        """Start to gather several tensors as `gather` does, beside the other collectives, which do not wait."""
-        return self._gathered(tensors, self.beside, what)
-
-    def _gathered(self, tensors: list[Tensor], group: dist.ProcessGroup, what: str) -> Callable[[], list[Tensor]]:
+    def gather_together(self, tensors: list[Tensor], what: str) -> Callable[[], list[Tensor]]:
+        """Start to gather several tensors as `gather` does, in one launch with NCCL."""
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
         out = [x.new_empty(self.world_size, *x.shape) for x in tensors]
         pairs = [(all_of, x.contiguous()) for all_of, x in zip(out, tensors, strict=True)]
@@ -89,10 +83,10 @@ class Peers:
 
         def start() -> list[dist.Work]:
             if len(pairs) == 1 or not tensors[0].is_cuda:  # gloo has no launch for several
-                return [gather(*pair, group=group, async_op=True) for pair in pairs]
-            with dist._coalescing_manager(group, async_ops=True) as launched:
+                return [gather(*pair, group=self.group, async_op=True) for pair in pairs]
+            with dist._coalescing_manager(self.group, async_ops=True) as launched:
                 for pair in pairs:
-                    gather(*pair, group=group, async_op=True)
+                    gather(*pair, group=self.group, async_op=True)
             return launched.works
 
         return self._started(start, out, what)

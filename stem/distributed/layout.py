@@ -16,6 +16,7 @@ from stem.config import StemConfig
 from stem.validation import check_integer
 
 IMBALANCE = 1.05  # largest over mean work of a rank, above which blocks move to other ranks; our choice
+MOST_GROUPS, GROUP_BLOCKS = 16, 64  # most groups of a long prompt, and fewest blocks of one; our choice
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,20 @@ class Layout:
     def for_config(cls, config: StemConfig, num_tokens: int, world_size: int) -> Layout:
         """Whole blocks, for each rank equally many (but for one) and about the same work of a config.
 
-        No block moves before the attention then. With `allocation="adaptive"` the data decide how many blocks a row
-        keeps, and this is the zigzag.
+        No block moves before the attention then. Long prompts are shared group by group, so that early and late rows,
+        whose blocks take different times, are spread evenly, too. With `allocation="adaptive"` the data decide how many
+        blocks a row keeps, and this is the zigzag.
         """
         zigzag = cls.zigzag(num_tokens, world_size, config.block_size)
         rows, size = BlockRows.of(num_tokens, num_tokens, config.block_size), config.block_size
         if kept_blocks(rows, config) is None:
             return zigzag
         work = rows.kept_by_row(config)
-        owners = np.repeat(_even_owners(np.array(work), world_size), size)[:num_tokens]
-        return of_owners(owners, world_size).balanced(work, size)
+        groups = min(MOST_GROUPS, max(1, len(work) // GROUP_BLOCKS))
+        of_group = -(-len(work) // (groups * world_size)) * world_size  # blocks, a multiple of the ranks
+        parts = np.split(np.array(work), range(of_group, len(work), of_group))
+        owners = np.concatenate([_even_owners(part, world_size) for part in parts])
+        return of_owners(np.repeat(owners, size)[:num_tokens], world_size).balanced(work, size)
 
     def extended(self, num_tokens: int, block_size: int = 128) -> Layout:
         """Layout after the next chunk of num_tokens queries: each rank keeps its tokens and gets two more pieces."""

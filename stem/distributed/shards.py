@@ -127,7 +127,7 @@ def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> list[Callabl
     """
     missing = shard.slots[1] * shard.block_size - k.shape[2]
     k, v = (pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v))
-    return [peers.gather_beside(part, FETCH) for part in zip(k.chunk(PARTS, 1), v.chunk(PARTS, 1), strict=True)]
+    return [peers.gather_together(part, FETCH) for part in zip(k.chunk(PARTS, 1), v.chunk(PARTS, 1), strict=True)]
 
 
 def as_pages(gathered: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ MODEL_TOKENS = {"full": 2**18, "smoke": 2**11}
 MESSAGES = (2**24, 2**27, 2**30)  # bytes that a rank receives from each other rank
 PAIRS, SECONDS = (3, 20), 1.5  # fewest and most pairs of calls; no more begin after this time
 MODEL_PAIRS = (2, 3)
-LONG_TOKENS = 2**19  # from which a call takes so long that its first one counts
 TIMING = "perf_counter on every rank, the slowest rank of each call, pairs of calls, clocks not locked"
 WHAT = "the measurement"
 
@@ -70,7 +69,7 @@ def operator_row(shape: Shape, config: stem.StemConfig, mesh: DeviceMesh, seed: 
     del whole, selection, out, found
     one = partial(stem.stem_attention, q, k, v, config)
     together = partial(stem_attention, *mine, config, mesh=mesh, layout=layout)
-    times = _pairs(one, together, peers, PAIRS, warm=shape.tokens < LONG_TOKENS)
+    times = _pairs(one, together, peers, PAIRS)
     row = about | asdict(shape) | _compared(times, received, shape, peers) | _parts(mine, config, layout, peers)
     return row | dict(exposed_ms=row["latency_ms"] - row["selection_ms"] - row["attention_ms"])
 
@@ -111,7 +110,7 @@ def model_row(model: nn.Module, tokens: int, config: stem.StemConfig, mesh: Devi
         received[0] = peers.received - before
 
     one, together = partial(call, "one"), partial(call, "together", mesh=mesh)
-    times = _pairs(one, together, peers, MODEL_PAIRS, warm=tokens <= MODEL_TOKENS["smoke"])
+    times = _pairs(one, together, peers, MODEL_PAIRS)
     difference = _largest(float((logits["one"] - logits["together"]).abs().max()), peers)
     about = dict(operation="ttft", density=reports["together"].density(), block_size=config.block_size)
     about |= dict(difference=difference, layers=settings.num_hidden_layers)
@@ -149,11 +148,10 @@ def _time(call: Callable[[], Any], peers: Peers) -> float:
     return _largest(time.perf_counter() - start, peers)
 
 
-def _pairs(one: Callable, together: Callable, peers: Peers, limits: tuple[int, int], warm: bool = True) -> Tensor:
-    """Seconds of calls that take turns [n, 2]; with `warm` a call of each goes before them."""
+def _pairs(one: Callable, together: Callable, peers: Peers, limits: tuple[int, int]) -> Tensor:
+    """Seconds of calls that take turns [n, 2]; a call of each goes before them."""
     pairs, spent = [], 0.0
-    if warm:
-        _time(one, peers), _time(together, peers)
+    _time(one, peers), _time(together, peers)
     while len(pairs) < limits[0] or (len(pairs) < limits[1] and spent < SECONDS):
         pairs.append([_time(one, peers), _time(together, peers)])
         spent += sum(pairs[-1])
@@ -193,7 +191,7 @@ def cases(profile: str, mesh: DeviceMesh, shape: Shape, model: dict[str, int]) -
             yield f"operator, {tokens} tokens, {config.density}", lambda a=(of, config, mesh): [operator_row(*a)]
     built = random_llama(model, mesh.device_type, torch.bfloat16 if on_cuda else torch.float32)
     for tokens in sorted({MODEL_TOKENS["smoke"], MODEL_TOKENS[profile]}):
-        for config in configs[: 1 if tokens == MODEL_TOKENS["full"] else None]:
+        for config in configs:
             yield (
                 f"first token, {tokens} tokens, {config.density}",
                 lambda a=(built, tokens, config, mesh): [model_row(*a)],
