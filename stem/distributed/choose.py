@@ -95,7 +95,8 @@ def _summaries(
         of_rank = p.batch, p.kv_heads, shard.slots[1]
         shapes = key_shapes(of_rank, p.head_dim, size, stride, p.dtype, config.value_norm == "log")
         memory = _Memory.of(shapes, k.device)
-        q_rows, *_ = raw_inputs(q, k, v, size, stride, *config.value_term, heads=heads, of_keys=memory.tensors)
+        inputs = partial(raw_inputs, q, k, v, size, stride, *config.value_term, heads=heads, of_keys=memory.tensors)
+        inputs(num_q_blocks=0)
     else:
         if not softmax:
             q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
@@ -111,8 +112,10 @@ def _summaries(
         memory = _Memory.of(shapes, k.device)
         for place, x in zip(memory.tensors, summaries, strict=True):
             place[:, :, :num_blocks] = x[:, :, :num_blocks]
-    q_rows = q_rows if len(shard.q_blocks) else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
     finish = peers.gather(memory.bytes, "the exchange of block summaries")
+    if triton and not softmax:
+        q_rows, *_ = inputs(kv_blocks=range(0))  # while the summaries travel
+    q_rows = q_rows if len(shard.q_blocks) else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
 
     def result() -> tuple[Tensor, Tensor, Tensor | None]:
         found = memory.of_ranks(finish())
