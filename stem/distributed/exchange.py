@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from stem.distributed.layout import Layout, moves
 
@@ -74,20 +75,17 @@ class Peers:
 
     def gather_together(self, tensors: list[Tensor], what: str) -> Callable[[], list[Tensor]]:
         """Start to gather several tensors as `gather` does, in one launch with NCCL."""
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
-        out = [x.new_empty(self.world_size, *x.shape) for x in tensors]
-        pairs = [(all_of, x.contiguous()) for all_of, x in zip(out, tensors, strict=True)]
-        if not tensors[0].is_cuda:  # gloo does not know all dtypes
-            pairs = [tuple(map(_bytes, pair)) for pair in pairs]
+        out, tensors = [x.new_empty(self.world_size, *x.shape) for x in tensors], [x.contiguous() for x in tensors]
         self.received += sum(x.nbytes for x in tensors) * (self.world_size - 1)
 
         def start() -> list[dist.Work]:
-            if len(pairs) == 1 or not tensors[0].is_cuda:  # gloo has no launch for several
-                return [gather(*pair, group=self.group, async_op=True) for pair in pairs]
-            with dist._coalescing_manager(self.group, async_ops=True) as launched:
-                for pair in pairs:
-                    gather(*pair, group=self.group, async_op=True)
-            return launched.works
+            if tensors[0].is_cuda:  # without the Python of torch.distributed, which takes longer than the launch
+                options = AllgatherOptions()
+                options.asyncOp = True
+                return [self.group.allgather_into_tensor_coalesced(out, tensors, options)]
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+            pairs = zip(map(_bytes, out), map(_bytes, tensors), strict=True)  # gloo does not know all dtypes
+            return [gather(*pair, group=self.group, async_op=True) for pair in pairs]
 
         return self._started(start, out, what)
 
