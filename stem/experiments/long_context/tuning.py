@@ -9,7 +9,6 @@ samples of "answers" and "loss", beside the same with exact shares.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import combinations, product
 
 import torch
@@ -37,6 +36,7 @@ KINDS = ("python source", "C++ headers")  # of reported documents, long enough f
 NATS, NATS_PER_TOKEN = 0.25, 0.005  # losses on needles and documents that add 1 to a score
 SAME = ("changes", "anchors", "thresholds", "samples", "asked", "length", "block_size", "model")  # they name a row
 ONE, FEW = Thresholds(), 4  # one threshold for all; needles on which single layers are measured
+SHORT = 16_384  # tokens of the longest prompts on which single layers are measured
 
 
 class Search:
@@ -131,8 +131,11 @@ def _told(values: torch.Tensor) -> str:
     return " ".join(f"{x:.4g}" for x in values.tolist())
 
 
-def rows(search: Search, reported: Search, changes=CHANGES, show: Callable = print) -> Iterator[dict]:
-    """Rows of all settings that the search tries, and of the best ones on reported samples."""
+def rows(search: Search, reported: Search, short: Search, changes=CHANGES, show: Callable = print) -> Iterator[dict]:
+    """Rows of all settings that the search tries, and of the best ones on reported samples.
+
+    Single layers are measured on the samples of `short`, the search itself for prompts of at most SHORT tokens.
+    """
     search.score(START | dict(dropped="skip"))
     alone = sorted(changes, key=lambda change: search.score(START | change))
     better = [change for change in alone[:3] if search.score(START | change) < search.score(START)]
@@ -140,7 +143,7 @@ def rows(search: Search, reported: Search, changes=CHANGES, show: Callable = pri
     best = min(tried, key=search.score)
     for anchors in (2, 3):
         search.score(best, anchors)
-    layers = search.thresholds(best)
+    layers = short.thresholds(best)
     show(f"best at {search.density:.0%}: {best}, {layers}")
     for of, where in product((search, reported), several(layers)):
         of.score(best, thresholds=where)
@@ -165,11 +168,16 @@ def main(options: argparse.Namespace) -> None:
     full = options.profile == "full"
     model, tokenizer, name = measures.load(options.model)
     length, density = options.length or (8192 if full else 512), options.density or (0.08 if full else 0.5)
-    draw = partial(samples.exact_prompts, NEEDLES, tokenizer, length)
-    windows = torch.cat(samples.calibration_windows(tokenizer, length, 1))
+    block_size, needles = (128, 16) if full else (32, 2)
+
+    def of(length: int, seed: int, documents: torch.Tensor | None = None) -> Search:
+        prompts = samples.exact_prompts(NEEDLES, tokenizer, length, needles, seed)
+        windows = torch.cat(samples.calibration_windows(tokenizer, length, 1))
+        documents = windows if documents is None else documents
+        return Search(model, prompts, documents, density, block_size, windows)
+
     documents = torch.cat([*samples.document_windows(tokenizer, length, 8 if full else 1, KINDS).values()])
-    settings = density, 128 if full else 32, windows
-    search = Search(model, draw(16 if full else 2, SEED), windows, *settings)
-    reported = Search(model, draw(16 if full else 2, 0), documents, *settings)
-    found = [row | dict(model=name) for row in rows(search, reported, CHANGES if full else CHANGES[:1])]
+    search, reported = of(length, SEED), of(length, 0, documents)
+    short = search if length <= SHORT else of(SHORT, SEED)
+    found = [row | dict(model=name) for row in rows(search, reported, short, CHANGES if full else CHANGES[:1])]
     print("wrote", records.write_rows("long_context/tuning", found, options.profile, same=SAME))

@@ -16,7 +16,7 @@ def search(model):
 def test_rows_are_losses_of_the_settings_that_they_name(ruler_rows, tokenizer, model, search):
     prompts, others = (samples.exact_prompts("niah_multikey_1", tokenizer, 256, 2, seed) for seed in (0, 1))
     made, reported = search(prompts), search(others)
-    rows = list(tuning.rows(made, reported, changes=[dict(exact_last_blocks=2)], show=lambda told: None))
+    rows = list(tuning.rows(made, reported, made, changes=[dict(exact_last_blocks=2)], show=lambda told: None))
     own = [row for row in rows if row["samples"] == "tuning"]
     best = min(reversed(own[1:3]), key=lambda row: row["score"])["changes"]  # of the start and the one change
     names = ["dense_last_blocks=0 dropped=skip", "dense_last_blocks=0 dropped=cells"]
