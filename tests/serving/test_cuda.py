@@ -45,7 +45,7 @@ def engine(folder, dtype, settings=None, chunk=2**14, **options):
     from vllm import LLM
 
     common = tools.COMMON | dict(dtype=dtype, max_model_len=2**14, block_size=128, max_num_batched_tokens=chunk)
-    common |= dict(kv_cache_memory_bytes=4 << 30, gpu_memory_utilization=0.2)
+    common |= dict(kv_cache_memory_bytes=1 << 28, gpu_memory_utilization=0.05)
     if settings:
         common |= dict(attention_backend="CUSTOM", scheduler_cls="stem.vllm.AlignedScheduler")
     return LLM(folder, additional_config={"stem": settings} if settings else {}, **common | options)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.util import find_spec
+from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +25,9 @@ if not torch.cuda.is_available():
 
 SCHEDULER = "stem.vllm.AlignedScheduler"
 BLOCK_SIZE = 128  # of vLLM's pages [tokens]
-MEASURED = 3.0  # see timed [s]
+MEASURED = 2.0  # see timed [s]
 MOST_ROUNDS = 60
+SAMPLED = 20  # between two samples of the clock [ms]
 
 
 def is_installed() -> bool:
@@ -67,19 +74,69 @@ def answer(llm, prompts: Sequence[Sequence[int]], tokens: int = 1) -> tuple[list
     return [list(output.outputs[0].token_ids) for output in outputs], time.perf_counter() - start
 
 
-def timed(
-    llms: Sequence, prompts: Sequence[Sequence[int]], tokens: int = 1
-) -> list[tuple[list[list[int]], list[float]]]:
-    """Of each engine: answers of some tokens to all these prompts together, and the time of each round [ms].
+class Timing(NamedTuple):
+    """How an engine answered."""
+
+    answers: list[list[int]]
+    """Tokens."""
+
+    all_ms: list[float]
+    """Time of each round [ms]."""
+
+    clock_mhz: float
+    """Median clock of the GPU's multiprocessors in these rounds [MHz]; NaN if unknown."""
+
+
+def timed(llms: Sequence, prompts: Sequence[Sequence[int]], tokens: int = 1) -> list[Timing]:
+    """Answers of each engine, of some tokens to all these prompts together.
 
     The engines take turns, another one first in each round, so that a change of the clock meets all of them. Each warms
     up first, then answers three times, and up to MOST_ROUNDS times while the rounds take less than MEASURED seconds
     together.
     """
     found = [answer(llm, prompts, tokens)[0] for llm in llms]
-    times: list[list[float]] = []  # a row for each round
-    while len(times) < 3 or (len(times) < MOST_ROUNDS and sum(map(sum, times)) < 1e3 * MEASURED):
-        times.append([0.0] * len(llms))
-        for place in range(len(times), len(times) + len(llms)):
-            times[-1][place % len(llms)] = 1e3 * answer(llms[place % len(llms)], prompts, tokens)[1]
-    return [(answers, list(column)) for answers, column in zip(found, zip(*times, strict=True), strict=True)]
+    spans: list[list[tuple[float, float]]] = [[] for _ in llms]  # beginning and length of each round [s]
+    with clock_samples() as samples:
+        rounds, taken = 0, 0.0
+        while rounds < 3 or (rounds < MOST_ROUNDS and taken < MEASURED):
+            rounds += 1
+            for place in range(rounds, rounds + len(llms)):
+                begun = time.time()
+                seconds = answer(llms[place % len(llms)], prompts, tokens)[1]
+                spans[place % len(llms)].append((begun, seconds))
+                taken += seconds
+    timings = []
+    for answers, own in zip(found, spans, strict=True):
+        clocks = [mhz for when, mhz in samples if any(begun <= when <= begun + seconds for begun, seconds in own)]
+        clock_mhz = median(clocks) if clocks else float("nan")
+        timings.append(Timing(answers, [1e3 * seconds for _, seconds in own], clock_mhz))
+    return timings
+
+
+@contextmanager
+def clock_samples() -> Iterator[list[tuple[float, float]]]:
+    """Times [s since 1970] and clocks of the GPU's multiprocessors [MHz], there when the with block has ended.
+
+    nvidia-smi takes them, in a process of its own; none without it.
+    """
+    samples: list[tuple[float, float]] = []
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        yield samples
+        return
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    query = ["--query-gpu=timestamp,clocks.sm", "--format=csv,noheader,nounits", "-lms", str(SAMPLED), "-i", gpu]
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(["nvidia-smi", *query], stdout=file)
+        try:
+            yield samples
+        finally:
+            process.terminate()
+            process.wait()
+            file.seek(0)
+            samples += parsed(file.read())
+
+
+def parsed(text: str) -> list[tuple[float, float]]:
+    """Times and clocks from what nvidia-smi printed until it was stopped, maybe within a line."""
+    rows = [line.split(", ") for line in text.split("\n")[:-1]]
+    return [(datetime.strptime(date, "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(mhz)) for date, mhz in rows]

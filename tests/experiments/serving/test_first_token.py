@@ -15,7 +15,8 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
 
     def timed(llms, prompts, tokens=1):
         rounds = [[x + 5.0 * tokens for x in times] for times in ((100, 200, 140), (100, 100, 100))]
-        return [(answer(llm, prompts, tokens)[0], times) for llm, times in zip(llms, rounds, strict=True)]
+        both = zip(llms, rounds, strict=True)
+        return [engines.Timing(answer(llm, prompts, tokens)[0], times, 1500.0) for llm, times in both]
 
     monkeypatch.setattr("gc.collect", lambda *generation: 0)  # takes long over all that vLLM imports
     monkeypatch.setattr(first_token, "timed", timed)
@@ -34,21 +35,37 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     assert all((row["first_token_ms"], row["token_ms"]) == (105.0, 5.0) for row in found)
     speedups = [[row[x] for x in ("speedup", "speedup_low", "speedup_high")] for row in found]
     assert speedups == [[1.0] * 3, pytest.approx([145 / 105, 1.0, 205 / 105])]
+    assert all(row["clock_mhz"] == 1500 for row in found)
     assert [row["answer"] for row in found] == [" ".join(map(str, x)) for x in tokens] and tokens[0] != tokens[1]
 
 
 def test_engines_take_turns(monkeypatch):
     calls, seconds = [], dict(a=iter([9.0, 3.0, 2.0, 4.0, 5.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
     monkeypatch.setattr(engines, "answer", lambda llm, *args: (calls.append(llm) or [[7]], next(seconds[llm])))
-    assert engines.timed(["a", "b"], [[1]]) == [([[7]], [3e3, 2e3, 4e3]), ([[7]], [4e3, 5e3, 6e3])]
+    assert [x[:2] for x in engines.timed(["a", "b"], [[1]])] == [([[7]], [3e3, 2e3, 4e3]), ([[7]], [4e3, 5e3, 6e3])]
     assert calls == ["a", "b"] + ["b", "a", "a", "b", "b", "a"]  # three rounds, as they take longer than MEASURED
     monkeypatch.setattr(engines, "MEASURED", 25.0)
     calls.clear()
     seconds.update(a=iter([9.0, 3.0, 2.0, 4.0, 1.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
-    assert engines.timed(["a", "b"], [[1]])[0] == ([[7]], [3e3, 2e3, 4e3, 1e3]) and len(calls) == 10
+    assert engines.timed(["a", "b"], [[1]])[0].all_ms == [3e3, 2e3, 4e3, 1e3] and len(calls) == 10
     monkeypatch.setattr(engines, "MOST_ROUNDS", 3)
     seconds.update(a=iter([9.0, 3.0, 2.0, 4.0, 1.0]), b=iter([9.0, 4.0, 5.0, 6.0, 6.0]))
-    assert len(engines.timed(["a", "b"], [[1]])[0][1]) == 3
+    assert len(engines.timed(["a", "b"], [[1]])[0].all_ms) == 3
+
+
+def test_each_engine_has_the_clock_of_its_rounds(monkeypatch):
+    @contextmanager
+    def samples():
+        yield [(100.0 + i, 1000.0 + i) for i in range(8)]  # two in each answer after the warm-up
+
+    beginnings = iter([100.0, 102.0, 104.0, 106.0])
+    monkeypatch.setattr(engines, "clock_samples", samples)
+    monkeypatch.setattr(engines, "answer", lambda llm, *args: ([[7]], 1.5))
+    monkeypatch.setattr(engines.time, "time", lambda: next(beginnings, 200.0))
+    assert [x.clock_mhz for x in engines.timed(["a", "b"], [[1]])] == [1003.5, 1003.5]
+    text = "2026/11/29 18:54:22.042, 345\n2026/11/29 18:54:22.062, 1980\n2026/11/29 18:54:22.082, 19"
+    (first, low), (second, high) = engines.parsed(text)
+    assert (low, high) == (345, 1980) and second - first == pytest.approx(0.02, abs=1e-4)
 
 
 def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
@@ -56,7 +73,8 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
 
     @contextmanager
     def start(folder, settings, longest, chunk, **options):
-        way = settings and (settings["density"], settings.get("lists", "head"))
+        about = settings and (settings["density"], settings.get("lists", "head"), settings.get("compute"))
+        way = settings and tuple(filter(None, about))
         events.append((way, longest, chunk, options["enforce_eager"]))
         yield way
         events.append("end")
@@ -73,5 +91,7 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     assert events[:5] == [(way, 131072, None, False) for way in whole]
     assert events[5:12] == [(whole, [n], 0) for n in first_token.LENGTHS] + [(whole, [4096], 128)]
     assert events[12:20] == ["end"] * 5 + [(way, 131072, 8192, True) for way in ways]
-    assert events[20:] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
+    assert events[20:26] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
+    fp8 = [None, (0.25, "head", "fp8")]
+    assert events[26:] == [(way, 131072, None, True) for way in fp8] + [(fp8, [131072], 0)] + ["end"] * 2
     assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3

@@ -45,6 +45,23 @@ def test_lists_of_groups_have_columns_of_their_own(monkeypatch):
     assert lines[5] == "| 32K, chunks of 8K | 300 ms | – | 150 ms (2.00x) | – |"
 
 
+def test_fp8_is_an_attention_of_its_own(monkeypatch):
+    measured = rows(("vLLM", 1.0, 0, 2048, 1, 16.0, None), ("Stem in FP8", 0.25, 0, 2048, 1, 4.0, None))
+    measured = pd.concat([measured, rows(("Stem", 0.25, 0, 2048, 1, 8.0, None))])
+    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    lines = report.serving().splitlines()
+    assert lines[2] == "| prompt | vLLM | Stem, density 0.25 | Stem in FP8, density 0.25 |"
+    assert lines[4] == "| 2K | 16 ms | 8 ms (2.00x) | 4 ms (4.00x) |"
+
+
+def test_the_clock_is_told_where_it_is_known(monkeypatch):
+    measured = rows(*(("vLLM", 1.0, chunk, tokens, 1, 16.0, None) for chunk in (0, 1) for tokens in (1024, 8192)))
+    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    assert "clock" not in report.serving()
+    measured = measured.assign(clock_mhz=[1980.0, 1500.0, 1.0, 2.0])
+    assert report.serving().endswith("multiprocessors in these rounds: 1980 MHz at 1K and 1500 MHz at 8K.")
+
+
 def test_a_speedup_of_rounds_comes_with_its_interval(monkeypatch):
     measured = rows(("vLLM", 1.0, 0, 2048, 1, 16.0, 4.0), ("Stem", 0.25, 0, 2048, 1, 20.0, 2.0))
     measured = measured.assign(speedup=[1.0, 0.9], speedup_low=[1.0, 0.85], speedup_high=[1.0, 0.96])
