@@ -37,7 +37,7 @@ from stem.experiments.speed.scaling import DENSITIES, ring_bytes
 LENGTHS = {"full": [2**17, 2**20, 2**19, 2**15], "smoke": [2**12]}  # tokens of the operator, most wanted first
 MODEL_TOKENS = {"full": 2**18, "smoke": 2**11}
 MESSAGES = (2**24, 2**27, 2**30)  # bytes that a rank receives from each other rank
-PAIRS, SECONDS = (3, 20), 1.5  # fewest and most pairs of calls; no more begin after this time
+PAIRS, SECONDS = (3, 60), 1.5  # fewest and most pairs of calls; no more begin after this time
 MODEL_PAIRS = (2, 3)
 TIMING = "perf_counter on every rank, the slowest rank of each call, pairs of calls, clocks not locked"
 WHAT = "the measurement"
