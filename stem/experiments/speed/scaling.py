@@ -13,7 +13,7 @@ from stem.experiments.speed.candidates import Shape
 DENSITIES = (0.207, 0.08)
 PLANNED = (2, 8, 64, 512)  # ranks
 NETWORK_GB_PER_S, RANKS_PER_HOST = 50.0, 8  # assumed: one 400 Gbit/s port for each GPU; not measured
-LABELS = {"operator": "operator", "ttft": "first token of an 8B shape"}
+LABELS = {"operator": "operator", "ttft": "first token of an 8B shape, {:.0f} layers"}
 
 
 def ring_bytes(shape: Shape, ranks: int) -> int:
@@ -59,9 +59,10 @@ def machine(rows: pd.DataFrame, network_gb_per_s: float = NETWORK_GB_PER_S) -> M
 def predict(shape: Shape, density: float, named: float, ranks: int, machine: Machine) -> dict[str, float]:
     """Predicted time of the operator and bytes that a rank receives, for a number of ranks.
 
-    Attention, selection and keys are evenly spread. Attention begins once keys and values have travelled, during the
-    selection. `named` is the share of the other ranks' key blocks that travel, in [0, 1]; dense ring attention receives
-    all. Block summaries are those of the default config in bf16.
+    Attention, selection and keys are evenly spread. Summaries travel first, then keys and values of one half of the
+    heads after the other, during the selection; attention to a half begins once they are there. `named` is the share of
+    the other ranks' key blocks that travel, in [0, 1]; dense ring attention receives all. Block summaries are those of
+    the default config in bf16.
 
     Returns:
         latency_ms, attention_ms, selection_ms and exchange_ms of a rank; received_mib and ring_mib; speedup over one.
@@ -77,7 +78,8 @@ def predict(shape: Shape, density: float, named: float, ranks: int, machine: Mac
         summaries = blocks * (2 * config.score_stride * shape.head_dim + 4) * (ranks - 1) // ranks
         keys = named * ring_bytes(shape, ranks)
         exchange, before = (1e-6 * size * seconds_per_gb for size in (keys, summaries))
-        latency = max(selection + before, exchange) + attention + (machine.collective_ms if ranks > 1 else 0)
+        half = max(selection, exchange / 2) + attention / 2  # after the summaries
+        latency = before + max(half, exchange) + attention / 2 + (machine.collective_ms if ranks > 1 else 0)
         times = dict(latency_ms=latency, attention_ms=attention, selection_ms=selection, exchange_ms=exchange + before)
         return times | dict(received_mib=(keys + summaries) / 2**20, ring_mib=ring_bytes(shape, ranks) / 2**20)
 
@@ -128,7 +130,12 @@ def _tables(rows: pd.DataFrame) -> str:
         parts = [
             number(row.get(f"{name}_ms", float("nan"))) for name in ("selection", "exchange", "attention", "exposed")
         ]
-        about = [LABELS[row["operation"]], tokens_label(row["tokens"]), f"{row['density']:.1%}", int(row["ranks"])]
+        about = [
+            LABELS[row["operation"]].format(row.get("layers", 0)),
+            tokens_label(row["tokens"]),
+            f"{row['density']:.1%}",
+            int(row["ranks"]),
+        ]
         traffic = [number(row["received_mib"]), number(row["ring_mib"])]
         lines.append([*about, *times, ratio, f"{row['efficiency']:.1%}", *parts, *traffic])
     header = ["what", "tokens", "density", "GPUs", "one GPU [ms]", "all [ms]", "speed-up", "efficiency"]
