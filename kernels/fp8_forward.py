@@ -9,6 +9,8 @@ Q, K and V come from fp8_quantize.py with their scales. The kernel differs from 
         tokens are in the order in which a thread holds the weights of a row, so weights never leave their registers
     accumulation: the tensor cores add FP8 products with about 14 bits, so each tile's PV starts from 0 and is added to
         the accumulator in fp32
+
+The consumers take turns to issue products, so that one computes exponentials while the tensor cores work for the other.
 """
 
 import torch
@@ -75,15 +77,20 @@ def pack_fp8(x):
 
 
 @gluon.jit
-def fp8_weights(logits, reference, factor, WEIGHTS: gl.constexpr):
-    """Weights 2^(logit - reference) of a tile, as the first operand of PV, and their partial row sums [M, SUMS]."""
+def fp8_weights(logits, sums, before, factor, WEIGHTS: gl.constexpr):
+    """Weights 2^(logit - reference) of a tile, as the first operand of PV, and the state of the rows after it.
+
+    The state: partial sums of all weights [M, SUMS], references [M], and factors that rescale earlier outputs [M].
+    """
     ROWS: gl.constexpr = logits.shape[0]
     COLUMNS: gl.constexpr = logits.shape[1]
+    reference = gl.maximum(before, row_maxima(logits, factor) - HEADROOM)
     weights = gl.exp2(logits * factor - reference[:, None])  # [M, BLOCK_SIZE]
-    sums = gl.sum(weights.reshape([ROWS, COLUMNS // SUMS, SUMS]), axis=1)
+    rescale = gl.exp2(before - reference)
+    sums = scale_rows(sums, rescale) + gl.sum(weights.reshape([ROWS, COLUMNS // SUMS, SUMS]), axis=1)
     # A thread holds columns 2t, 2t+1, 8+2t and 8+2t+1 of 16; the product takes them as 4t .. 4t+3.
     grouped = weights.reshape([ROWS, COLUMNS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
-    return pack_fp8(gl.convert_layout(grouped, WEIGHTS)), sums
+    return pack_fp8(gl.convert_layout(grouped, WEIGHTS)), sums, reference, rescale
 
 
 @gluon.jit
@@ -94,10 +101,11 @@ def start_output(weights, v_tile, OUT: gl.constexpr):
 
 
 @gluon.jit
-def attend(q_tile, q_read, k_ring, v_ring, first_step, kv_list, first_position, q_scale, k_scales_ptr):
+def attend(q_tile, q_read, k_ring, v_ring, turn, next_turn, first_step, kv_list, first_position, q_scale, k_scales_ptr):
     """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
 
-    Arrives at `q_read` after the last use of the queries.
+    Arrives at `q_read` after the last use of the queries. Each step waits for its turn, issues products, and gives the
+    turn to the other consumer.
     """
     ROWS: gl.constexpr = q_tile.shape[0]
     HEAD_DIM: gl.constexpr = q_tile.shape[1]
@@ -107,9 +115,11 @@ def attend(q_tile, q_read, k_ring, v_ring, first_step, kv_list, first_position, 
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, k_width=4)
     num_blocks = kv_list[1]
     accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
+    no_weights = gl.full([ROWS, BLOCK], 0.0, gl.float32, LOGITS)
+    sums = gl.sum(no_weights.reshape([ROWS, BLOCK // SUMS, SUMS]), axis=1)
     reference = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
-    row_sums = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, LOGITS))
     if num_blocks > 0:
+        last_step = first_step + num_blocks - 1
         kv_block = load_block(kv_list, num_blocks - 1)
         factor = q_scale * gl.load(k_scales_ptr + kv_block)
         next_scale = gl.load(k_scales_ptr + load_block(kv_list, num_blocks - 2))
@@ -117,37 +127,38 @@ def attend(q_tile, q_read, k_ring, v_ring, first_step, kv_list, first_position, 
         logits = hopper.warpgroup_mma_wait(0, [logits])
         release_tile(k_ring, first_step)
         logits = mask_future(logits, first_position, kv_block * BLOCK)
-        reference = row_maxima(logits, factor) - HEADROOM
-        weights, sums = fp8_weights(logits, reference, factor, WEIGHTS)
-        part = start_output(weights, wait_for_tile(v_ring, first_step), OUT)
-        rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, LOGITS))
-        for step in range(first_step + 1, first_step + num_blocks):
+        for step in range(first_step, last_step):
+            weights, sums, reference, rescale = fp8_weights(logits, sums, reference, factor, WEIGHTS)
             factor = q_scale * next_scale
-            next_scale = gl.load(k_scales_ptr + load_block(kv_list, num_blocks - 2 - (step - first_step)))
-            logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
-            logits, part = hopper.warpgroup_mma_wait(0, [logits, part])
-            release_tile(k_ring, step)
-            release_tile(v_ring, step - 1)
+            next_scale = gl.load(k_scales_ptr + load_block(kv_list, num_blocks - 3 - (step - first_step)))
+            v_tile = wait_for_tile(v_ring, step)
+            k_tile = wait_for_tile(k_ring, step + 1)
+            mbarrier.wait(turn, step & 1)
+            part = start_output(weights, v_tile, OUT)
+            logits = start_logits(q_tile, k_tile, LOGITS)
+            mbarrier.arrive(next_turn)
+            part = hopper.warpgroup_mma_wait(1, [part])  # the older of the two products in flight
+            release_tile(v_ring, step)
             accumulator = scale_rows(accumulator, rescale) + part
-            before = reference
-            reference = gl.maximum(reference, row_maxima(logits, factor) - HEADROOM)
-            weights, tile_sums = fp8_weights(logits, reference, factor, WEIGHTS)
-            part = start_output(weights, wait_for_tile(v_ring, step), OUT)
-            rescale = gl.exp2(before - reference)
-            sums = scale_rows(sums, rescale) + tile_sums
+            logits = hopper.warpgroup_mma_wait(0, [logits])
+            release_tile(k_ring, step + 1)
         mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
+        weights, sums, reference, rescale = fp8_weights(logits, sums, reference, factor, WEIGHTS)
+        v_tile = wait_for_tile(v_ring, last_step)
+        mbarrier.wait(turn, last_step & 1)
+        part = start_output(weights, v_tile, OUT)
+        mbarrier.arrive(next_turn)
         part = hopper.warpgroup_mma_wait(0, [part])
-        release_tile(v_ring, first_step + num_blocks - 1)
+        release_tile(v_ring, last_step)
         accumulator = scale_rows(accumulator, rescale) + part
-        row_sums = gl.convert_layout(gl.sum(sums, axis=1), row_sums.type.layout)
     else:
         mbarrier.arrive(q_read)
-    return accumulator, reference, row_sums
+    return accumulator, reference, gl.convert_layout(gl.sum(sums, axis=1), reference.type.layout)
 
 
 @gluon.jit
 def consume(
-    CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem, scales,
+    CONSUMER: gl.constexpr, turns, q_inbox, k_ring, v_ring, redo, num_tasks, problem, scales,
     out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries,
 ):  # fmt: skip
     """Task by task until the end is announced: attend from half of a query block, store output and log-sum-exp."""
@@ -159,6 +170,9 @@ def consume(
     HEAD_DIM: gl.constexpr = q_tiles.shape[4]
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     q_tile, q_read = as_matrix(q_tiles.index(CONSUMER)), q_empty.index(CONSUMER)
+    turn, next_turn = turns.index(CONSUMER), turns.index(1 - CONSUMER)
+    if CONSUMER > 0:
+        mbarrier.arrive(next_turn)  # the first turn is that of consumer 0
     parity, first_step = gl.to_tensor(0), gl.to_tensor(0)
     task = wait_for_task(q_inbox, parity, CONSUMER)
     while task < num_tasks:
@@ -168,7 +182,7 @@ def consume(
         q_block = (first_query + offset) // BLOCK - offset // BLOCK
         q_scale = gl.load(q_scales_ptr + batch_head * num_q_blocks + q_block)
         accumulator, reference, row_sums = attend(
-            q_tile, q_read, k_ring, v_ring, first_step, kv_list, offset + first_row, q_scale,
+            q_tile, q_read, k_ring, v_ring, turn, next_turn, first_step, kv_list, offset + first_row, q_scale,
             k_scales_ptr + kv_row * num_kv_blocks,
         )  # fmt: skip
         row_sums = gl.where(row_sums == 0.0, 1.0, row_sums)  # an empty list gives out 0 and lse -inf
@@ -211,12 +225,13 @@ def fp8_forward_kernel(
     redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), scratch_ptr + 2)
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
     shared = (q_inbox, make_ring(k_desc, NUM_STAGES), make_ring(v_desc, NUM_STAGES), redo, num_tasks, problem)
+    turns = make_barriers(NUM_CONSUMERS, 1)
     scales = (q_scales_ptr, k_scales_ptr, v_scales_ptr, num_kv_blocks)
     outputs = (scales, out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries)
     gl.warp_specialize(
         [
-            (consume, (0,) + shared + outputs),
-            (consume, (1,) + shared + outputs),
+            (consume, (0, turns) + shared + outputs),
+            (consume, (1, turns) + shared + outputs),
             (produce, (False, kv_indices_ptr, 0, (k_desc, v_desc), q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],

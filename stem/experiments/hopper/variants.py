@@ -121,10 +121,10 @@ DIARY: dict[str, Edits] = {
 """The shipped kernel with one change each, for the appendix of notebook 02."""
 
 FP8: Edits = TASKS | {
-    "factor = q_scale * next_scale": ["stamp(step, AT_TILE)", "$"],
-    "logits = start_logits(q_tile, wait_for_tile(k_ring, step)": ["$", "stamp(step, AT_ISSUED)"],
-    "logits, part = hopper.warpgroup_mma_wait(0": ["$", "stamp(step, AT_LOGITS)"],
-    "part = start_output(weights, wait_for_tile(v_ring, step)": ["$", "stamp(step, AT_WEIGHTS)"],
+    "v_tile = wait_for_tile(v_ring, step)": ["stamp(step, AT_WEIGHTS)", "stamp(step + 1, AT_TILE)", "$"],
+    "logits = start_logits(q_tile, k_tile": ["$", "stamp(step + 1, AT_ISSUED)"],
+    "release_tile(k_ring, step + 1)": ["stamp(step + 1, AT_LOGITS)", "$"],
+    "v_tile = wait_for_tile(v_ring, last_step)": ["stamp(last_step, AT_WEIGHTS)", "$"],
 }
 SHIPPED_CELLS: Edits = {
     "total = tl.zeros([ROWS, SUMS]": ["$", "stamp(0, AT_TASK)"],
