@@ -99,7 +99,7 @@ def pool_shares_kernel(
 def cell_constants(cells: Cells, lanes: int) -> dict[str, int]:
     """Compile-time constants and warps of the kernels that pool the shares of cells in rows of so many lanes."""
     constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, HEADS=1)
-    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(1, lanes // 1024)))
+    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(1, lanes // 512)))
 
 
 def token_constants(cells: Cells, lanes: int) -> dict[str, int]:
