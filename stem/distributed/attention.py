@@ -192,9 +192,7 @@ class _Call:
     def _at_once(self, q: Tensor, k: Tensor, v: Tensor, shard: shards.Shard) -> tuple[Tensor, Tensor]:
         """Attention to all kept blocks in one go; all keys and values travel while the blocks are chosen."""
         p, choice = self.plan.problem, choose_rows(q, k, v, self.plan, shard, self.peers)
-        travelling = shards.gather_all(
-            k, v, shard, self.peers
-        )  # after the summaries, which would be slower beside them
+        travelling = shards.gather_all(k, v, shard, self.peers)  # behind the summaries, which must not wait
         lists, counts = choice()
         results = attend_to_all(q, (finish() for finish in travelling), lists, counts, self.plan, shard)
         head_kept = torch.full((p.q_heads,), p.batch * self.plan.kept_blocks, dtype=torch.int64)
