@@ -197,11 +197,13 @@ def reported() -> str:
     parts = []
     for (device, model, length, asked), of in _tuning(tuning.REPORTED):
         lines = [_setting(row) + _to_oracle(row, of) for row in of.sort_values(["changes", "score"]).itertuples()]
+        within, exact = (of.needles >= NATS) & (of.documents <= LOSS), of.changes.str.contains(EXACT)
         parts.append(
             f"**Settings of the search on other samples**, those of the tables of answers and losses, at {asked:.0%} "
             f"on {model} and {device}: {_counts(of)} needles and 8 windows of {' and of '.join(tuning.KINDS)}, of "
             f"{tokens_label(length)} tokens. The last columns are paired differences to the same setting with the true "
-            f"attention mass in the place of scores.\n\n"
+            f"attention mass in the place of scores. Within both bounds: {within[~exact].sum()} of {(~exact).sum()} "
+            f"settings, and {within[exact].sum()} of {exact.sum()} with the true mass.\n\n"
             + markdown_table([*HEADER, "needles minus oracle", "documents minus oracle"], lines)
         )
     return "\n\n".join(parts)

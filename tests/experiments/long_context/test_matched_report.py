@@ -121,18 +121,20 @@ def test_reported_samples_show_thresholds_and_the_distance_to_the_same_with_exac
     oracle, layers = "exact_last_blocks=1048576 score_cells=32", "last=0.25 layers=1,0.5"
     lines = [("score_cells=32", None), ("score_cells=32", layers), (oracle, layers)]
     frame = pd.DataFrame(dict(changes=changes, thresholds=of) for changes, of in lines)
-    numbers = dict(documents=0.01, divergence=0.3, score=1.0, anchors=1, count=2)
+    numbers = dict(divergence=0.3, score=1.0, anchors=1, count=2)
     about = dict(
         device="H200", model="smollm2-0.1.2", length=2**14, asked=0.08, samples="reported", density_needles=0.08
     )
     frame = frame.assign(**numbers, **about, density_documents=0.079)
     frame["values"], frame["document_values"] = ["-1 -1"] * 2 + ["-0.75 -0.75"], ["0.01 0.02"] * 2 + ["0.02 0.03"]
+    frame["needles"], frame["documents"] = [-0.2, -0.3, -0.2], [0.004, 0.004, 0.006]
     monkeypatch.setattr(matched_report, "full_rows", lambda name: frame)
+    assert "Within both bounds: 1 of 2 settings, and 0 of 1 with the true mass." in matched_report.reported()
     first, own, exact = [line.strip("| ").split(" | ") for line in matched_report.reported().splitlines()[-3:]]
     rows = {row[0]: row[1:] for row in (first, own, exact)}
     assert rows["score_cells=32"][-2:] == [MISSING, MISSING]
     told = "score_cells=32; threshold of the last block × 0.25; thresholds by layer"
-    assert rows[told][:4] == ["8.0%, 7.9%", "-1.00 [-1.00, -1.00]", "+0.0100", "0.30"]
+    assert rows[told][:4] == ["8.0%, 7.9%", "-1.00 [-1.00, -1.00]", "+0.0040", "0.30"]
     assert rows[told][-2:] == ["-0.25 [-0.25, -0.25]", "-0.0100 [-0.0100, -0.0100]"]
     assert rows[f"exact_last_blocks=1048576 {told}"][-2:] == [MISSING, MISSING]
     assert matched_report.search() == "" and "of 16K tokens" in matched_report.reported()
