@@ -37,7 +37,7 @@ from stem.experiments.long_context import measures, methods, ruler, samples
 from stem.experiments.long_context.measures import InChunks
 from stem.experiments.long_context.methods import Method
 from stem.experiments.long_context.samples import Prompts
-from stem.validation import check_integer
+from stem.validation import check_integer, check_number
 
 DOCUMENTS = "documents"  # task of the losses; the other tasks are RULER's
 CALIBRATION_TASK, CALIBRATION_SAMPLES, CALIBRATION_SEED = "niah_multikey_1", 4, 1000
@@ -313,6 +313,8 @@ def with_options(study: Study, options: argparse.Namespace) -> Study:
         kinds=options.kinds,
     )
     changes = {name: tuple(value) for name, value in given.items() if value}
+    for density in changes.get("densities", ()):
+        check_number("densities", density, 0.0, 1.0, open_below=True)
     if options.samples is not None:
         check_integer("samples", options.samples, 1)
         changes["samples"] = options.samples

@@ -226,6 +226,8 @@ def test_every_option_replaces_the_studys_value():
     assert comparison.with_options(STUDY, options("--samples", "5")) == replace(STUDY, samples=5)
     with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
         comparison.with_options(STUDY, options("--samples", "0"))
+    with pytest.raises(ValueError, match=r"densities must be in \(0, 1\], got 1.7"):
+        comparison.with_options(STUDY, options("--densities", "0.5", "1.7"))
 
 
 def test_a_run_of_some_methods_leaves_the_rows_of_the_others(monkeypatch, made_up_machine):
