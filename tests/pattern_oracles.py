@@ -206,14 +206,17 @@ def cosa(q, k, size, stride):
     return result
 
 
-def blasst(q, k, size, threshold, keep=lambda i, j: True):
-    """Return the blocks of the lists `keep` that a kernel with skipped softmax does not skip, and the diagonal."""
+def blasst(q, k, size, threshold, keep=lambda i, j: True, first=lambda i, j: 0):
+    """Return the blocks of the lists `keep` that a kernel with skipped softmax does not skip, and the diagonal.
+
+    Blocks with the largest `first` are visited first.
+    """
     offset, scale = len(k) - len(q), len(q[0]) ** -0.5
 
     def row(i):
         queries = range(max(i * size, offset), min((i + 1) * size, len(k)))
         running, kept = dict.fromkeys(queries, -math.inf), {i} if keep(i, i) else set()
-        for j in filter(lambda j: keep(i, j), range(i + 1)):
+        for j in sorted(filter(lambda j: keep(i, j), range(i + 1)), key=lambda j: -first(i, j)):
             skipped = True
             for t in queries:
                 seen = range(j * size, min((j + 1) * size, t + 1))

@@ -31,7 +31,7 @@ config's schedule and can be compared at equal density. A parameter that is give
 than requested where a method always keeps more blocks; its docstring then gives the least density.
 
 `reuse` gives the layers of a model the selections of anchor layers (Kascade). `skip_negligible` removes the blocks that
-BLASST skips from any selection.
+BLASST skips from any selection, in ascending order or in that of `cosa_priority`.
 
 In the docstrings row i is a query block, j a key block, and i - j = 0 the diagonal. Windows include the diagonal.
 """
@@ -61,12 +61,13 @@ from stem.patterns import (
 )
 from stem.patterns.blasst import skip_negligible
 from stem.patterns.common import Prompt
+from stem.patterns.cosa import cosa_priority
 from stem.patterns.reuse import reuse
 from stem.selection import BlockSelection
 from stem.transforms import refused_by_name
 from stem.validation import check_choice, check_finite, check_qkv
 
-__all__ = ["keywords", "names", "reuse", "select", "skip_negligible"]
+__all__ = ["cosa_priority", "keywords", "names", "reuse", "select", "skip_negligible"]
 
 _SELECT = {
     "dense": window.select_dense,

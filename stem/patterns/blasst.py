@@ -31,29 +31,41 @@ def select(prompt: Prompt, *, skip_threshold: float | None = None) -> BlockSelec
 
 
 def skip_negligible(
-    selection: BlockSelection, q: Tensor, k: Tensor, skip_threshold: float, *, scale: float | None = None
+    selection: BlockSelection,
+    q: Tensor,
+    k: Tensor,
+    skip_threshold: float,
+    *,
+    scale: float | None = None,
+    priority: Tensor | None = None,
 ) -> BlockSelection:
     """Return a selection without the blocks that BLASST skips in its lists; see `select`.
 
     Args:
         selection, q, k, scale: As in stem.block_sparse_attention.
         skip_threshold: Lambda, in [0, 1].
+        priority: [B, Hq, nq, nk], for example CoSA's (`cosa_priority`): a row visits its blocks from the largest to the
+            smallest, so that its running maximum is high from the start. None is the order of the lists, ascending.
     """
     check_qkv(q, k, k)
     check_number("skip_threshold", skip_threshold, 0.0, 1.0)
     selection = fit_selection(selection, q, k)
-    levels = _levels(q, k, selection, check_scale(scale, q.shape[-1]))
+    levels = _levels(q, k, selection, check_scale(scale, q.shape[-1]), priority)
     kept = (levels >= (math.log(skip_threshold) if skip_threshold else -math.inf)) & selection.to_mask()
     narrower = BlockSelection.from_mask(kept, selection.block_size, q_len=q.shape[2], kv_len=k.shape[2])
     return replace(narrower, dropped=selection.dropped)
 
 
-def _levels(q: Tensor, k: Tensor, selection: BlockSelection, scale: float) -> Tensor:
+def _levels(q: Tensor, k: Tensor, selection: BlockSelection, scale: float, priority: Tensor | None = None) -> Tensor:
     """Return the largest difference of block maximum and running maximum over a row's queries: [B, Hq, nq, nk].
 
     Blocks that are not listed have -inf, the diagonal +inf.
     """
     size, (q_len, kv_len), mask = selection.block_size, (q.shape[2], k.shape[2]), selection.to_mask()
+    priority = torch.zeros_like(mask, dtype=torch.float32) if priority is None else priority
+    if priority.shape != mask.shape:
+        raise ValueError(f"priority must be [B, Hq, nq, nk] = {list(mask.shape)}, got {list(priority.shape)}")
+    order = priority.argsort(dim=-1, descending=True, stable=True)  # equal blocks stay ascending
     nq, nk = mask.shape[2:]
     queries = q.to(compute_dtype(q.dtype)).unflatten(1, (k.shape[1], -1)) * scale
     keys = k.to(queries.dtype)[:, :, None].mT
@@ -66,7 +78,9 @@ def _levels(q: Tensor, k: Tensor, selection: BlockSelection, scale: float) -> Te
         logits = logits.masked_fill_(future, -torch.inf)
         logits = torch.nn.functional.pad(logits, (0, nk * size - kv_len), value=-torch.inf)
         maxima = logits.unflatten(3, (nk, size)).amax(-1).masked_fill_(~mask[:, :, row, None], -torch.inf)
+        maxima = maxima.gather(-1, order[:, :, row, None].expand_as(maxima))  # in the order of the visits
         level = (maxima - maxima.cummax(-1)[0]).nan_to_num(nan=-torch.inf, neginf=-torch.inf).amax(2)  # [B, Hq, nk]
+        level = torch.zeros_like(level).scatter(-1, order[:, :, row], level)
         level[..., block] = torch.inf
         rows.append(level)
     return torch.stack(rows, 2)

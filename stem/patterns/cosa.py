@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from stem.cells import group_sums
+from stem.config import StemConfig, check_config
 from stem.patterns.common import Prompt, check_blocks, check_share, select_even, select_share
 from stem.selection import BlockSelection
+from stem.validation import check_qkv
 
 
 def select(
@@ -15,7 +17,8 @@ def select(
 
     Rows and key cells have the length of the config's score_stride, 8 tokens in the source. Their logit is the mean of
     q . k / sqrt(d) over an antidiagonal. The mass of a block is the sum over rows of exp(largest logit of the block -
-    largest of the row). Our lists are ascending: CoSA's order decides which blocks are kept.
+    largest of the row). Our lists are ascending: CoSA's order decides which blocks are kept. Its kernel visits them
+    in that order and skips blocks: `patterns.skip_negligible(selection, ..., priority=patterns.cosa_priority(...))`.
 
     Args:
         top_p: Share of the row's mass that the kept blocks reach, in [0, 1], 0.8 or 0.95 in the sources; the density
@@ -27,11 +30,29 @@ def select(
     check_blocks(0, sink_blocks=sink_blocks, local_blocks=local_blocks)
     kept = dict(sink_blocks=sink_blocks, local_blocks=local_blocks)
     masses, holds_maximum = _masses(prompt)
-    cells = prompt.config.block_size // prompt.config.score_stride  # no mass is larger
-    priority = masses + (cells + 1) * holds_maximum
+    priority = _priority(prompt, masses, holds_maximum)
     if top_p is None:
         return select_even(prompt, priority, **kept)
     return select_share(prompt, masses, top_p, priority=priority, **kept)
+
+
+def cosa_priority(q: Tensor, k: Tensor, config: StemConfig) -> Tensor:
+    """Return CoSA's order of the key blocks of each row, larger first: fp32 (fp64 for fp64 inputs) [B, Hq, nq, nk].
+
+    Args:
+        q, k: [B, Hq, Nq, D], the last Nq positions, and [B, Hkv, Nkv, D].
+        config: Its block_size and score_stride.
+    """
+    check_qkv(q, k, k)
+    check_config(config)
+    prompt = Prompt(q, k, k, config)
+    return _priority(prompt, *_masses(prompt))
+
+
+def _priority(prompt: Prompt, masses: Tensor, holds_maximum: Tensor) -> Tensor:
+    """Return the masses, raised above all others where a block holds the largest logit of some row."""
+    cells = prompt.config.block_size // prompt.config.score_stride  # no mass is larger
+    return masses + (cells + 1) * holds_maximum
 
 
 def _masses(prompt: Prompt) -> tuple[Tensor, Tensor]:

@@ -241,6 +241,22 @@ def test_blasst_skips_within_any_lists():
     assert sharper.density() < found.density()
 
 
+def test_blocks_are_skipped_in_the_order_of_cosa():
+    q, k, _ = draw(60, 187)
+    lists = patterns.select("random", q, k, k, CONFIG.replace(sink_blocks=0, local_blocks=0, density=0.8))
+    mask, expected = lists.to_mask()[0], []
+    for head, x in enumerate(zip(heads(q, 4), heads(k, 4), strict=True)):
+        of, first = pattern_oracles.cosa(*x, BLOCK, 4), mask.shape[2] - mask.shape[1]
+        named = lambda i, j, head=head, first=first: bool(mask[head, i - first, j])  # noqa: E731
+        place = lambda i, j, of=of: of[i, j][1] + 100 * of[i, j][0]  # noqa: E731
+        expected.append(pattern_oracles.blasst(*x, BLOCK, 0.8, named, place))
+    found = patterns.skip_negligible(lists, q, k, 0.8, priority=patterns.cosa_priority(q, k, CONFIG))
+    assert torch.equal(found.to_mask(), as_mask(expected, 12))
+    assert found.density() < patterns.skip_negligible(lists, q, k, 0.8).density() < lists.density()
+    with pytest.raises(ValueError, match="priority must be"):
+        patterns.skip_negligible(lists, q, k, 0.8, priority=torch.zeros(1, 4, 3, 3))
+
+
 def test_what_blasst_skips_hardly_matters():
     q, k, v = draw(dtype=torch.float32)
     dense = patterns.select("dense", q, k, v, CONFIG)
