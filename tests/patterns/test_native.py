@@ -252,7 +252,8 @@ def test_blocks_are_skipped_in_the_order_of_cosa():
         expected.append(pattern_oracles.blasst(*x, BLOCK, 0.8, named, place))
     found = patterns.skip_negligible(lists, q, k, 0.8, priority=patterns.cosa_priority(q, k, CONFIG))
     assert torch.equal(found.to_mask(), as_mask(expected, 12))
-    assert found.density() < patterns.skip_negligible(lists, q, k, 0.8).density() < lists.density()
+    assert found.density() < lists.density()
+    assert not torch.equal(found.to_mask(), patterns.skip_negligible(lists, q, k, 0.8).to_mask())
     with pytest.raises(ValueError, match="priority must be"):
         patterns.skip_negligible(lists, q, k, 0.8, priority=torch.zeros(1, 4, 3, 3))
 
