@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from stem.experiments.long_context import report, tuning
+from stem.experiments.long_context.choice import STUDIES
 from stem.experiments.long_context.measures import interval
 from stem.experiments.long_context.report import NEEDLES, Difference
 from stem.experiments.markdown import MISSING, full_rows, markdown_table, not_run, number, tokens_label
@@ -16,13 +17,13 @@ from stem.experiments.speed.report import DENSE_LABELS
 NATS, LOSS = -0.25, 0.005  # bounds of the mean difference to dense attention [nats], [nats per token]
 BLOCK_SIZE = 128
 ORACLE, REUSED = ", then true mass in the place of scores", ", then selections that several layers reuse"
-CHOSEN = (
-    f"Each method at its lowest measured density at which needles ({NEEDLES}) lose at most {-NATS} nats and documents "
-    f"at most {LOSS} nats per token in the mean, in blocks of {BLOCK_SIZE}. Needles and calibration texts of their own "
-    "choose that density; the losses shown are those of other samples. Where no density is within both bounds, the "
-    "highest one."
+GRID = STUDIES["full"].densities  # of which one is chosen
+ABOUT = (
+    f"Each method at its lowest density, of {', '.join(f'{density:.0%}' for density in GRID)}, at which needles "
+    f"({NEEDLES}) lose at most {-NATS} nats and documents at most {LOSS} nats per token in the mean, in blocks of "
+    f"{BLOCK_SIZE}. Needles and calibration texts of their own choose that density, and the losses shown are those of "
+    "other samples. Where no density is within both bounds, or none was chosen, the highest one."
 )
-UNCHOSEN = f"Each method at its highest density measured, in blocks of {BLOCK_SIZE}: no other samples choose one here."
 SEARCHED = 8  # settings that the table of the search shows
 HEADER = ["what differs from the preset", "density of needles, documents", "needles", "documents", "divergence"]
 EXACT = f"exact_last_blocks={tuning.ORACLE['exact_last_blocks']}"
@@ -33,23 +34,23 @@ class Point(NamedTuple):
 
     asked: float
     needles: Difference
-    documents: Difference
+    documents: Difference  # with a count of 0 where none were measured
     density: float
 
     @property
     def is_within(self) -> bool:
-        return self.needles.mean >= NATS and self.documents.mean <= LOSS
+        return self.needles.mean >= NATS and self.documents.count > 0 and self.documents.mean <= LOSS
 
 
 def points(rows: pd.DataFrame, model: str, length: int) -> dict[str, list[Point]]:
-    """Method -> its points by rising density, where needles and documents were measured in blocks of `BLOCK_SIZE`."""
+    """Method -> its points by rising density, where needles were measured in blocks of `BLOCK_SIZE`."""
     rows = report.whole(rows[(rows.model == model) & (rows.length == length) & (rows.task != "all")])
     needles = rows[(rows.measure == "answer") & (rows.task == NEEDLES)]
     documents, found = rows[rows.measure == "loss"], {}
     own = needles[(needles.block_size == BLOCK_SIZE) & needles.asked.notna()]
     for (method, asked), of in own.groupby(["method", "asked"]):
         pair = [report.paired(part, method, block_size=BLOCK_SIZE, asked=asked) for part in (needles, documents)]
-        if all(difference.count for difference in pair):
+        if pair[0].count:
             found.setdefault(method, []).append(Point(asked, *pair, of.density.mean()))
     return found
 
@@ -58,16 +59,16 @@ class Picked(NamedTuple):
     """A method's point on the reported samples, at the density that other samples chose."""
 
     point: Point  # of the highest density where none is chosen
-    is_chosen: bool | None  # False: no density was within both bounds there; None: the model has no such samples
+    is_chosen: bool | None  # False: no density was within both bounds there; None: the method was not measured there
 
 
 def picked(model: str, length: int) -> dict[str, Picked]:
-    """Method -> the point at its lowest density within the bounds on the rows of "choice", of those also reported."""
+    """Method -> the point at its lowest density of `GRID` within the bounds on the rows of "choice"."""
     chosen, found = points(report.rows(parts=("choice",)), model, length), {}
     for method, of in points(report.rows(parts=("answers", "loss")), model, length).items():
-        within = {point.asked for point in chosen.get(method, ()) if point.is_within}
+        within = {point.asked for point in chosen.get(method, ()) if point.is_within and point.asked in GRID}
         point = next((point for point in of if point.asked in within), None)
-        found[method] = Picked(point or of[-1], point is not None if chosen else None)
+        found[method] = Picked(point or of[-1], point is not None if method in chosen else None)
     return found
 
 
@@ -75,7 +76,8 @@ def longest(model: str, length: int) -> int:
     """The longest samples, up to a length, of which a model has both needles and documents; the length without any."""
     rows = report.rows(parts=("answers", "loss"))
     lengths = sorted({of for of in rows[rows.model == model].length if of <= length}, reverse=True)
-    return next((of for of in lengths if points(rows, model, of)), length)
+    measured = {of: sum(points(rows, model, of).values(), []) for of in lengths}
+    return next((of for of, all_of in measured.items() if any(point.documents.count for point in all_of)), length)
 
 
 def matched() -> str:
@@ -96,7 +98,7 @@ def matched() -> str:
         heads = of.iloc[0]
         parts.insert(
             -1,
-            f"**{model}, {tokens_label(length)} tokens, on {device}.** {CHOSEN if _has_choice(found) else UNCHOSEN} "
+            f"**{model}, {tokens_label(length)} tokens, on {device}.** {ABOUT} {_others(model, at, found)}"
             + (f"Needles and documents have {tokens_label(at)} tokens. " if at != length else "")
             + f"Times [ms] are of one layer with selection: the mean of {heads.layers:.0f} captured layers "
             f"({heads.q_heads:.0f} query and {heads.kv_heads:.0f} KV heads of {heads.head_dim:.0f})"
@@ -133,13 +135,22 @@ def fastest() -> Fastest | None:
         dense = wide[wide.asked.isna()].sort_values("operator_ms")
         for method, (point, is_chosen) in picked(model, length).items():
             row = wide[(wide.method == method) & (wide.asked == point.asked)]
-            if is_chosen and len(row) and len(dense):
+            if is_chosen and point.documents.count and len(row) and len(dense):
                 found.append(Fastest(method, point, model, length, row.iloc[0], dense.iloc[0]))
     return min(found, key=lambda of: of.row.operator_ms, default=None)
 
 
-def _has_choice(found: dict[str, Picked]) -> bool:
-    return any(of.is_chosen is not None for of in found.values())
+def _others(model: str, length: int, found: dict[str, Picked]) -> str:
+    """Sentence on lower densities that are none of `GRID` and were within the bounds where densities are chosen."""
+    chosen, told = points(report.rows(parts=("choice",)), model, length), []
+    for method, of in points(report.rows(parts=("answers", "loss")), model, length).items():
+        within = {point.asked for point in chosen.get(method, ()) if point.is_within} - set(GRID)
+        told += [
+            f"{method} at {point.asked:.0%}, with {str(point.needles).split(', n')[0]} nats on the needles here"
+            for point in of
+            if point.asked in within and point.asked < found[method].point.asked
+        ]
+    return f"Within both bounds there, too, but none of these densities: {'; '.join(told)}. " if told else ""
 
 
 def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
@@ -152,8 +163,8 @@ def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
             cells += [_time(row), _ratio(dense[label], row)]
         if set(cells) == {MISSING}:
             continue
-        values = [" ".join(str(difference).split(", n")[:1]) for difference in point[1:3]]
-        share = f"{point.density:.1%}" if is_chosen is not False else f"none to {point.density:.1%}"
+        values = [str(of).split(", n")[0] if of.count else MISSING for of in (point.needles, point.documents)]
+        share = {True: "{:.1%}", False: "none to {:.1%}", None: "{:.1%}, not chosen"}[is_chosen].format(point.density)
         lines.append((not is_chosen, point.density, [method, share, *values, *cells]))
     header = ["method", "density", "needles", "documents"]
     for label, of in dense.items():

@@ -91,10 +91,36 @@ def test_a_model_without_samples_that_choose_shows_its_highest_density_at_its_lo
     monkeypatch.setattr(report, "rows", others)
     told = matched_report.matched()
     lines = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")][2:]
-    assert [line[:2] for line in lines] == [["adaptive", "25.0%"], ["xattention", "25.0%"]]
+    assert [line[:2] for line in lines] == [["adaptive", "25.0%, not chosen"], ["xattention", "25.0%, not chosen"]]
     assert [line[2].split()[0] for line in lines] == ["-0.100", "-0.300"]
-    assert "no other samples choose one here. Needles and documents have 16K tokens." in told
+    assert "the highest one. Needles and documents have 16K tokens." in told
     assert matched_report.fastest() is None  # nothing was chosen on other samples
+
+
+def test_a_density_that_is_not_of_the_grid_is_named_and_not_chosen(rows, monkeypatch):
+    read = report.rows
+
+    def others(parts):
+        more = quality("adaptive", 0.12, *((-0.1, 0.001) if parts == ("choice",) else (-0.5, 0.009)))
+        return pd.concat([read(parts), pd.DataFrame(more[: 1 + (parts == ("choice",))])], ignore_index=True)
+
+    monkeypatch.setattr(report, "rows", others)
+    told = matched_report.matched()
+    assert "| adaptive | 14.0% |" in told
+    assert "none of these densities: adaptive at 12%, with -0.500 [-0.500, -0.500] nats on the needles here" in told
+
+
+def test_needles_without_documents_are_shown_and_no_headline(rows, monkeypatch):
+    read = report.rows
+
+    def others(parts):
+        frame = read(parts)
+        return frame if parts == ("choice",) else frame[(frame.measure == "answer") | (frame.asked != 0.15)]
+
+    monkeypatch.setattr(report, "rows", others)
+    lines = [line.strip("| ").split(" | ") for line in matched_report.matched().splitlines() if line.startswith("|")]
+    assert lines[2][:4] == ["adaptive", "14.0%", "-0.260 [-0.260, -0.260]", MISSING]
+    assert matched_report.fastest() is None
 
 
 def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatch):
