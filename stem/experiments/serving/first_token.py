@@ -23,7 +23,6 @@ MIN_TOKENS = 4096  # of a sparse prompt, as README starts a server
 DENSITIES = (0.25, 0.1)
 WAYS = (None, *(dict(density=density, min_tokens=MIN_TOKENS) for density in DENSITIES))  # None: vLLM's own attention
 GROUPS = tuple(dict(way, lists="group") for way in WAYS[1:])  # lists that serve all query heads of a key-value head
-FP8 = dict(WAYS[1], compute="fp8")  # reads copies of the pages
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
 DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
 SHOWN = 8  # tokens of an answer in a row
@@ -34,7 +33,7 @@ def large_model_rows() -> list[dict]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
     Prompts below MIN_TOKENS stay dense. The engines take turns, five for whole prompts, which needs 90 GiB, and three
-    for chunks. Those of whole prompts decode from CUDA graphs. Attention in FP8 comes last, for the longest prompt.
+    for chunks. Those of whole prompts decode from CUDA graphs.
 
     Returns:
         A row for each attention, chunk and length: attention, density (requested), lists (see StemConfig), realised
@@ -47,12 +46,10 @@ def large_model_rows() -> list[dict]:
     whole = [([_ids(tokens, VOCABULARY)], 0) for tokens in LENGTHS]
     whole += [([_ids(DECODE_TOKENS, VOCABULARY, 1)], DECODED)]
     chunked = [([_ids(tokens, VOCABULARY)], 0) for tokens in CHUNKED_LENGTHS]
-    longest = [([_ids(max(LENGTHS), VOCABULARY)], 0)]
     chunked += [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
     with large_model() as start:
         found = compared(start, WAYS + GROUPS, None, whole)
-        found += compared(start, WAYS, CHUNK, chunked, enforce_eager=True)
-        return found + compared(start, (None, FP8), None, longest, enforce_eager=True)[1:]
+        return found + compared(start, WAYS, CHUNK, chunked, enforce_eager=True)
 
 
 @contextmanager
@@ -121,8 +118,7 @@ def _rows(
         about = dict(attention="vLLM", density=1.0, lists="head", realised=1.0)
         if settings[i] is not None:
             lists, realised = settings[i].get("lists", "head"), float(kept / causal)
-            name = "Stem in FP8" if settings[i].get("compute") == "fp8" else "Stem"
-            about = dict(attention=name, density=settings[i]["density"], lists=lists, realised=realised)
+            about = dict(attention="Stem", density=settings[i]["density"], lists=lists, realised=realised)
         about |= size | dict(first_token_ms=min(first[i].all_ms))
         if len(llms) > 1:
             about |= paired(dense / own for dense, own in zip(first[0].all_ms, first[i].all_ms, strict=True))

@@ -40,11 +40,10 @@ def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
 
 def _table(rows: pd.DataFrame) -> str:
     """Lines of first tokens, then of further ones, and the clock if it is known."""
-    order = dict(by=["attention", "lists", "density"], ascending=[True, False, False])
-    sparse = rows[rows.attention != "vLLM"].sort_values(**order)
-    ways = list(dict.fromkeys(zip(sparse.attention, sparse.lists, sparse.density, strict=True)))
+    sparse = rows[rows.attention == "Stem"].sort_values(["lists", "density"], ascending=False)
+    ways = list(dict.fromkeys(zip(sparse.lists, sparse.density, strict=True)))
     shared = {"head": "", "group": ", lists of groups"}
-    header = ["prompt", "vLLM", *(f"{name}, density {density:g}{shared[lists]}" for name, lists, density in ways)]
+    header = ["prompt", "vLLM", *(f"Stem, density {density:g}{shared[lists]}" for lists, density in ways)]
     lines = []
     for (chunk, requests, tokens), group in rows.groupby(["chunk", "requests", "tokens"]):
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
@@ -65,9 +64,9 @@ def _clocks(rows: pd.DataFrame) -> str:
     return f"\n\nMedian clock of the multiprocessors in these rounds: {told}."
 
 
-def _cells(rows: pd.DataFrame, column: str, ways: list[tuple[str, str, float]]) -> list[str]:
+def _cells(rows: pd.DataFrame, column: str, ways: list[tuple[str, float]]) -> list[str]:
     stock = rows[rows.attention == "vLLM"].iloc[0]
-    found = {(row.attention, row.lists, row.density): row for row in rows[::-1].itertuples()}  # the first of each
+    found = {(row.lists, row.density): row for row in rows[rows.attention == "Stem"][::-1].itertuples()}  # first ones
     cells = [_cell(getattr(found[x], column), stock[column], found[x], column) if x in found else "–" for x in ways]
     return [number(stock[column], " ms"), *cells]
 

@@ -73,8 +73,7 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
 
     @contextmanager
     def start(folder, settings, longest, chunk, **options):
-        about = settings and (settings["density"], settings.get("lists", "head"), settings.get("compute"))
-        way = settings and tuple(filter(None, about))
+        way = settings and (settings["density"], settings.get("lists", "head"))
         events.append((way, longest, chunk, options["enforce_eager"]))
         yield way
         events.append("end")
@@ -91,7 +90,5 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     assert events[:5] == [(way, 131072, None, False) for way in whole]
     assert events[5:12] == [(whole, [n], 0) for n in first_token.LENGTHS] + [(whole, [4096], 128)]
     assert events[12:20] == ["end"] * 5 + [(way, 131072, 8192, True) for way in ways]
-    assert events[20:26] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
-    fp8 = [None, (0.25, "head", "fp8")]
-    assert events[26:] == [(way, 131072, None, True) for way in fp8] + [(fp8, [131072], 0)] + ["end"] * 2
+    assert events[20:] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
     assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3

@@ -45,15 +45,6 @@ def test_lists_of_groups_have_columns_of_their_own(monkeypatch):
     assert lines[5] == "| 32K, chunks of 8K | 300 ms | – | 150 ms (2.00x) | – |"
 
 
-def test_fp8_is_an_attention_of_its_own(monkeypatch):
-    measured = rows(("vLLM", 1.0, 0, 2048, 1, 16.0, None), ("Stem in FP8", 0.25, 0, 2048, 1, 4.0, None))
-    measured = pd.concat([measured, rows(("Stem", 0.25, 0, 2048, 1, 8.0, None))])
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
-    lines = report.serving().splitlines()
-    assert lines[2] == "| prompt | vLLM | Stem, density 0.25 | Stem in FP8, density 0.25 |"
-    assert lines[4] == "| 2K | 16 ms | 8 ms (2.00x) | 4 ms (4.00x) |"
-
-
 def test_the_clock_is_told_where_it_is_known(monkeypatch):
     measured = rows(*(("vLLM", 1.0, chunk, tokens, 1, 16.0, None) for chunk in (0, 1) for tokens in (1024, 8192)))
     monkeypatch.setattr(report, "full_rows", lambda name: measured)
