@@ -168,11 +168,11 @@ def main(options: argparse.Namespace) -> None:
     full = options.profile == "full"
     model, tokenizer, name = measures.load(options.model)
     length, density = options.length or (8192 if full else 512), options.density or (0.08 if full else 0.5)
-    block_size, needles = (128, 16) if full else (32, 2)
+    block_size, needles = (128, 16) if full else (32, 1)
 
     def of(length: int, seed: int, documents: torch.Tensor | None = None) -> Search:
         prompts = samples.exact_prompts(NEEDLES, tokenizer, length, needles, seed)
-        windows = torch.cat(samples.calibration_windows(tokenizer, length, 1))
+        windows = torch.cat(samples.calibration_windows(tokenizer, length, 1))[: None if full else 1]
         documents = windows if documents is None else documents
         return Search(model, prompts, documents, density, block_size, windows)
 
