@@ -41,16 +41,14 @@ def for_all_lengths(function: Callable, aligned: str = "") -> triton.JITFunction
 
 
 ALIGNED_OR_NOT = 16, 17  # a number of each kind for which Triton compiles, see for_all_lengths
-ROW_SIZES = 64, 256, 1024  # lanes of a row of blocks; few, since a kernel is compiled for each
+SHORT_ROWS = 16, 32  # lanes of a row of few blocks, where one kernel scores and selects
+ROW_SIZES = 64, 256, 1024  # of other rows; few, since a first call compiles a kernel for each. Longer ones add more
 
 
 @cache
-def row_size(num_kv_blocks: int) -> int:
-    """Lanes of a row of blocks: the first of 64, 256, 1024, 4096, ... that is no smaller."""
-    lanes = ROW_SIZES[0]
-    while lanes < num_kv_blocks:
-        lanes *= 4
-    return lanes
+def row_size(num_kv_blocks: int, sizes: tuple[int, ...] = ROW_SIZES) -> int:
+    """Lanes of a row of blocks: the first of `sizes` that is no smaller, else the next power of two."""
+    return next((lanes for lanes in sizes if num_kv_blocks <= lanes), triton.next_power_of_2(num_kv_blocks))
 
 
 @triton.jit

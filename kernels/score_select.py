@@ -13,11 +13,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .block_scores import PRECISION, finish_scores, operand_dtype, score_blocks
 from .block_select import select_rows, select_topk
-from .common import at_least_sm90, for_all_lengths
+from .common import SHORT_ROWS, at_least_sm90, for_all_lengths, row_size
 from .launch import COMPILE, launch
 
-MAX_KV_BLOCKS = 32  # of a row; with 64, two kernels are faster on an NVIDIA H200
-ROW_SIZES = MAX_KV_BLOCKS // 2, MAX_KV_BLOCKS  # lanes of a row
+MAX_KV_BLOCKS = SHORT_ROWS[-1]  # of a row; with 64, two kernels are faster on an NVIDIA H200
 ROWS = 16  # query blocks of one program, of all heads that share a KV head
 WARPS, STAGES = 4, 4  # of a program, and the tiles in flight
 DEPTH_TILE = 32  # of a warp's share of a product of 16-bit sums
@@ -131,7 +130,7 @@ def select_constants(num_kv_blocks: int, parts: int, device: torch.device) -> di
     return dict(
         PARTS=parts,
         ROWS=ROWS,
-        ROW_SIZE=ROW_SIZES[num_kv_blocks > ROW_SIZES[0]],
+        ROW_SIZE=row_size(num_kv_blocks, SHORT_ROWS),
         WARPS=WARPS,
         DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),
@@ -176,7 +175,7 @@ def score_select(
         (q_sums, k_sums, value_bonus, budget, *lists),
         numbers,
         overlap=constants["CAN_OVERLAP"],
-        also=lambda: [(numbers, constants | dict(ROW_SIZE=lanes)) for lanes in ROW_SIZES],
+        also=lambda: [(numbers, constants | dict(ROW_SIZE=lanes)) for lanes in SHORT_ROWS],
         **constants,
     )
     return lists
