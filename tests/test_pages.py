@@ -10,6 +10,7 @@ from stem.vllm.pages import all_rows, attend_to_pages, gather, readable_rows
 
 CONFIG = stem.StemConfig(density=0.4, block_size=32, sink_blocks=1, local_blocks=1)
 HEAD_DIM = 16
+interpreted = pytest.mark.skipif(stem.TRITON_MODE != "interpret", reason="compiled kernels do not run on a CPU")
 
 
 def cache_of(k, v, pages, page, layout="NHD"):
@@ -74,6 +75,7 @@ def attend_by_copies(monkeypatch, cache):
     monkeypatch.setattr("stem.kernels.hopper_forward.prepare", prepare)
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("first", "stop", "prompt_length", "layout", "lists"),
     [
@@ -98,6 +100,7 @@ def test_pages_give_the_attention_of_the_prompt(first, stop, prompt_length, layo
     assert counts.sum() == 4 * kept_blocks(rows, config)
 
 
+@interpreted
 @pytest.mark.parametrize("value_norm", ["log", "zscore"])
 @pytest.mark.parametrize("ends", [(480, 544, 600), (490, 500, 588)])
 def test_chunks_score_only_their_own_blocks(ends, value_norm, monkeypatch):
