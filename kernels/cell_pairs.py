@@ -6,7 +6,7 @@ later logit is far above the first tile. Each program of the first launch stores
 large. The second launch computes flagged row tiles again, relative to the true row maximum, and ends at once elsewhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -228,11 +228,15 @@ def pair_cells(
         num_splits, columns_per_split = split_keys(num_columns, heads * row_tiles)
         sizes = num_q_heads, heads_per_kv_head, q_features.shape[2], k_features.shape[2]
         others = first_row * cells.query_cells, chunk_cells, cells.first_position, cells.kv_len
+        of_length, *lengths = (
+            (*sizes, blocks, *others, columns_per_split * columns) for blocks in (num_kv_blocks, *ALIGNED_OR_NOT)
+        )
         launch_twice(
             pair_cells_kernel,
             (heads, row_tiles, num_splits),
             (q_features, k_source, value_bonus, sums),
-            [(*sizes, blocks, *others, columns_per_split * columns) for blocks in (num_kv_blocks, *ALIGNED_OR_NOT)],
+            of_length,
+            lengths,
             DEPTH=depth,
             Q_CELL=cells.q_cell,
             K_CELL=cells.k_cell,
@@ -257,13 +261,15 @@ def split_keys(tiles: int, programs: int) -> tuple[int, int]:
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
-def launch_twice(kernel, grid: tuple[int, int, int], tensors: tuple, numbers: list[tuple], **constants) -> None:
+def launch_twice(
+    kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, lengths: Sequence[tuple] = (), **constants
+) -> None:
     """Launch pair_cells_kernel or pair_tokens_kernel twice, with REDO=False and then with REDO=True; adds the flags.
 
-    `numbers` are those of this launch, then those of other lengths.
+    lengths: Numbers of other prompt lengths, see `also` of launch.launch.
     """
     flags = tensors[0].new_empty(grid, dtype=torch.int32)
     for redo in (False, True):
         of_kernel = constants | dict(REDO=redo)
-        also = lambda of_kernel=of_kernel: [(others, of_kernel) for others in numbers[1:]]  # noqa: E731
-        launch(kernel, grid, (*tensors, flags), numbers[0], also=also, **of_kernel)
+        also = lambda of_kernel=of_kernel: [(others, of_kernel) for others in lengths]  # noqa: E731
+        launch(kernel, grid, (*tensors, flags), numbers, also=also, **of_kernel)

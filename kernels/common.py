@@ -42,12 +42,15 @@ def for_all_lengths(function: Callable, aligned: str = "") -> triton.JITFunction
 
 ALIGNED_OR_NOT = 16, 17  # a number of each kind for which Triton compiles, see for_all_lengths
 SHORT_ROWS = 16, 32  # lanes of a row of few blocks, where one kernel scores and selects
-ROW_SIZES = 64, 256, 1024  # of other rows; few, since a first call compiles a kernel for each. Longer ones add more
+ROW_SIZES = 64, 256, 1024  # lanes of other rows; few, since a first call compiles a kernel for each
 
 
 @cache
 def row_size(num_kv_blocks: int, sizes: tuple[int, ...] = ROW_SIZES) -> int:
-    """Lanes of a row of blocks: the first of `sizes` that is no smaller, else the next power of two."""
+    """Lanes of a row of blocks: the first of `sizes` that is no smaller, else the next power of two.
+
+    Rows longer than `sizes` are for prompts so long that padding costs more than another compilation.
+    """
     return next((lanes for lanes in sizes if num_kv_blocks <= lanes), triton.next_power_of_2(num_kv_blocks))
 
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .common import LN_2, SUMS
+from .common import LN_2, SUMS, with_dense_rows
 from .fp8_quantize import quantize
 from .hopper_forward import (
     BLOCK_SIZE,
@@ -257,7 +257,7 @@ def sparse_forward(
     head_dim = q.shape[3]
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     (q8, *q_scales), (k8, *k_scales), (v8, *v_scales) = quantize(q, k, v, BLOCK_SIZE, scale, lse)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(with_dense_rows(q))
     tasks = Tasks.of(q.device, q.shape, k.shape[1], k.shape[2], out.stride(), k8.element_size(), BLOCK_SIZE)
     scratch = launch_scratch(q.device, tasks.number)
     q_tiles = Tiles(q8, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)

@@ -434,7 +434,7 @@ def attend(
             q_tile, q_read, k_ring, v_ring, first_step, num_blocks, accumulator, reference, sums, scale_log2,
             first_position, last_key, stand_ins, ONLINE, 0, PER_BLOCK == 0,
         )  # fmt: skip
-    if PER_BLOCK > 0:
+    if PER_BLOCK > 0:  # a run of its own: products that go on from the last block across are not faster
         if num_tiles > num_blocks:
             accumulator, reference, sums = attend_run(
                 q_tile, q_read, k_ring, v_ring, first_step + num_blocks, num_tiles - num_blocks, accumulator, reference,

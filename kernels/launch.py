@@ -102,7 +102,8 @@ def launch(
 def compiling_together() -> Iterator[ThreadPoolExecutor]:
     """Context in which launches compile the variants that they and other prompt lengths need, and run nothing.
 
-    All are compiled at the same time, in the threads that this yields. Triton's compiler leaves Python to other threads
+    Prompts of more than common.ROW_SIZES[-1] blocks of keys (128K tokens in blocks of 128) need more. All are
+    compiled at the same time, in the threads that this yields. Triton's compiler leaves Python to other threads
     for most of its time.
     """
     found: dict[tuple, Future] = {}

@@ -130,7 +130,7 @@ def select_constants(num_kv_blocks: int, parts: int, device: torch.device) -> di
     return dict(
         PARTS=parts,
         ROWS=ROWS,
-        ROW_SIZE=row_size(num_kv_blocks, SHORT_ROWS),
+        ROW_SIZE=row_size(min(num_kv_blocks, MAX_KV_BLOCKS), SHORT_ROWS),
         WARPS=WARPS,
         DEPTH_TILE=DEPTH_TILE if parts == 2 else DEPTH_TILE // 2,
         DTYPE=operand_dtype(parts),

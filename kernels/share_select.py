@@ -155,15 +155,15 @@ def select_above(
     """
     batch, num_heads, num_q_blocks, num_kv_blocks = scores.shape
     lists = empty_lists(batch, num_heads, num_q_blocks, num_kv_blocks, scores.device)
-    row_size = triton.next_power_of_2(num_kv_blocks)
+    lanes = triton.next_power_of_2(num_kv_blocks)
     always = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks
     launch(
         select_above_kernel,
         (num_q_blocks, batch * num_heads),
         (scores.contiguous(), *lists),
         (num_q_blocks, num_kv_blocks, *always, float(threshold)),
-        ROW_SIZE=row_size,
-        num_warps=min(32, max(1, row_size // KEYS_PER_WARP)),
+        ROW_SIZE=lanes,
+        num_warps=min(32, max(1, lanes // KEYS_PER_WARP)),
     )
     return lists
 

@@ -130,7 +130,7 @@ def pair_tokens(
         pair_tokens_kernel,
         (heads, count, num_splits),
         (q, k, value_bonus, sums),
-        [(*q.stride(), *k.stride(), *sizes, cells.q_start, cells.kv_len, blocks_per_split, float(scale))],
+        (*q.stride(), *k.stride(), *sizes, cells.q_start, cells.kv_len, blocks_per_split, float(scale)),
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
         BLOCK=size,

@@ -31,8 +31,9 @@ def warm_up(
 ) -> WarmUp:
     """Compile the kernels that prompts of these lengths need, by attention on random tensors (no paper source).
 
-    They stay in Triton's cache on disk (TRITON_CACHE_DIR). The progress bar needs tqdm. impl="torch", a CPU's default,
-    compiles nothing; a line on stderr says so.
+    They stay in Triton's cache on disk (TRITON_CACHE_DIR). One length at which scores choose blocks serves all lengths
+    up to 1,024 blocks; beyond, each power of two of blocks has kernels of its own. The progress bar needs tqdm.
+    impl="torch", a CPU's default, compiles nothing; a line on stderr says so.
 
     Args:
         model: A model of transformers, or the shape (Hq, Hkv, D): query heads, key-value heads and head_dim.

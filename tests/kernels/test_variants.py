@@ -17,7 +17,9 @@ import torch
 
 PRESETS = ("paper", "angelslim", "hpc_ops", "adaptive")
 ADDED = {"adaptive": dict(dense_up_to=0)}  # else short prompts choose nothing
-LENGTHS = (1000, 1237, 2048, 2500, 4097, 5503, 8191, 8320, 9001, 10368, 12007, 15999, 16384, 20011, 32768, 40009, 65537)
+LENGTHS = 1000, 1237, 2048, 2500, 4097, 5503, 8191, 8320, 9001, 10368, 12007, 15999, 16384, 20011, 32768, 40009, 65537
+LENGTHS += (131072,)
+LONGER = 131073, 200_000  # tokens; more than 1,024 blocks, so that kernels of rows of 2,048 are added once
 FIRST = 2500, 8191, 12007  # tokens; scores choose blocks from there on
 CASES = [(preset, first) for preset in PRESETS for first in FIRST if first > 2500 or preset in ("paper", "adaptive")]
 
@@ -73,8 +75,20 @@ def test_lengths_do_not_compile_again(preset, first):
     assert done.returncode == 0, done.stderr[-2000:]
     at_first, *later = json.loads(done.stdout)
     assert "hopper_forward_kernel" in at_first and len(at_first) < 16
+    *later, added, again = later
     assert [(tokens, new) for tokens, new in zip(LENGTHS, later, strict=True) if new] == []
+    assert {"select_topk_kernel", "pool_select_kernel"} & set(added) and len(added) <= 2 and again == []
+
+
+def test_score_select_has_two_sizes_of_rows():
+    from stem.kernels.common import row_size
+    from stem.kernels.score_select import select_constants
+
+    sizes = [select_constants(blocks, 2, torch.device("cpu"))["ROW_SIZE"] for blocks in (1, 16, 17, 32, 33, 5000)]
+    assert sizes == [16, 16, 32, 32, 32, 32]
+    blocks = (1, 64, 65, 256, 257, 1024, 1025, 2048, 2049, 8192, 8193)
+    assert [row_size(n) for n in blocks] == [64, 64, 256, 256, 1024, 1024, 2048, 2048, 4096, 8192, 16384]
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(variants_of(sys.argv[1], int(sys.argv[2]), *LENGTHS))))
+    print(json.dumps(list(variants_of(sys.argv[1], int(sys.argv[2]), *LENGTHS, *LONGER))))
