@@ -1,19 +1,24 @@
 """vLLM's CUDA engine: answers of stem.hf with both model runners, graphs for decode; two GPUs."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 import torch
 
-HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+# not in the processes that start engines: vLLM can fork its workers, with all modules, where CUDA is not in use yet
+HAS_SM90 = __name__ != "__main__" and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not HAS_SM90, reason="needs a GPU of compute capability 9.0")
 SETTINGS = dict(density=0.2, sink_blocks=1, local_blocks=1)  # of 128 tokens a block
 LENGTHS = (8192, 3000, 12345, 129)
 SMALL_LOGITS = 1 / 8  # of a random model's: then they stay below 1, where the last bit of bf16 is worth 0.004
+TIMEOUT = 100  # of a process [s]: two take 40 s beside each other
 TIE = 1e-3  # scores this close, over the largest of a row, may be ordered otherwise in fp16
 
 
@@ -25,18 +30,20 @@ def topics(length, seed):
 
 
 def saved_model(dtype, logits=1.0):
-    """A random Llama on the GPU whose logits are multiplied by a number, its folder, and prompts for it."""
+    """Folder of a random Llama whose logits are multiplied by a number."""
     import serving_engine as tools
     from tiny_models import build
-    from transformers import AutoModelForCausalLM
 
     sizes = dict(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=2**14)
     model = build("Llama", **sizes, vocab_size=tools.VOCABULARY, eos_token_id=None, bos_token_id=None)
     model.lm_head.weight.data *= logits
     folder = tempfile.mkdtemp()
-    model.to(dtype).save_pretrained(folder)  # rounds the rotary frequencies too, which a loaded model has in fp32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda")
-    return model, folder, [topics(length, length) for length in LENGTHS]
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def prompts_of_topics():
+    return [topics(length, length) for length in LENGTHS]
 
 
 def engine(folder, dtype, settings=None, chunk=2**14, **options):
@@ -54,11 +61,13 @@ def engine(folder, dtype, settings=None, chunk=2**14, **options):
 def differences() -> dict[str, float]:
     """Differences of log-probabilities between vLLM and transformers, in the mean, and of rows; in its own process."""
     import serving_engine as tools
+    from transformers import AutoModelForCausalLM
 
     import stem
     import stem.vllm.cuda
 
-    model, folder, prompts = saved_model(torch.float16)
+    folder, prompts = saved_model(torch.float16), prompts_of_topics()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to("cuda")
     methods = [stem.StemConfig(**SETTINGS)] * 2
     sparse, dense = tools.expected(model, prompts, 1, methods), tools.expected(model, prompts, 1)
     graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
@@ -94,32 +103,52 @@ def differences() -> dict[str, float]:
     return found | {"prompts in layers": len(rows), "copied": sum(x is None for x in are_read) / len(are_read)}
 
 
-def answers(gpus: int) -> list:
+def answers(gpus: str, folder: str) -> list:
     """Log-probabilities of a token after each prompt in bf16, [dense or sparse, prompts, vocabulary].
 
     vLLM rounds logits to bf16. The last bit of one from 4 to 8 is worth 0.03, so that no engine could keep to 0.01.
     """
     import serving_engine as tools
 
-    _, folder, prompts = saved_model(torch.bfloat16, SMALL_LOGITS)
-    options = dict(tensor_parallel_size=gpus, disable_custom_all_reduce=True)
-    llms = [engine(folder, "bfloat16", settings, **options) for settings in (None, SETTINGS)]
-    return [[x[0].tolist() for x in tools.answers(llm, prompts)] for llm in llms]
+    found = []
+    for settings in (None, SETTINGS):
+        options = dict(tensor_parallel_size=int(gpus), disable_custom_all_reduce=True)
+        llm = engine(folder, "bfloat16", settings, **options)
+        found.append([x[0].tolist() for x in tools.answers(llm, prompts_of_topics())])
+        llm.llm_engine.engine_core.shutdown()
+    return found
 
 
-def result(*arguments, **variables):
-    """Value of a function of this file, called in a process of its own with environment variables."""
+def started(*arguments, **variables) -> subprocess.Popen:
+    """A process that calls a function of this file, with environment variables, in a group of processes of its own."""
     path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
     command, env = [sys.executable, __file__, *arguments], os.environ | {"PYTHONPATH": path} | variables
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    lines = process.stdout.splitlines()  # vLLM logs there too
-    return json.loads(next(line for line in reversed(lines) if line.startswith(('{"', "[["))))
+    pipes = dict(stdout=tempfile.TemporaryFile("w+"), stderr=tempfile.TemporaryFile("w+"))
+    process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    process.stdout, process.stderr = pipes.values()
+    return process
+
+
+def results(*processes, seconds=600):
+    """Values of the functions of started processes, which are ended with their workers after this time together."""
+    end = time.monotonic() + seconds
+    try:
+        for process in processes:
+            process.wait(max(end - time.monotonic(), 0))
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        texts = [[file.seek(0) or file.read() for file in (x.stdout, x.stderr)] for x in processes]
+        print(*(log[-3000:] for text in texts for log in text), sep="\n")  # shown if the test fails
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    lines = [reversed(out.splitlines()) for out, _ in texts]  # vLLM logs there too
+    return [json.loads(next(x for x in part if x.startswith(('{"', "[[")))) for part in lines]
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_answers_are_those_of_stem_hf(runner):
-    found = result("differences", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "V2")))
+    (found,) = results(started("differences", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "V2"))))
     assert found.pop("prompts in layers") == 6 * 2 * len(LENGTHS)  # cases, layers, prompts
     assert found.pop("copied") == 0
     assert found.pop("rows without ties") < 5e-3 and found.pop("ties") < 0.05
@@ -130,7 +159,9 @@ def test_answers_are_those_of_stem_hf(runner):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_answers_of_one():
-    one, two = (torch.tensor(result("answers", gpus)) for gpus in ("1", "2"))
+    folder, only_nccl = saved_model(torch.bfloat16, SMALL_LOGITS), dict(VLLM_ALLREDUCE_USE_SYMM_MEM="0")
+    processes = [started("answers", gpus, folder, OMP_NUM_THREADS="1", **only_nccl) for gpus in ("1", "2")]
+    one, two = map(torch.tensor, results(*processes, seconds=TIMEOUT))
     assert one.sub(one.mean(-1, keepdim=True)).abs().max() < 1  # logits, up to their mean
     assert (one[0] - one[1]).abs().mean() > 0.1
     assert (one - two).abs().max() < 1e-2
@@ -140,4 +171,4 @@ def test_two_gpus_give_the_answers_of_one():
 
 if __name__ == "__main__":
     name, *given = sys.argv[1:]
-    print(json.dumps(globals()[name](*map(int, given))))
+    print(json.dumps(globals()[name](*given)), flush=True)
