@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
+
 from stem.config import StemConfig
 from stem.patterns.options import CONFIG_FIELDS, per_layer
 from stem.validation import check_integer
@@ -70,7 +72,7 @@ def model_configs(vllm_config) -> list[StemConfig | None]:
 
 
 def sparse_layers(vllm_config, layers: Mapping[str, object]) -> dict[str, Layer]:
-    """Every attention layer by name. Raises ValueError if none would be sparse, or if blocks do not fit the pages."""
+    """Every attention layer by name. Raises ValueError if none would be sparse, or for an option that does not fit."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     configs, found = model_configs(vllm_config), {}
@@ -80,6 +82,8 @@ def sparse_layers(vllm_config, layers: Mapping[str, object]) -> dict[str, Layer]
         if config is None:
             reason = "dense in the settings"
         found[name] = Layer(index, None if reason else config, reason)
+        if found[name].config and config.compute == "fp8":
+            check_fp8(vllm_config, layer.impl.head_size, config.block_size)
     sparse = [layer.config for layer in found.values() if layer.config]
     if not sparse and vllm_config.parallel_config.pipeline_parallel_size == 1:  # else another stage may have one
         reasons = ", ".join(sorted({layer.reason for layer in found.values()})) or "no attention layers"
@@ -92,6 +96,15 @@ def sparse_layers(vllm_config, layers: Mapping[str, object]) -> dict[str, Layer]
                 f"--block-size {config.block_size} to vLLM, or choose a block_size of Stem that divides {page}"
             )
     return found
+
+
+def check_fp8(vllm_config, head_dim: int, block_size: int) -> None:
+    """Raise ValueError if the kernel of compute="fp8" does not cover an engine's attention."""
+    from stem.kernels.hopper_forward import unsupported
+
+    device = torch.device(vllm_config.device_config.device_type)
+    if reason := unsupported(device, vllm_config.model_config.dtype, head_dim, block_size):
+        raise ValueError(f'compute="fp8" does not cover {reason}: take compute="input", the default')
 
 
 def own_attention(layer) -> str:

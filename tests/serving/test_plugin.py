@@ -168,6 +168,17 @@ def test_pages_must_hold_whole_blocks():
         settings.sparse_layers(vllm_config({"density": 0.5}, page=16), {"layers.0": layer(), "layers.1": layer()})
 
 
+def test_fp8_needs_its_kernel():
+    engine = vllm_config({"compute": "fp8"}, device_config=SimpleNamespace(device_type="cpu"))
+    engine.model_config.dtype = torch.bfloat16
+    with pytest.raises(ValueError, match='compute="fp8" does not cover device cpu, accepted: CUDA of sm_90'):
+        settings.sparse_layers(engine, {"layers.0": layer(), "layers.1": layer()})
+    engine.additional_config["stem"]["layers"] = {0: None, 1: {"compute": "input"}}
+    assert [
+        bool(x.config) for x in settings.sparse_layers(engine, {"layers.0": layer(), "layers.1": layer()}).values()
+    ] == [False, True]
+
+
 def test_every_option_of_stem_evaluate():
     configs = settings.configs_by_layer(
         {"preset": "paper", "decay": 0.5, "layers": {"1": {"density": 0.5}, "-1": None}, "dense_layers": 1}, 4
