@@ -21,11 +21,6 @@ def aligned_ends(tokens: int, budget: int, page: int) -> list[int]:
     return [*range(budget // page * page, tokens, budget // page * page), tokens]
 
 
-def largest_speedup(dense_ms: float, outside_ms: float) -> float:
-    """Speed-up of a model whose attention cost nothing: all its time over the time outside attention."""
-    return dense_ms / outside_ms
-
-
 @torch.no_grad()
 def next_token(
     network: nn.Module, ids: Tensor, config: StemConfig | None, ends: Sequence[int], prompt_length: int | None

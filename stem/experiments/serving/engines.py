@@ -28,6 +28,7 @@ BLOCK_SIZE = 128  # of vLLM's pages [tokens]
 MEASURED = 2.0  # see timed [s]
 MOST_ROUNDS = 60
 SAMPLED = 20  # between two samples of the clock [ms]
+QUERIED = ("timestamp", "clocks.sm", "power.draw.instant", "clocks_event_reasons.sw_power_cap")
 
 
 def is_installed() -> bool:
@@ -86,6 +87,12 @@ class Timing(NamedTuple):
     clock_mhz: float
     """Median clock of the GPU's multiprocessors in these rounds [MHz]; NaN if unknown."""
 
+    power_w: float
+    """Median power that the GPU drew in them [W]; NaN if unknown."""
+
+    capped: float
+    """Share of them in which the limit of the power held the clock down; NaN if unknown."""
+
 
 def timed(llms: Sequence, prompts: Sequence[Sequence[int]], tokens: int = 1) -> list[Timing]:
     """Answers of each engine, of some tokens to all these prompts together.
@@ -107,24 +114,25 @@ def timed(llms: Sequence, prompts: Sequence[Sequence[int]], tokens: int = 1) -> 
                 taken += seconds
     timings = []
     for answers, own in zip(found, spans, strict=True):
-        clocks = [mhz for when, mhz in samples if any(begun <= when <= begun + seconds for begun, seconds in own)]
-        clock_mhz = median(clocks) if clocks else float("nan")
-        timings.append(Timing(answers, [1e3 * seconds for _, seconds in own], clock_mhz))
+        here = [x[1:] for x in samples if any(begun <= x[0] <= begun + seconds for begun, seconds in own)]
+        mhz, watts, capped = zip(*here, strict=True) if here else [[float("nan")]] * 3
+        measured = median(mhz), median(watts), sum(capped) / len(capped)
+        timings.append(Timing(answers, [1e3 * seconds for _, seconds in own], *measured))
     return timings
 
 
 @contextmanager
-def clock_samples() -> Iterator[list[tuple[float, float]]]:
-    """Times [s since 1970] and clocks of the GPU's multiprocessors [MHz], there when the with block has ended.
+def clock_samples() -> Iterator[list[tuple[float, float, float, float]]]:
+    """Samples of the GPU, there when the with block has ended; see parsed.
 
     nvidia-smi takes them, in a process of its own; none without it.
     """
-    samples: list[tuple[float, float]] = []
+    samples: list[tuple[float, float, float, float]] = []
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         yield samples
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    query = ["--query-gpu=timestamp,clocks.sm", "--format=csv,noheader,nounits", "-lms", str(SAMPLED), "-i", gpu]
+    query = [f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader,nounits", "-lms", str(SAMPLED), "-i", gpu]
     with tempfile.TemporaryFile("w+") as file:
         process = subprocess.Popen(["nvidia-smi", *query], stdout=file)
         try:
@@ -136,7 +144,22 @@ def clock_samples() -> Iterator[list[tuple[float, float]]]:
             samples += parsed(file.read())
 
 
-def parsed(text: str) -> list[tuple[float, float]]:
-    """Times and clocks from what nvidia-smi printed until it was stopped, maybe within a line."""
-    rows = [line.split(", ") for line in text.split("\n")[:-1]]
-    return [(datetime.strptime(date, "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(mhz)) for date, mhz in rows]
+def parsed(text: str) -> list[tuple[float, float, float, float]]:
+    """Samples from what nvidia-smi printed until it was stopped, maybe within a line.
+
+    Each is the time [s since 1970], the clock of the multiprocessors [MHz], the power [W], and whether the limit of the
+    power held the clock down (0 or 1).
+    """
+    found = []
+    for line in text.split("\n")[:-1]:
+        date, mhz, watts, capped = line.split(", ")
+        when = datetime.strptime(date, "%Y/%m/%d %H:%M:%S.%f").timestamp()
+        found.append((when, _number(mhz), _number(watts), {"Active": 1.0, "Not Active": 0.0}.get(capped, float("nan"))))
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return float("nan")

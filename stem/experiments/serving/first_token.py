@@ -23,6 +23,7 @@ MIN_TOKENS = 4096  # of a sparse prompt, as README starts a server
 DENSITIES = (0.25, 0.1)
 WAYS = (None, *(dict(density=density, min_tokens=MIN_TOKENS) for density in DENSITIES))  # None: vLLM's own attention
 GROUPS = tuple(dict(way, lists="group") for way in WAYS[1:])  # lists that serve all query heads of a key-value head
+FP8 = tuple(dict(way, compute="fp8") for way in WAYS[1:])
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
 DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
 SHOWN = 8  # tokens of an answer in a row
@@ -32,23 +33,23 @@ SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short promp
 def large_model_rows() -> list[dict]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
-    Prompts below MIN_TOKENS stay dense. The engines take turns, five for whole prompts, which needs 90 GiB, and three
-    for chunks. Those of whole prompts decode from CUDA graphs.
+    Prompts below MIN_TOKENS stay dense. The engines take turns, seven for whole prompts, which needs 100 GiB, and
+    three for chunks. Those of whole prompts decode from CUDA graphs.
 
     Returns:
-        A row for each attention, chunk and length: attention, density (requested), lists (see StemConfig), realised
-        (the density that was computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests at a time,
-        first_token_ms (the shortest of engines.timed; of the last of several requests), speedup over vLLM's own
-        attention (the median over rounds of a round's ratio, from speedup_low to speedup_high, 95 %), clock_mhz (see
-        engines.Timing), token_ms of each further token (NaN where not measured), and answer, the ids of the first
-        request's first tokens.
+        A row for each attention, chunk and length: attention, density (requested), lists and compute (see StemConfig),
+        realised (the density that was computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests
+        at a time, first_token_ms (the shortest of engines.timed; of the last of several requests), speedup over vLLM's
+        own attention (the median over rounds of a round's ratio, from speedup_low to speedup_high, 95 %), clock_mhz,
+        power_w and capped (see engines.Timing), token_ms of each further token (NaN where not measured), and answer,
+        the ids of the first request's first tokens.
     """
     whole = [([_ids(tokens, VOCABULARY)], 0) for tokens in LENGTHS]
     whole += [([_ids(DECODE_TOKENS, VOCABULARY, 1)], DECODED)]
     chunked = [([_ids(tokens, VOCABULARY)], 0) for tokens in CHUNKED_LENGTHS]
     chunked += [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
     with large_model() as start:
-        found = compared(start, WAYS + GROUPS, None, whole)
+        found = compared(start, WAYS + GROUPS + FP8, None, whole, kv_cache_memory_bytes=5 << 30)
         return found + compared(start, WAYS, CHUNK, chunked, enforce_eager=True)
 
 
@@ -113,18 +114,18 @@ def _rows(
     if further_tokens:
         measured = timed(llms, prompts, 1 + further_tokens)
     size, rows = dict(chunk=chunk or 0, tokens=len(prompts[0]), requests=len(prompts)), []
-    for i, (answers, all_ms, _) in enumerate(measured):
+    for i, (answers, all_ms, *_) in enumerate(measured):
         kept, causal = _block_pairs(llms[i], settings[i]) - before[i]
-        about = dict(attention="vLLM", density=1.0, lists="head", realised=1.0)
+        about = dict(attention="vLLM", density=1.0, lists="head", compute="input", realised=1.0)
         if settings[i] is not None:
-            lists, realised = settings[i].get("lists", "head"), float(kept / causal)
-            about = dict(attention="Stem", density=settings[i]["density"], lists=lists, realised=realised)
+            own = {name: settings[i].get(name, about[name]) for name in ("density", "lists", "compute")}
+            about |= dict(attention="Stem", realised=float(kept / causal)) | own
         about |= size | dict(first_token_ms=min(first[i].all_ms))
         if len(llms) > 1:
             about |= paired(dense / own for dense, own in zip(first[0].all_ms, first[i].all_ms, strict=True))
         token_ms = (min(all_ms) - min(first[i].all_ms)) / further_tokens if further_tokens else float("nan")
-        about |= dict(clock_mhz=first[i].clock_mhz, token_ms=token_ms)
-        rows.append(about | dict(answer=" ".join(map(str, answers[0][:SHOWN]))))
+        about |= {name: getattr(first[i], name) for name in ("clock_mhz", "power_w", "capped")}
+        rows.append(about | dict(token_ms=token_ms, answer=" ".join(map(str, answers[0][:SHOWN]))))
         print(rows[-1], flush=True)
     return rows
 

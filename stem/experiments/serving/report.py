@@ -10,7 +10,7 @@ import torch
 
 from stem.experiments import records
 from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run, number, tokens_label
-from stem.experiments.serving import engines
+from stem.experiments.serving import bounds, engines
 
 
 def serving() -> str:
@@ -40,10 +40,12 @@ def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
 
 def _table(rows: pd.DataFrame) -> str:
     """Lines of first tokens, then of further ones, and the clock if it is known."""
-    sparse = rows[rows.attention == "Stem"].sort_values(["lists", "density"], ascending=False)
-    ways = list(dict.fromkeys(zip(sparse.lists, sparse.density, strict=True)))
-    shared = {"head": "", "group": ", lists of groups"}
-    header = ["prompt", "vLLM", *(f"Stem, density {density:g}{shared[lists]}" for lists, density in ways)]
+    rows = rows.assign(compute=rows.compute.fillna("input") if "compute" in rows else "input")
+    sparse = rows[rows.attention == "Stem"].sort_values(["compute", "lists", "density"], ascending=False)
+    ways = list(dict.fromkeys(zip(sparse.compute, sparse.lists, sparse.density, strict=True)))
+    told = {"group": ", lists of groups", "fp8": ", FP8"}
+    header = ["prompt", "vLLM"]
+    header += [f"Stem, density {density:g}{told.get(lists, '')}{told.get(way, '')}" for way, lists, density in ways]
     lines = []
     for (chunk, requests, tokens), group in rows.groupby(["chunk", "requests", "tokens"]):
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
@@ -51,7 +53,7 @@ def _table(rows: pd.DataFrame) -> str:
         lines.append([name, *_cells(group, "first_token_ms", ways)])
     for tokens, group in rows[rows.token_ms.notna()].groupby("tokens"):
         lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", ways)])
-    return markdown_table(header, lines) + _clocks(rows)
+    return markdown_table(header, lines) + _clocks(rows) + _bounds(rows)
 
 
 def _clocks(rows: pd.DataFrame) -> str:
@@ -64,9 +66,26 @@ def _clocks(rows: pd.DataFrame) -> str:
     return f"\n\nMedian clock of the multiprocessors in these rounds: {told}."
 
 
-def _cells(rows: pd.DataFrame, column: str, ways: list[tuple[str, float]]) -> list[str]:
+def _bounds(rows: pd.DataFrame) -> str:
+    """Sentences on the longest whole prompt: what a perfect kernel would reach, and the power; "" without a clock."""
+    whole = rows[(rows.chunk == 0) & (rows.lists == "head") & (rows.compute == "input")]
+    whole = whole[whole.tokens == whole.tokens.max()].drop_duplicates("density").set_index("density")
+    if "clock_mhz" not in whole or len(whole) < 3 or whole.clock_mhz.isna().any():
+        return ""
+    found = bounds.perfect_speedups(whole)
+    listed = " and ".join(f"{speedup:.3f}x at density {density:g}" for density, speedup in found.items())
+    where = f"at {tokens_label(whole.tokens.iloc[0])} and Stem's clock"
+    told = f"\n\nAttention in bf16 that left no clock of the tensor cores idle, {where}, would give {listed}."
+    if "power_w" in whole and whole.power_w.notna().all():
+        told += f" The GPU drew {whole.power_w.min():.0f} to {whole.power_w.max():.0f} W there"
+        told += f", and its power limit held the clock down in at least {whole.capped.min():.0%} of the samples."
+    return told
+
+
+def _cells(rows: pd.DataFrame, column: str, ways: list[tuple[str, str, float]]) -> list[str]:
     stock = rows[rows.attention == "vLLM"].iloc[0]
-    found = {(row.lists, row.density): row for row in rows[rows.attention == "Stem"][::-1].itertuples()}  # first ones
+    ours = rows[rows.attention == "Stem"][::-1]  # of several the first
+    found = {(row.compute, row.lists, row.density): row for row in ours.itertuples()}
     cells = [_cell(getattr(found[x], column), stock[column], found[x], column) if x in found else "–" for x in ways]
     return [number(stock[column], " ms"), *cells]
 

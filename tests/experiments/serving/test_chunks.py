@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import SPARSE, build, logits, tokens
 
-from stem.experiments.serving.chunks import aligned_ends, differences, largest_speedup, next_token
+from stem.experiments.serving.chunks import aligned_ends, differences, next_token
 from stem.hf import stem_prefill
 
 
@@ -23,10 +23,6 @@ def test_ends(length, budget, page, ends):
 def test_a_page_must_fit():
     with pytest.raises(ValueError, match="at least a page of 128 tokens, got 100"):
         aligned_ends(1000, 100, 128)
-
-
-def test_speedup():
-    assert largest_speedup(2400.0, 750.0) == 3.2
 
 
 def test_only_blocks_and_the_length_keep_the_answer():

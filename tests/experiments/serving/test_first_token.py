@@ -1,6 +1,7 @@
 """Engines of the serving experiment on a small random model; vLLM and Stem give rows with the same columns."""
 
 from contextlib import ExitStack, contextmanager
+from math import isnan
 
 import pytest
 import serving_engine as tools  # skips without vLLM
@@ -16,7 +17,7 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     def timed(llms, prompts, tokens=1):
         rounds = [[x + 5.0 * tokens for x in times] for times in ((100, 200, 140), (100, 100, 100))]
         both = zip(llms, rounds, strict=True)
-        return [engines.Timing(answer(llm, prompts, tokens)[0], times, 1500.0) for llm, times in both]
+        return [engines.Timing(answer(llm, prompts, tokens)[0], times, 1500.0, 690.0, 0.5) for llm, times in both]
 
     monkeypatch.setattr("gc.collect", lambda *generation: 0)  # takes long over all that vLLM imports
     monkeypatch.setattr(first_token, "timed", timed)
@@ -35,7 +36,8 @@ def test_rows_and_tokens_of_both_attentions(tmp_path, monkeypatch):
     assert all((row["first_token_ms"], row["token_ms"]) == (105.0, 5.0) for row in found)
     speedups = [[row[x] for x in ("speedup", "speedup_low", "speedup_high")] for row in found]
     assert speedups == [[1.0] * 3, pytest.approx([145 / 105, 1.0, 205 / 105])]
-    assert all(row["clock_mhz"] == 1500 for row in found)
+    assert all((row["clock_mhz"], row["power_w"], row["capped"]) == (1500, 690, 0.5) for row in found)
+    assert all(row["compute"] == "input" for row in found)
     assert [row["answer"] for row in found] == [" ".join(map(str, x)) for x in tokens] and tokens[0] != tokens[1]
 
 
@@ -56,16 +58,18 @@ def test_engines_take_turns(monkeypatch):
 def test_each_engine_has_the_clock_of_its_rounds(monkeypatch):
     @contextmanager
     def samples():
-        yield [(100.0 + i, 1000.0 + i) for i in range(8)]  # two in each answer after the warm-up
+        yield [(100.0 + i, 1000.0 + i, 600.0 + i, i % 4 / 3) for i in range(8)]  # two in each answer after the warm-up
 
     beginnings = iter([100.0, 102.0, 104.0, 106.0])
     monkeypatch.setattr(engines, "clock_samples", samples)
     monkeypatch.setattr(engines, "answer", lambda llm, *args: ([[7]], 1.5))
     monkeypatch.setattr(engines.time, "time", lambda: next(beginnings, 200.0))
-    assert [x.clock_mhz for x in engines.timed(["a", "b"], [[1]])] == [1003.5, 1003.5]
-    text = "2026/11/29 18:54:22.042, 345\n2026/11/29 18:54:22.062, 1980\n2026/11/29 18:54:22.082, 19"
-    (first, low), (second, high) = engines.parsed(text)
-    assert (low, high) == (345, 1980) and second - first == pytest.approx(0.02, abs=1e-4)
+    for found in engines.timed(["a", "b"], [[1]]):
+        assert found[2:] == (1003.5, 603.5, pytest.approx(0.5))
+    lines = ("042, 345, 81.25, Not Active", "062, 1980, 699.9, Active", "082, 1980, [N/A], [N/A]", "102, 19")
+    first, second, third = engines.parsed("\n".join(f"2026/11/29 18:54:22.{line}" for line in lines))
+    assert first[1:] == (345, 81.25, 0) and second[1:] == (1980, 699.9, 1)
+    assert second[0] - first[0] == pytest.approx(0.02, abs=1e-4) and third[1] == 1980 and all(map(isnan, third[2:]))
 
 
 def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
@@ -73,7 +77,7 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
 
     @contextmanager
     def start(folder, settings, longest, chunk, **options):
-        way = settings and (settings["density"], settings.get("lists", "head"))
+        way = settings and (settings["density"], settings.get("lists") or settings.get("compute", "head"))
         events.append((way, longest, chunk, options["enforce_eager"]))
         yield way
         events.append("end")
@@ -86,9 +90,9 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     monkeypatch.setattr(first_token, "_rows", rows)
     found = first_token.large_model_rows()
     ways = [None, (0.25, "head"), (0.1, "head")]
-    whole = ways + [(0.25, "group"), (0.1, "group")]
-    assert events[:5] == [(way, 131072, None, False) for way in whole]
-    assert events[5:12] == [(whole, [n], 0) for n in first_token.LENGTHS] + [(whole, [4096], 128)]
-    assert events[12:20] == ["end"] * 5 + [(way, 131072, 8192, True) for way in ways]
-    assert events[20:] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
+    whole = ways + [(density, changed) for changed in ("group", "fp8") for density in (0.25, 0.1)]
+    assert events[:7] == [(way, 131072, None, False) for way in whole]
+    assert events[7:14] == [(whole, [n], 0) for n in first_token.LENGTHS] + [(whole, [4096], 128)]
+    assert events[14:24] == ["end"] * 7 + [(way, 131072, 8192, True) for way in ways]
+    assert events[24:] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
     assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3

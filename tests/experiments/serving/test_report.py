@@ -45,6 +45,32 @@ def test_lists_of_groups_have_columns_of_their_own(monkeypatch):
     assert lines[5] == "| 32K, chunks of 8K | 300 ms | – | 150 ms (2.00x) | – |"
 
 
+def test_fp8_has_columns_of_its_own(monkeypatch):
+    measured = rows(*(("Stem", 0.25, 0, 32768, 1, ms, None) for ms in (150.0, 100.0, 120.0)))
+    measured = pd.concat([rows(("vLLM", 1.0, 0, 32768, 1, 300.0, None)), measured], ignore_index=True)
+    measured = measured.assign(compute=["input", None, "fp8", "input"], lists=["head"] * 3 + ["group"])
+    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    lines = report.serving().splitlines()
+    assert lines[2].endswith("| Stem, density 0.25 | Stem, density 0.25, lists of groups | Stem, density 0.25, FP8 |")
+    assert lines[4] == "| 32K | 300 ms | 150 ms (2.00x) | 120 ms (2.50x) | 100 ms (3.00x) |"
+
+
+def test_the_longest_prompt_has_a_bound(monkeypatch):
+    ways = (("vLLM", 1.0), ("Stem", 0.25), ("Stem", 0.1))
+    measured = rows(*((*way, 0, tokens, 1, 9.0, None) for tokens in (8192, 131072) for way in ways))
+    measured = measured.assign(clock_mhz=1500.0)
+    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    given = []
+    monkeypatch.setattr(report.bounds, "perfect_speedups", lambda x: given.append(x) or {0.25: 2.14949, 0.1: 2.6})
+    told = report.serving().splitlines()[-1]
+    assert "at 128K and Stem's clock" in told
+    assert told.endswith("would give 2.149x at density 0.25 and 2.600x at density 0.1.")
+    assert given[0].index.tolist() == [1.0, 0.25, 0.1] and set(given[0].tokens) == {131072}
+    measured = measured.assign(power_w=[1.0] * 3 + [699.6, 690, 701], capped=[0.0] * 3 + [0.975, 0.99, 1.0])
+    told = report.serving().splitlines()[-1]
+    assert "drew 690 to 701 W" in told and "at least 98% of the samples" in told
+
+
 def test_the_clock_is_told_where_it_is_known(monkeypatch):
     measured = rows(*(("vLLM", 1.0, chunk, tokens, 1, 16.0, None) for chunk in (0, 1) for tokens in (1024, 8192)))
     monkeypatch.setattr(report, "full_rows", lambda name: measured)
