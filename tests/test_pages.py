@@ -6,7 +6,7 @@ from stem.kernels import score_inputs
 
 import stem
 from stem.budget import BlockRows, kept_blocks
-from stem.vllm.pages import all_rows, attend_to_pages, gather, readable_rows
+from stem.vllm.pages import all_rows, attend_to_pages, block_inputs, choose, gather, readable_rows
 
 CONFIG = stem.StemConfig(density=0.4, block_size=32, sink_blocks=1, local_blocks=1)
 HEAD_DIM = 16
@@ -98,6 +98,36 @@ def test_pages_give_the_attention_of_the_prompt(first, stop, prompt_length, layo
     expected = stem.stem_attention(q, k, v, config, scale=0.3, impl="torch", prompt_length=prompt_length)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     assert counts.sum() == 4 * kept_blocks(rows, config)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value_norm", ["log", "zscore"])
+def test_sums_of_chunks_are_those_of_the_prompt(dtype, value_norm):
+    config, ends = CONFIG.replace(value_norm=value_norm), (480, 550, 600)
+    q, (k, v) = torch.randn(1, 2, 600, HEAD_DIM, dtype=dtype), torch.randn(2, 1, 2, 600, HEAD_DIM, dtype=dtype)
+    pages, sums = torch.randperm(30)[:19].int(), None
+    k, v, _ = all_rows(cache_of(k, v, pages.tolist(), 32).to(dtype))
+    for first, stop in zip((0, *ends), ends, strict=False):
+        rows = BlockRows.of(stop - first, stop, 32, 600)
+        inputs, sums, _ = block_inputs(q[:, :, first:stop], k, v, pages, stop, config, rows, sums)
+    whole, *_ = block_inputs(q, k, v, pages, 600, config, BlockRows.of(600, 600, 32), None)
+    assert torch.equal(inputs[1], whole[1]) and torch.equal(inputs[2], whole[2])
+
+
+@interpreted
+def test_a_chunk_is_scored_by_the_tiles_of_a_prompt(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "stem.kernels.block_scores.score_tiles",
+        lambda parts, rows: asked.append(rows) or dict(TILE_M=32, TILE_N=32, DEPTH_TILE=32, num_warps=4, num_stages=3),
+    )
+    q, (k, v) = torch.randn(1, 4, 64, HEAD_DIM), torch.randn(2, 1, 2, 1600, HEAD_DIM)
+    rows, pages = BlockRows.of(64, 1600, 32, 1700), torch.arange(50).int()
+    keys, values, _ = all_rows(cache_of(k, v, pages.tolist(), 32))
+    inputs, *_ = block_inputs(q, keys, values, pages, 1600, CONFIG, rows, None)
+    choose(inputs, CONFIG, rows, 4, 1.0)
+    assert asked[0] == 50 * 2  # query blocks of two heads, as many as keys have
 
 
 @interpreted

@@ -118,7 +118,7 @@ def block_inputs(
     paged = dict(pages=pages[done:], num_keys=stop - done * size, heads=config.pooled_heads(q.shape[1], k.shape[1]))
     q_sums, *new = raw_inputs(q, k, v, size, stride, *config.value_term, full, **paged)
     if done:
-        new = [torch.cat([old[:, :, :done], own], 2) for old, own in zip(sums, new, strict=True)]
+        new = [_joined(old[:, :, :done], own) for old, own in zip(sums, new, strict=True)]
     k_sums, values = new
     bonus = standardize(values, stride, *config.value_term, stop)
     whole = stop // size
@@ -140,5 +140,11 @@ def choose(
     if rows.stop <= MAX_KV_BLOCKS:
         lists = score_select(*inputs, scale / pooled, budget, *config.always_kept, lists)
     else:
-        lists = select_topk(score_blocks(*inputs, scale / pooled), budget, *config.always_kept, width, lists)
+        scores = score_blocks(*inputs, scale / pooled, num_tile_rows=rows.stop)  # a chunk has few rows, not few keys
+        lists = select_topk(scores, budget, *config.always_kept, width, lists)
     return for_all_heads(lists, pooled)
+
+
+def _joined(old: Tensor, new: Tensor) -> Tensor:
+    """Both [1, Hkv, blocks, ..] along the blocks; torch is slow to join more than four dimensions."""
+    return torch.cat([old.flatten(2), new.flatten(2)], 2).unflatten(2, (-1, *new.shape[3:]))

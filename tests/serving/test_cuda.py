@@ -103,6 +103,30 @@ def differences() -> dict[str, float]:
     return found | {"prompts in layers": len(rows), "copied": sum(x is None for x in are_read) / len(are_read)}
 
 
+def fp8_differences() -> dict[str, float]:
+    """Mean differences of log-probabilities between ways to compute in FP8, and of those to others."""
+    import serving_engine as tools
+    from transformers import AutoModelForCausalLM
+
+    import stem
+
+    folder, prompts = saved_model(torch.float16, SMALL_LOGITS), prompts_of_topics()[:3]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to("cuda")
+    ways = dict(dense=None, sparse={}, fp8=dict(compute="fp8"))
+    known = {
+        name: tools.expected(model, prompts, 1, None if way is None else [stem.StemConfig(**SETTINGS, **way)] * 2)
+        for name, way in ways.items()
+    }
+    found = {"dense": known["dense"], "sparse": known["sparse"]}
+    for chunk in (2**14, 1000):
+        llm = engine(folder, "float16", SETTINGS | ways["fp8"], chunk)
+        found[f"chunks of {chunk}"] = tools.answers(llm, prompts)
+    return {
+        name: sum((x - y).abs().mean().item() for x, y in zip(own, known["fp8"], strict=True)) / len(own)
+        for name, own in found.items()
+    }
+
+
 def answers(gpus: str, folder: str) -> list:
     """Log-probabilities of a token after each prompt in bf16, [dense or sparse, prompts, vocabulary].
 
@@ -155,6 +179,13 @@ def test_answers_are_those_of_stem_hf(runner):
     scale, noise = found.pop("dense against sparse"), found.pop("vLLM against transformers")
     assert noise < scale / 200 and found.pop("between them") < noise
     assert len(found) == 6 and all(difference < 2 * noise for difference in found.values()), (found, noise)
+
+
+def test_fp8_gives_the_answers_of_stem_hf():
+    (found,) = results(started("fp8_differences"))
+    print(found)
+    assert found["chunks of 16384"] < found["sparse"] / 2  # the whole prompt, and rounding to FP8
+    assert found["chunks of 1000"] < 2 * found["sparse"] < found["dense"] / 3  # scales of the keys so far
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
