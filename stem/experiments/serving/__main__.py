@@ -14,7 +14,10 @@ if __name__ == "__main__":
     if not engines.is_installed():
         parser.exit(message="serving is left out: vLLM is not installed (`make serve-test` installs its CPU build)\n")
     if torch.cuda.is_available():
-        rows = first_token.large_model_rows()
+        cases = first_token.large_model_rows()
     else:
-        rows = first_token.small_model_rows(1500 if options.profile == "smoke" else 3000)
-    print("wrote", records.write_rows("serving", rows, options.profile))
+        cases = [first_token.small_model_rows(1500 if options.profile == "smoke" else 3000)]
+    rows = []
+    for case in cases:  # what is measured stays if the run is stopped
+        rows += case
+        print("wrote", records.write_rows("serving", rows, options.profile), flush=True)

@@ -17,7 +17,7 @@ from stem.pretrained import resolve
 
 LAYERS, VOCABULARY = 8, 128256
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)  # of whole prompts
-CHUNKED_LENGTHS = (32768, 131072)
+CHUNKED_LENGTHS = (131072, 32768)
 CHUNK = 8192
 MIN_TOKENS = 4096  # of a sparse prompt, as README starts a server
 DENSITIES = (0.25, 0.1)
@@ -30,13 +30,13 @@ SHOWN = 8  # tokens of an answer in a row
 SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short prompts have many of them
 
 
-def large_model_rows() -> list[dict]:
+def large_model_rows() -> Iterator[list[dict]]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
     Prompts below MIN_TOKENS stay dense. The engines take turns, seven for whole prompts, which needs 100 GiB, and
     three for chunks. Those of whole prompts decode from CUDA graphs.
 
-    Returns:
+    Yields, one case after another:
         A row for each attention, chunk and length: attention, density (requested), lists and compute (see StemConfig),
         realised (the density that was computed), chunk [tokens] (0 is the whole prompt), tokens of a prompt, requests
         at a time, first_token_ms (the shortest of engines.timed; of the last of several requests), speedup over vLLM's
@@ -49,8 +49,8 @@ def large_model_rows() -> list[dict]:
     chunked = [([_ids(tokens, VOCABULARY)], 0) for tokens in CHUNKED_LENGTHS]
     chunked += [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
     with large_model() as start:
-        found = compared(start, WAYS + GROUPS + FP8, None, whole, kv_cache_memory_bytes=5 << 30)
-        return found + compared(start, WAYS, CHUNK, chunked, enforce_eager=True)
+        yield from compared(start, WAYS + GROUPS + FP8, None, whole, kv_cache_memory_bytes=5 << 30)
+        yield from compared(start, WAYS, CHUNK, chunked, enforce_eager=True)
 
 
 @contextmanager
@@ -75,15 +75,16 @@ def compared(
     chunk: int | None,
     cases: Sequence[tuple[Sequence, int]],
     **options,
-) -> list[dict]:
-    """Rows of engines with these settings, all of them alive; a case is prompts, and tokens of answers after the first.
+) -> Iterator[list[dict]]:
+    """Rows of each case from engines with these settings, all alive; a case is prompts, and answers' further tokens.
 
     Arguments start, chunk and options: see large_model and engines.engine.
     """
     longest = max(len(ids) for prompts, _ in cases for ids in prompts)
     with ExitStack() as stack:
         llms = [stack.enter_context(start(x, longest, chunk, **options)) for x in settings]
-        return [row for prompts, further in cases for row in _rows(llms, settings, chunk, prompts, further)]
+        for prompts, further in cases:
+            yield _rows(llms, settings, chunk, prompts, further)
 
 
 def small_model_rows(tokens: int = 3000, chunk: int = 500, density: float = 0.25) -> list[dict]:

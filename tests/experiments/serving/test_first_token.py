@@ -88,11 +88,11 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
 
     monkeypatch.setattr(first_token, "engine", start)
     monkeypatch.setattr(first_token, "_rows", rows)
-    found = first_token.large_model_rows()
+    found = [row for case in first_token.large_model_rows() for row in case]
     ways = [None, (0.25, "head"), (0.1, "head")]
     whole = ways + [(density, changed) for changed in ("group", "fp8") for density in (0.25, 0.1)]
     assert events[:7] == [(way, 131072, None, False) for way in whole]
     assert events[7:14] == [(whole, [n], 0) for n in first_token.LENGTHS] + [(whole, [4096], 128)]
     assert events[14:24] == ["end"] * 7 + [(way, 131072, 8192, True) for way in ways]
-    assert events[24:] == [(ways, lengths, 0) for lengths in ([32768], [131072], [32768] * 8)] + ["end"] * 3
+    assert events[24:] == [(ways, lengths, 0) for lengths in ([131072], [32768], [32768] * 8)] + ["end"] * 3
     assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3
