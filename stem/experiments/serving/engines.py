@@ -151,8 +151,8 @@ def parsed(text: str) -> list[tuple[float, float, float, float]]:
     power held the clock down (0 or 1).
     """
     found = []
-    for line in text.split("\n")[:-1]:
-        date, mhz, watts, capped = line.split(", ")
+    rows = [line.split(", ") for line in text.split("\n")[:-1]]
+    for date, mhz, watts, capped in (row for row in rows if len(row) == len(QUERIED)):  # no messages
         when = datetime.strptime(date, "%Y/%m/%d %H:%M:%S.%f").timestamp()
         found.append((when, _number(mhz), _number(watts), {"Active": 1.0, "Not Active": 0.0}.get(capped, float("nan"))))
     return found

@@ -67,6 +67,7 @@ def test_each_engine_has_the_clock_of_its_rounds(monkeypatch):
     for found in engines.timed(["a", "b"], [[1]]):
         assert found[2:] == (1003.5, 603.5, pytest.approx(0.5))
     lines = ("042, 345, 81.25, Not Active", "062, 1980, 699.9, Active", "082, 1980, [N/A], [N/A]", "102, 19")
+    assert engines.parsed("Failed to initialize NVML\n") == []
     first, second, third = engines.parsed("\n".join(f"2026/11/29 18:54:22.{line}" for line in lines))
     assert first[1:] == (345, 81.25, 0) and second[1:] == (1980, 699.9, 1)
     assert second[0] - first[0] == pytest.approx(0.02, abs=1e-4) and third[1] == 1980 and all(map(isnan, third[2:]))
