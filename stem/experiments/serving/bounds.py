@@ -1,4 +1,4 @@
-"""What a faster kernel could still gain, from the times of one prompt at several densities."""
+"""Bounds of a speed-up, from the times of one prompt at several densities and from the clock."""
 
 from __future__ import annotations
 
