@@ -179,7 +179,7 @@ def sweep(
     configs: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yield (tokens, rows) of the machine's ceilings (as 0 tokens), then of each length, shortest first.
+    """Yield (tokens, rows) of the machine's ceilings (as 0 tokens), then of each length, in this order.
 
     A dense back end is skipped, with a row that says so, where its last call predicts one over LONGEST_CALL_MS.
     `configs` is by default all of CONFIGS, on CUDA with those of BRIEFLY.
@@ -189,7 +189,7 @@ def sweep(
     configs = tuple(CONFIGS) if configs is None else configs
     yield 0, ceilings(device, shape.dtype)
     last = {}  # provider -> (tokens, ms)
-    for tokens in sorted(lengths):
+    for tokens in lengths:
         predicted = {name: ms * (tokens / before) ** 2 for name, (before, ms) in last.items()}
         names = candidates.dense_attends(device)
         affordable = [name for name in names if predicted.get(name, 0) <= LONGEST_CALL_MS[device]]

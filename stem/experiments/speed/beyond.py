@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor
 import stem
 from stem import pretrained
 from stem.experiments.documents import stdlib_documents
+from stem.experiments.long_context.report import MODELS
 from stem.experiments.speed import candidates, drop_in, first_token, peers
 from stem.experiments.speed.bench import run, with_speedups
 from stem.experiments.speed.candidates import CONFIGS, DENSE, EIGHT_PERCENT, SHAPES, Problem, Shape
@@ -23,6 +25,7 @@ CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
 CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
 BREAK_EVEN_TOKENS = (2048, 3000, 4096, 5500, 8192, 12000, 16384)  # on CUDA
 LOW_DENSITY = 0.08  # of the first token with the config EIGHT_PERCENT, see `calibrated`
+SMALL = "smollm2"  # the model of the rows of q, k and v
 PARTS = ("training", "first token", "drop-in", "captured", "break-even")
 
 
@@ -112,37 +115,52 @@ def calibrated(settings: dict[str, int], tokens: int, device: str, dtype: torch.
 
 
 def beyond_the_operator(
-    device: str, profile: str, *, impls: Sequence[str] | None = None, seed: int = 0, parts: Sequence[str] = PARTS
+    device: str,
+    profile: str,
+    *,
+    impls: Sequence[str] | None = None,
+    seed: int = 0,
+    parts: Sequence[str] = PARTS,
+    lengths: Sequence[int] | None = None,
+    model: str = SMALL,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield (label, rows) of training, whole models, and a real model's q, k and v; headline measurements first."""
+    """Yield (label, rows) of training, whole models, and a real model's q, k and v; headline measurements first.
+
+    `lengths` are those of "drop-in", by default of the profile. `model`, a name for stem.pretrained.load, is that of
+    "break-even" and of "drop-in" with trained weights. For others than SMALL, "drop-in" has no random weights, and
+    "captured", whose rows name no model, must be left out.
+    """
     common = dict(impls=impls or candidates.default_impls(device), seed=seed)
 
     def train(tokens: int, flex: bool) -> tuple[str, list[dict[str, Any]]]:
         rows = training_case(replace(SHAPES[device], tokens=tokens), device, flex=flex, **common)
         return f"forward+backward, {tokens:,} tokens", rows
 
+    lengths = lengths or drop_in.LENGTHS[device, profile]
     cuda, dtype = device == "cuda", getattr(torch, SHAPES[device].dtype)
     first, *others = TRAINING_TOKENS[device]
     if "training" in parts:
         yield train(first, flex=cuda)
     if "first token" in parts:
         yield from _first_token_cases(device, profile, dtype, seed)
-    if "drop-in" in parts:
-        yield from drop_in.cases(device, profile, seed=seed)
+    if "drop-in" in parts and model == SMALL:
+        yield from drop_in.cases(device, lengths, seed=seed)
     parts = {*parts} - ({"break-even", "drop-in"} if not cuda else set())
     if parts & {"captured", "break-even", "drop-in"}:
-        small, tokenizer = pretrained.load("smollm2", device=device, dtype=dtype)
-        text = "\n".join(stdlib_documents().values())[: 8 * BREAK_EVEN_TOKENS[-1]]  # more than enough
-        ids = torch.tensor(tokenizer(text).input_ids)[None].to(device)
+        trained, tokenizer = pretrained.load(model, device=device, dtype=dtype)
+        name = MODELS.get(Path(pretrained.resolve(model)).name, Path(model).stem)
+        longest = trained.config.max_position_embeddings
+        text = "\n".join(stdlib_documents().values())[: 8 * max(*lengths, BREAK_EVEN_TOKENS[-1])]
+        ids = torch.tensor(tokenizer(text).input_ids)[None, :longest].to(device)
+        layers = [layer for layer in CAPTURED_LAYERS[device] if layer < trained.config.num_hidden_layers]
     if "drop-in" in parts:
-        own = ids[:, : small.config.max_position_embeddings]
-        yield from drop_in.trained_cases(small, "SmolLM2-135M, trained", own, device, profile, seed=seed)
+        yield from drop_in.trained_cases(trained, f"{name}, trained", ids, device, lengths, seed=seed)
     if "captured" in parts:
-        rows = captured_case(small, ids[:, : CAPTURED_TOKENS[device]], CAPTURED_LAYERS[device], device, **common)
-        yield "captured from SmolLM2", rows
+        short = ids[:, : CAPTURED_TOKENS[device]]
+        yield f"captured from {name}", captured_case(trained, short, layers, device, **common)
     if "break-even" in parts:
-        longest = min(BREAK_EVEN_TOKENS[-1], small.config.max_position_embeddings)
-        yield from break_even_cases(small, "SmolLM2", ids[:, :longest], CAPTURED_LAYERS[device], device, seed=seed)
+        ids = ids[:, : BREAK_EVEN_TOKENS[-1]]
+        yield from break_even_cases(trained, name, ids, layers, device, seed=seed)
     for tokens in others if profile == "full" and "training" in parts else ():
         yield train(tokens, flex=False)
 

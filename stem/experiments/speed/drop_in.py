@@ -152,18 +152,18 @@ def _timed(model: nn.Module, ids: Tensor) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - start), 1e3 * (returned - start)
 
 
-def cases(device: str, profile: str, *, seed: int = 0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def cases(device: str, lengths: Iterable[int], *, seed: int = 0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield (label, rows) of each model with random weights and each length."""
     for name, settings in MODELS[device].items():
         model = first_token.random_llama(settings, device, getattr(torch, SHAPES[device].dtype), seed)
-        for tokens in LENGTHS[device, profile]:
+        for tokens in lengths:
             yield f"prefill of {name}, {tokens:,} tokens", case(name, model, tokens, device, seed=seed)
 
 
 def trained_cases(
-    model: nn.Module, name: str, ids: Tensor, device: str, profile: str, *, seed: int = 0
+    model: nn.Module, name: str, ids: Tensor, device: str, lengths: Iterable[int], *, seed: int = 0
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield (label, rows) of a model with trained weights on the text `ids`: `adaptive` keeps all of random ones."""
-    for tokens in LENGTHS[device, profile]:
+    for tokens in lengths:
         if tokens <= ids.shape[1]:
             yield f"prefill of {name}, {tokens:,} tokens", case(name, model, tokens, device, ids=ids, seed=seed)

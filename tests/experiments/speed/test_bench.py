@@ -358,6 +358,25 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     assert set(rows.loc[[64], "seed"]) == {1} and set(rows.loc[[100], "seed"]) == {0} and 128 in rows.index
 
 
+def test_lengths_and_model_reach_the_whole_models(monkeypatch, tmp_path, capsys):
+    def prefills(device, lengths, **options):
+        yield "random", [dict(operation="prefill tiny", tokens=tokens, provider="stem") for tokens in lengths]
+
+    monkeypatch.setenv("STEM_RESULTS", os.fspath(tmp_path))
+    monkeypatch.setattr(beyond.drop_in, "cases", prefills)
+    main(["--parts", "drop-in", "--lengths", "96", "48", "--device", "cpu"])
+    rows = records.read_rows("speed")
+    assert list(rows[rows["profile"] == "smoke"].tokens) == [96, 48]
+    with pytest.raises(SystemExit):
+        main(["--model", "another", "--device", "cpu"])
+    assert "--model needs --parts drop-in, break-even or both" in capsys.readouterr().err
+    loaded = []
+    monkeypatch.setattr(beyond.pretrained, "load", lambda name, **options: loaded.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(beyond.beyond_the_operator("cuda", "full", impls=["torch"], parts=["drop-in"], model="another"))
+    assert loaded == ["another"]  # and no random weights before
+
+
 @pytest.mark.parametrize("dropped", ["skip", "mean", "cells"])
 def test_reference_rows_with_stand_ins_equal_the_oracle(dropped):
     q, k, v = (x.cpu() for x in random_inputs(4, 2, 200, 200, 16))

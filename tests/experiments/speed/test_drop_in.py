@@ -89,12 +89,12 @@ def test_a_way_that_computes_something_else_is_not_timed(tiny, monkeypatch):
 
 def test_every_model_and_length_is_measured(tiny, monkeypatch):
     monkeypatch.setattr(drop_in, "case", lambda name, model, tokens, device, seed: [(name, tokens)])
-    found = [row for _, rows in drop_in.cases("cpu", "full") for row in rows]
-    assert found == [("tiny", tokens) for tokens in drop_in.LENGTHS["cpu", "full"]]
-    monkeypatch.setattr(drop_in, "case", lambda name, *_, ids, seed: [(name, ids)])
+    found = [row for _, rows in drop_in.cases("cpu", [64, 32]) for row in rows]
+    assert found == [("tiny", 64), ("tiny", 32)]
+    monkeypatch.setattr(drop_in, "case", lambda name, model, tokens, device, ids, seed: [(name, tokens)])
     text = torch.zeros(1, 2048)
-    trained = [row for _, rows in drop_in.trained_cases(tiny, "text", text, "cpu", "full") for row in rows]
-    assert trained == [("text", text)] * 2  # of 1K and 2K tokens
+    trained = [row for _, rows in drop_in.trained_cases(tiny, "text", text, "cpu", [1024, 4096, 2048]) for row in rows]
+    assert trained == [("text", 1024), ("text", 2048)]  # the text is not longer
     for settings, heads in zip(drop_in.MODELS["cuda"].values(), [(9, 3, 64), (14, 2, 64), (32, 8, 128)], strict=True):
         dim = settings["hidden_size"] // settings["num_attention_heads"]
         assert (settings["num_attention_heads"], settings["num_key_value_heads"], dim) == heads
