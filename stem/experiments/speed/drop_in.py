@@ -16,18 +16,18 @@ from stem.experiments.speed import first_token
 from stem.experiments.speed.bench import first_line, latencies, with_speedups
 from stem.experiments.speed.candidates import BRIEFLY, CONFIGS, PREFILL, PRESETS, SHAPES, Shape
 
-MODELS = {  # shapes of SmolLM2-135M, Qwen2.5-0.5B, and eight layers of Llama-3.1-8B
+MODELS = {  # shapes of eight layers of Llama-3.1-8B, of Qwen2.5-0.5B, and of SmolLM2-135M
     "cuda": {
-        "135M": dict(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-            num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
-        ),
+        "8B, 8 layers": first_token.LLAMA_8B
+        | dict(hidden_size=4096, num_hidden_layers=8, num_attention_heads=32),
         "0.5B": dict(
             hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
             num_attention_heads=14, num_key_value_heads=2, vocab_size=151936,
         ),
-        "8B, 8 layers": first_token.LLAMA_8B
-        | dict(hidden_size=4096, num_hidden_layers=8, num_attention_heads=32),
+        "135M": dict(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+        ),
     },
     "cpu": {"tiny": first_token.TINY},
 }  # fmt: skip
