@@ -5,7 +5,7 @@
 Rows go to results/speed/fresh/<machine>.csv. Each process imports everything, attends densely once, which starts CUDA
 and cuBLAS, and then times its first prefill through stem.hf, a second one, and one of each other length. The model has
 two layers in the shape of Llama-3.1-8B and random weights. Kernels are counted by Triton's compilation listener, and
-stderr tells how long each stage of a compilation took. A first prefill compiles its kernels side by side.
+stderr tells how long each took to compile beside the others: in all, with reading its source, and by stage.
 """
 
 import argparse
@@ -79,9 +79,9 @@ def _timed(call: Callable[[], torch.Tensor]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def cases(device: str) -> Iterator[dict[str, Any]]:
+def cases(device: str, presets: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of `process` in two new processes for each preset, the second with the disk cache of the first."""
-    for preset in PRESETS[device]:
+    for preset in presets:
         with tempfile.TemporaryDirectory() as cache:
             for state in CACHES:
                 command = [sys.executable, "-m", __spec__.name, "--process", preset, "--device", device]
@@ -117,16 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stem.experiments.speed.fresh", description=__doc__)
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser.add_argument("--presets", nargs="+", metavar="PRESET", help="these only; other rows stay")
     parser.add_argument("--process", metavar="PRESET", help="print the rows of this process as JSON")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.process:
         print(json.dumps(process(options.process, LENGTHS[device], device)))
         return
-    rows = []
-    for row in cases(device):
+    rows, same = [], ("preset", "disk_cache", "tokens", "prefill") if options.presets else None
+    for row in cases(device, options.presets or PRESETS[device]):
         rows.append(row)
-        path = records.write_rows("speed/fresh", rows, options.profile)
+        path = records.write_rows("speed/fresh", rows, options.profile, same=same)
         print(*row.values(), sep="  ", flush=True)
     print(f"wrote {path}")
 

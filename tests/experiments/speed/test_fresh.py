@@ -48,9 +48,12 @@ def test_the_second_process_finds_the_disk_cache_of_the_first(monkeypatch, tmp_p
     fresh.main(["--device", "cpu"])
     assert len(caches) == 2 and caches[0] == caches[1]
     assert "paper  empty  300  first  1  2  1" in capsys.readouterr().out
+    fresh.main(["--device", "cpu", "--presets", "adaptive"])
+    rows = fresh.records.read_rows("speed/fresh")
+    assert list(rows[rows["profile"] == "smoke"].preset) == ["paper"] * 2 + ["adaptive"] * 2  # other rows stay
     monkeypatch.setattr(fresh, "process", lambda *args: list(args))
     fresh.main(["--device", "cpu", "--process", "paper"])
-    assert json.loads(capsys.readouterr().out) == ["paper", list(fresh.LENGTHS["cpu"]), "cpu"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ["paper", list(fresh.LENGTHS["cpu"]), "cpu"]
 
 
 @pytest.mark.parametrize("profile", ["full", "smoke"])
