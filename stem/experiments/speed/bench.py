@@ -82,7 +82,7 @@ def measure(call: Callable[[], Any], device: str) -> dict[str, float]:
         from triton.testing import do_bench
 
         # short calls get a longer warm-up, because clocks fall during the compilation before them
-        times = do_bench(call, warmup=10 if once > 10 else 50, rep=max(100, int(5 * once)), return_mode="all")
+        times = do_bench(call, warmup=10 if once > 10 else 50, rep=max(60, int(5 * once)), return_mode="all")
     elif device == "cuda":
         times = [once, _one_call(call, device)]
     else:
@@ -126,25 +126,24 @@ def case(
         configs: Names in CONFIGS, default all. Implementations but the last are timed with the first config only.
         dense: Names in candidates.dense_attends, default all of the device.
         flex: Measure FlexAttention with the blocks of the first config. Sparse peers get them at every length.
-        briefly: Names in BRIEFLY: attention by the last of `impls` and the operator with impl=None only.
-        graphs: Measure the dense baselines and the operator with impl=None in CUDA graphs too.
+        briefly: Names in BRIEFLY: the operator with impl=None only.
+        graphs: Measure the dense baselines but FP8 and the operator with impl=None in CUDA graphs too.
     """
     briefs = {name: BRIEFLY[name][0] for name in briefly}
     chosen = {name: CONFIGS[name] for name in (CONFIGS if configs is None else configs)}
     attends = candidates.dense_attends(device)
     names = attends if dense is None else dense
     baselines = [candidates.attention_candidate(name, attends[name]) for name in names]
-    baselines += [candidates.graph_candidate(candidate) for candidate in baselines if graphs]
+    baselines += [candidates.graph_candidate(c) for c in baselines if graphs and c.provider not in peers.FP8]
     every = [c for impl in ([*impls, None] if device == "cuda" else impls) for c in candidates.stem_candidates(impl)]
     slower = [f"stem_{impl}" for impl in impls[:-1]]
     fast = [c for c in every if c.operation in ("scores", "selection") or c.provider not in slower]
     whole = candidates.stem_candidates(None)
-    brief = [c for c in candidates.stem_candidates(impls[-1]) if c.operation == "attention"] + whole
     in_graphs = [candidates.graph_candidate(candidate) for candidate in whole if graphs]
     rows = []
     with torch.no_grad():
         for name, config in (chosen | briefs).items():
-            compared = brief if name in briefs else fast
+            compared = whole if name in briefs else fast
             if name == next(iter(chosen)):
                 compared = baselines + every
                 compared += candidates.sparse_peers(flex) if device == "cuda" else []

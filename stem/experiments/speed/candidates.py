@@ -28,7 +28,7 @@ SHORT = (
     12000,
     16384,
 )  # powers of two, and lengths that end inside a block
-BRIEFLY = {  # config -> lengths at which CUDA times attention and the whole operator only
+BRIEFLY = {  # config -> lengths at which CUDA times the whole operator only
     # the released schedule with its sink and local blocks inside the budget
     "three_regime": (stem.StemConfig.preset("angelslim", forced="inside"), (2**14, 2**15, 2**16, 2**17)),
     "paper": (stem.StemConfig.preset("paper"), SHORT),
