@@ -26,11 +26,13 @@ from stem.experiments.speed import candidates
 from stem.experiments.theory import flow
 from stem.planning import select
 from stem.selection import BlockSelection
+from stem.validation import check_number
 
 NAMES = ("stem", "adaptive", methods.TUNED, "flashprefill", "flashprefill_v2", "xattention", "vertical_slash")
 DENSITIES = (0.08, 0.15, 0.25)
 FORCED = Forced(1, 1)
 HEADLINE = candidates.Shape(2**17)  # one layer of Llama-3.1-8B
+INPUTS = CAPTURED, RANDOM = "captured", "random"
 ROUNDS, TOLERANCE = 20, 0.02  # of the search for a threshold, and of its density as a share of it
 ALLOWED = 0.02  # relative L2 difference of an operator to its selection's attention by another kernel
 SAME = ("method", "block_size", "asked", "source", "tokens")  # they name a row
@@ -154,16 +156,25 @@ def captured_layers(model, ids: Tensor) -> Layers:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
     parser.add_argument("--length", type=int, help="of the prompt [tokens] (default: 8192, smoke 512)")
+    named = dict(choices=methods.all_names(), default=NAMES)
+    parser.add_argument("--methods", metavar="NAME", nargs="+", help="only these methods", **named)
+    shares = dict(type=float, default=DENSITIES, help="densities asked for, in (0, 1]")
+    parser.add_argument("--densities", metavar="SHARE", nargs="+", **shares)
+    about = "captured from the model, random normal in the headline's shape (a GPU alone), or both (default)"
+    parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=INPUTS, help=about)
 
 
 def main(options: argparse.Namespace) -> None:
-    """Measure and write results/long_context/matched/; rows of other lengths and sources stay."""
-    full = options.profile == "full"
-    model, tokenizer, name = measures.load(options.model)
-    length = options.length or (8192 if full else 512)
-    ids = samples.document_windows(tokenizer, length, 1, ("python source",))["python source"]
-    sizes = dict(block_size=128 if full else 16)
-    found = list(rows(captured_layers(model, ids), f"captured from {name}", **sizes))
-    if torch.cuda.is_available() and full:
-        found += rows(random_layer(HEADLINE, "cuda"), "random normal", **sizes)
+    """Measure and write results/long_context/matched/; rows of other methods, densities, lengths and sources stay."""
+    full, found = options.profile == "full", []
+    for density in options.densities:
+        check_number("densities", density, 0.0, 1.0, open_below=True)
+    about = dict(names=options.methods, densities=options.densities, block_size=128 if full else 16)
+    if CAPTURED in options.inputs:
+        model, tokenizer, name = measures.load(options.model)
+        length = options.length or (8192 if full else 512)
+        ids = samples.document_windows(tokenizer, length, 1, ("python source",))["python source"]
+        found += rows(captured_layers(model, ids), f"captured from {name}", **about)
+    if RANDOM in options.inputs and torch.cuda.is_available() and full:
+        found += rows(random_layer(HEADLINE, "cuda"), "random normal", **about)
     print("wrote", records.write_rows("long_context/matched", found, options.profile, same=SAME))

@@ -36,6 +36,19 @@ class Thresholds:
         configs = [_scaled(config, multiple) for multiple in self.layers or (1.0,) * layers]
         return configs if self.last == 1 else [_LastBlock(each, _scaled(each, self.last)) for each in configs]
 
+    @classmethod
+    def parse(cls, told: str) -> "Thresholds":
+        """The inverse of `str`; raises ValueError for other words."""
+        try:
+            fields = dict(layers="", last="1") | dict(of.split("=") for of in told.split())
+            layers, last = fields.pop("layers"), float(fields.pop("last"))
+            found = cls(tuple(float(of) for of in layers.split(",") if layers), last)
+        except ValueError:
+            fields = told
+        if fields:
+            raise ValueError(f"thresholds must read 'last=0.25 layers=1,2,0.5' or one of the two, got {told!r}")
+        return found
+
     def __str__(self) -> str:
         """Multiples in words of the column `thresholds`; empty where there is one threshold."""
         told = [f"last={self.last:.4g}"] if self.last != 1 else []

@@ -9,6 +9,7 @@ samples of "answers" and "loss", beside the same with exact shares.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 
 import torch
@@ -17,6 +18,7 @@ import stem
 from stem import hf, patterns
 from stem.experiments import records
 from stem.experiments.long_context import measures, samples
+from stem.experiments.long_context.methods import LOW_DENSITY
 from stem.experiments.long_context.report import NEEDLES
 from stem.experiments.long_context.thresholds import LAST, MULTIPLES, Thresholds, by_layer, calibrated
 from stem.planning import select
@@ -157,10 +159,19 @@ def several(layers: Thresholds) -> list[Thresholds]:
     return [ONE, Thresholds(last=LAST), layers, replace(layers, last=LAST)]
 
 
+def known(reported: Search, thresholds: Thresholds) -> Iterator[list[dict]]:
+    """Rows on reported samples of the setting of `methods.TUNED`, then with its oracle's too, without a search."""
+    for changes in (ORACLE, {}):
+        reported.score(START | LOW_DENSITY | changes, thresholds=thresholds)
+        yield [row | dict(samples=REPORTED) for row in reported.rows.values() if "score" in row]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
     parser.add_argument("--length", type=int, help="of a prompt [tokens] (default: 8192, smoke 512)")
     parser.add_argument("--density", type=float, help="default: 0.08, smoke 0.5")
+    about = "multiples of thresholds, as in the column `thresholds`: no search, only `methods.TUNED` and its oracle"
+    parser.add_argument("--thresholds", metavar="TEXT", type=Thresholds.parse, help=about)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -176,8 +187,14 @@ def main(options: argparse.Namespace) -> None:
         documents = windows if documents is None else documents
         return Search(model, prompts, documents, density, block_size, windows)
 
+    write = partial(records.write_rows, "long_context/tuning", profile=options.profile, same=SAME)
     documents = torch.cat([*samples.document_windows(tokenizer, length, 8 if full else 1, KINDS).values()])
-    search, reported = of(length, SEED), of(length, 0, documents)
+    reported = of(length, 0, documents)
+    if options.thresholds is not None:
+        for found in known(reported, options.thresholds):
+            print("wrote", write([row | dict(model=name) for row in found]), flush=True)
+        return
+    search = of(length, SEED)
     short = search if length <= SHORT else of(SHORT, SEED)
     found = [row | dict(model=name) for row in rows(search, reported, short, CHANGES if full else CHANGES[:1])]
-    print("wrote", records.write_rows("long_context/tuning", found, options.profile, same=SAME))
+    print("wrote", write(found))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stem
-from stem.experiments.long_context import matched, methods
+from stem.experiments.long_context import __main__, matched, methods
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +43,25 @@ def test_times_are_of_one_layer(layers, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(matched.time, "perf_counter", lambda: next(clock) * 4e-3)
     assert matched.layer_ms(lambda *qkv: None, layers) == 2.0
+
+
+def test_options_choose_methods_densities_and_inputs(layers, monkeypatch):
+    found = []
+    monkeypatch.setattr(matched.records, "write_rows", lambda name, rows, *_, **__: found.extend(rows))
+    monkeypatch.setattr(matched.measures, "load", lambda name: (None, None, name))
+    monkeypatch.setattr(matched.samples, "document_windows", lambda *_: {"python source": None})
+    monkeypatch.setattr(matched, "captured_layers", lambda model, ids: layers)
+    __main__.main(["matched", "--methods", "subblock", "--densities", "0.5", "--inputs", "captured"])
+    assert [(row["method"], row["asked"]) for row in found] == [("sdpa_cpu", None), ("subblock", 0.5)]
+    with pytest.raises(ValueError, match="densities"):
+        __main__.main(["matched", "--densities", "2"])
+
+
+def test_random_inputs_load_no_model(layers, monkeypatch):
+    found = []
+    monkeypatch.setattr(matched.records, "write_rows", lambda name, rows, *_, **__: found.extend(rows))
+    monkeypatch.setattr(matched.measures, "load", None)
+    monkeypatch.setattr(matched.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(matched, "random_layer", lambda shape, device: layers)
+    __main__.main(["matched", "--profile", "full", "--methods", "stem", "--densities", "0.9", "--inputs", "random"])
+    assert [row["source"] for row in found] == ["random normal"] * 2

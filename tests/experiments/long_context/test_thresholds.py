@@ -19,6 +19,17 @@ def test_a_layer_takes_its_multiple_of_the_threshold():
     assert Thresholds().attention(CONFIG, 3) == [CONFIG] * 3
 
 
+@pytest.mark.parametrize("told", ["", "last=0.25", "layers=0.5,20", "last=0.25 layers=1,2.5"])
+def test_words_name_the_multiples(told):
+    assert str(Thresholds.parse(told)) == told
+
+
+@pytest.mark.parametrize("told", ["0.25", "last=x", "first=1", "layers=1,,a"])
+def test_other_words_are_refused(told):
+    with pytest.raises(ValueError, match="thresholds must read"):
+        Thresholds.parse(told)
+
+
 def test_only_the_last_block_takes_its_own_threshold():
     q, k, v = (torch.randn(1, heads, 256, 16, generator=torch.manual_seed(heads)) for heads in (4, 2, 3))
     v = v[:, :2]

@@ -77,3 +77,12 @@ def test_a_density_below_what_is_always_kept_gives_no_row(ruler_rows, tokenizer,
     made = search(samples.exact_prompts("niah_multikey_1", tokenizer, 256, 1))
     made.density = 0.01
     assert made.score(tuning.START) == float("inf")
+
+
+def test_known_multiples_need_no_search(ruler_rows, tokenizer, model, search):
+    made = search(samples.exact_prompts("niah_multikey_1", tokenizer, 256, 1))
+    layers = thresholds.Thresholds((0.5, 2.0))
+    first, both = (list(rows) for rows in tuning.known(made, layers))
+    assert [("exact_last_blocks=1048576" in row["changes"]) for row in both] == [True, False] and first == both[:1]
+    assert {(row["thresholds"], row["samples"], row["asked"]) for row in both} == {("layers=0.5,2", "reported", 0.5)}
+    assert all("dropped=cells" in row["changes"] and "score_cells=32" in row["changes"] for row in both)
