@@ -163,7 +163,8 @@ def known(reported: Search, thresholds: Thresholds) -> Iterator[list[dict]]:
     """Rows on reported samples of the setting of `methods.TUNED`, then with its oracle's too, without a search."""
     for changes in (ORACLE, {}):
         reported.score(START | LOW_DENSITY | changes, thresholds=thresholds)
-        yield [row | dict(samples=REPORTED) for row in reported.rows.values() if "score" in row]
+        if found := [row | dict(samples=REPORTED) for row in reported.rows.values() if "score" in row]:
+            yield found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
