@@ -70,7 +70,10 @@ def test_scoreboard_and_headline_read_the_rows():
     records.write_rows("correctness", [causal], profile="full")
     lines = {line[0].split(":")[0]: line[2:] for line in scoreboard.claims()}
     assert lines["Eq. 5 and 9"] == ("100 % (tiny)", "reproduced")
-    assert lines["Fig. 1"] == ("9.0×, density 20.0% (Made-up GPU)", "reproduced")
+    assert lines["Fig. 1"] == (
+        "9.0× = 5.0 (blocks not computed) × 1.8 (the kernel), density 20.0% (Made-up GPU)",
+        "reproduced",
+    )
     assert lines["Algorithm 1"][1] == "reproduced" and "largest change 0 in torch" in lines["Algorithm 1"][0]
     operator, first, _ = scoreboard.headline().splitlines()
     assert "5.0× over cuDNN (150 → 30 ms)** at 128K tokens and density 25.0%" in operator

@@ -28,6 +28,7 @@ MODELS = {  # names in rows -> here
     "gemma3-270m-1.0.0": "Gemma 3 270M",
 }
 PARTS = ("answers", "loss", "extension")
+RIVALS = ("vertical_slash", "flashprefill", "flashprefill_v2", "flexprefill", "stem, last block dense")
 NEEDLES = "niah_multikey_1"  # the task on which verdicts about needles rest
 GENERATED = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
 UNITS = {"answer": "log p(answer), minus dense [nats]", "loss": "loss, minus dense [nats per token]"}
@@ -157,20 +158,20 @@ def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
     return table.reindex(columns=["generated", "right"]).dropna()
 
 
-def flips(rows: pd.DataFrame, method: str, block_size: float, asked: float) -> pd.DataFrame:
-    """Samples of one cell by whether dense attention, and the method, generate the right answer (1.0 = right).
+def flips(rows: pd.DataFrame, method: str, block_size: float, asked: float, by: str = "generated") -> pd.DataFrame:
+    """Samples of one cell by whether dense attention, and the method, are right (1.0 = right) by one measure.
 
     Columns: samples; means of before, log p(answer) under dense attention [nats], and of what the method changes in
     answer [nats] and right (share), both in one forward.
     """
     values = {
         (measure, who): _values(rows[rows.measure == measure], name, block_size, asked).tolist()
-        for measure in ("generated", "answer", "right")
+        for measure in dict.fromkeys((by, "answer", "right"))
         for who, name in (("dense", "dense"), ("method", method))
     }
     frame = pd.DataFrame(values)
     changes = {measure: frame[measure].method - frame[measure].dense for measure in ("answer", "right")}
-    found = frame.generated.assign(samples=1, before=frame.answer.dense, **changes)
+    found = frame[by].assign(samples=1, before=frame.answer.dense, **changes)
     return found.groupby(["dense", "method"]).agg(dict.fromkeys(["before", *changes], "mean") | dict(samples="sum"))
 
 
@@ -330,6 +331,8 @@ def evaluation() -> str:
             title = f"{task}, {tokens_label(length)} tokens, {count} samples, dense {dense:.2f} nats:"
             parts += [title, _by_density(of, "{:+.2f}")]
         parts.append(last_block(answers))
+        beside = [ahead(answers, "adaptive", [other]) for other in RIVALS]
+        parts.append("\n".join(f"- {told}" for told in beside if told))
         of_model = everything[(everything.device == device) & (everything.model == model)]
         parts.append(transfer(of_model[of_model.measure.isin(("answer", "loss"))]))
         parts.append(_differences(GENERATED, part[part.measure == "generated"], "{:+.0%}"))
@@ -350,6 +353,27 @@ def last_block(answers: pd.DataFrame) -> str:
     header = ["method", "task", "tokens", "density", "change"]
     title = "What a dense last query block, at equal density, changes in the answers [nats]:"
     return f"{title}\n\n{markdown_table(header, lines)}" if lines else ""
+
+
+def ahead(answers: pd.DataFrame, method: str, others: Sequence[str]) -> str:
+    """Sentence: in how many cells of each task a method is above and below others by intervals without zero."""
+    told = []
+    for task, of in answers[answers.asked.notna()].groupby("task", sort=False):
+        cells = of.groupby(["length", "block_size", "asked"])
+        found = [
+            paired(cell, method, other, block_size=size, asked=asked)
+            for (_, size, asked), cell in cells
+            for other in others
+        ]
+        if found := [each for each in found if each.count]:
+            counts = [sum(low > 0 for _, low, *_ in found), sum(each.high < 0 for each in found)]
+            means = [each.mean for each in found]
+            told.append(
+                f"{task}: above in {counts[0]} and below in {counts[1]} of {len(found)} cells, "
+                f"{min(means):+.2f} to {max(means):+.2f} nats"
+            )
+    names = f"{', '.join(others[:-1])} and {others[-1]}" if len(others) > 1 else others[0]
+    return f"`{method}` beside {names}, by intervals without zero: {'; '.join(told)}." if told else ""
 
 
 def transfer(rows: pd.DataFrame) -> str:

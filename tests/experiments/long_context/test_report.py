@@ -87,6 +87,8 @@ def test_flips_group_samples_by_what_both_generate():
     assert found.columns.tolist() == ["before", "answer", "right", "samples"] and len(found) == 3
     assert found.loc[1, 0].tolist() == [-2.5, -1.0, -0.5, 2] and found.loc[1, 1].tolist() == [-2.0, -0.5, 0.0, 1]
     assert found.loc[0, 1].tolist() == [-3.0, 0.0, -1.0, 1]
+    found = report.flips(pd.DataFrame(made), "stem", 64, 0.25, by="right")
+    assert found.loc[1, 0].tolist() == [-2.0, -1.0, -1.0, 2] and found.samples.tolist() == [1, 2, 1]
 
 
 def test_controls_fail_where_the_measure_sees_them(rows):
@@ -213,6 +215,20 @@ def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
     told = "| stem | a | 4K | 10% | +7.000 [+6.000, +8.000], n = 2 |"
     assert report.last_block(frame).splitlines()[4:] == [told]
     assert report.last_block(frame[frame.method == "stem"]) == ""
+
+
+def test_a_method_is_ahead_only_where_an_interval_excludes_zero():
+    frame = pd.DataFrame(
+        [
+            row("adaptive", -1.0), row("stem", -6.0), row("xattention", 2.0), row("dense", 0.0),
+            row("adaptive", -1.0, task="b"), row("stem", -1.0, task="b"), row("stem", -9.0, length=8192),
+        ]
+    )  # fmt: skip
+    told = "`adaptive` beside stem and xattention, by intervals without zero: "
+    told += "a: above in 1 and below in 1 of 2 cells, -3.00 to +5.00 nats; "
+    told += "b: above in 0 and below in 0 of 1 cells, +0.00 to +0.00 nats."
+    assert report.ahead(frame, "adaptive", ("stem", "xattention")) == told
+    assert report.ahead(frame, "adaptive", ["subblock"]) == ""
 
 
 def test_methods_with_all_columns_come_first_and_each_group_is_sorted():
