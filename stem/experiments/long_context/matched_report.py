@@ -214,10 +214,20 @@ def reported() -> str:
             f"on {model} and {device}: {_counts(of)} needles and 8 windows of {' and of '.join(tuning.KINDS)}, of "
             f"{tokens_label(length)} tokens. The last columns are paired differences to the same setting with the true "
             f"attention mass in the place of scores. Within both bounds: {within[~exact].sum()} of {(~exact).sum()} "
-            f"settings, and {within[exact].sum()} of {exact.sum()} with the true mass.\n\n"
+            f"settings, and {within[exact].sum()} of {exact.sum()} with the true mass. {_beyond(of[exact])}\n\n"
             + markdown_table([*HEADER, "needles minus oracle", "documents minus oracle"], lines)
         )
     return "\n\n".join(parts)
+
+
+def _beyond(rows: pd.DataFrame) -> str:
+    """Sentence on the settings whose whole interval lies beyond a bound."""
+    needles = sum(interval(_values(row.values))[1] < NATS for row in rows.itertuples())
+    documents = sum(interval(_values(row.document_values))[0] > LOSS for row in rows.itertuples())
+    return (
+        f"Of the latter, {needles} miss the bound of needles by their whole interval and {documents} that of "
+        "documents: there no better estimate of the mass would help."
+    )
 
 
 def _tuning(samples: str):
