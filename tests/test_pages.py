@@ -101,36 +101,6 @@ def test_pages_give_the_attention_of_the_prompt(first, stop, prompt_length, layo
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value_norm", ["log", "zscore"])
-def test_sums_of_chunks_are_those_of_the_prompt(dtype, value_norm):
-    config, ends = CONFIG.replace(value_norm=value_norm), (480, 550, 600)
-    q, (k, v) = torch.randn(1, 2, 600, HEAD_DIM, dtype=dtype), torch.randn(2, 1, 2, 600, HEAD_DIM, dtype=dtype)
-    pages, sums = torch.randperm(30)[:19].int(), None
-    k, v, _ = all_rows(cache_of(k, v, pages.tolist(), 32).to(dtype))
-    for first, stop in zip((0, *ends), ends, strict=False):
-        rows = BlockRows.of(stop - first, stop, 32, 600)
-        inputs, sums, _ = block_inputs(q[:, :, first:stop], k, v, pages, stop, config, rows, sums)
-    whole, *_ = block_inputs(q, k, v, pages, 600, config, BlockRows.of(600, 600, 32), None)
-    assert torch.equal(inputs[1], whole[1]) and torch.equal(inputs[2], whole[2])
-
-
-@interpreted
-def test_a_chunk_is_scored_by_the_tiles_of_a_prompt(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "stem.kernels.block_scores.score_tiles",
-        lambda parts, rows: asked.append(rows) or dict(TILE_M=32, TILE_N=32, DEPTH_TILE=32, num_warps=4, num_stages=3),
-    )
-    q, (k, v) = torch.randn(1, 4, 64, HEAD_DIM), torch.randn(2, 1, 2, 1600, HEAD_DIM)
-    rows, pages = BlockRows.of(64, 1600, 32, 1700), torch.arange(50).int()
-    keys, values, _ = all_rows(cache_of(k, v, pages.tolist(), 32))
-    inputs, *_ = block_inputs(q, keys, values, pages, 1600, CONFIG, rows, None)
-    choose(inputs, CONFIG, rows, 4, 1.0)
-    assert asked[0] == 50 * 2  # query blocks of two heads, as many as keys have
-
-
-@interpreted
 @pytest.mark.parametrize("value_norm", ["log", "zscore"])
 @pytest.mark.parametrize("ends", [(480, 544, 600), (490, 500, 588)])
 def test_chunks_score_only_their_own_blocks(ends, value_norm, monkeypatch):
