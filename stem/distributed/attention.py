@@ -22,7 +22,6 @@ from stem.distributed import shards
 from stem.distributed.choose import choose_rows
 from stem.distributed.exchange import Peers
 from stem.distributed.layout import Layout
-from stem.distributed.repeated import repeated
 from stem.impl.attend import apply_sinks
 from stem.planning import Plan, Problem
 from stem.selection import BlockSelection
@@ -193,10 +192,8 @@ class _Call:
     def _at_once(self, q: Tensor, k: Tensor, v: Tensor, shard: shards.Shard) -> tuple[Tensor, Tensor]:
         """Attention to all kept blocks in one go; all keys and values travel while the blocks are chosen."""
         p, choice = self.plan.problem, choose_rows(q, k, v, self.plan, shard, self.peers)
-        parts = shards.gather_all(k, v, shard, self.peers)
-        travelling = [next(parts)]  # behind the summaries, which must not wait
+        travelling = shards.gather_all(k, v, shard, self.peers)  # behind the summaries, which must not wait
         lists, counts = choice()
-        travelling += parts
         results = attend_to_all(q, (finish() for finish in travelling), lists, counts, self.plan, shard)
         head_kept = torch.full((p.q_heads,), p.batch * self.plan.kept_blocks, dtype=torch.int64)
         self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts, head_kept)
@@ -313,27 +310,19 @@ def attend_to_all(
     for keys, values in gathered:
         heads = slice(first, first := first + group * keys.shape[2])
         some_q, some_out, some_lse, *chosen = (x[:, heads] for x in (q, out, lse, lists, counts))
-        if plan.impl == "hopper" and q.shape[2]:
-            some_lse[:] = _attend_to_pages(some_q, keys, values, some_out, *chosen, plan, shard)
+        if plan.impl == "hopper" and q.shape[2]:  # reads keys and values where they are
+            from stem.kernels.hopper_forward import prepare
+
+            pages = shard.pages(keys.shape[1] * keys.shape[2], keys.device)
+            keys, values = (shards.as_pages(x) for x in (keys, values))
+            options = dict(pages=pages, num_keys=shard.end, out=some_out)
+            some_lse[:] = prepare(some_q, keys, values, plan.problem.scale, **options)(*chosen)[1]
             continue
         keys, values = (shard.in_order(x) for x in (keys, values))
         for part, selection in shard.chunks(*chosen, "skip"):
             seen = (x[:, :, : selection.kv_len] for x in (keys, values))
             some_out[:, :, part], some_lse[:, :, part] = _attend(some_q[:, :, part], *seen, selection, plan)
     return out, lse
-
-
-def _attend_to_pages(q, keys, values, out, lists, counts, plan, shard) -> Tensor:
-    """Log-sum-exp of some heads, whose output goes to `out`; the kernel reads keys and values where they are."""
-    from stem.kernels.hopper_forward import prepare
-
-    keys, values = (shards.as_pages(x) for x in (keys, values))
-
-    def attend() -> tuple[Tensor]:
-        pages = shard.pages(q.shape[0] * keys.shape[1], q.device)
-        return prepare(q, keys, values, plan.problem.scale, pages=pages, num_keys=shard.end, out=out)(lists, counts)[1:]
-
-    return repeated(attend, q, keys, values, out, lists, counts, of=("attention", plan, shard))[0]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection | None, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -119,16 +119,15 @@ class Shard:
         return BlockSelection(kv_indices, kv_num_blocks, self.block_size, num_kv_blocks, self.num_queries, keys)
 
 
-def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Iterator[Callable[[], list[Tensor]]]:
-    """Gather all keys and values, PARTS of the heads one after the other, each of which begins when it is asked for.
+def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> list[Callable[[], list[Tensor]]]:
+    """Begin to gather all keys and values, PARTS of the heads one after the other.
 
     The result of each part waits and gives both, [world_size, B, Hkv of the part, rows, D]. Every rank has
     `shard.slots[1]` blocks of rows, with zeros behind its own.
     """
     missing = shard.slots[1] * shard.block_size - k.shape[2]
     k, v = (pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v))
-    for part in zip(k.chunk(PARTS, 1), v.chunk(PARTS, 1), strict=True):
-        yield peers.gather_together(part, FETCH)
+    return [peers.gather_together(part, FETCH) for part in zip(k.chunk(PARTS, 1), v.chunk(PARTS, 1), strict=True)]
 
 
 def as_pages(gathered: Tensor) -> Tensor:
