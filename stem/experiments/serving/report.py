@@ -78,7 +78,8 @@ def _bounds(rows: pd.DataFrame) -> str:
     told = f"\n\nAttention in bf16 that left no clock of the tensor cores idle, {where}, would give {listed}."
     if "power_w" in whole and whole.power_w.notna().all():
         told += f" The GPU drew {whole.power_w.min():.0f} to {whole.power_w.max():.0f} W there"
-        told += f", and its power limit held the clock down in at least {whole.capped.min():.0%} of the samples."
+        share = "all" if whole.capped.min() == 1 else f"at least {whole.capped.min():.0%} of the"
+        told += f", and its power limit held the clock down in {share} samples."
     return told
 
 
