@@ -112,7 +112,20 @@ def _speed_of(device: str, rows: pd.DataFrame) -> str:
     in_graphs = over_dense(rows, graph=True), fastest_dense(rows, graph=True)
     replayed = _presets(*in_graphs, f"{preset}, both replayed from CUDA graphs")
     table = markdown_table(["tokens", "config", *_dense_header(names, "Stem")], lines)
-    return "\n\n".join(part for part in (told, table, _same_blocks(rows), called, replayed) if part)
+    return "\n\n".join(part for part in (told, table, _same_blocks(rows), called, _waiting(rows), replayed) if part)
+
+
+def _waiting(rows: pd.DataFrame) -> str:
+    """A sentence on the lengths at which a call of FlashAttention-3 waits for the CPU; nothing without graphs."""
+    fa3 = rows[rows.provider == "fa3"].set_index("tokens")
+    called, replayed = (fa3[fa3.operation == name].latency_ms for name in ("attention", f"{GRAPH}attention"))
+    ratios = (called / replayed).dropna()
+    ratios = ratios[ratios > 1.5]
+    if ratios.empty:
+        return ""
+    times = f"{number(ratios.min())} to {number(ratios.max())} times as long as its replay"
+    told = f"Up to {tokens_label(ratios.index.max())} tokens a call of {DENSE_LABELS['fa3']} takes {times}, because it"
+    return f"{told} waits for the CPU. Compare kernels of these lengths in the next table."
 
 
 def _same_blocks(rows: pd.DataFrame) -> str:
@@ -182,8 +195,7 @@ CALIBRATED = (
 )
 TURNS = (
     "Dense and sparse prefills take turns. Each speed-up is the median over rounds of a round's ratio, with its 95 % "
-    "interval, or the ratio of medians where no rounds were kept. Short prompts of small models wait for the CPU, "
-    "whose speed varied during the rounds."
+    "interval. Short prompts of small models wait for the CPU, whose speed varied during the rounds."
 )
 BEYOND = {
     "forward+backward": "attention, forward and backward",
@@ -245,10 +257,7 @@ def break_even() -> str:
 
 
 def drop_in() -> str:
-    """For each machine a table: prefill of whole models through stem.hf against the fastest dense back end.
-
-    Speed-ups are medians over rounds with their interval, and ratios of medians in rows that hold no rounds.
-    """
+    """For each machine a table: prefill of whole models through stem.hf against the fastest dense back end."""
     rows = full_rows("speed")
     if len(rows):
         rows = rows[rows.operation.str.startswith(PREFILL) & rows.latency_ms.notna()]
@@ -263,11 +272,10 @@ def drop_in() -> str:
             sparse = sparse.set_index("config").reindex(configs)
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
-            ratios = []
-            for row in sparse.itertuples():
-                is_paired = row.speedup == row.speedup  # not NaN
-                ratio = number(row.speedup if is_paired else fastest.latency_ms / row.latency_ms, "×")
-                ratios.append(ratio + is_paired * f" [{number(row.speedup_low)}, {number(row.speedup_high)}]")
+            ratios = [
+                f"{number(row.speedup, '×')} [{number(row.speedup_low)}, {number(row.speedup_high)}]"
+                for row in sparse.itertuples()
+            ]
             hosts = sparse.host_ms / dense.host_ms.min()
             host = number(sparse.get("host_ratio", hosts).fillna(hosts).max(), "×")
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])

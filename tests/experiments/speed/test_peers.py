@@ -248,3 +248,12 @@ def test_others_over_the_same_blocks_have_a_table():
     text = report._same_blocks(pd.concat([rows, pd.DataFrame(more)]).assign(config="released", density=0.2))
     assert "FlashAttention-4 [ms] | FlexAttention Triton [ms] |" in text
     assert text.endswith("| 128K | 20.0% | 41 | 45.1 | 70 | 1.1× |")
+
+
+def test_a_sentence_says_where_calls_wait_for_the_cpu():
+    times = {("attention", "fa3"): 0.3, ("graph attention", "fa3"): 0.1}
+    short, long = (pd.DataFrame(timed_rows(times)).assign(tokens=n) for n in (1024, 8192))
+    long["latency_ms"] = 0.8
+    text = report._waiting(pd.concat([short, long]))
+    assert text.startswith("Up to 1K tokens a call of FlashAttention-3 takes 3 to 3 times as long as its replay,")
+    assert not report._waiting(long)
