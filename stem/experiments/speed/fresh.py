@@ -4,7 +4,8 @@
 
 Rows go to results/speed/fresh/<machine>.csv. Each process imports everything, attends densely once, which starts CUDA
 and cuBLAS, and then times its first prefill through stem.hf, a second one, and one of each other length. The model has
-two layers in the shape of Llama-3.1-8B and random weights. Kernels are counted by Triton's compilation listener.
+two layers in the shape of Llama-3.1-8B and random weights. Kernels are counted by Triton's compilation listener, and
+stderr tells how long each stage of a compilation took. A first prefill compiles its kernels side by side.
 """
 
 import argparse
@@ -42,7 +43,14 @@ def process(preset: str, lengths: Sequence[int], device: str) -> list[dict[str, 
     and loaded from its disk cache.
     """
     hits: list[bool] = []
-    knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+
+    def note(*, src, times, cache_hit: bool, **_) -> None:
+        hits.append(cache_hit)
+        if not cache_hit:
+            stages = ", ".join(f"{stage} {time / 1e6:.1f}" for stage, time in times.lowering_stages)
+            print(f"compiled {src.name} in {times.total / 1e6:.1f} s: {stages}", file=sys.stderr)
+
+    knobs.compilation.listener = note
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = first_token.random_llama(SHAPE[device], device, dtype)
     first, *others = lengths
@@ -76,22 +84,9 @@ def cases(device: str) -> Iterator[dict[str, Any]]:
     for preset in PRESETS[device]:
         with tempfile.TemporaryDirectory() as cache:
             for state in CACHES:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "stem.experiments.speed.fresh",
-                    "--process",
-                    preset,
-                    "--device",
-                    device,
-                ]
-                done = subprocess.run(
-                    command,
-                    env=os.environ | dict(TRITON_CACHE_DIR=cache),
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
+                command = [sys.executable, "-m", __spec__.name, "--process", preset, "--device", device]
+                environment = os.environ | dict(TRITON_CACHE_DIR=cache)
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 for row in json.loads(done.stdout.splitlines()[-1]):
                     yield dict(preset=preset, disk_cache=state) | row
 
@@ -111,17 +106,8 @@ def table() -> str:
             kernels = [f"{rows.compiled.sum()} and {rows.loaded.sum()}" for rows in (group[:1], others)]
             lengths = ", ".join(map(tokens_label, others.tokens))
             lines.append([preset, state, tokens_label(first.tokens), *times, *kernels, lengths])
-        counted = "kernels compiled and loaded"
-        header = [
-            "preset",
-            "disk cache",
-            "tokens",
-            "first prefill [s]",
-            "second [s]",
-            counted,
-            "at other lengths",
-            "these",
-        ]
+        header = ["preset", "disk cache", "tokens", "first prefill [s]", "second [s]", "kernels compiled and loaded"]
+        header += ["at other lengths", "these"]
         parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 

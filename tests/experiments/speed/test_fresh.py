@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from triton import knobs
+from triton.knobs import CompileTimes
 
 from stem.experiments.speed import first_token, fresh
 
@@ -13,15 +14,16 @@ def row(prefill, tokens, ms, compiled, loaded):
     return dict(tokens=tokens, prefill=prefill, latency_ms=ms, compiled=compiled, loaded=loaded)
 
 
-def test_a_process_counts_the_kernels_of_each_prefill(monkeypatch):
+def test_a_process_counts_the_kernels_of_each_prefill(monkeypatch, capsys):
     monkeypatch.setattr(fresh, "SHAPE", {"cpu": first_token.TINY | dict(num_hidden_layers=1)})
     seen, original = [], first_token.first_token
 
     def prefill(model, ids):
         seen.append((model.config._attn_implementation, ids.shape[1]))
         if len(seen) == 3:  # the first one through stem.hf
+            src, times = SimpleNamespace(name="kernel"), CompileTimes(0, [("ttir", 200_000), ("cubin", 1_100_000)], 0)
             for hit in (False, True, False):
-                knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=hit)
+                knobs.compilation.listener(src=src, metadata={}, metadata_group={}, times=times, cache_hit=hit)
         return original(model, ids)
 
     monkeypatch.setattr(first_token, "first_token", prefill)
@@ -31,6 +33,7 @@ def test_a_process_counts_the_kernels_of_each_prefill(monkeypatch):
         ("first", 150, 2, 1), ("second", 150, 0, 0), ("another length", 40, 0, 0),
     ]  # fmt: skip
     assert all(row["latency_ms"] > 0 for row in found) and knobs.compilation.listener is None
+    assert capsys.readouterr().err.count("compiled kernel in 1.3 s: ttir 0.2, cubin 1.1\n") == 2
 
 
 def test_the_second_process_finds_the_disk_cache_of_the_first(monkeypatch, tmp_path, capsys):
