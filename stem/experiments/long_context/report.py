@@ -1,7 +1,8 @@
 """Tables, verdicts and figures from the rows of results/long_context/; nothing is measured here.
 
 Densities, block sizes, tasks and counts come from the rows. A row is blank where scores chose less than
-`methods.LEAST_CHOSEN` of the kept blocks. Nothing is concluded from blank rows.
+`methods.LEAST_CHOSEN` of the kept blocks. Nothing is concluded from blank rows. All of it is one file because all
+tables pair samples by the same few functions.
 """
 
 from __future__ import annotations
