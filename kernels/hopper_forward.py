@@ -35,7 +35,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .common import LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, with_dense_rows
 from .launch import Tiles
-from .stand_ins import block_means, dropped_blocks
+from .stand_ins import LOWEST, block_means, dropped_blocks
 from .tasks import Tasks, launch_scratch
 
 BLOCK_SIZE = 128
@@ -126,6 +126,16 @@ def start_logits(q_tile, k_tile, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def start_raised_logits(q_tile, k_tile, flags, raise_by, LAYOUT: gl.constexpr):
+    """Start QK^T of the first stand-ins of a tile plus `raise_by`, or -inf where the block is not dropped."""
+    COLUMNS: gl.constexpr = LAYOUT.instr_shape[1]
+    keys = k_tile.slice(0, COLUMNS).permute([1, 0])
+    start = gl.full([q_tile.shape[0], COLUMNS], 0.0, gl.float32, LAYOUT)
+    start += gl.where(flags != 0, raise_by, float("-inf"))[None, :]
+    return hopper.warpgroup_mma(q_tile, keys, start, is_async=True)
+
+
+@gluon.jit
 def mask_future(logits, first_position, first_key):
     """-inf where the key comes after the query; the tile's rows and columns start at the given positions."""
     LAYOUT: gl.constexpr = logits.type.layout
@@ -203,10 +213,10 @@ def find_task(task, problem, BLOCK: gl.constexpr):
 
 @gluon.jit
 def load_block(kv_list, place):
-    """The key block at a place of a list, at its first place where there is none."""
-    list_ptr, _, is_read = kv_list
+    """The key block at a place of a list, at its first place where there is none, and 0 for an empty list."""
+    list_ptr, num_blocks, is_read = kv_list
     place = gl.maximum(place, 0)
-    return gl.load(list_ptr + place, mask=is_read, other=place)
+    return gl.load(list_ptr + place, mask=is_read & (num_blocks > 0), other=place)
 
 
 @gluon.jit
@@ -250,7 +260,7 @@ def feed(
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
     _batch_head, batch, head, kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
-    num_blocks = kv_list[1]
+    num_blocks = num_block_tiles(kv_list, PER_BLOCK)
     kv_block = load_block(kv_list, num_blocks - 1)
     next_block = kv_block
     if PAGED:
@@ -272,7 +282,7 @@ def feed(
     num_tiles = num_blocks
     if PER_BLOCK > 0:
         k_means_desc, v_means_desc = means
-        num_tiles += stand_in_tiles(first_query, kv_list, problem, PER_BLOCK, BLOCK)
+        num_tiles += (stand_in_halves(first_query, kv_list, problem, PER_BLOCK, BLOCK) + 1) // 2
         for tile in range(num_blocks, num_tiles):
             first_mean = (tile - num_blocks) * BLOCK
             fill_slot(k_means_desc, k_ring, steps_before + tile, batch, kv_head, first_mean)
@@ -281,11 +291,17 @@ def feed(
 
 
 @gluon.jit
-def stand_in_tiles(first_query, kv_list, problem, PER_BLOCK: gl.constexpr, BLOCK: gl.constexpr):
-    """Tiles of the stand-ins of all blocks before a query block; 0 if the query block keeps all of them."""
-    _, _, is_read = kv_list
-    num_means = (first_query + problem[4]) // BLOCK * PER_BLOCK
-    return gl.where(is_read, (num_means + BLOCK - 1) // BLOCK, 0)
+def num_block_tiles(kv_list, PER_BLOCK: gl.constexpr):
+    """Tiles of blocks of a list. With stand-ins at least one, which is masked if the list is empty."""
+    return gl.maximum(kv_list[1], 1) if PER_BLOCK > 0 else kv_list[1]
+
+
+@gluon.jit
+def stand_in_halves(first_query, kv_list, problem, PER_BLOCK: gl.constexpr, BLOCK: gl.constexpr):
+    """Half tiles of the stand-ins of all blocks before a query block; 0 if the query block keeps all of them."""
+    num_before = (first_query + problem[4]) // BLOCK
+    HALF: gl.constexpr = BLOCK // 2
+    return gl.where(kv_list[1] <= num_before, (num_before * PER_BLOCK + HALF - 1) // HALF, 0)
 
 
 @gluon.jit
@@ -342,107 +358,124 @@ def load_flags(dropped_ptr, first_mean, LOGITS: gl.constexpr, PER_BLOCK: gl.cons
 
 
 @gluon.jit
-def raise_dropped(logits, flags, raise_by):
-    """Logits of stand-ins plus `raise_by`; -inf where the block is not dropped."""
-    return logits + gl.where(flags != 0, raise_by, float("-inf"))[None, :]
+def first_half(flags, LAYOUT: gl.constexpr):
+    """Flags of the first half of the columns, for logits of another layout."""
+    halves = flags.reshape([2, flags.shape[0] // 2]).permute([1, 0])
+    return gl.convert_layout(gl.split(halves)[0], gl.SliceLayout(0, LAYOUT))
 
 
 @gluon.jit
-def attend_run(
-    q_tile, q_read, k_ring, v_ring, first_step, num_tiles, accumulator, reference, sums, scale_log2, position,
-    first_key, stand_ins, ONLINE: gl.constexpr, PER_BLOCK: gl.constexpr, LAST: gl.constexpr,
+def attend_tile(
+    q_tile, k_ring, v_ring, step, weights, accumulator, reference, sums, scale_log2, flags, raise_by,
+    ONLINE: gl.constexpr, STAND_INS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """Attend to a run of tiles, at least one: to blocks, or with PER_BLOCK to stand-ins, PER_BLOCK for each block.
+    """Attend to the tile of a step: QK^T of its first COLUMNS keys, beside PV of the tile before and its `weights`.
 
-    The softmax goes on from accumulator, reference and partial sums. `position` is that of the first query, first_key
-    of the first tile's first key. The first tile of blocks is the only one that needs a mask: the diagonal block is the
-    last one of a list, and the first one here. LAST: arrives at `q_read` after the last use of the queries.
+    STAND_INS: with `flags` of those that stand in for a dropped block; otherwise the tile is a block. Returns the
+    tile's weights, and accumulator, reference and partial sums to go on from.
     """
-    LOGITS: gl.constexpr = reference.type.layout.parent
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, COLUMNS, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, k_width=2)
-    if PER_BLOCK > 0:
-        flags = load_flags(stand_ins[0], 0, LOGITS, PER_BLOCK)
-    logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
-    logits = hopper.warpgroup_mma_wait(0, [logits])
-    release_tile(k_ring, first_step)
-    before = reference
-    if PER_BLOCK > 0:
-        logits = raise_dropped(logits, flags, stand_ins[1])
-        largest = row_maxima(logits, scale_log2)
-        if ONLINE:
-            reference = gl.maximum(reference, largest)
-        else:
-            reference = gl.where(reference == float("-inf"), largest, reference)  # the list was empty
-        rescale = gl.where(reference == float("-inf"), 1.0, gl.exp2(before - reference))
-        accumulator, sums = scale_rows(accumulator, rescale), scale_rows(sums, rescale)
+    if STAND_INS:
+        logits = start_raised_logits(q_tile, wait_for_tile(k_ring, step), flags, raise_by, LOGITS)
     else:
-        logits = mask_future(logits, position, first_key)
-        reference = row_maxima(logits, scale_log2)
-    weights, tile_sums = exponentials(logits, reference, scale_log2, WEIGHTS, q_tile.dtype)
-    sums += tile_sums
-    for step in range(first_step + 1, first_step + num_tiles):
-        if PER_BLOCK > 0:  # arrives beside QK^T
-            flags = load_flags(stand_ins[0], (step - first_step) * LOGITS.instr_shape[1], LOGITS, PER_BLOCK)
         logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
-        v_tile = wait_for_tile(v_ring, step - 1)
-        accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-        logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
-        release_tile(k_ring, step)
-        if PER_BLOCK > 0:
-            logits = raise_dropped(logits, flags, stand_ins[1])
-        if ONLINE:
-            before = reference
-            reference = gl.maximum(reference, row_maxima(logits, scale_log2))
-        weights, tile_sums = exponentials(logits, reference, scale_log2, WEIGHTS, q_tile.dtype)
-        accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-        release_tile(v_ring, step - 1)
-        if ONLINE:
-            rescale = gl.exp2(before - reference)
-            accumulator = scale_rows(accumulator, rescale)
-            sums = scale_rows(sums, rescale)
-        sums += tile_sums
-    if LAST:
-        mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
-    v_tile = wait_for_tile(v_ring, first_step + num_tiles - 1)
+    v_tile = wait_for_tile(v_ring, step - 1)
+    accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+    logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
+    release_tile(k_ring, step)
+    before = reference
+    if ONLINE:
+        largest = gl.convert_layout(row_maxima(logits, scale_log2), reference.type.layout)
+        reference = gl.maximum(reference, largest)
+    of_rows = gl.convert_layout(reference, gl.SliceLayout(1, LOGITS))
+    weights, tile_sums = exponentials(logits, of_rows, scale_log2, WEIGHTS, q_tile.dtype)
+    accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+    release_tile(v_ring, step - 1)
+    if ONLINE:
+        rescale = gl.exp2(before - reference)
+        accumulator = scale_rows(accumulator, rescale)
+        sums = scale_rows(sums, rescale)
+    sums += gl.convert_layout(tile_sums, sums.type.layout)
+    return weights, accumulator, reference, sums
+
+
+@gluon.jit
+def attend_last(q_read, v_ring, step, weights, accumulator):
+    """PV of the last tile, the one of a step; the queries of the next task may be copied from here on."""
+    mbarrier.arrive(q_read)
+    v_tile = wait_for_tile(v_ring, step).slice(0, weights.shape[1])
     accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
     accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-    release_tile(v_ring, first_step + num_tiles - 1)
-    return accumulator, reference, sums
+    release_tile(v_ring, step)
+    return accumulator
 
 
 @gluon.jit
 def attend(
-    q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_tiles, first_position, last_key, scale_log2, stand_ins,
+    q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_halves, first_position, last_key, scale_log2, stand_ins,
     ONLINE: gl.constexpr, PER_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
 
-    The first `num_blocks` of `num_tiles` tiles are blocks, the others stand-ins. Arrives at `q_read` after the last use
-    of the queries. ONLINE: the reference follows the running maximum; otherwise it is that of the first tile.
+    After the tiles of `num_blocks` blocks come `num_halves` half tiles of stand-ins, PER_BLOCK for each block. Only the
+    first tile needs a mask: the diagonal block is the last one of a list, and the first one here; last_key is its first
+    key. Arrives at `q_read` after the last use of the queries. ONLINE: the reference follows the running maximum;
+    otherwise it is that of the first tile.
     """
     ROWS: gl.constexpr = q_tile.shape[0]
     HEAD_DIM: gl.constexpr = q_tile.shape[1]
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK // 2, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, HEAD_DIM, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, k_width=2)
     accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
     reference = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
     no_weights = gl.full([ROWS, BLOCK], 0.0, gl.float32, LOGITS)
     sums = gl.sum(no_weights.reshape([ROWS, BLOCK // SUMS, SUMS]), axis=1)
+    dropped_ptr, raise_by = stand_ins
+    flags = 0
+    if PER_BLOCK > 0:  # those of a tile are loaded a tile ahead
+        flags = load_flags(dropped_ptr, 0, LOGITS, PER_BLOCK)
     if num_blocks > 0:
-        accumulator, reference, sums = attend_run(
-            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, accumulator, reference, sums, scale_log2,
-            first_position, last_key, stand_ins, ONLINE, 0, PER_BLOCK == 0,
-        )  # fmt: skip
-    if PER_BLOCK > 0:  # a run of its own: products that go on from the last block across are not faster
-        if num_tiles > num_blocks:
-            accumulator, reference, sums = attend_run(
-                q_tile, q_read, k_ring, v_ring, first_step + num_blocks, num_tiles - num_blocks, accumulator, reference,
-                sums, scale_log2, first_position, 0, stand_ins, ONLINE, PER_BLOCK, True,
+        logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
+        logits = hopper.warpgroup_mma_wait(0, [logits])
+        release_tile(k_ring, first_step)
+        logits = mask_future(logits, first_position, last_key)
+        reference = row_maxima(logits, scale_log2)
+        if PER_BLOCK > 0:
+            reference = gl.maximum(reference, LOWEST)  # the list was empty
+        weights, sums = exponentials(logits, reference, scale_log2, WEIGHTS, q_tile.dtype)
+        first_mean = first_step + num_blocks
+        for step in range(first_step + 1, first_mean):
+            weights, accumulator, reference, sums = attend_tile(
+                q_tile, k_ring, v_ring, step, weights, accumulator, reference, sums, scale_log2, flags, raise_by,
+                ONLINE, False, BLOCK,
             )  # fmt: skip
+        end = first_mean
+        if PER_BLOCK > 0:
+            end += num_halves // 2
+            for step in range(first_mean, end):
+                next_tile = gl.minimum(step + 1 - first_mean, (num_halves - 1) // 2)
+                next_flags = load_flags(dropped_ptr, next_tile * BLOCK, LOGITS, PER_BLOCK)
+                weights, accumulator, reference, sums = attend_tile(
+                    q_tile, k_ring, v_ring, step, weights, accumulator, reference, sums, scale_log2, flags, raise_by,
+                    ONLINE, True, BLOCK,
+                )  # fmt: skip
+                flags = next_flags
+        if PER_BLOCK > 0:
+            if num_halves % 2 == 1:
+                half_weights, accumulator, reference, sums = attend_tile(
+                    q_tile, k_ring, v_ring, end, weights, accumulator, reference, sums, scale_log2,
+                    first_half(flags, HALF), raise_by, ONLINE, True, BLOCK // 2,
+                )  # fmt: skip
+                accumulator = attend_last(q_read, v_ring, end, half_weights, accumulator)
+            else:
+                accumulator = attend_last(q_read, v_ring, end - 1, weights, accumulator)
         else:
-            mbarrier.arrive(q_read)
-    elif num_blocks == 0:
+            accumulator = attend_last(q_read, v_ring, end - 1, weights, accumulator)
+    else:
         mbarrier.arrive(q_read)
     return accumulator, reference, gl.convert_layout(gl.sum(sums, axis=1), gl.SliceLayout(1, LOGITS))
 
@@ -467,24 +500,27 @@ def consume_round(
     task = wait_for_task(q_inbox, parity, CONSUMER)
     while task < num_tasks:
         batch_head, batch, head, _kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
-        num_blocks = kv_list[1]
+        num_blocks = num_block_tiles(kv_list, PER_BLOCK)
         first_row = first_query + CONSUMER * ROWS
         last_key = gl.minimum(load_block(kv_list, num_blocks - 1) * BLOCK, offset + first_query)
-        num_tiles = num_blocks
+        num_halves = 0
         dropped_ptr, flags_of_row, raise_by = stand_ins
         if PER_BLOCK > 0:
-            num_tiles += stand_in_tiles(first_query, kv_list, problem, PER_BLOCK, BLOCK)
+            last_key = gl.where(kv_list[1] > 0, last_key, offset + first_query + BLOCK)
+            num_halves = stand_in_halves(first_query, kv_list, problem, PER_BLOCK, BLOCK)
             list_row = batch_head * problem[0] + (first_query + offset) // BLOCK - offset // BLOCK
             dropped_ptr += list_row.to(gl.int64) * flags_of_row
         accumulator, reference, row_sums = attend(
-            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_tiles, offset + first_row, last_key, scale_log2,
-            (dropped_ptr, raise_by), ONLINE, PER_BLOCK,
+            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_halves, offset + first_row, last_key,
+            scale_log2, (dropped_ptr, raise_by), ONLINE, PER_BLOCK,
         )  # fmt: skip
         if not ONLINE:
             if gl.max((row_sums >= LARGEST_SUM).to(gl.int32), axis=0) > 0:
                 gl.store(redo_ptr + CONSUMER * num_tasks + task, noted)
                 noted = task
 
+        if PER_BLOCK > 0:
+            reference = gl.where(row_sums == 0.0, float("-inf"), reference)
         row_sums = gl.where(row_sums == 0.0, 1.0, row_sums)  # an empty list gives out 0 and lse -inf
         rows = first_row + gl.arange(0, ROWS, row_sums.type.layout)
         lse_pointers = lse_ptr + batch_head.to(gl.int64) * num_queries + rows
@@ -493,7 +529,7 @@ def consume_round(
         head_ptr = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
         store_rows(head_ptr, out_tile.to(q_tile.dtype), first_row, num_queries, stride_on)
         parity ^= 1
-        first_step += num_tiles
+        first_step += num_blocks + (num_halves + 1) // 2
         task = wait_for_task(q_inbox, parity, CONSUMER)
     write_number(noted, last_noted.index(CONSUMER), CONSUMER_WARPS)
     mbarrier.arrive(q_read)  # the producer may read it and announce a task
