@@ -686,7 +686,7 @@ def prepare(
         num_kv_blocks = -(-k.shape[2] // BLOCK_SIZE)
         per_block, raise_by, stand_ins, flags_of_row = 0, 0.0, (None, None, None), 0
         if tokens and num_kv_blocks > 1:
-            means = (Tiles(block_means(x, BLOCK_SIZE, tokens), key_tile, describe_tiles) for x in (k, v))
+            means = (Tiles(x, key_tile, describe_tiles) for x in block_means(k, v, BLOCK_SIZE, tokens))
             stand_ins = *means, dropped_blocks(kv_indices, kv_num_blocks, num_kv_blocks)
             per_block, raise_by, flags_of_row = BLOCK_SIZE // tokens, math.log(tokens) / scale, stand_ins[2].shape[3]
         tensors = q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous()

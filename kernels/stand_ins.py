@@ -20,30 +20,43 @@ from .sparse_forward import can_describe, describe_tiles, load_keys, load_rows, 
 
 FLAGS = 1024  # flags that a program writes at a time
 FLAGS_AT_ONCE = 128  # most flags that an attention kernel reads at a time; rows of flags are multiples of it
+MEANS_TILE, MEANS_WARPS = 32 * 128, 2  # numbers that a program of means_kernel holds, and its warps
 LOWEST = tl.constexpr(-1e38)  # running maximum of a row without keys; -inf - -inf would be NaN
 CHUNK_LOGITS = 1 << 26  # of the backward pass at a time: 256 MiB
 
 
 @triton.jit
 def means_kernel(
-    x_ptr,
+    k_ptr,
+    v_ptr,
     means_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
     num_heads,
     num_means,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One program computes a mean of TOKENS rows of x. Grid: (num_means, B * H)."""
-    mean, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    x_ptr += batch_head // num_heads * stride_xb + batch_head % num_heads * stride_xh
-    rows = load_rows(x_ptr, mean * TOKENS, 0, stride_xn, TOKENS, HEAD_DIM, BLOCK_D, tl.float32, CHECK_ROWS=False)
+    """One program computes a mean of TOKENS rows of k or v, ROWS at a time. Grid: (num_means, B * H, 2)."""
+    mean, batch_head, of_v = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    x_ptr, stride_n = k_ptr + batch * stride_kb + head * stride_kh, stride_kn
+    if of_v > 0:
+        x_ptr, stride_n = v_ptr + batch * stride_vb + head * stride_vh, stride_vn
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for row in tl.static_range(0, TOKENS, ROWS):
+        total += load_rows(
+            x_ptr, mean * TOKENS + row, 0, stride_n, ROWS, HEAD_DIM, BLOCK_D, tl.float32, CHECK_ROWS=False
+        )
     dims = tl.arange(0, BLOCK_D)
-    means_ptr += (batch_head * num_means + mean) * HEAD_DIM
-    tl.store(means_ptr + dims, tl.sum(rows, axis=0) / TOKENS, mask=dims < HEAD_DIM)
+    means_ptr += ((of_v * tl.num_programs(1) + batch_head) * num_means + mean) * HEAD_DIM
+    tl.store(means_ptr + dims, tl.sum(total, axis=0) / TOKENS, mask=dims < HEAD_DIM)
 
 
 @triton.jit
@@ -171,20 +184,22 @@ def tile_sizes(head_dim: int, block_size: int, dtype: torch.dtype) -> dict[str, 
     return dict(BLOCK_M=rows, BLOCK_N=64, num_warps=4, num_stages=2)
 
 
-def block_means(x: torch.Tensor, block_size: int, tokens: int) -> torch.Tensor:
-    """Means of `tokens` consecutive rows of x [B, H, N, D], of all blocks but the last: contiguous [B, H, means, D]."""
-    x = with_dense_rows(x)
-    batch, num_heads, num_tokens, head_dim = x.shape
+def block_means(k: torch.Tensor, v: torch.Tensor, block_size: int, tokens: int) -> torch.Tensor:
+    """Means of `tokens` consecutive rows of k and v [B, H, N, D], of all blocks but the last: [2, B, H, means, D]."""
+    k, v = with_dense_rows(k), with_dense_rows(v)
+    batch, num_heads, num_tokens, head_dim = k.shape
     num_means = (-(-num_tokens // block_size) - 1) * (block_size // tokens)
-    means = x.new_empty(batch, num_heads, num_means, head_dim)
+    means = k.new_empty(2, batch, num_heads, num_means, head_dim)
     launch(
         means_kernel,
-        (num_means, batch * num_heads),
-        (x, means),
-        (*x.stride()[:3], num_heads, num_means),
+        (num_means, batch * num_heads, 2),
+        (k, v, means),
+        (*k.stride()[:3], *v.stride()[:3], num_heads, num_means),
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
         TOKENS=tokens,
+        ROWS=min(tokens, MEANS_TILE // padded_dim(head_dim)),
+        num_warps=MEANS_WARPS,
     )
     return means
 
@@ -200,6 +215,7 @@ def dropped_blocks(kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, num_kv
         (dropped, kv_indices.contiguous(), kv_num_blocks.contiguous()),
         (num_q_blocks, num_kv_blocks, max_blocks, flags_of_row),
         FLAGS=FLAGS,
+        num_warps=1,
     )
     return dropped
 
@@ -229,7 +245,7 @@ def add_stand_ins(
     if num_kv_blocks == 1:
         return out, lse
     tiles = tile_sizes(head_dim, block_size, q.dtype) if tiles is None else tiles
-    q, means = with_dense_rows(q), [block_means(x, block_size, tokens) for x in (k, v)]
+    q, means = with_dense_rows(q), block_means(k, v, block_size, tokens)
     dropped = dropped_blocks(kv_indices, kv_num_blocks, num_kv_blocks)
     tma = can_describe(means[0])
     sources = (Tiles(x, (1, 1, tiles["BLOCK_N"], head_dim), describe_tiles) if tma else x for x in means)

@@ -133,7 +133,7 @@ def stand_in_cases():
     for dtype, head_dim, tma in ((torch.bfloat16, 128, True), (torch.float16, 64, False), (torch.float32, 128, False)):
         operands = common.operand_dtype(dtype)
         dims = dict(HEAD_DIM=head_dim, BLOCK_D=head_dim, TOKENS=128)
-        yield f"means {dtype}", (stand_ins.means_kernel, operands.name, dims)
+        yield f"means {dtype}", (stand_ins.means_kernel, operands.name, dims | dict(ROWS=32), stand_ins.MEANS_WARPS)
         tiles = stand_ins.tile_sizes(head_dim, 128, dtype)
         options = [tiles.pop(name) for name in ("num_warps", "num_stages")]
         constants = dims | tiles | dict(BLOCK_SIZE=128, LOG2_TOKENS=7.0, DTYPE=operands, TMA=tma)
