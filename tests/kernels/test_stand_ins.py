@@ -66,7 +66,9 @@ ON_SM90 = {  # q heads, KV heads, queries, keys, D, tokens
     "cells": (4, 2, 1100, 1100, 128, 16),
     "narrow": (2, 2, 900, 900, 64, 128),
     "chunk": (4, 1, 700, 3001, 128, 128),
-    "more-tiles-than-one": (1, 1, 300, 20_000, 128, 128),
+    "a-whole-tile": (1, 1, 300, 12_000, 128, 128),
+    "a-whole-tile-and-a-half": (1, 1, 300, 20_000, 128, 128),
+    "two-whole-tiles": (1, 1, 300, 32_000, 128, 128),
     "one-block": (2, 1, 100, 100, 128, 128),
 }
 
