@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import stem
-from stem.distributed import Layout, PeerError, attention, exchange, layout, shards, stem_attention
+from stem.distributed import Layout, PeerError, attention, exchange, landing, layout, shards, stem_attention
 from stem.distributed.exchange import Peers
 
 SIZE = 16
@@ -136,8 +136,60 @@ def register_blocks_of_128():
         CASES[f"blocks_of_128_{name}"] = run
 
 
+def repeated_calls_replay_their_launches(rank, mesh):
+    """On other tensors; results of earlier calls stay."""
+    from stem.kernels.replay import Recording
+
+    config, replayed, before = stem.StemConfig(density=0.3), [], []
+    repeat, (q, k, v) = Recording.repeat, inputs(9000, 8, 2, 128, dtype=torch.bfloat16)
+    where = Layout.for_config(config, 9000, mesh.size())
+
+    def counted(*args):
+        replayed.append(1)
+        return repeat(*args)
+
+    for call in range(6):
+        q, k, v = (x.roll(1000 + call, 2) for x in (q, k, v))
+        out, selection, lse = stem.stem_attention(q, k, v, config, return_selection=True, return_lse=True)
+        with changed(Recording, "repeat", counted):
+            mine = (where.shard(x, rank) for x in (q, k, v))
+            found = stem_attention(*mine, config, mesh=mesh, layout=where, return_selection=True, return_lse=True)
+        before.append((found, selection, where.shard(out, rank), where.shard(lse, rank)))
+    assert len(replayed) >= 4 * 5, len(replayed)  # sums of keys and of queries, their order, lists, attention
+    for (out, mine, lse), selection, expected, expected_lse in before:
+        assert_same_lists(mine, selection)
+        assert stem.metrics.rel_l2_error(out.float(), expected.float()) < 5e-3
+        torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=0)
+
+
+def copy_engines_write_what_nccl_gathers(rank, mesh):
+    """Landings of growing prompts, several calls that wait for nothing, another stream, and prompts too large."""
+    peers, config, found = Peers.of(mesh, TIMEOUT), stem.StemConfig(density=0.3), {}
+    landings = landing.Landings.of(peers)
+    prompts, calls = [inputs(tokens, 8, 2, 128, dtype=torch.bfloat16) for tokens in (3000, 9000, 2500)], []
+    for call in range(9):
+        where = Layout.for_config(config, prompts[call % 3][1].shape[2], mesh.size())
+        calls.append((where, [where.shard(x, rank) * (1 + call // 3) for x in prompts[call % 3]]))
+    torch.cuda.synchronize()
+    for sizes in ((0, 1 << 29), (0, 1 << 20)):
+        with changed(landing, "SIZES", sizes):
+            received, outs = peers.received, []
+            for call, (where, mine) in enumerate(calls):
+                with torch.cuda.stream(torch.cuda.Stream() if call == 4 else torch.cuda.current_stream()):
+                    outs.append(stem_attention(*mine, config, mesh=mesh, layout=where, timeout=TIMEOUT))
+            torch.cuda.synchronize()
+            found[sizes] = outs, peers.received - received
+    (outs, received), (expected, received_by_nccl) = found.values()
+    assert landings.is_usable and landings.size == 1 << 24 and landings.turn == 1
+    assert all(map(torch.equal, outs, expected))
+    asked = 2 * 2 * 8  # bytes, before and after landings of two sizes were made
+    assert received == received_by_nccl + (9 * 16 + asked) * (mesh.size() - 1), (received, received_by_nccl)
+
+
 if DEVICE == "cuda":
     register_blocks_of_128()
+    case(copy_engines_write_what_nccl_gathers)
+    case(repeated_calls_replay_their_launches)
 
 
 @case
@@ -337,8 +389,7 @@ def all_keys_travel_while_blocks_are_chosen(rank, mesh):
         return real(tensors, what)
 
     few = stem.StemConfig(k_start=2, decay=1.0, block_size=SIZE, sink_blocks=1, local_blocks=1)
-    halves = [[2, 2], [1, 1]]  # of three heads, for k and v
-    for config, expected in ((PLAIN.replace(density=0.6), halves), (few, []), (ADAPTIVE, [])):
+    for config, expected in ((PLAIN.replace(density=0.6), [[3, 3]]), (few, []), (ADAPTIVE, [])):
         started.clear()
         with changed(peers, "gather_together", gather_together):
             compare(rank, mesh, config, *inputs(400, 6, 3, batch=2))
