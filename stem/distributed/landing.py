@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -133,35 +134,45 @@ class Landings:
         """Make landings of a size on all ranks, or else on none, for good."""
         import torch.distributed._symmetric_memory as symmetric
 
-        peers, flags, device = self.peers, self.peers.world_size * FLAG_BYTES, torch.cuda.current_device()
+        peers, device, self.is_usable = self.peers, torch.device("cuda", torch.cuda.current_device()), False
         where = f"{socket.gethostname()}, {size} bytes"
-        self.is_usable = self._agree(zlib.crc32(where.encode()))  # behind all that reads the old landings
+        if not self._agree(zlib.crc32(where.encode())):  # behind all that reads the old landings
+            return False
         self.places, self.memory, self.calls = {}, [], self.calls + 1
-        if not self.is_usable:
-            return False
-        try:
-            with lasting_tensors(), _without_multicast():
-                mine = symmetric.empty(2 * size + flags, dtype=torch.uint8, device=torch.device("cuda", device))
-                mine[2 * size :] = 0
-                handle = symmetric.rendezvous(mine, peers.group.group_name)
-                others = [handle.get_buffer(rank, mine.shape, mine.dtype) for rank in range(peers.world_size)]
-        except RuntimeError:  # no access to the memory of the others
-            others = []
-        self.is_usable = self._agree(bool(others)) and bool(others)  # all flags are zero
-        if not self.is_usable:
-            return False
-        others[peers.rank] = mine
-        self.memory, self.size, arrived = others, size, True
-        try:
+
+        def allocated() -> Tensor:
+            mine = symmetric.empty(2 * size + peers.world_size * FLAG_BYTES, dtype=torch.uint8, device=device)
+            mine[2 * size :] = 0
+            return mine
+
+        def shared() -> list[Tensor]:
+            handle = symmetric.rendezvous(mine, peers.group.group_name)
+            found = [handle.get_buffer(rank, mine.shape, mine.dtype) for rank in range(peers.world_size)]
+            found[peers.rank] = mine
+            return found
+
+        def signalled() -> bool:
             for rank in range(peers.world_size):
                 self._signal(rank)
-        except RuntimeError:  # a driver that cannot write flags
-            arrived = False
-        self.away.synchronize()
-        self.is_usable = self._agree(arrived) and arrived
-        arrived = bool((peers.to_host(self._flags(), WHAT) == self.calls).all())
-        self.is_usable = self._agree(arrived) and arrived and self.is_usable
+            self.away.synchronize()
+            return True
+
+        with lasting_tensors(), _without_multicast():
+            mine = self._on_all(allocated)
+            memory = mine is not None and self._on_all(shared)
+        if memory:
+            self.memory, self.size = memory, size
+            has_signals = self._on_all(signalled) and (peers.to_host(self._flags(), WHAT) == self.calls).all()
+            self.is_usable = bool(self._on_all(lambda: has_signals or None))
         return self.is_usable
+
+    def _on_all(self, step: Callable[[], Any]) -> Any:
+        """Result of a step; None on all ranks if one gets None or RuntimeError, as without access to other memory."""
+        try:
+            result = step()
+        except RuntimeError:
+            result = None
+        return result if self._agree(result is not None) else None
 
     def _agree(self, value: int) -> bool:
         """Whether a number is the same on all ranks; the host waits."""
