@@ -12,10 +12,10 @@ A whole model shares its prompts by `stem.hf.enable(model, config, mesh=mesh)`.
 
 Ranks exchange summaries of key blocks, the names of the blocks that each one needs, and the keys and values of these
 (of all blocks, where most are named, or where dropped blocks stand in by means). Where budgets tell before the choice
-that nearly all blocks will be named, all keys and values travel while the blocks are chosen, and those of half of the
-heads while the attention of the other half runs. With `exact_last_blocks`, which "adaptive" has, the ranks of the last
-blocks get all keys. Every rank scores its own query blocks; impl="torch" takes the time of scoring those of the whole
-prompt.
+that nearly all blocks will be named, all keys and values travel while the blocks are chosen. On the GPUs of one host,
+copy engines carry these and the summaries, and calls that come again replay their launches in between. With
+`exact_last_blocks`, which "adaptive" has, the ranks of the last blocks get all keys. Every rank scores its own query
+blocks; impl="torch" takes the time of scoring those of the whole prompt.
 
 The tests run 2 and 3 gloo processes on a CPU, and NCCL where there are two GPUs. `stem.experiments.speed.shared`
 measures the time; results/README.md has its table.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from stem.distributed import shards
 from stem.distributed.choose import choose_rows
 from stem.distributed.exchange import Peers
 from stem.distributed.layout import Layout
+from stem.distributed.repeated import repeated
 from stem.impl.attend import apply_sinks
 from stem.planning import Plan, Problem
 from stem.selection import BlockSelection
@@ -191,10 +191,11 @@ class _Call:
 
     def _at_once(self, q: Tensor, k: Tensor, v: Tensor, shard: shards.Shard) -> tuple[Tensor, Tensor]:
         """Attention to all kept blocks in one go; all keys and values travel while the blocks are chosen."""
-        p, choice = self.plan.problem, choose_rows(q, k, v, self.plan, shard, self.peers)
-        travelling = shards.gather_all(k, v, shard, self.peers)  # behind the summaries, which must not wait
+        p, start = self.plan.problem, shards.gather_all(k, v, shard, self.peers)
+        choice = choose_rows(q, k, v, self.plan, shard, self.peers)
+        finish = start()  # behind the summaries, which must not wait
         lists, counts = choice()
-        results = attend_to_all(q, (finish() for finish in travelling), lists, counts, self.plan, shard)
+        results = attend_to_all(q, *finish(), lists, counts, self.plan, shard)
         head_kept = torch.full((p.q_heads,), p.batch * self.plan.kept_blocks, dtype=torch.int64)
         self.selection = RowSelection(torch.from_numpy(shard.q_blocks), lists, counts, head_kept)
         return results
@@ -302,26 +303,26 @@ class _Differentiable(torch.autograd.Function):
 
 
 def attend_to_all(
-    q: Tensor, gathered: Iterable[list[Tensor]], lists: Tensor, counts: Tensor, plan: Plan, shard: shards.Shard
+    q: Tensor, keys: Tensor, values: Tensor, lists: Tensor, counts: Tensor, plan: Plan, shard: shards.Shard
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a rank's queries, from the parts of `gather_all`, without gradients."""
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
-    first, group = 0, plan.problem.q_heads // plan.problem.kv_heads
-    for keys, values in gathered:
-        heads = slice(first, first := first + group * keys.shape[2])
-        some_q, some_out, some_lse, *chosen = (x[:, heads] for x in (q, out, lse, lists, counts))
-        if plan.impl == "hopper" and q.shape[2]:  # reads keys and values where they are
-            from stem.kernels.hopper_forward import prepare
+    """Output and log-sum-exp of a rank's queries, from what `gather_all` gathers, without gradients."""
+    out = torch.empty_like(q)
+    if plan.impl == "hopper" and q.shape[2]:  # reads keys and values where they are
+        from stem.kernels.hopper_forward import prepare
 
-            pages = shard.pages(keys.shape[1] * keys.shape[2], keys.device)
-            keys, values = (shards.as_pages(x) for x in (keys, values))
-            options = dict(pages=pages, num_keys=shard.end, out=some_out)
-            some_lse[:] = prepare(some_q, keys, values, plan.problem.scale, **options)(*chosen)[1]
-            continue
-        keys, values = (shard.in_order(x) for x in (keys, values))
-        for part, selection in shard.chunks(*chosen, "skip"):
-            seen = (x[:, :, : selection.kv_len] for x in (keys, values))
-            some_out[:, :, part], some_lse[:, :, part] = _attend(some_q[:, :, part], *seen, selection, plan)
+        keys, values = (shards.as_pages(x) for x in (keys, values))
+
+        def attend() -> tuple[Tensor]:
+            pages = shard.pages(q.shape[0] * keys.shape[1], q.device)
+            options = dict(pages=pages, num_keys=shard.end, out=out)
+            return prepare(q, keys, values, plan.problem.scale, **options)(lists, counts)[1:]
+
+        return out, *repeated(attend, q, keys, values, out, lists, counts, of=("attention", plan, shard))
+    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+    keys, values = (shard.in_order(x) for x in (keys, values))
+    for part, selection in shard.chunks(lists, counts, "skip"):
+        seen = (x[:, :, : selection.kv_len] for x in (keys, values))
+        out[:, :, part], lse[:, :, part] = _attend(q[:, :, part], *seen, selection, plan)
     return out, lse
 
 

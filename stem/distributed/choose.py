@@ -22,12 +22,15 @@ from stem.cells import (
 from stem.choose import CHUNK_SCORES
 from stem.config import StemConfig
 from stem.distributed.exchange import Peers
+from stem.distributed.landing import Landings
+from stem.distributed.repeated import repeated
 from stem.distributed.shards import Fetch, Shard
 from stem.planning import Plan
 from stem.scores import group_value_norms, norms_term, pair_sums, routing_scale
 from stem.selection import select_blocks
 from stem.transforms import lasting_tensors
 
+SUMMARIES = "the exchange of block summaries"
 ALIGNMENT = 16  # bytes, of each of the summaries that travel together
 
 
@@ -63,7 +66,9 @@ def _scored_rows(
     """Lists and counts from the results of `_summaries`."""
     q_features, k_features, bonus = summaries
     choose = {"topk": _topk, "share": _share, "scores": _scores}[plan.choice]
-    lists, counts = choose(q_features, k_features, bonus, plan, shard, config)
+    choose = partial(choose, q_features, k_features, bonus, plan, shard, config)
+    features = q_features, k_features, bonus
+    lists, counts = repeated(choose, *features, of=("lists", plan, shard)) if plan.choice == "topk" else choose()
     exact = _exact_rows(plan, config)
     if exact < plan.rows.stop:
         keys = _keys_for_rows(k, exact, shard, peers)
@@ -92,11 +97,23 @@ def _summaries(
         from stem.kernels.score_inputs import key_shapes, raw_inputs
         from stem.kernels.value_norms import standardize, value_norms
     if triton and not softmax:
-        of_rank = p.batch, p.kv_heads, shard.slots[1]
-        shapes = key_shapes(of_rank, p.head_dim, size, stride, p.dtype, config.value_norm == "log")
-        memory = _Memory.of(shapes, k.device)
-        inputs = partial(raw_inputs, q, k, v, size, stride, *config.value_term, heads=heads, of_keys=memory.tensors)
-        inputs(num_q_blocks=0)
+        shapes_of = partial(key_shapes, head_dim=p.head_dim, block_size=size, stride=stride, dtype=p.dtype)
+        shapes, no_shapes = (
+            shapes_of((p.batch, p.kv_heads, n), log_term=config.value_norm == "log") for n in (shard.slots[1], 0)
+        )
+        places = _places(shapes)[0]
+        sums = partial(raw_inputs, q, k, v, size, stride, *config.value_term, heads=heads)
+
+        def key_sums() -> tuple[Tensor]:
+            memory = _Memory.of(shapes, k.device)
+            sums(num_q_blocks=0, of_keys=memory.tensors)
+            return (memory.bytes,)
+
+        def query_sums() -> tuple[Tensor]:
+            nothing = [torch.empty(shape, dtype=dtype, device=k.device) for shape, dtype in no_shapes]
+            return sums(kv_blocks=range(0), of_keys=nothing)[:1]
+
+        (packed,) = repeated(key_sums, q, k, v, of=("key sums", plan, shard))
     else:
         if not softmax:
             q_rows = group_sums(q, size, stride, reverse=True, offset=k.shape[2] - q.shape[2])
@@ -112,26 +129,30 @@ def _summaries(
         memory = _Memory.of(shapes, k.device)
         for place, x in zip(memory.tensors, summaries, strict=True):
             place[:, :, :num_blocks] = x[:, :, :num_blocks]
-    finish = peers.gather(memory.bytes, "the exchange of block summaries")
-    if triton and not softmax:
-        q_rows, *_ = inputs(kv_blocks=range(0))  # while the summaries travel
+        packed, places = memory.bytes, memory.places
+    finish = Landings.of(peers, SUMMARIES).gather([packed]) or peers.gather_together([packed], SUMMARIES)
+    if triton and not softmax:  # while the summaries travel
+        (q_rows,) = repeated(query_sums, q, k, v, of=("query sums", plan, shard))
     q_rows = q_rows if len(shard.q_blocks) else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
 
     def result() -> tuple[Tensor, Tensor, Tensor | None]:
-        found = memory.of_ranks(finish())
-        slots = shard.on(k.device)[1]
+        found, slots = _of_ranks(*finish(), places), shard.on(k.device)[1]
         if triton:
             from stem.kernels.gathered import rows_in_order
 
+        if triton and not softmax:
+
+            def in_order() -> tuple[Tensor, Tensor]:
+                k_rows, values = (rows_in_order(x, slots) for x in found)
+                return k_rows, standardize(values, stride, *config.value_term, p.kv_len)
+
+            return q_rows, *repeated(in_order, *found, of=("in order", plan, shard))
+        if triton:
             k_rows, *values = (rows_in_order(x, slots) for x in found)
         else:
             k_rows, *values = (x.movedim(0, 2).flatten(2, 3).index_select(2, slots) for x in found)
         k_rows = k_rows.flatten(2, 3) if softmax else k_rows
-        if not values:
-            return q_rows, k_rows, None
-        if triton and not softmax:
-            return q_rows, k_rows, standardize(values[0], stride, *config.value_term, p.kv_len)
-        return q_rows, k_rows, config.value_weight * norms_term(values[0], p.kv_len, config)
+        return q_rows, k_rows, config.value_weight * norms_term(values[0], p.kv_len, config) if values else None
 
     return result
 
@@ -150,13 +171,14 @@ class _Memory(NamedTuple):
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         return cls(memory, [memory.view(dtype).as_strided(*where) for dtype, *where in places], places)
 
-    def of_ranks(self, gathered: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, [ranks, ...], in their gathered buffers."""
-        found = []
-        for dtype, shape, strides, first in self.places:
-            x = gathered.view(dtype)
-            found.append(x.as_strided((len(x), *shape), (x.shape[1], *strides), first))
-        return found
+
+def _of_ranks(gathered: Tensor, places: list[tuple]) -> list[Tensor]:
+    """Tensors of a _Memory of all ranks, [ranks, ...], in their gathered bytes."""
+    found = []
+    for dtype, shape, strides, first in places:
+        x = gathered.view(dtype)
+        found.append(x.as_strided((len(x), *shape), (x.shape[1], *strides), x.storage_offset() + first))
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -41,6 +41,13 @@ class Layout:
         if not 0 <= self.start < ends[-1][1]:
             raise ValueError(f"start must be a position of the prompt, in 0..{ends[-1][1] - 1}, got {self.start}")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.pieces, self.start))  # once: a layout is part of many keys
+
     @classmethod
     def zigzag(cls, num_tokens: int, world_size: int, block_size: int = 128) -> Layout:
         """Two pieces of whole blocks for each rank, one early and one late, so that causal work is even.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 
 from stem.cells import pad_to_grid
 from stem.distributed.exchange import Peers
+from stem.distributed.landing import Landings
 from stem.distributed.layout import Layout, slots_of
 from stem.selection import BlockSelection
 from stem.transforms import lasting_tensors
 from stem.validation import compute_dtype
 
 FETCH = "the exchange of keys and values"
-PARTS = 2  # of the heads: attention to the first begins while keys and values of the second travel
 GATHER_SHARE = 0.5  # of the key blocks of other ranks; where more are named, all travel, without being packed
 
 
@@ -119,15 +119,17 @@ class Shard:
         return BlockSelection(kv_indices, kv_num_blocks, self.block_size, num_kv_blocks, self.num_queries, keys)
 
 
-def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> list[Callable[[], list[Tensor]]]:
-    """Begin to gather all keys and values, PARTS of the heads one after the other.
+def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Callable[[], Callable[[], list[Tensor]]]:
+    """Prepare to gather all keys and values; the result starts, and its result waits and gives both.
 
-    The result of each part waits and gives both, [world_size, B, Hkv of the part, rows, D]. Every rank has
-    `shard.slots[1]` blocks of rows, with zeros behind its own.
+    They are [world_size, B, Hkv, rows, D]: every rank has `shard.slots[1]` blocks of rows, with zeros behind its own.
+    Copy engines carry them where they can, see `Landings`. These start at once, and the results are there for what is
+    launched before the next call.
     """
     missing = shard.slots[1] * shard.block_size - k.shape[2]
-    k, v = (pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v))
-    return [peers.gather_together(part, FETCH) for part in zip(k.chunk(PARTS, 1), v.chunk(PARTS, 1), strict=True)]
+    tensors = [pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v)]
+    finish = Landings.of(peers, FETCH).gather(tensors)
+    return (lambda: finish) if finish else partial(peers.gather_together, tensors, FETCH)
 
 
 def as_pages(gathered: Tensor) -> Tensor:

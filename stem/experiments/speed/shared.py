@@ -79,14 +79,14 @@ def _parts(mine: list[Tensor], config: stem.StemConfig, layout: Layout, peers: P
     plan = plan_part(*mine, config, layout, peers.rank)
     shard = Shard.of(layout, peers.rank, config.block_size)
 
-    def gathered() -> list[list[Tensor]]:
-        return [finish() for finish in gather_all(*mine[1:], shard, peers)]
+    def gathered() -> list[Tensor]:
+        return gather_all(*mine[1:], shard, peers)()()
 
-    lists, parts = choose_rows(*mine, plan, shard, peers)(), gathered()
+    lists, keys = choose_rows(*mine, plan, shard, peers)(), gathered()
     calls = dict(
         selection=lambda: choose_rows(*mine, plan, shard, peers)(),
         exchange=gathered,
-        attention=lambda: attend_to_all(mine[0], parts, *lists, plan, shard),
+        attention=lambda: attend_to_all(mine[0], *keys, *lists, plan, shard),
     )
     for call in calls.values():
         _time(call, peers)
