@@ -5,14 +5,18 @@ import argparse
 import torch
 
 from stem.experiments import records
-from stem.experiments.serving import engines, first_token
+from stem.experiments.serving import accuracy, engines, first_token
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
+    parser.add_argument("--accuracy", metavar="MODEL", help="measure only what FP8 changes in this model's answers")
     options = parser.parse_args()
     if not engines.is_installed():
         parser.exit(message="serving is left out: vLLM is not installed (`make serve-test` installs its CPU build)\n")
+    if options.accuracy:
+        rows = list(accuracy.accuracy_rows(options.accuracy))
+        parser.exit(message=f"wrote {records.write_rows('serving/accuracy', rows, options.profile)}\n")
     if torch.cuda.is_available():
         cases = first_token.large_model_rows()
     else:

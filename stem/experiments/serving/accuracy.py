@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -11,38 +12,35 @@ from stem.experiments.documents import stdlib_documents
 from stem.experiments.serving.engines import engine
 from stem.pretrained import resolve
 
+MODULES = ("argparse", "typing")
 TOKENS, CHUNK = 16384, 4096
 DENSITIES = (0.25, 0.1)
 
 
-def accuracy_rows(model: str) -> list[dict]:
-    """Rows for a model's name or file, on a GPU: one text, whole and in chunks, in bf16 and FP8.
+def accuracy_rows(name: str) -> Iterator[dict]:
+    """Rows on a GPU for a model that stem.pretrained knows: one text, whole and in chunks, in bf16 and in FP8.
 
-    Each has attention, density (requested), compute, chunk [tokens] (0 is the whole prompt), tokens, and of the text's
-    tokens after the first: loss (mean negative log-probability, nats), and the mean and largest absolute difference of
-    a log-probability from the whole prompt in bf16 at this density (difference, largest_difference) and from dense
-    attention (from_dense).
+    Each has model, attention, density (requested), compute, chunk [tokens] (0 is the whole text), tokens, and over the
+    tokens after the first: loss (mean negative log-probability, nats), difference and largest_difference (absolute, of
+    a log-probability from that of the whole text in bf16 at this density), and from_dense (mean absolute difference
+    from vLLM's own attention).
     """
-    folder = str(resolve(model))
-    text = "\n".join(stdlib_documents(["argparse", "typing"]).values())
+    folder = str(resolve(name))
+    text = "\n".join(stdlib_documents(MODULES).values())
     ids = AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids[:TOKENS]
-    rows, dense = [], None
-    for density in (1.0, *DENSITIES):
-        bf16 = None
-        for compute in ("input", "fp8") if density < 1 else ("input",):
-            for chunk in (None, CHUNK):
-                settings = dict(density=density, compute=compute) if density < 1 else None
-                found = log_probabilities(folder, settings, ids, chunk)
-                bf16, dense = (found if x is None else x for x in (bf16, dense))
-                about = dict(attention="Stem" if settings else "vLLM", density=density, compute=compute)
-                apart = np.abs(found - bf16)
-                rows.append(
-                    about
-                    | dict(chunk=chunk or 0, tokens=len(ids), loss=-found.mean(), difference=apart.mean())
-                    | dict(largest_difference=apart.max(), from_dense=np.abs(found - dense).mean())
-                )
-                print(rows[-1], flush=True)
-    return rows
+    ways = [None, *(dict(density=density, compute=compute) for density in DENSITIES for compute in ("input", "fp8"))]
+    dense = bf16 = None
+    for way in ways:
+        for chunk in (None, CHUNK):
+            found = log_probabilities(folder, way, ids, chunk)
+            dense = found if dense is None else dense
+            bf16 = found if way is None or (way["compute"], chunk) == ("input", None) else bf16
+            about = dict(model=Path(folder).name, attention="vLLM", density=1.0, compute="input")
+            about |= dict(attention="Stem") | way if way else {}
+            apart = np.abs(found - (bf16 if way else dense))
+            about |= dict(chunk=chunk or 0, tokens=len(ids), loss=-found.mean())
+            about |= dict(difference=apart.mean(), largest_difference=apart.max())
+            yield about | dict(from_dense=np.abs(found - dense).mean())
 
 
 def log_probabilities(

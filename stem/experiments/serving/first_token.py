@@ -33,8 +33,8 @@ SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short promp
 def large_model_rows() -> Iterator[list[dict]]:
     """Rows on a GPU: eight layers of Llama-3.1-8B's shape with random weights, bf16, 128 tokens a block.
 
-    Prompts below MIN_TOKENS stay dense. The engines take turns, seven for whole prompts, which needs 100 GiB, and
-    three for chunks. Those of whole prompts decode from CUDA graphs.
+    Prompts below MIN_TOKENS stay dense. The engines are those of `vllm serve`: compiled, with CUDA graphs for decode.
+    They take turns, seven for whole prompts, which needs 100 GiB, and five for chunks.
 
     Yields, one case after another:
         A row for each attention, chunk and length: attention, density (requested), lists and compute (see StemConfig),
@@ -50,7 +50,7 @@ def large_model_rows() -> Iterator[list[dict]]:
     chunked += [([_ids(TOGETHER_TOKENS, VOCABULARY, seed) for seed in range(TOGETHER)], 0)]
     with large_model() as start:
         yield from compared(start, WAYS + GROUPS + FP8, None, whole, kv_cache_memory_bytes=5 << 30)
-        yield from compared(start, WAYS, CHUNK, chunked, enforce_eager=True)
+        yield from compared(start, WAYS + FP8, CHUNK, chunked)
 
 
 @contextmanager
@@ -61,9 +61,8 @@ def large_model() -> Iterator:
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     config = LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=2**18)
     config.architectures = ["LlamaForCausalLM"]
-    graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
     shared = dict(load_format="dummy", dtype="bfloat16", kv_cache_memory_bytes=9 << 30, gpu_memory_utilization=0.2)
-    shared |= dict(enforce_eager=False, compilation_config=graphs)
+    shared |= dict(enforce_eager=False, compilation_config=dict(cudagraph_capture_sizes=[1, 2, 4, 8]))
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         yield lambda settings, longest, chunk, **options: engine(folder, settings, longest, chunk, **shared | options)

@@ -49,10 +49,27 @@ def test_fp8_has_columns_of_its_own(monkeypatch):
     measured = rows(*(("Stem", 0.25, 0, 32768, 1, ms, None) for ms in (150.0, 100.0, 120.0)))
     measured = pd.concat([rows(("vLLM", 1.0, 0, 32768, 1, 300.0, None)), measured], ignore_index=True)
     measured = measured.assign(compute=["input", None, "fp8", "input"], lists=["head"] * 3 + ["group"])
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    columns = ["attention", "density", "compute", "chunk", "loss", "difference", "largest_difference", "from_dense"]
+    answers = [
+        ("vLLM", 1.0, "input", 0, 0.5, 0.0, 0.0, 0.0),
+        ("Stem", 0.25, "input", 0, 0.51, 0.0, 0.0, 0.03),
+        ("Stem", 0.25, "input", 4096, 0.51, 0.002, 0.5, 0.03),
+        ("Stem", 0.25, "fp8", 0, 0.515, 0.01234, 1.34, 0.04),
+        ("Stem", 0.25, "fp8", 4096, 0.6, 0.9, 9.0, 0.9),
+    ]
+    tables = {
+        "serving": measured,
+        "serving/accuracy": pd.DataFrame(answers, columns=columns).assign(tokens=16384, model="tiny"),
+    }
+    monkeypatch.setattr(report, "full_rows", tables.get)
     lines = report.serving().splitlines()
     assert lines[2].endswith("| Stem, density 0.25 | Stem, density 0.25, lists of groups | Stem, density 0.25, FP8 |")
     assert lines[4] == "| 32K | 300 ms | 150 ms (2.00x) | 120 ms (2.50x) | 100 ms (3.00x) |"
+    assert "16K tokens of a text (tiny), from bf16 in the same engine [nats]: at density 0.25 0.0123 in" in lines[6]
+    assert "mean and 1.3 at most (bf16 in chunks 0.0020, dense attention 0.0300 in the mean)" in lines[6]
+    assert lines[6].endswith("a loss of 0.5150 where bf16 has 0.5100. Dense attention has 0.5000.")
+    tables["serving/accuracy"] = tables["serving/accuracy"][:0]
+    assert "FP8 changes" not in report.serving()
 
 
 def test_the_longest_prompt_has_a_bound(monkeypatch):
