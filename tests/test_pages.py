@@ -192,7 +192,8 @@ def test_chunks_in_fp8_keep_earlier_ones(ends, monkeypatch):
     for first, stop in zip((0, *ends), ends, strict=False):
         rows, out = BlockRows.of(stop - first, stop, 32, ends[-1]), torch.full_like(q[:, :, first:stop], float("nan"))
         args = q[:, :, first:stop], cache, all_rows(cache), pages, stop, CONFIG, rows, 0.3, out, ends[-1]
-        past = fp8.attend_in_fp8(*args, past)
+        counts, past = fp8.attend_in_fp8(*args, past)
+        assert counts.sum() == 4 * kept_blocks(rows, CONFIG)
         options = dict(scale=0.3, impl="torch", prompt_length=ends[-1])
         expected = stem.stem_attention(q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop], CONFIG, **options)
         assert 0 < (out - expected).norm() < 0.2 * expected.norm()

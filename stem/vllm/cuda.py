@@ -33,7 +33,7 @@ class StemCUDAImpl(StemImpl, FlashAttentionImpl):
         past = chunk.sums.pop(layer.layer_name, None)
         if config.compute == "fp8":
             about = q, kv_cache, views, chunk.pages, chunk.stop, config, rows, self.scale, out, chunk.prompt_length
-            past = attend_in_fp8(*about, past)
+            counts, past = attend_in_fp8(*about, past)
         else:
             counts, past = attend_to_pages(q, *views, chunk.pages, chunk.stop, config, rows, self.scale, out, past)
         if past and not chunk.is_last:

@@ -42,13 +42,15 @@ def attend_in_fp8(
     out: Tensor,
     prompt_length: int,
     past: Past | None = None,
-) -> Past:
+) -> tuple[Tensor, Past]:
     """Store in `out` the attention of queries [1, Hq, Nq, D], the last positions before `stop`; see attend_to_pages.
 
     Args:
         kv_cache, pages: See pages.gather.
         views: From pages.readable_rows.
         past: Of the request's chunk before, which its blocks are written into.
+    Returns:
+        Kept blocks of each row, int32 [1, Hq, nq], and what the next chunk needs.
     """
     k, v, step = views
     scaled = pages * step if step > 1 else pages
@@ -68,7 +70,7 @@ def attend_in_fp8(
             as_bytes(whole)[:, :, start : start + part.shape[2]].copy_(as_bytes(part))
         past = Past(stop, sums, *memory, *by_first)
     launch_attention(q8, q_scales, lse, past, *lists, size, out)
-    return past
+    return lists[1], past
 
 
 def new_like(x: Tensor, *shape: int) -> Tensor:
