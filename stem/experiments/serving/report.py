@@ -19,7 +19,10 @@ def serving() -> str:
     rows = full_rows("serving")
     if rows.empty:
         return not_run("make serving PROFILE=full", "a GPU with vLLM")
-    return "\n\n".join(f"**{device}**\n\n{_table(part)}" for device, part in by_device(rows))
+    compiled = full_rows("serving/compiled")
+    return "\n\n".join(
+        f"**{device}**\n\n{_table(part, compiled[compiled.device == device])}" for device, part in by_device(rows)
+    )
 
 
 def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
@@ -39,8 +42,8 @@ def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
     return "measured here", rows[(rows.profile == "smoke") & (rows.machine == records.machine_name())]
 
 
-def _table(rows: pd.DataFrame) -> str:
-    """Lines of first tokens, then of further ones, and the clock if it is known."""
+def _table(rows: pd.DataFrame, compiled: pd.DataFrame) -> str:
+    """Lines of first tokens, also of compiled models, then of further ones, and the clock if it is known."""
     rows = rows.assign(compute=rows.compute.fillna("input") if "compute" in rows else "input")
     sparse = rows[rows.attention == "Stem"].sort_values(["compute", "lists", "density"], ascending=False)
     ways = list(dict.fromkeys(zip(sparse.compute, sparse.lists, sparse.density, strict=True)))
@@ -52,6 +55,8 @@ def _table(rows: pd.DataFrame) -> str:
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
         name += f", chunks of {tokens_label(chunk)}" if chunk else ""
         lines.append([name, *_cells(group, "first_token_ms", ways)])
+    for tokens, group in compiled.groupby("tokens"):
+        lines.append([f"{tokens_label(tokens)}, torch.compile", *_cells(group, "first_token_ms", ways)])
     for tokens, group in rows[rows.token_ms.notna()].groupby("tokens"):
         lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", ways)])
     accuracy = _accuracy() if "fp8" in set(rows.compute) else ""
