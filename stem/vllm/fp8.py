@@ -19,7 +19,7 @@ ROOM = 4.0  # values of later chunks may be this many times as large as those of
 
 
 class Past(NamedTuple):
-    """What a prompt's chunks so far leave for the next ones; memory for the whole prompt."""
+    """Memory for a whole prompt in FP8, filled by its chunks so far."""
 
     stop: int  # position after the last key
     sums: Sums | None  # see pages.attend_to_pages

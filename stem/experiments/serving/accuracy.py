@@ -1,4 +1,4 @@
-"""What FP8 costs in serving: log-probabilities of a text's tokens in one engine, in FP8, in bf16 and dense."""
+"""Log-probabilities of a text's tokens in one engine, in FP8, in bf16 and dense: the cost of FP8 in serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FP8 changes in answers: differences of log-probabilities, which an engine computes for a whole prompt."""
+"""Cost of FP8 in answers: differences of log-probabilities, which an engine computes for a whole prompt."""
 
 from types import SimpleNamespace
 
