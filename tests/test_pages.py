@@ -3,9 +3,11 @@
 import pytest
 import torch
 from stem.kernels import score_inputs
+from stem.kernels.common import LOG2_E
 
 import stem
 from stem.budget import BlockRows, kept_blocks
+from stem.vllm import fp8
 from stem.vllm.pages import all_rows, attend_to_pages, block_inputs, choose, gather, readable_rows
 
 CONFIG = stem.StemConfig(density=0.4, block_size=32, sink_blocks=1, local_blocks=1)
@@ -154,3 +156,48 @@ def test_a_chunk_is_scored_by_the_tiles_of_a_prompt(monkeypatch):
     inputs, *_ = block_inputs(q, keys, values, pages, 1600, CONFIG, rows, None)
     choose(inputs, CONFIG, rows, 4, 1.0)
     assert asked[0] == 50 * 2  # query blocks of two heads, as many as keys have
+
+
+def attend_in_fp32(read):
+    """A stand-in for fp8.launch_attention on a CPU: attention to what FP8 holds; `read` gets what it holds."""
+
+    def attend(q8, q_scales, lse, past, indices, counts, size, out):
+        (_, _, num_queries, head_dim), stop = q8.shape, past.stop
+        before = (stop - num_queries) % size  # of the first query's block
+        scales = q_scales.repeat_interleave(size, -1)[:, :, before : before + num_queries, None]
+        keys = past.keys[:, :, :stop].float() * past.key_scales.repeat_interleave(size, -1)[:, :, :stop, None]
+        order = torch.arange(size).reshape(size // 16, 2, 4, 2).transpose(1, 2).flatten()  # see fp8_quantize
+        values = torch.empty_like(past.values.float().unflatten(2, (-1, head_dim)).transpose(3, 4))
+        values[:, :, :, order] = past.values.float().unflatten(2, (-1, head_dim)).transpose(3, 4)
+        values = values.flatten(2, 3)[:, :, :stop] * past.value_scales[:, :, None]
+        lists = stem.BlockSelection(indices, counts, size, -(-stop // size), num_queries, stop)
+        q = q8.float() * scales / LOG2_E.value
+        out.copy_(stem.block_sparse_attention(q, keys, values, lists, 1.0, "torch"))
+        read.append((past, keys + past.mean_key[:, :, None], values))
+
+    return attend
+
+
+@interpreted
+@pytest.mark.parametrize("ends", [(480, 544, 600), (490, 500, 588), (300,), (70, 600)])
+def test_chunks_in_fp8_keep_earlier_ones(ends, monkeypatch):
+    q, (k, v) = torch.randn(1, 4, ends[-1], HEAD_DIM), torch.randn(2, 1, 2, ends[-1], HEAD_DIM)
+    k += 5 * torch.randn(HEAD_DIM)
+    v[:, :, ends[0] :] *= 2  # within the room for later chunks
+    pages = torch.randperm(60)[: -(-ends[-1] // 32)].int()
+    cache, past, read, own = cache_of(k, v, pages.tolist(), 32, "HND"), None, [], []
+    quantized = fp8.quantized
+    monkeypatch.setattr(fp8, "quantized", lambda q, k, *rest: own.append(k.shape[2]) or quantized(q, k, *rest))
+    monkeypatch.setattr(fp8, "launch_attention", attend_in_fp32(read))
+    for first, stop in zip((0, *ends), ends, strict=False):
+        rows, out = BlockRows.of(stop - first, stop, 32, ends[-1]), torch.full_like(q[:, :, first:stop], float("nan"))
+        args = q[:, :, first:stop], cache, all_rows(cache), pages, stop, CONFIG, rows, 0.3, out, ends[-1]
+        counts, past = fp8.attend_in_fp8(*args, past)
+        assert counts.sum() == 4 * kept_blocks(rows, CONFIG)
+        options = dict(scale=0.3, impl="torch", prompt_length=ends[-1])
+        expected = stem.stem_attention(q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop], CONFIG, **options)
+        assert 0 < (out - expected).norm() < 0.2 * expected.norm()
+        for x, wanted in zip(read[-1][1:], (k, v), strict=True):
+            assert (x - wanted[:, :, :stop]).norm() < 0.1 * wanted[:, :, :stop].norm()
+    assert own == [stop - first // 32 * 32 for first, stop in zip((0, *ends), ends, strict=False)]
+    assert len({x[0].keys.data_ptr() for x in read}) == 1  # memory of the whole prompt

@@ -34,9 +34,10 @@ answer independent of earlier requests.
 
 On an NVIDIA GPU of sm_90, kernels read vLLM's pages where the block and the page have 128 tokens, and scores are means
 (every preset but "adaptive"). A chunk then reads only its own keys for scores: sums over the blocks of earlier chunks
-stay on the GPU until the prompt ends, an eighth of its keys and values. vLLM does not count this memory. Elsewhere, and
-with compute="fp8" (sm_90, blocks of 128), a request's keys and values are copied from its pages in each layer. Chunks
-in FP8 differ a little from the whole prompt: the scales are those of the keys so far.
+stay on the GPU until the prompt ends, an eighth of its keys and values. With compute="fp8", so do the keys and values
+themselves, in FP8: another half. vLLM does not count this memory. Chunks in FP8 differ a little from the whole prompt:
+the mean key and the scales of the values are those of the first chunk. Elsewhere, a request's keys and values are
+copied from its pages in each layer.
 
 vLLM does not hand the length of the whole prompt to attention (vLLM's pull request #39745 would); see prompts.py.
 """

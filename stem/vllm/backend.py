@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     stop: int  # position after the last of them
     prompt_length: int  # tokens of the whole prompt
     pages: Tensor | None = None  # int32, of the request, in order; None where no layer is sparse
-    sums: dict[str, tuple[Tensor, Tensor]] | None = None  # layer -> of earlier chunks, see pages.attend_to_pages
+    sums: dict[str, tuple] | None = None  # layer -> of earlier chunks, see pages.attend_to_pages and fp8.Past
 
     @property
     def is_last(self) -> bool:

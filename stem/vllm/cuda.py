@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from stem.budget import kept_blocks
 from stem.vllm.backend import Chunk, StemBuilder, StemImpl
+from stem.vllm.fp8 import attend_in_fp8
 from stem.vllm.pages import attend_to_pages, gather, readable_rows
 
 
@@ -29,10 +30,14 @@ class StemCUDAImpl(StemImpl, FlashAttentionImpl):
         views = readable_rows(q, kv_cache, config, rows)
         if views is None:
             return super().attend(layer, q, kv_cache, chunk, out)
-        sums = chunk.sums.pop(layer.layer_name, None)
-        counts, sums = attend_to_pages(q, *views, chunk.pages, chunk.stop, config, rows, self.scale, out, sums)
-        if sums and not chunk.is_last:
-            chunk.sums[layer.layer_name] = sums
+        past = chunk.sums.pop(layer.layer_name, None)
+        if config.compute == "fp8":
+            about = q, kv_cache, views, chunk.pages, chunk.stop, config, rows, self.scale, out, chunk.prompt_length
+            counts, past = attend_in_fp8(*about, past)
+        else:
+            counts, past = attend_to_pages(q, *views, chunk.pages, chunk.stop, config, rows, self.scale, out, past)
+        if past and not chunk.is_last:
+            chunk.sums[layer.layer_name] = past
         if kept_blocks(rows, config) is None:
             self.count_kept(counts.sum(dtype=torch.int64))
 

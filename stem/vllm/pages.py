@@ -56,7 +56,7 @@ def readable_rows(
         config.allocation != "adaptive",
         config.dropped == "skip",
     )
-    if not all(plain) or config.compute != "input" or kv_cache.shape[2] != config.block_size:
+    if not all(plain) or kv_cache.shape[2] != config.block_size:
         return None
     if kv_cache.dtype != q.dtype or unsupported(q.device, q.dtype, q.shape[3], config.block_size):
         return None
@@ -92,28 +92,55 @@ def attend_to_pages(
 
     pages = pages * step if step > 1 else pages
     start = prepare(q, k, v, scale, pages=pages, num_keys=stop, out=out)
-    if rows.stop <= SHORT_BLOCKS and not scored_rows(rows, config):
-        lists, sums, full = forced_lists(1, q.shape[1], config, rows, q.device), None, 0
-    else:
-        inputs, sums, full = block_inputs(q, k, v, pages, stop, config, rows, sums)
-        lists = choose(inputs, config, rows, q.shape[1], routing_scale(q.shape[3], config, scale))
+    lists, sums, full = chosen(q, k, v, pages, stop, config, rows, scale, sums)
     start(*lists, full)
     return lists[1], sums
 
 
+def chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    stop: int,
+    config: StemConfig,
+    rows: BlockRows,
+    scale: float,
+    sums: Sums | None,
+    leave_out: bool = True,
+) -> tuple[tuple[Tensor, Tensor], Sums | None, int]:
+    """Lists of blocks for all query heads, sums of all whole blocks, and the number of rows without a list.
+
+    Arguments as in attend_to_pages; page p begins at row p * page. The first rows, which keep every block, have a list
+    unless they may be left out.
+    """
+    if rows.stop <= SHORT_BLOCKS and not scored_rows(rows, config):
+        return forced_lists(1, q.shape[1], config, rows, q.device), None, 0
+    inputs, sums, full = block_inputs(q, k, v, pages, stop, config, rows, sums, leave_out)
+    return choose(inputs, config, rows, q.shape[1], routing_scale(q.shape[3], config, scale)), sums, full
+
+
 def block_inputs(
-    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, stop: int, config: StemConfig, rows: BlockRows, sums: Sums | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    stop: int,
+    config: StemConfig,
+    rows: BlockRows,
+    sums: Sums | None,
+    leave_out: bool = True,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Sums, int]:
     """Inputs of score_blocks, sums of all whole blocks, and the number of rows left out, which keep every block.
 
-    Only blocks without sums are read. Arguments as in attend_to_pages.
+    Only blocks without sums are read. Arguments as in `chosen`.
     """
     from stem.kernels.score_inputs import raw_inputs
     from stem.kernels.score_select import MAX_KV_BLOCKS
     from stem.kernels.value_norms import standardize
 
     size, stride = config.block_size, config.score_stride
-    full = full_rows(rows, config) if rows.stop <= MAX_KV_BLOCKS else 0  # a larger kernel scores all rows
+    full = full_rows(rows, config) if leave_out and rows.stop <= MAX_KV_BLOCKS else 0  # a larger kernel scores all rows
     done = sums[0].shape[2] // ALIGNED_PAGES * ALIGNED_PAGES if sums else 0
     paged = dict(pages=pages[done:], num_keys=stop - done * size, heads=config.pooled_heads(q.shape[1], k.shape[1]))
     q_sums, *new = raw_inputs(q, k, v, size, stride, *config.value_term, full, **paged)

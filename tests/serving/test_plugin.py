@@ -26,13 +26,17 @@ def definitions(module):
     """Text of each class and of each method of a module of vLLM, by dotted name; the module is not imported."""
     with open(find_spec(module).origin) as file:
         text = file.read()
-    found = {}
+    lines, found = text.split("\n"), {}
+
+    def add(name, node):  # ast.get_source_segment would split the text again for each
+        found[name] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef):
-            found[node.name] = ast.get_source_segment(text, node)
+            add(node.name, node)
             for member in node.body:
                 if isinstance(member, ast.FunctionDef):
-                    found[f"{node.name}.{member.name}"] = ast.get_source_segment(text, member)
+                    add(f"{node.name}.{member.name}", member)
     return found
 
 

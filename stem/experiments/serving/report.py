@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from stem.experiments import records
+from stem.experiments.long_context.report import MODELS
 from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run, number, tokens_label
 from stem.experiments.serving import bounds, engines
 
@@ -18,7 +19,10 @@ def serving() -> str:
     rows = full_rows("serving")
     if rows.empty:
         return not_run("make serving PROFILE=full", "a GPU with vLLM")
-    return "\n\n".join(f"**{device}**\n\n{_table(part)}" for device, part in by_device(rows))
+    compiled = full_rows("serving/compiled")
+    return "\n\n".join(
+        f"**{device}**\n\n{_table(part, compiled[compiled.device == device])}" for device, part in by_device(rows)
+    )
 
 
 def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
@@ -38,8 +42,8 @@ def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
     return "measured here", rows[(rows.profile == "smoke") & (rows.machine == records.machine_name())]
 
 
-def _table(rows: pd.DataFrame) -> str:
-    """Lines of first tokens, then of further ones, and the clock if it is known."""
+def _table(rows: pd.DataFrame, compiled: pd.DataFrame) -> str:
+    """Lines of first tokens, also of compiled models, then of further ones, and the clock if it is known."""
     rows = rows.assign(compute=rows.compute.fillna("input") if "compute" in rows else "input")
     sparse = rows[rows.attention == "Stem"].sort_values(["compute", "lists", "density"], ascending=False)
     ways = list(dict.fromkeys(zip(sparse.compute, sparse.lists, sparse.density, strict=True)))
@@ -51,9 +55,31 @@ def _table(rows: pd.DataFrame) -> str:
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
         name += f", chunks of {tokens_label(chunk)}" if chunk else ""
         lines.append([name, *_cells(group, "first_token_ms", ways)])
+    for tokens, group in compiled.groupby("tokens"):
+        lines.append([f"{tokens_label(tokens)}, torch.compile", *_cells(group, "first_token_ms", ways)])
     for tokens, group in rows[rows.token_ms.notna()].groupby("tokens"):
         lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", ways)])
-    return markdown_table(header, lines) + _clocks(rows) + _bounds(rows)
+    accuracy = _accuracy() if "fp8" in set(rows.compute) else ""
+    return markdown_table(header, lines) + accuracy + _clocks(rows) + _bounds(rows)
+
+
+def _accuracy() -> str:
+    """Paragraph on what FP8 changes in answers; empty without rows of serving/accuracy."""
+    rows = full_rows("serving/accuracy")
+    if rows.empty:
+        return ""
+    told = []
+    for density, group in rows[rows.attention == "Stem"].groupby("density", sort=False):
+        bf16, fp8 = (group[group.compute == way].set_index("chunk") for way in ("input", "fp8"))
+        told.append(
+            f"at density {density:g} {fp8.difference[0]:.4f} in the mean and {fp8.largest_difference[0]:.2g} at most "
+            f"(bf16 in chunks {bf16.difference.iloc[-1]:.4f}, dense attention {bf16.from_dense[0]:.4f} in the mean), "
+            f"with a loss of {fp8.loss[0]:.4f} where bf16 has {bf16.loss[0]:.4f}"
+        )
+    where = f"{tokens_label(rows.tokens.iloc[0])} tokens of a text ({MODELS.get(rows.model[0], rows.model[0])})"
+    dense = rows[rows.attention == "vLLM"].loss.iloc[0]
+    told = f"FP8 changes the log-probabilities of {where}, from bf16 in the same engine [nats]: {'; '.join(told)}."
+    return f"\n\n{told} Dense attention has {dense:.4f}."
 
 
 def _clocks(rows: pd.DataFrame) -> str:

@@ -20,7 +20,7 @@ def test_the_table_has_a_line_for_each_prompt(monkeypatch):
         ("vLLM", 1.0, 8192, 32768, 8, 2000.0, None),
         ("Stem", 0.1, 8192, 32768, 8, 1250.0, None),
     )
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
     lines = report.serving().splitlines()
     assert lines[0] == "**NVIDIA H200**" and lines[2] == "| prompt | vLLM | Stem, density 0.25 | Stem, density 0.1 |"
     assert lines[4] == "| 32K | 300 ms | 200 ms (1.50x) | 150 ms (2.00x) |"
@@ -38,7 +38,7 @@ def test_lists_of_groups_have_columns_of_their_own(monkeypatch):
         ("Stem", 0.1, 8192, 32768, 1, 150.0, None),
     )
     measured.loc[2, "lists"] = "group"
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
     lines = report.serving().splitlines()
     assert lines[2].endswith("| Stem, density 0.25 | Stem, density 0.1 | Stem, density 0.1, lists of groups |")
     assert lines[4] == "| 32K | 300 ms | 200 ms (1.50x) | 150 ms (2.00x) | 100 ms (3.00x) |"
@@ -49,17 +49,37 @@ def test_fp8_has_columns_of_its_own(monkeypatch):
     measured = rows(*(("Stem", 0.25, 0, 32768, 1, ms, None) for ms in (150.0, 100.0, 120.0)))
     measured = pd.concat([rows(("vLLM", 1.0, 0, 32768, 1, 300.0, None)), measured], ignore_index=True)
     measured = measured.assign(compute=["input", None, "fp8", "input"], lists=["head"] * 3 + ["group"])
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    columns = ["attention", "density", "compute", "chunk", "loss", "difference", "largest_difference", "from_dense"]
+    answers = [
+        ("vLLM", 1.0, "input", 0, 0.5, 0.0, 0.0, 0.0),
+        ("Stem", 0.25, "input", 0, 0.51, 0.0, 0.0, 0.03),
+        ("Stem", 0.25, "input", 4096, 0.51, 0.002, 0.5, 0.03),
+        ("Stem", 0.25, "fp8", 0, 0.515, 0.01234, 1.34, 0.04),
+        ("Stem", 0.25, "fp8", 4096, 0.6, 0.9, 9.0, 0.9),
+    ]
+    compiled = rows(("vLLM", 1.0, 0, 32768, 1, 280.0, None), ("Stem", 0.25, 0, 32768, 1, 140.0, None))
+    tables = {
+        "serving": measured,
+        "serving/compiled": compiled.assign(compute="input"),
+        "serving/accuracy": pd.DataFrame(answers, columns=columns).assign(tokens=16384, model="tiny"),
+    }
+    monkeypatch.setattr(report, "full_rows", tables.get)
     lines = report.serving().splitlines()
     assert lines[2].endswith("| Stem, density 0.25 | Stem, density 0.25, lists of groups | Stem, density 0.25, FP8 |")
     assert lines[4] == "| 32K | 300 ms | 150 ms (2.00x) | 120 ms (2.50x) | 100 ms (3.00x) |"
+    assert lines[5] == "| 32K, torch.compile | 280 ms | 140 ms (2.00x) | – | – |"
+    assert "16K tokens of a text (tiny), from bf16 in the same engine [nats]: at density 0.25 0.0123 in" in lines[7]
+    assert "mean and 1.3 at most (bf16 in chunks 0.0020, dense attention 0.0300 in the mean)" in lines[7]
+    assert lines[7].endswith("a loss of 0.5150 where bf16 has 0.5100. Dense attention has 0.5000.")
+    tables["serving/accuracy"] = tables["serving/accuracy"][:0]
+    assert "FP8 changes" not in report.serving()
 
 
 def test_the_longest_prompt_has_a_bound(monkeypatch):
     ways = (("vLLM", 1.0), ("Stem", 0.25), ("Stem", 0.1))
     measured = rows(*((*way, 0, tokens, 1, 9.0, None) for tokens in (8192, 131072) for way in ways))
     measured = measured.assign(clock_mhz=1500.0)
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
     given = []
     monkeypatch.setattr(report.bounds, "perfect_speedups", lambda x: given.append(x) or {0.25: 2.14949, 0.1: 2.6})
     told = report.serving().splitlines()[-1]
@@ -75,7 +95,7 @@ def test_the_longest_prompt_has_a_bound(monkeypatch):
 
 def test_the_clock_is_told_where_it_is_known(monkeypatch):
     measured = rows(*(("vLLM", 1.0, chunk, tokens, 1, 16.0, None) for chunk in (0, 1) for tokens in (1024, 8192)))
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
     assert "clock" not in report.serving()
     measured = measured.assign(clock_mhz=[1980.0, 1500.0, 1.0, 2.0])
     assert report.serving().endswith("multiprocessors in these rounds: 1980 MHz at 1K and 1500 MHz at 8K.")
@@ -84,7 +104,7 @@ def test_the_clock_is_told_where_it_is_known(monkeypatch):
 def test_a_speedup_of_rounds_comes_with_its_interval(monkeypatch):
     measured = rows(("vLLM", 1.0, 0, 2048, 1, 16.0, 4.0), ("Stem", 0.25, 0, 2048, 1, 20.0, 2.0))
     measured = measured.assign(speedup=[1.0, 0.9], speedup_low=[1.0, 0.85], speedup_high=[1.0, 0.96])
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
     lines = report.serving().splitlines()
     assert lines[4] == "| 2K | 16 ms | 20 ms (0.90x, 0.85 to 0.96) |"
     assert lines[5] == "| each further token after 2K | 4 ms | 2 ms (2.00x) |"
@@ -98,7 +118,7 @@ def test_without_rows_the_command_is_named(monkeypatch):
 def test_without_vllm_the_rows_of_a_cpu_are_stored_ones(monkeypatch):
     measured = pd.concat([rows(("Stem", 0.25, 0, 3000, 1, 9.0, None)), rows(("Stem", 0.25, 0, 3000, 1, 7.0, None))])
     measured["device"] = ["NVIDIA H200", "AMD EPYC (2 cores)"]
-    monkeypatch.setattr(report, "full_rows", lambda name: measured)
+    monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
     monkeypatch.setattr(report.engines, "is_installed", lambda: False)
     source, found = report.rows_of_a_cpu()
     assert source.endswith("not installed here: rows stored by AMD EPYC (2 cores)")
