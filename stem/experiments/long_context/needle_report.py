@@ -36,13 +36,25 @@ def evaluation() -> str:
             count = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
             title = f"{task}, {tokens_label(length)} tokens, {count} samples, dense {dense:.2f} nats:"
             parts += [title, report.table_by_density(of, "{:+.2f}")]
-        parts.append(last_block(answers))
+        parts += [above_dense(answers), last_block(answers)]
         beside = [ahead(answers, "adaptive", [other]) for other in RIVALS]
         parts.append("\n".join(f"- {told}" for told in beside if told))
         of_model = everything[(everything.device == device) & (everything.model == model)]
         parts.append(transfer(of_model[of_model.measure.isin(("answer", "loss"))]))
         parts.append(_differences(GENERATED, part[part.measure == "generated"], "{:+.0%}"))
     return "\n\n".join(filter(None, parts))
+
+
+def above_dense(answers: pd.DataFrame) -> str:
+    """Sentence: cells in which a method is above dense attention by an interval without zero."""
+    rows = answers[answers.asked.notna()].dropna(subset="difference")
+    found = [
+        f"{row.method} on {row.task} at {tokens_label(row.length)}, blocks of {row.block_size:.0f}, {row.asked:.0%}: "
+        f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
+        for row in rows[rows.low > 0].itertuples()
+    ]
+    told = f"Above dense attention by an interval without zero in {len(found)} of {len(rows)} cells"
+    return f"{told}{': ' if found else ''}{'; '.join(found)}." if len(rows) else ""
 
 
 def last_block(answers: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import traceback
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -97,8 +98,8 @@ def test_dense_attention_and_presets_are_measured_once_for_all_block_sizes(
     found = comparison.run(Study(**{**vars(STUDY), **changes}), model, tokenizer, "tiny", show=lambda _: None)
     rows = [tuple(row.get(name) for name in comparison.SAME) for row in found]
     assert len(rows) == len(set(rows))
-    count = {name: [row["method"] for row in found].count(name) for name in ("dense", "stem, paper", "window", "random")}
-    assert count == {"dense": 2, "stem, paper": 2, "window": 4, "random": 4}  # answer, right
+    count = Counter(row["method"] for row in found)
+    assert count["dense"] == count["stem, paper"] == 2 and count["window"] == count["random"] == 4  # answer, right
 
 
 def test_methods_that_have_nothing_to_choose_have_no_row(ruler_rows, tokenizer, model, windows):

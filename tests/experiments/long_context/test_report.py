@@ -217,6 +217,15 @@ def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
     assert needle_report.last_block(frame[frame.method == "stem"]) == ""
 
 
+def test_cells_above_dense_attention_are_named_with_their_number(rows):
+    answers = rows[(rows.measure == "answer") & (rows.length == 4096)]
+    assert needle_report.above_dense(answers) == "Above dense attention by an interval without zero in 0 of 8 cells."
+    above = answers.assign(low=answers.low.where(answers.method != "xattention", 0.5))
+    told = needle_report.above_dense(above[above.asked == 0.5])
+    assert told.startswith("Above dense attention by an interval without zero in 1 of 2 cells: xattention on a at 4K")
+    assert needle_report.above_dense(answers[answers.method == "dense"]) == ""
+
+
 def test_a_method_is_ahead_only_where_an_interval_excludes_zero():
     frame = pd.DataFrame(
         [
