@@ -88,7 +88,7 @@ class Claims:
 
 
 def value_effect(layers: Mapping[int, tuple[Tensor, Tensor, Tensor]], config: StemConfig) -> pd.DataFrame:
-    """What the value term of Eq. 7 adds to the routing term in each layer.
+    """Size of the value term of Eq. 7 beside the routing term, and its effect on the selection, in each layer.
 
     Args:
         layers: Layer -> q, k, v, see `flow.captures`.
