@@ -9,7 +9,7 @@ import re
 
 from stem.experiments import records, scoreboard
 from stem.experiments.correctness import report as correctness
-from stem.experiments.long_context import matched_report
+from stem.experiments.long_context import matched_report, needle_report
 from stem.experiments.long_context import report as long_context
 from stem.experiments.serving import report as serving
 from stem.experiments.speed import coverage, factors, fresh, scaling
@@ -55,7 +55,7 @@ SECTIONS = {
     "shared": scaling.section,
     "matched": matched_report.section,
     "quality": long_context.quality,
-    "evaluation": long_context.evaluation,
+    "evaluation": needle_report.evaluation,
     "training": training.training,
     "serving": serving.serving,
 }

@@ -222,8 +222,8 @@ def run(
     """
     comparison, started, saved, errors = Comparison(model, tokenizer, name, seed), time.monotonic(), 0.0, []
     choice, names = ForcedChoice(model, tokenizer, show), methods.chosen_names(study.names or methods.all_names())
-    jobs = [
-        (length, task, density, block_size, method)
+    jobs = [  # complete methods have their own block size, so they are measured once
+        (length, task, density, method.block_size if isinstance(method, Method) else block_size, method)
         for length in study.lengths
         for task in study.tasks
         for block_size in study.block_sizes

@@ -1,8 +1,8 @@
 """Tables, verdicts and figures from the rows of results/long_context/; nothing is measured here.
 
 Densities, block sizes, tasks and counts come from the rows. A row is blank where scores chose less than
-`methods.LEAST_CHOSEN` of the kept blocks. Nothing is concluded from blank rows. All of it is one file because all
-tables pair samples by the same few functions.
+`methods.LEAST_CHOSEN` of the kept blocks. Nothing is concluded from blank rows. Tables of
+needles are in needle_report.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from stem.experiments.long_context.measures import interval
-from stem.experiments.long_context.methods import BLIND, LEAST_CHOSEN, TRANSFER_LENGTH, TRANSFERRED
-from stem.experiments.markdown import MISSING, full_rows, markdown_table, no_rows, not_run, number, tokens_label
+from stem.experiments.long_context.methods import LEAST_CHOSEN, TRANSFERRED
+from stem.experiments.markdown import MISSING, full_rows, markdown_table, not_run, number, tokens_label
 
 CLOSE, FAILS = -0.5, -5.0  # mean difference of an answer to dense attention [nats]
 MEASURES = ("answer", "right", "generated", "loss")
@@ -29,9 +29,7 @@ MODELS = {  # names in rows -> here
     "gemma3-270m-1.0.0": "Gemma 3 270M",
 }
 PARTS = ("answers", "loss", "extension")
-RIVALS = ("vertical_slash", "flashprefill", "flashprefill_v2", "flexprefill", "stem, last block dense")
 NEEDLES = "niah_multikey_1"  # the task on which verdicts about needles rest
-GENERATED = "Share of right generated answers, minus dense. Decoding is dense and hides part of a prefill's loss:"
 UNITS = {"answer": "log p(answer), minus dense [nats]", "loss": "loss, minus dense [nats per token]"}
 CELL = ["model", "measure", "task", "length", "start", "stop"]  # columns that name a group of equal samples
 
@@ -87,7 +85,7 @@ def paired(rows: pd.DataFrame, method: str, other: str = "dense", *, block_size:
     """
     found = []
     for _, of in rows.groupby(CELL, dropna=False):
-        values = [_values(of, name, block_size, asked) for name in (method, other)]
+        values = [values_of(of, name, block_size, asked) for name in (method, other)]
         if all(value is not None for value in values):
             found.append(values[0] - values[1])
     if not found:
@@ -96,7 +94,8 @@ def paired(rows: pd.DataFrame, method: str, other: str = "dense", *, block_size:
     return Difference(differences.mean().item(), *interval(differences), len(differences))
 
 
-def _values(of: pd.DataFrame, method: str, block_size: float, asked: float) -> Tensor | None:
+def values_of(of: pd.DataFrame, method: str, block_size: float, asked: float) -> Tensor | None:
+    """Values of one method by sample in the rows of one cell and measure; None if they are blank or missing."""
     own = of.asked.isna() | (of.asked == asked)
     of = of[(of.method == method) & (of.block_size.isna() | (of.block_size == block_size)) & own].dropna(
         subset="values"
@@ -146,34 +145,6 @@ def differences(rows: pd.DataFrame, measure: str, asked: float, block_size: int,
     for name in ("chosen", "density"):
         table.insert(0, name, chosen.groupby("method")[name].mean())
     return table.sort_values("mean", ascending=measure == "loss")
-
-
-def generated(rows: pd.DataFrame, block_size: int) -> pd.DataFrame:
-    """Shares of right answers by cell and method: "generated", and "right" in one sparse forward, on equal samples."""
-    asked = rows[rows.measure == "generated"].asked
-    chosen = rows[
-        rows.measure.isin(["generated", "right"]) & (rows.block_size.isna() | (rows.block_size == block_size))
-    ]
-    chosen = chosen[chosen.asked.isna() | chosen.asked.isin(asked)]
-    table = chosen.pivot_table(index=["cell", "method"], columns="measure", values="value", sort=False)
-    return table.reindex(columns=["generated", "right"]).dropna()
-
-
-def flips(rows: pd.DataFrame, method: str, block_size: float, asked: float, by: str = "generated") -> pd.DataFrame:
-    """Samples of one cell by whether dense attention, and the method, are right (1.0 = right) by one measure.
-
-    Columns: samples; means of before, log p(answer) under dense attention [nats], and of what the method changes in
-    answer [nats] and right (share), both in one forward.
-    """
-    values = {
-        (measure, who): _values(rows[rows.measure == measure], name, block_size, asked).tolist()
-        for measure in dict.fromkeys((by, "answer", "right"))
-        for who, name in (("dense", "dense"), ("method", method))
-    }
-    frame = pd.DataFrame(values)
-    changes = {measure: frame[measure].method - frame[measure].dense for measure in ("answer", "right")}
-    found = frame[by].assign(samples=1, before=frame.answer.dense, **changes)
-    return found.groupby(["dense", "method"]).agg(dict.fromkeys(["before", *changes], "mean") | dict(samples="sum"))
 
 
 def points(rows: pd.DataFrame, measure: str = "answer", task: str | None = None) -> pd.DataFrame:
@@ -244,13 +215,13 @@ def quality() -> str:
             f"of text, every layer sparse. Dense loss [nats per token]: {kinds}. Cells hold the loss above dense, its "
             "95 % interval, and the computed density where it differs from the density asked for."
         )
-        parts.append(_by_density(part))
+        parts.append(table_by_density(part))
     cost = _cost_sentence()
     return "\n\n".join([*parts, cost] if cost else parts)
 
 
-def _by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
-    """Table of paired differences to dense attention: one column per block size and density asked for.
+def table_by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
+    """Markdown table of paired differences to dense attention: one column per block size and density asked for.
 
     Methods that set their own density come last, in a column of their own.
     """
@@ -307,118 +278,3 @@ def _cost_sentence() -> str:
         f"scores and selection take {number(parts)} ms there, and attention over a quarter of the blocks "
         f"{number(attention)} ms."
     )
-
-
-def evaluation() -> str:
-    """Answers of each machine and model against dense attention, by method."""
-    everything = rows()
-    found = everything[everything.measure.isin(("answer", "generated"))] if len(everything) else everything
-    if found.empty:
-        return no_rows("06_long_context_eval")
-    parts = []
-    for (device, model), part in found.groupby(["device", "model"], sort=True):
-        part = part[part.length.isin(part[part.method != "dense"].length)]
-        if part.empty:
-            continue
-        parts.append(
-            f"**{model}** on {device}, log-likelihood of the right answer minus dense [nats], teacher-forced in one "
-            "sparse forward, 95 % interval, and the computed density where it differs from the density asked for. The "
-            "short window is the control that must fail."
-        )
-        answers = part[(part.measure == "answer") & part.task.notna()]
-        for (length, task), of in answers.groupby(["length", "task"], sort=False):
-            dense = of.dense.mean()
-            count = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
-            title = f"{task}, {tokens_label(length)} tokens, {count} samples, dense {dense:.2f} nats:"
-            parts += [title, _by_density(of, "{:+.2f}")]
-        parts.append(last_block(answers))
-        beside = [ahead(answers, "adaptive", [other]) for other in RIVALS]
-        parts.append("\n".join(f"- {told}" for told in beside if told))
-        of_model = everything[(everything.device == device) & (everything.model == model)]
-        parts.append(transfer(of_model[of_model.measure.isin(("answer", "loss"))]))
-        parts.append(_differences(GENERATED, part[part.measure == "generated"], "{:+.0%}"))
-    return "\n\n".join(filter(None, parts))
-
-
-def last_block(answers: pd.DataFrame) -> str:
-    """Table of how a dense last query block alone changes the answers of other methods, at equal density."""
-    lines, suffix = [], ", last block dense"
-    for (length, task, size, asked), _ in answers.dropna(subset="asked").groupby(
-        ["length", "task", "block_size", "asked"]
-    ):
-        cell = answers[(answers.length == length) & (answers.task == task)]
-        for name in sorted(name for name in set(cell.method) if name.endswith(suffix)):
-            change = paired(cell, name, name.removesuffix(suffix), block_size=size, asked=asked)
-            if change.count:
-                lines.append([name.removesuffix(suffix), task, tokens_label(length), f"{asked:.0%}", change])
-    header = ["method", "task", "tokens", "density", "change"]
-    title = "What a dense last query block, at equal density, changes in the answers [nats]:"
-    return f"{title}\n\n{markdown_table(header, lines)}" if lines else ""
-
-
-def ahead(answers: pd.DataFrame, method: str, others: Sequence[str]) -> str:
-    """Sentence: in how many cells of each task a method is above and below others by intervals without zero."""
-    told = []
-    for task, of in answers[answers.asked.notna()].groupby("task", sort=False):
-        cells = of.groupby(["length", "block_size", "asked"])
-        found = [
-            paired(cell, method, other, block_size=size, asked=asked)
-            for (_, size, asked), cell in cells
-            for other in others
-        ]
-        if found := [each for each in found if each.count]:
-            counts = [sum(low > 0 for _, low, *_ in found), sum(each.high < 0 for each in found)]
-            means = [each.mean for each in found]
-            told.append(
-                f"{task}: above in {counts[0]} and below in {counts[1]} of {len(found)} cells, "
-                f"{min(means):+.2f} to {max(means):+.2f} nats"
-            )
-    names = f"{', '.join(others[:-1])} and {others[-1]}" if len(others) > 1 else others[0]
-    return f"`{method}` beside {names}, by intervals without zero: {'; '.join(told)}." if told else ""
-
-
-def transfer(rows: pd.DataFrame) -> str:
-    """Table of `adaptive` with the threshold of another length, of `methods.TRANSFERRED`: densities and differences.
-
-    One line per task, length, density asked for and way to read the prompt. Documents are all kinds together.
-    """
-    found = whole(rows[rows.method.isin(TRANSFERRED) & (rows.task != "all")]).dropna(subset="difference")
-    lines = []
-    for (measure, length, asked, method), of in found.groupby(["measure", "length", "asked", "method"]):
-        for task, cell in [("documents", of)] if measure == "loss" else of.groupby("task"):
-            kinds = rows[(rows.measure == measure) & (rows.length == length) & rows.task.isin(cell.task)]
-            difference = paired(whole(kinds), method, block_size=cell.block_size.iloc[0], asked=asked)
-            chunk = TRANSFERRED[method]
-            read = "whole" if chunk is None else f"chunks of {tokens_label(chunk)}"
-            lines.append([task, tokens_label(length), f"{asked:.0%}", read, f"{cell.density.mean():.1%}", difference])
-    title = (
-        f"`adaptive` with one threshold: the one that gives a density on calibration documents of "
-        f"{tokens_label(TRANSFER_LENGTH)}, used unchanged. Answers [nats] and losses [nats per token], minus dense:"
-    )
-    header = ["task", "tokens", "asked", "prompt", "computed", "difference"]
-    return f"{title}\n\n{markdown_table(header, lines)}" if lines else ""
-
-
-def _differences(title: str, rows: pd.DataFrame, form: str) -> str:
-    """One line per method, best first, one column per task and length, with computed density, choice and samples."""
-    rows = rows[(rows.method == "dense") | rows.difference.notna()]
-    if rows.empty:
-        return ""
-    rows = rows.assign(column=rows.task + ", " + rows.length.map(tokens_label))
-    columns = rows.sort_values("length", kind="stable").column.unique()
-    order = rows.groupby("method").difference.mean().drop("dense", errors="ignore").sort_values(ascending=False).index
-    value, difference = form.replace("+", ""), f"{form} [{form}, {form}]"
-    lines = []
-    for method in ("dense", *order):
-        of, dense = rows[rows.method == method], method == "dense"
-        texts = {
-            row.column: value.format(row.value) if dense else difference.format(row.difference, row.low, row.high)
-            for row in of.itertuples()
-        }
-        counts = " to ".join(dict.fromkeys(f"{count:.0f}" for count in of["count"].agg(["min", "max"])))
-        chosen = "none" if method in BLIND and method != "random" else MISSING
-        chosen = chosen if of.chosen.isna().all() else f"{of.chosen.mean():.0%}"
-        found = (texts.get(column, MISSING) for column in columns)
-        lines.append(["dense itself" if dense else method, f"{of.density.mean():.1%}", chosen, counts, *found])
-    header = ["method", "density", "chosen by scores", "samples", *columns]
-    return f"{title}\n\n{markdown_table(header, lines)}"

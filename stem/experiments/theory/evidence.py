@@ -13,6 +13,7 @@ from stem import hf, metrics, patterns
 from stem.budget import block_budget
 from stem.config import StemConfig
 from stem.experiments.losses import check_output_embedding, token_losses
+from stem.scores import block_scores
 
 
 def recall_by_density(
@@ -84,6 +85,35 @@ class Claims:
 
     def __call__(self, claim: str, paper: str, ours: str, verdict: str, on: str | None = None) -> None:
         self.rows.append(dict(claim=claim, paper=paper, ours=ours, verdict=verdict, on=on or self.on))
+
+
+def value_effect(layers: Mapping[int, tuple[Tensor, Tensor, Tensor]], config: StemConfig) -> pd.DataFrame:
+    """Size of the value term of Eq. 7 beside the routing term, and its effect on the selection, in each layer.
+
+    Args:
+        layers: Layer -> q, k, v, see `flow.captures`.
+    Returns:
+        Columns layer, spread (standard deviation of the value term over a row's blocks, over that of the routing term,
+        each the mean of all rows and heads), changed (share of the kept block pairs that the value term replaces).
+    """
+    rows = []
+    for layer, qkv in layers.items():
+        q, k, v = (x.float() for x in qkv)
+        configs = config, config.replace(value_weight=0.0)
+        both, routing = (block_scores(q, k, v, each) for each in configs)
+        spread = _spread_in_rows(both - routing) / _spread_in_rows(routing)
+        with_value, without = (patterns.select("stem", q, k, v, each).to_mask() for each in configs)
+        changed = float((with_value & ~without).sum() / with_value.sum())
+        rows.append(dict(layer=layer, spread=spread, changed=changed))
+    return pd.DataFrame(rows)
+
+
+def _spread_in_rows(scores: Tensor) -> float:
+    """Standard deviation over the blocks of a row, mean over all rows; blocks without a finite score do not count."""
+    seen = scores.isfinite()
+    count, scores = seen.sum(-1, keepdim=True), scores.where(seen, 0.0)
+    centred = (scores - scores.sum(-1, keepdim=True) / count).where(seen, 0.0)
+    return float((centred.square().sum(-1) / count[..., 0]).sqrt().mean())
 
 
 def value_verdict(change: float, free_blocks: int) -> str:

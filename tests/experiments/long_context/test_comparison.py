@@ -2,6 +2,7 @@
 
 import argparse
 import traceback
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,18 @@ def test_a_small_study_runs_and_stops_at_its_limit(ruler_rows, tokenizer, model,
     )
     assert comparison.run(study, model, tokenizer, "tiny", show=told.append, limit_s=-1) == []
     assert told[-1] == "18 of 18 measurements left out after -1 s"
+
+
+def test_dense_attention_and_presets_are_measured_once_for_all_block_sizes(
+    ruler_rows, tokenizer, model, windows, monkeypatch
+):
+    monkeypatch.setattr(methods, "DENSE_LAYERS", 1)
+    changes = dict(tasks=("niah_multikey_2",), names=("random",), block_sizes=(16, 32), presets=True)
+    found = comparison.run(Study(**{**vars(STUDY), **changes}), model, tokenizer, "tiny", show=lambda _: None)
+    rows = [tuple(row.get(name) for name in comparison.SAME) for row in found]
+    assert len(rows) == len(set(rows))
+    count = Counter(row["method"] for row in found)
+    assert count["dense"] == count["stem, paper"] == 2 and count["window"] == count["random"] == 4  # answer, right
 
 
 def test_methods_that_have_nothing_to_choose_have_no_row(ruler_rows, tokenizer, model, windows):

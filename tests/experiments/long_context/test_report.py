@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from stem.experiments import figures, records
-from stem.experiments.long_context import methods, report
+from stem.experiments.long_context import methods, needle_report, report
 from stem.experiments.long_context.figures import against
 from stem.experiments.markdown import tokens_label
 
@@ -58,7 +58,7 @@ def test_rows_in_which_scores_chose_too_little_are_blank_everywhere(rows):
     assert "uniform_topk" not in report.differences(rows, "answer", 0.25, 64).index
     assert "uniform_topk" not in set(report.points(rows).method)
     assert report.paired(rows, "uniform_topk", block_size=64, asked=0.25).count == 0
-    assert "uniform_topk" not in report.evaluation()
+    assert "uniform_topk" not in needle_report.evaluation()
 
 
 def test_pairs_are_the_samples_of_both_methods_in_all_tasks(rows):
@@ -83,11 +83,11 @@ def test_flips_group_samples_by_what_both_generate():
         row("dense", 0, "right", values="1 1 1 0"),
         row("stem", 0, "right", values="0 1 0 0"),
     ]
-    found = report.flips(pd.DataFrame(made), "stem", 64, 0.25)
+    found = needle_report.flips(pd.DataFrame(made), "stem", 64, 0.25)
     assert found.columns.tolist() == ["before", "answer", "right", "samples"] and len(found) == 3
     assert found.loc[1, 0].tolist() == [-2.5, -1.0, -0.5, 2] and found.loc[1, 1].tolist() == [-2.0, -0.5, 0.0, 1]
     assert found.loc[0, 1].tolist() == [-3.0, 0.0, -1.0, 1]
-    found = report.flips(pd.DataFrame(made), "stem", 64, 0.25, by="right")
+    found = needle_report.flips(pd.DataFrame(made), "stem", 64, 0.25, by="right")
     assert found.loc[1, 0].tolist() == [-2.0, -1.0, -1.0, 2] and found.samples.tolist() == [1, 2, 1]
 
 
@@ -116,7 +116,7 @@ def test_differences_are_best_first_and_hold_what_was_asked(rows):
 
 
 def test_generated_answers_stand_beside_those_in_one_forward(rows):
-    table = report.generated(rows, 64)
+    table = needle_report.generated(rows, 64)
     assert ("a, 4K", "window") in table.index and ("a, 4K", "dense") in table.index
     assert table.loc[("a, 4K", "stem")].to_dict() == dict(generated=-3.0, right=pytest.approx(-3.3))
 
@@ -148,7 +148,7 @@ def test_a_panel_for_each_method(rows):
 
 
 def test_tables_hold_intervals_and_what_scores_chose(rows):
-    text = report.evaluation()
+    text = needle_report.evaluation()
     assert "**SmolLM2-135M** on Made-up GPU, log-likelihood of the right answer minus dense" in text
     assert (
         "a, 4K tokens, 3 samples, dense -3.00 nats:\n\n| method | blocks of 64, 25% | blocks of 64, 50% | own density |"
@@ -165,7 +165,7 @@ def test_tables_hold_intervals_and_what_scores_chose(rows):
 
 def test_without_rows_the_tables_say_what_writes_them(made_up_machine):
     assert "`make quality PROFILE=full`" in report.quality()
-    assert "PROFILE=full ONLY=06" in report.evaluation()
+    assert "PROFILE=full ONLY=06" in needle_report.evaluation()
 
 
 def test_the_rule_for_a_verdict():
@@ -194,13 +194,13 @@ def test_a_threshold_of_another_length_is_told_by_task_and_documents_together():
             loss | dict(task="source", method="stem", density=0.4, difference=0.4, values="7.0"),
         ]
     ).assign(stop=8192)
-    lines = [line.strip("| ").split(" | ") for line in report.transfer(frame).splitlines()[4:]]
+    lines = [line.strip("| ").split(" | ") for line in needle_report.transfer(frame).splitlines()[4:]]
     assert lines == [
         ["a", "8K", "25%", "whole", "20.0%", "-2.000 [-3.000, -1.000], n = 2"],
         ["b", "8K", "25%", "whole", "30.0%", "-1.000 [-1.000, -1.000], n = 2"],
         ["documents", "8K", "25%", "chunks of 4K", "30.0%", "+0.300 [+0.200, +0.400], n = 2"],
     ]
-    assert report.transfer(frame[frame.method == "stem"]) == ""
+    assert needle_report.transfer(frame[frame.method == "stem"]) == ""
 
 
 def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
@@ -213,8 +213,17 @@ def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
         )
     )  # fmt: skip
     told = "| stem | a | 4K | 10% | +7.000 [+6.000, +8.000], n = 2 |"
-    assert report.last_block(frame).splitlines()[4:] == [told]
-    assert report.last_block(frame[frame.method == "stem"]) == ""
+    assert needle_report.last_block(frame).splitlines()[4:] == [told]
+    assert needle_report.last_block(frame[frame.method == "stem"]) == ""
+
+
+def test_cells_above_dense_attention_are_named_with_their_number(rows):
+    answers = rows[(rows.measure == "answer") & (rows.length == 4096)]
+    assert needle_report.above_dense(answers) == "Above dense attention by an interval without zero in 0 of 8 cells."
+    above = answers.assign(low=answers.low.where(answers.method != "xattention", 0.5))
+    told = needle_report.above_dense(above[above.asked == 0.5])
+    assert told.startswith("Above dense attention by an interval without zero in 1 of 2 cells: xattention on a at 4K")
+    assert needle_report.above_dense(answers[answers.method == "dense"]) == ""
 
 
 def test_a_method_is_ahead_only_where_an_interval_excludes_zero():
@@ -227,8 +236,8 @@ def test_a_method_is_ahead_only_where_an_interval_excludes_zero():
     told = "`adaptive` beside stem and xattention, by intervals without zero: "
     told += "a: above in 1 and below in 1 of 2 cells, -3.00 to +5.00 nats; "
     told += "b: above in 0 and below in 0 of 1 cells, +0.00 to +0.00 nats."
-    assert report.ahead(frame, "adaptive", ("stem", "xattention")) == told
-    assert report.ahead(frame, "adaptive", ["subblock"]) == ""
+    assert needle_report.ahead(frame, "adaptive", ("stem", "xattention")) == told
+    assert needle_report.ahead(frame, "adaptive", ["subblock"]) == ""
 
 
 def test_methods_with_all_columns_come_first_and_each_group_is_sorted():

@@ -64,6 +64,22 @@ def test_effect_needs_two_standard_errors():
     assert evidence.effect(rows, "noisy", "old").startswith("makes no clear difference")
 
 
+def test_the_value_term_matters_where_norms_differ():
+    """Equal norms leave every choice as it is; one block of large norms is kept by every row that may choose it."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 128, 16), torch.randn(1, 1, 128, 16)
+    equal = torch.nn.functional.normalize(torch.randn(1, 1, 128, 16), dim=-1) * 3
+    large = equal.clone()
+    large[:, :, 32:48] *= 1e4
+    config = CONFIG.replace(density=0.5, value_weight=1.0)
+    rows = evidence.value_effect({3: (q, k, equal), 4: (q, k, large)}, config)
+    assert rows.layer.tolist() == [3, 4] and rows.changed[0] == 0 < rows.changed[1]
+    routing, both = (stem.block_scores(q, k, large, config.replace(value_weight=weight))[0] for weight in (0.0, 1.0))
+    stds = [[of[i, : i + 1].std(correction=0) for of in head for i in range(8)] for head in (both - routing, routing)]
+    assert rows.spread[1] == pytest.approx(float(torch.stack(stds[0]).mean() / torch.stack(stds[1]).mean()))
+    assert rows.spread[0] == pytest.approx(0, abs=1e-5)
+
+
 def test_the_value_term_is_not_judged_where_one_block_is_free():
     assert evidence.value_verdict(-0.2, 1) == "not testable at this length: scores choose 1 block of a late row"
     assert [evidence.value_verdict(change, 4) for change in (-0.05, -0.02, 0.1)] == [
