@@ -72,7 +72,7 @@ def test_pooling_and_selecting_at_once_is_one_after_the_other(lengths, features,
     monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", 1024)  # some rows at a time
     q, k = torch.randn(2, 2, q_len, 16, device=DEVICE), torch.randn(2, 1, kv_len, 16, device=DEVICE)
     cells = Cells(16, query_cells=4, key_cells=2, stride=stride, peak=peak, rms=rms, q_len=q_len, kv_len=kv_len)
-    bonus = torch.rand(2, 1, cells.num_kv_blocks, device=DEVICE) if weighted else None
+    bonus = 4 * torch.rand(2, 1, cells.num_kv_blocks, device=DEVICE) if weighted else None
     rules = 0.08, 1, 2, 3, dense_last
     expected = select_above(cell_scores(q, k, bonus, cells, 0.5, exact_last), *rules)
     found = pool_select(q, k, bonus, cells, 0.5, *rules, exact_last)
