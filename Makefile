@@ -8,6 +8,7 @@ LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(f
 CHOSEN = $(if $(METHODS),--methods $(METHODS)) $(if $(MODEL),--model $(MODEL)) $(if $(LENGTHS),--lengths $(LENGTHS))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile  # a process for each core; each takes whole files of tests
+NOTEBOOKS = $(sort $(wildcard notebooks/09_*.ipynb)) $(filter-out notebooks/09_%,$(sort $(wildcard notebooks/*.ipynb)))  # longest first
 
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce test unit-test notebook-test serve-test lint theory correctness speed hopper training long_context evaluation quality extend serving tables notebooks lab lab-test clean
@@ -30,10 +31,10 @@ reproduce: $(INSTALLED) ## run notebooks 01-09 into results/notebooks/  [PROFILE
 test: unit-test notebook-test ## both targets below, in turn, or with `make -j2 test` side by side
 
 unit-test: $(INSTALLED) ## unit, kernel and repository tests
-	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) tests
+	$(BIN)/python -m pytest -q -p no:nbval $(SIDE_BY_SIDE) tests
 
-notebook-test: $(INSTALLED) ## the committed notebooks through nbval
-	$(BIN)/python -m pytest -q $(NBVAL) notebooks
+notebook-test: $(INSTALLED) ## the committed notebooks through nbval, one for each core at a time
+	$(BIN)/python -m pytest -q $(NBVAL) $(SIDE_BY_SIDE) --no-loadscope-reorder $(NOTEBOOKS)
 
 serve-test: $(INSTALLED) ## install vLLM's CPU build beside the pinned packages and test serving with it
 	$(BIN)/python scripts/install_vllm.py

@@ -131,7 +131,7 @@ def test_a_call_that_keeps_every_block_scores_nothing(tokens, hopper, monkeypatc
 def draw(q_len=120, kv_len=120, impl=None):
     """q, k, v on the CPU; on the GPU for impl="triton" where there is one, since its kernels are compiled there."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-    sizes = (4, q_len), (2, kv_len), (2, kv_len)
+    sizes = (2, q_len), (1, kv_len), (1, kv_len)
     return [torch.randn(2, heads, tokens, 16, device=device) for heads, tokens in sizes]
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stem import pretrained
 from stem.experiments import documents
@@ -19,12 +20,22 @@ def texts():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
+    """The embedded model's tokenizer with its first tokens alone, because each model below reads its file again."""
+    whole = AutoTokenizer.from_pretrained(pretrained.resolve("smollm2"))
+    rules = json.loads(whole.backend_tokenizer.to_str())
+    vocabulary = {token: index for token, index in rules["model"]["vocab"].items() if index < 4000}
+    merges = [pair for pair in rules["model"]["merges"] if {*pair, "".join(pair)} <= vocabulary.keys()]
+    rules["model"] |= dict(vocab=vocabulary, merges=merges)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
+        chat_template=whole.chat_template,
+        **whole.special_tokens_map,
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, tokenizer):
-    """A folder with a random two-layer Llama and the embedded model's tokenizer."""
+    """A folder with a random two-layer Llama and the small tokenizer."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

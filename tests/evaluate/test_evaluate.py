@@ -123,16 +123,27 @@ def test_looking_for_a_batch_size_does_not_count(tiny, texts):
     assert hf.density(one.model).density() == density
 
 
+WITHOUT_OTHER_TASKS = """
+import functools, runpy
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+runpy.run_module("stem.evaluate", run_name="__main__")
+"""  # lm-eval reads its 14,000 files of tasks for half a minute
+
+
 @pytest.mark.slow
 def test_processes_of_accelerate_share_the_requests(tiny, tiny_tasks, tmp_path):
     folder, names = tiny_tasks
+    (tmp_path / "evaluate_folder.py").write_text(WITHOUT_OTHER_TASKS)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": path}
     model = f"--model stem --device cpu --model_args pretrained={tiny},k_start=2,block_size=16,max_length=120"
-    command = f"-m stem.evaluate {model} --include_path {folder} --tasks {','.join(names)} --log_samples --output_path"
+    tasks = f"--include_path {folder} --tasks {','.join(names)}"
+    command = f"-m evaluate_folder {model} {tasks} --log_samples --output_path"
     launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
     answers, densities = [], []
     for processes, prefix in (1, ""), (2, f"{launch} --dynamo_backend no --main_process_port 0 "):
         out = tmp_path / str(processes)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
         subprocess.run([sys.executable, *f"{prefix}{command} {out}".split()], check=True, env=environment)
         samples = [json.loads(line) for path in out.rglob("samples_*.jsonl") for line in path.read_text().splitlines()]
         answers.append(sorted(json.dumps([sample["prompt_hash"], sample["resps"]]) for sample in samples))

@@ -143,7 +143,8 @@ def test_gradients_in_float64_of_second_order_and_of_torch_func(impl):
     def attend(*qkv):
         return block_sparse_attention(*qkv, selection, impl=impl, dropped="mean")
 
-    assert torch.autograd.gradcheck(attend, (q, k, v)) and torch.autograd.gradgradcheck(attend, (q, k, v))
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+    assert torch.autograd.gradgradcheck(attend, (q, k, v), fast_mode=True)
     found = grad(lambda k: attend(q.detach(), k, v.detach()).sin().sum())(k.detach())
     torch.testing.assert_close(found, torch.autograd.grad(attend(q, k, v).sin().sum(), k)[0])
 

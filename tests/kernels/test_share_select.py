@@ -58,16 +58,21 @@ def test_both_implementations_of_select_blocks_agree(dense):
     assert 0 < int((~torch_mask).sum())
 
 
-@pytest.mark.parametrize("q_len, kv_len", [(120, 120), (43, 123)])
-@pytest.mark.parametrize("stride, peak, rms", [(1, 0.3, True), (2, 0.0, False)])
-@pytest.mark.parametrize("weighted, dense_last, exact_last", [(False, 1, 0), (True, 0, 2), (True, 1, 99)])
-def test_pooling_and_selecting_at_once_is_one_after_the_other(
-    q_len, kv_len, stride, peak, rms, weighted, dense_last, exact_last, monkeypatch
-):
+WHOLE, CHUNK, LONG = (120, 120), (43, 123), (48, 528)  # the last row of LONG is the first with all 64 lanes
+PEAKS, MEANS = (1, 0.3, True), (2, 0.0, False)  # stride, peak, rms
+CELLS_ALONE, EXACT_END, EXACT = (False, 1, 0), (True, 0, 2), (True, 1, 99)  # weighted, dense_last, exact_last
+PAIRS = [(WHOLE, PEAKS, CELLS_ALONE), (CHUNK, MEANS, CELLS_ALONE), (WHOLE, MEANS, EXACT_END)]
+PAIRS += [(CHUNK, PEAKS, EXACT_END), (WHOLE, PEAKS, EXACT), (CHUNK, MEANS, EXACT)]  # each beside each
+PAIRS += [(LONG, MEANS, CELLS_ALONE)]
+
+
+@pytest.mark.parametrize("lengths, features, ends", PAIRS)
+def test_pooling_and_selecting_at_once_is_one_after_the_other(lengths, features, ends, monkeypatch):
+    (q_len, kv_len), (stride, peak, rms), (weighted, dense_last, exact_last) = lengths, features, ends
     monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", 1024)  # some rows at a time
     q, k = torch.randn(2, 2, q_len, 16, device=DEVICE), torch.randn(2, 1, kv_len, 16, device=DEVICE)
     cells = Cells(16, query_cells=4, key_cells=2, stride=stride, peak=peak, rms=rms, q_len=q_len, kv_len=kv_len)
-    bonus = torch.rand(2, 1, cells.num_kv_blocks, device=DEVICE) if weighted else None
+    bonus = 4 * torch.rand(2, 1, cells.num_kv_blocks, device=DEVICE) if weighted else None
     rules = 0.08, 1, 2, 3, dense_last
     expected = select_above(cell_scores(q, k, bonus, cells, 0.5, exact_last), *rules)
     found = pool_select(q, k, bonus, cells, 0.5, *rules, exact_last)

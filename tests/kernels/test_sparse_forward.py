@@ -119,6 +119,11 @@ def test_inputs_without_a_unit_stride(check):
     check(q, k, v, random_mask(1, 2, 70, 70, 32), 32)
 
 
+def test_keys_and_values_of_different_strides(check):
+    q, k, v = random_inputs(2, 2, 70, 70, 32, batch=2)
+    check(q, k, v.contiguous(), random_mask(2, 2, 70, 70, 32), 32)
+
+
 def test_expanded_heads(check):
     q, k, v = random_inputs(1, 1, 70, 70, 32)
     check(q.expand(1, 4, -1, -1), k.expand(1, 2, -1, -1), v.expand(1, 2, -1, -1), random_mask(1, 4, 70, 70, 32), 32)
