@@ -12,8 +12,8 @@ A whole model shares its prompts by `stem.hf.enable(model, config, mesh=mesh)`.
 
 Ranks exchange summaries of key blocks, the names of the blocks that each one needs, and the keys and values of these
 (of all blocks, where most are named, or where dropped blocks stand in by means). Where budgets tell before the choice
-that nearly all blocks will be named, all keys and values travel while the blocks are chosen. On the GPUs of one host,
-copy engines carry these and the summaries, and calls that come again replay their launches in between. With
+that nearly all blocks will be named, all keys and values travel while the blocks are chosen: by copy engines on the
+GPUs of one host, for prompts of medium length. Calls that come again replay their launches between the exchanges. With
 `exact_last_blocks`, which "adaptive" has, the ranks of the last blocks get all keys. Every rank scores its own query
 blocks; impl="torch" takes the time of scoring those of the whole prompt.
 

@@ -22,7 +22,6 @@ from stem.cells import (
 from stem.choose import CHUNK_SCORES
 from stem.config import StemConfig
 from stem.distributed.exchange import Peers
-from stem.distributed.landing import Landings
 from stem.distributed.repeated import repeated
 from stem.distributed.shards import Fetch, Shard
 from stem.planning import Plan
@@ -30,7 +29,6 @@ from stem.scores import group_value_norms, norms_term, pair_sums, routing_scale
 from stem.selection import select_blocks
 from stem.transforms import lasting_tensors
 
-SUMMARIES = "the exchange of block summaries"
 ALIGNMENT = 16  # bytes, of each of the summaries that travel together
 
 
@@ -130,13 +128,13 @@ def _summaries(
         for place, x in zip(memory.tensors, summaries, strict=True):
             place[:, :, :num_blocks] = x[:, :, :num_blocks]
         packed, places = memory.bytes, memory.places
-    finish = Landings.of(peers, SUMMARIES).gather([packed]) or peers.gather_together([packed], SUMMARIES)
+    finish = peers.gather(packed, "the exchange of block summaries")
     if triton and not softmax:  # while the summaries travel
         (q_rows,) = repeated(query_sums, q, k, v, of=("query sums", plan, shard))
     q_rows = q_rows if len(shard.q_blocks) else q_rows[:, :, :0]  # a rank without tokens has scored a dummy
 
     def result() -> tuple[Tensor, Tensor, Tensor | None]:
-        found, slots = _of_ranks(*finish(), places), shard.on(k.device)[1]
+        found, slots = _of_ranks(finish(), places), shard.on(k.device)[1]
         if triton:
             from stem.kernels.gathered import rows_in_order
 
@@ -177,7 +175,7 @@ def _of_ranks(gathered: Tensor, places: list[tuple]) -> list[Tensor]:
     found = []
     for dtype, shape, strides, first in places:
         x = gathered.view(dtype)
-        found.append(x.as_strided((len(x), *shape), (x.shape[1], *strides), x.storage_offset() + first))
+        found.append(x.as_strided((len(x), *shape), (x.shape[1], *strides), first))
     return found
 
 

@@ -36,14 +36,12 @@ class Peers:
     Attributes:
         rank, world_size: Of this process in the mesh dimension.
         received: Bytes that came from other ranks so far.
-        releases: Called when a rank is missing, to let streams go on that wait for it.
     """
 
     def __init__(self, mesh: DeviceMesh, timeout: float) -> None:
         self.rank, self.world_size, self.timeout = mesh.get_local_rank(), mesh.size(), timeout
         self.device_type = mesh.device_type
         self.ranks = dist.get_process_group_ranks(mesh.get_group())
-        self.releases: list[Callable[[], None]] = []
         self.received, self.name = 0, f"stem-{mesh.get_group().group_name}"
         with self._named("the first call"):
             limit, backend, options = timedelta(seconds=timeout), dist.get_backend(mesh.get_group()), None
@@ -163,16 +161,12 @@ class Peers:
             with self._named(what):
                 for work in works:
                     work.wait(*(() if self.arrived else (timedelta(seconds=self.timeout),)))
-                self.has_arrived(what)
+                if self.arrived:
+                    self.arrived.record()
+                    self.last = what
             return out
 
         return finish
-
-    def has_arrived(self, what: str) -> None:
-        """Note that the stream waits for a collective here."""
-        if self.arrived:
-            self.arrived.record()
-            self.last = what
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -181,8 +175,6 @@ class Peers:
             yield
         except RuntimeError as error:
             missing = self._missing()
-            for release in self.releases:
-                release()
             who = f"rank {', '.join(map(str, missing))}" if missing else "a rank"
             raise PeerError(
                 f"{who} did not take part in {what}: it ended, raised an error, or was busy for {self.timeout:g} s "

@@ -123,13 +123,11 @@ def gather_all(k: Tensor, v: Tensor, shard: Shard, peers: Peers) -> Callable[[],
     """Prepare to gather all keys and values; the result starts, and its result waits and gives both.
 
     They are [world_size, B, Hkv, rows, D]: every rank has `shard.slots[1]` blocks of rows, with zeros behind its own.
-    Copy engines carry them where they can, see `Landings`. These start at once, and the results are there for what is
-    launched before the next call.
+    Copy engines carry them where they can, see `Landings`, and the next call but one overwrites them.
     """
     missing = shard.slots[1] * shard.block_size - k.shape[2]
     tensors = [pad(x.detach(), (0, 0, 0, missing)) if missing else x.detach() for x in (k, v)]
-    finish = Landings.of(peers, FETCH).gather(tensors)
-    return (lambda: finish) if finish else partial(peers.gather_together, tensors, FETCH)
+    return Landings.of(peers).gather(tensors, FETCH) or partial(peers.gather_together, tensors, FETCH)
 
 
 def as_pages(gathered: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ ON_GPUS += [f"blocks_of_128_{name}" for name in ("default", "paper", "angelslim"
 ON_GPUS += ["chunks", "gradients", "any_layout", "a_mesh_of_two_dimensions", "kept_blocks_are_balanced", "dtensors"]
 ON_GPUS += ["only_named_blocks_travel", "layout_is_found_from_lengths", "models", "tensor_parallel"]
 ON_GPUS += ["repeated_calls_replay_their_launches", "copy_engines_write_what_nccl_gathers"]
-ON_GPUS += ["a_missing_rank_is_named_where_copy_engines_carry_keys"]
 
 
 def run(folder, world, device, names=()):
