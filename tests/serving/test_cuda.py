@@ -58,11 +58,8 @@ def engine(folder, dtype, settings=None, chunk=2**14, **options):
     return LLM(folder, additional_config={"stem": settings} if settings else {}, **common | options)
 
 
-def differences(mode: str) -> dict[str, float]:
-    """Differences of log-probabilities between vLLM and transformers, in the mean, and of rows; in its own process.
-
-    mode: That of vLLM's compilation, "0" for none or "3", its default.
-    """
+def differences() -> dict[str, float]:
+    """Differences of log-probabilities between vLLM and transformers, in the mean, and of rows; in its own process."""
     import serving_engine as tools
     from transformers import AutoModelForCausalLM
 
@@ -73,8 +70,7 @@ def differences(mode: str) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to("cuda")
     methods = [stem.StemConfig(**SETTINGS)] * 2
     sparse, dense = tools.expected(model, prompts, 1, methods), tools.expected(model, prompts, 1)
-    graphs = dict(mode=int(mode), cudagraph_capture_sizes=[1, 2, 4, 8])
-    graphs |= dict(cudagraph_mode="FULL_DECODE_ONLY") if mode == "0" else {}
+    graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
     graphs = dict(enforce_eager=False, compilation_config=graphs)
 
     def mean(found, wanted):  # of the first token: later ones follow from it
@@ -174,9 +170,9 @@ def results(*processes, seconds=600):
     return [json.loads(next(x for x in part if x.startswith(('{"', "[[")))) for part in lines]
 
 
-@pytest.mark.parametrize("runner, mode", [("V1", "0"), ("V2", "3")])
-def test_answers_are_those_of_stem_hf(runner, mode):
-    (found,) = results(started("differences", mode, VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "V2"))))
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_answers_are_those_of_stem_hf(runner):
+    (found,) = results(started("differences", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "V2"))))
     assert found.pop("prompts in layers") == 6 * 2 * len(LENGTHS)  # cases, layers, prompts
     assert found.pop("copied") == 0
     assert found.pop("rows without ties") < 5e-3 and found.pop("ties") < 0.05

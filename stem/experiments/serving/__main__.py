@@ -14,14 +14,14 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not engines.is_installed():
         parser.exit(message="serving is left out: vLLM is not installed (`make serve-test` installs its CPU build)\n")
+    name = "serving/accuracy" if options.accuracy else "serving"
     if options.accuracy:
-        parts = {"serving/accuracy": ([row] for row in accuracy.accuracy_rows(options.accuracy))}
+        cases = ([row] for row in accuracy.accuracy_rows(options.accuracy))
     elif torch.cuda.is_available():
-        parts = {"serving": first_token.large_model_rows(), "serving/compiled": first_token.compiled_rows()}
+        cases = first_token.large_model_rows()
     else:
-        parts = {"serving": [first_token.small_model_rows(1500 if options.profile == "smoke" else 3000)]}
-    for name, cases in parts.items():
-        rows = []
-        for case in cases:  # what is measured stays if the run is stopped
-            rows += case
-            print("wrote", records.write_rows(name, rows, options.profile), flush=True)
+        cases = [first_token.small_model_rows(1500 if options.profile == "smoke" else 3000)]
+    rows = []
+    for case in cases:  # what is measured stays if the run is stopped
+        rows += case
+        print("wrote", records.write_rows(name, rows, options.profile), flush=True)

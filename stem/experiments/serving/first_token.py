@@ -26,7 +26,6 @@ GROUPS = tuple(dict(way, lists="group") for way in WAYS[1:])  # lists that serve
 FP8 = tuple(dict(way, compute="fp8") for way in WAYS[1:])
 TOGETHER, TOGETHER_TOKENS = 8, 32768  # prompts at once, and tokens of each
 DECODE_TOKENS, DECODED = 4096, 128  # a prompt, and tokens of its answer after the first
-CAPTURED = [1, 2, 4, 8]  # tokens of a step that CUDA graphs hold
 SHOWN = 8  # tokens of an answer in a row
 SMALL_BLOCKS = dict(block_size=32, sink_blocks=1, local_blocks=2)  # short prompts have many of them
 
@@ -54,19 +53,6 @@ def large_model_rows() -> Iterator[list[dict]]:
         yield from compared(start, WAYS + FP8, CHUNK, chunked, enforce_eager=True)
 
 
-def compiled_rows() -> Iterator[list[dict]]:
-    """Rows of large_model_rows for the longest whole prompt, from engines as `vllm serve` starts them.
-
-    They use torch.compile, which takes some ten seconds for each.
-    """
-    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
-
-    _ROPE_DICT.clear()  # else rotary embeddings stay those of earlier engines, which torch.compile cannot fuse
-    with large_model() as start:
-        whole = [([_ids(max(LENGTHS), VOCABULARY)], 0)]
-        yield from compared(start, WAYS, None, whole, compilation_config=dict(cudagraph_capture_sizes=CAPTURED))
-
-
 @contextmanager
 def large_model() -> Iterator:
     """Function engine(settings, longest, chunk) for the model of large_model_rows."""
@@ -75,7 +61,7 @@ def large_model() -> Iterator:
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     config = LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=2**18)
     config.architectures = ["LlamaForCausalLM"]
-    graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=CAPTURED)
+    graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 4, 8])
     shared = dict(load_format="dummy", dtype="bfloat16", kv_cache_memory_bytes=9 << 30, gpu_memory_utilization=0.2)
     shared |= dict(enforce_eager=False, compilation_config=graphs)
     with tempfile.TemporaryDirectory() as folder:

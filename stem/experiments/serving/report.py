@@ -19,10 +19,7 @@ def serving() -> str:
     rows = full_rows("serving")
     if rows.empty:
         return not_run("make serving PROFILE=full", "a GPU with vLLM")
-    compiled = full_rows("serving/compiled")
-    return "\n\n".join(
-        f"**{device}**\n\n{_table(part, compiled[compiled.device == device])}" for device, part in by_device(rows)
-    )
+    return "\n\n".join(f"**{device}**\n\n{_table(part)}" for device, part in by_device(rows))
 
 
 def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
@@ -42,8 +39,8 @@ def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
     return "measured here", rows[(rows.profile == "smoke") & (rows.machine == records.machine_name())]
 
 
-def _table(rows: pd.DataFrame, compiled: pd.DataFrame) -> str:
-    """Lines of first tokens, also of compiled models, then of further ones, and the clock if it is known."""
+def _table(rows: pd.DataFrame) -> str:
+    """Lines of first tokens, then of further ones, the errors of FP8, and the clock if it is known."""
     rows = rows.assign(compute=rows.compute.fillna("input") if "compute" in rows else "input")
     sparse = rows[rows.attention == "Stem"].sort_values(["compute", "lists", "density"], ascending=False)
     ways = list(dict.fromkeys(zip(sparse.compute, sparse.lists, sparse.density, strict=True)))
@@ -55,8 +52,6 @@ def _table(rows: pd.DataFrame, compiled: pd.DataFrame) -> str:
         name = tokens_label(tokens) if requests == 1 else f"{requests} of {tokens_label(tokens)} at once"
         name += f", chunks of {tokens_label(chunk)}" if chunk else ""
         lines.append([name, *_cells(group, "first_token_ms", ways)])
-    for tokens, group in compiled.groupby("tokens"):
-        lines.append([f"{tokens_label(tokens)}, torch.compile", *_cells(group, "first_token_ms", ways)])
     for tokens, group in rows[rows.token_ms.notna()].groupby("tokens"):
         lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", ways)])
     accuracy = _accuracy() if "fp8" in set(rows.compute) else ""
@@ -64,8 +59,24 @@ def _table(rows: pd.DataFrame, compiled: pd.DataFrame) -> str:
 
 
 def _accuracy() -> str:
-    """Paragraph on what FP8 changes in answers; empty without rows of serving/accuracy."""
-    rows = full_rows("serving/accuracy")
+    """Paragraph on the errors of FP8, in attention and in answers; empty without rows of either."""
+    told = " ".join(filter(None, (_error(full_rows("speed/variants")), _answers(full_rows("serving/accuracy")))))
+    return f"\n\n{told}" if told else ""
+
+
+def _error(rows: pd.DataFrame) -> str:
+    """Sentence on the error of attention in FP8, from rows of stem.experiments.speed.variants."""
+    if "variant" not in rows:
+        return ""
+    known = rows[(rows.what == "random normal") & (rows.tokens == rows.tokens.max())].set_index("variant").error
+    if not {"released", "released, FP8"} <= set(known.index):
+        return ""
+    fp8, bf16 = known["released, FP8"], known["released"]
+    return f"Attention in FP8 is {fp8:.2%} from exact attention to the same blocks (random normal), bf16 {bf16:.2%}."
+
+
+def _answers(rows: pd.DataFrame) -> str:
+    """Sentences on the change of log-probabilities by FP8, from rows of `accuracy`."""
     if rows.empty:
         return ""
     told = []
@@ -79,7 +90,7 @@ def _accuracy() -> str:
     where = f"{tokens_label(rows.tokens.iloc[0])} tokens of a text ({MODELS.get(rows.model[0], rows.model[0])})"
     dense = rows[rows.attention == "vLLM"].loss.iloc[0]
     told = f"FP8 changes the log-probabilities of {where}, from bf16 in the same engine [nats]: {'; '.join(told)}."
-    return f"\n\n{told} Dense attention has {dense:.4f}."
+    return f"{told} Dense attention has {dense:.4f}."
 
 
 def _clocks(rows: pd.DataFrame) -> str:

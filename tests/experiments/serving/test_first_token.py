@@ -79,7 +79,7 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     @contextmanager
     def start(folder, settings, longest, chunk, **options):
         way = settings and (settings["density"], settings.get("lists") or settings.get("compute", "head"))
-        events.append((way, longest, chunk, options["enforce_eager"], options["compilation_config"].get("mode")))
+        events.append((way, longest, chunk, options["enforce_eager"]))
         yield way
         events.append("end")
 
@@ -92,12 +92,9 @@ def test_engines_of_the_large_model_live_at_a_time(monkeypatch):
     found = [row for case in first_token.large_model_rows() for row in case]
     ways = [None, (0.25, "head"), (0.1, "head")]
     whole = ways + [(density, changed) for changed in ("group", "fp8") for density in (0.25, 0.1)]
-    assert events[:7] == [(way, 131072, None, False, 0) for way in whole]
+    assert events[:7] == [(way, 131072, None, False) for way in whole]
     assert events[7:14] == [(whole, [n], 0) for n in first_token.LENGTHS] + [(whole, [4096], 128)]
     chunked = ways + whole[-2:]
-    assert events[14:26] == ["end"] * 7 + [(way, 131072, 8192, True, 0) for way in chunked]
+    assert events[14:26] == ["end"] * 7 + [(way, 131072, 8192, True) for way in chunked]
     assert events[26:] == [(chunked, lengths, 0) for lengths in ([131072], [32768], [32768] * 8)] + ["end"] * 5
     assert [row["chunk"] for row in found] == [None] * 7 + [8192] * 3
-    events.clear()
-    assert [row["chunk"] for case in first_token.compiled_rows() for row in case] == [None]
-    assert events == [(way, 131072, None, False, None) for way in ways] + [(ways, [131072], 0)] + ["end"] * 3

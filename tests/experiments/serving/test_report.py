@@ -57,22 +57,31 @@ def test_fp8_has_columns_of_its_own(monkeypatch):
         ("Stem", 0.25, "fp8", 0, 0.515, 0.01234, 1.34, 0.04),
         ("Stem", 0.25, "fp8", 4096, 0.6, 0.9, 9.0, 0.9),
     ]
-    compiled = rows(("vLLM", 1.0, 0, 32768, 1, 280.0, None), ("Stem", 0.25, 0, 32768, 1, 140.0, None))
     tables = {
         "serving": measured,
-        "serving/compiled": compiled.assign(compute="input"),
+        "speed/variants": pd.DataFrame(
+            dict(
+                what=["random normal", "random normal", "random normal", "layer"],
+                tokens=[131072, 131072, 8192, 131072],
+                variant=["released", "released, FP8", "released, FP8", "released, FP8"],
+                error=[0.0022, 0.0514, 0.9, 0.9],
+            )
+        ),
         "serving/accuracy": pd.DataFrame(answers, columns=columns).assign(tokens=16384, model="tiny"),
     }
     monkeypatch.setattr(report, "full_rows", tables.get)
     lines = report.serving().splitlines()
     assert lines[2].endswith("| Stem, density 0.25 | Stem, density 0.25, lists of groups | Stem, density 0.25, FP8 |")
     assert lines[4] == "| 32K | 300 ms | 150 ms (2.00x) | 120 ms (2.50x) | 100 ms (3.00x) |"
-    assert lines[5] == "| 32K, torch.compile | 280 ms | 140 ms (2.00x) | – | – |"
-    assert "16K tokens of a text (tiny), from bf16 in the same engine [nats]: at density 0.25 0.0123 in" in lines[7]
-    assert "mean and 1.3 at most (bf16 in chunks 0.0020, dense attention 0.0300 in the mean)" in lines[7]
-    assert lines[7].endswith("a loss of 0.5150 where bf16 has 0.5100. Dense attention has 0.5000.")
+    error = "Attention in FP8 is 5.14% from exact attention to the same blocks (random normal), bf16 0.22%. "
+    assert lines[6].startswith(f"{error}FP8 changes the log-probabilities of 16K tokens of a text (tiny), from bf16")
+    assert "16K tokens of a text (tiny), from bf16 in the same engine [nats]: at density 0.25 0.0123 in" in lines[6]
+    assert "mean and 1.3 at most (bf16 in chunks 0.0020, dense attention 0.0300 in the mean)" in lines[6]
+    assert lines[6].endswith("a loss of 0.5150 where bf16 has 0.5100. Dense attention has 0.5000.")
     tables["serving/accuracy"] = tables["serving/accuracy"][:0]
-    assert "FP8 changes" not in report.serving()
+    assert report.serving().endswith(error.strip())
+    tables["speed/variants"] = rows()
+    assert "FP8 is" not in report.serving()
 
 
 def test_the_longest_prompt_has_a_bound(monkeypatch):
