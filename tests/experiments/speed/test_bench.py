@@ -357,10 +357,11 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     assert set(rows.loc[[64], "seed"]) == {1} and set(rows.loc[[100], "seed"]) == {0} and 128 in rows.index
 
 
-def test_lengths_and_model_reach_the_whole_models(made_up_machine, monkeypatch, capsys):
+def test_lengths_and_model_reach_the_whole_models(monkeypatch, tmp_path, capsys):
     def prefills(device, lengths, **options):
         yield "random", [dict(operation="prefill tiny", tokens=tokens, provider="stem") for tokens in lengths]
 
+    monkeypatch.setenv("STEM_RESULTS", os.fspath(tmp_path))
     monkeypatch.setattr(beyond.drop_in, "cases", prefills)
     main(["--parts", "drop-in", "--lengths", "96", "48", "--device", "cpu"])
     (written,) = (tmp_path / "speed").glob("*-smoke.csv")
