@@ -17,7 +17,7 @@ THREAD = local()  # with the rank
 
 
 class Ranks:
-    """What all threads share."""
+    """Values and memory of all threads, and a barrier."""
 
     def __init__(self):
         self.barrier, self.values, self.memory = Barrier(WORLD, timeout=SECONDS), [None] * WORLD, [None] * WORLD
