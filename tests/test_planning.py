@@ -278,7 +278,8 @@ def test_an_empty_batch_gives_empty_tensors(impl):
     assert q.grad.shape == q.shape
     assert stem.block_sparse_attention(q, k, v, selection, impl=impl).shape == q.shape
     for config in CONFIGS.values():
-        assert stem.block_scores(q, k, v, config, impl="triton" if impl == "triton" else None).shape == (0, 4, 8, 8)
+        scores = stem.block_scores(q, k, v, config, impl="triton" if impl == "triton" else None)
+        assert scores.shape == (0, q.shape[1], 8, 8)
 
 
 @pytest.mark.parametrize("kv_len", [0, 5, 32, 2000])

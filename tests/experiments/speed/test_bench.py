@@ -357,14 +357,13 @@ def test_command_line_writes_rows_and_prints_a_table(fast, monkeypatch, tmp_path
     assert set(rows.loc[[64], "seed"]) == {1} and set(rows.loc[[100], "seed"]) == {0} and 128 in rows.index
 
 
-def test_lengths_and_model_reach_the_whole_models(monkeypatch, tmp_path, capsys):
+def test_lengths_and_model_reach_the_whole_models(made_up_machine, monkeypatch, tmp_path, capsys):
     def prefills(device, lengths, **options):
         yield "random", [dict(operation="prefill tiny", tokens=tokens, provider="stem") for tokens in lengths]
 
-    monkeypatch.setenv("STEM_RESULTS", os.fspath(tmp_path))
     monkeypatch.setattr(beyond.drop_in, "cases", prefills)
     main(["--parts", "drop-in", "--lengths", "96", "48", "--device", "cpu"])
-    (written,) = (tmp_path / "speed").glob("*-smoke.csv")
+    (written,) = (tmp_path / "results" / "speed").glob("*-smoke.csv")
     assert list(pd.read_csv(written).tokens) == [96, 48]
     with pytest.raises(SystemExit):
         main(["--model", "another", "--device", "cpu"])
