@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LONG_CONTEXT = $(BIN)/python -m stem.experiments.long_context --profile $(if $(filter auto,$(PROFILE)),full,$(PROFILE))
 CHOSEN = $(if $(METHODS),--methods $(METHODS)) $(if $(MODEL),--model $(MODEL)) $(if $(LENGTHS),--lengths $(LENGTHS))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=7200 --nbval-kernel-startup-timeout=1800 -p no:cacheprovider
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile  # a process for each core; each takes whole files of tests
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # a process for each core; each takes whole files of tests, in their order
 NOTEBOOKS = $(sort $(wildcard notebooks/09_*.ipynb)) $(filter-out notebooks/09_%,$(sort $(wildcard notebooks/*.ipynb)))  # longest first
 
 .DEFAULT_GOAL := help
@@ -34,7 +34,7 @@ unit-test: $(INSTALLED) ## unit, kernel and repository tests
 	$(BIN)/python -m pytest -q -p no:nbval $(SIDE_BY_SIDE) tests
 
 notebook-test: $(INSTALLED) ## the committed notebooks through nbval, one for each core at a time
-	$(BIN)/python -m pytest -q $(NBVAL) $(SIDE_BY_SIDE) --no-loadscope-reorder $(NOTEBOOKS)
+	$(BIN)/python -m pytest -q $(NBVAL) $(SIDE_BY_SIDE) $(NOTEBOOKS)
 
 serve-test: $(INSTALLED) ## install vLLM's CPU build beside the pinned packages and test serving with it
 	$(BIN)/python scripts/install_vllm.py
