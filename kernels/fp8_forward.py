@@ -254,18 +254,34 @@ def sparse_forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the lists in FP8, for problems that hopper_forward.supports; see sparse_forward.sparse_forward."""
-    head_dim = q.shape[3]
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     (q8, *q_scales), (k8, *k_scales), (v8, *v_scales) = quantize(q, k, v, BLOCK_SIZE, scale, lse)
     out = torch.empty_like(with_dense_rows(q))
-    tasks = Tasks.of(q.device, q.shape, k.shape[1], k.shape[2], out.stride(), k8.element_size(), BLOCK_SIZE)
-    scratch = launch_scratch(q.device, tasks.number)
+    scales, lists = (*q_scales, *k_scales, *v_scales), (kv_indices, kv_num_blocks)
+    attend_quantized(q8, k8, v8, scales, lists, k.shape[2], out, lse)
+    return out, lse
+
+
+def attend_quantized(
+    q8: torch.Tensor,
+    k8: torch.Tensor,
+    v8: torch.Tensor,
+    scales: tuple[torch.Tensor, ...],
+    lists: tuple[torch.Tensor, torch.Tensor],
+    num_keys: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Store attention over lists of blocks in `out` and `lse`, which holds the logits of the mean key before.
+
+    Tensors and scales are those of fp8_quantize.quantize; k8 and v8 may have room behind the first num_keys tokens.
+    """
+    head_dim = q8.shape[3]
+    tasks = Tasks.of(q8.device, q8.shape, k8.shape[1], num_keys, out.stride(), k8.element_size(), BLOCK_SIZE)
+    scratch = launch_scratch(q8.device, tasks.number)
     q_tiles = Tiles(q8, (1, 1, BLOCK_SIZE // NUM_CONSUMERS.value, head_dim), describe_tiles)
     k_tiles = Tiles(k8, (1, 1, BLOCK_SIZE, head_dim), describe_tiles)
     v_tiles = Tiles(v8, (1, 1, head_dim, BLOCK_SIZE), describe_tiles)
-    tensors = q_tiles, k_tiles, v_tiles, out, lse, *q_scales, *k_scales, *v_scales
-    lists = kv_indices.contiguous(), kv_num_blocks.contiguous()
-    num_kv_blocks = k_scales[0].shape[2]
-    tensors = *tensors, *lists, scratch
-    tasks.launch(fp8_forward_kernel, tensors, kv_indices.shape[3], (num_kv_blocks,), **LAUNCH_OPTIONS)
-    return out, lse
+    tensors = q_tiles, k_tiles, v_tiles, out, lse, *scales, *(x.contiguous() for x in lists), scratch
+    _, k_scales, _ = scales
+    tasks.launch(fp8_forward_kernel, tensors, lists[0].shape[3], (k_scales.shape[2],), **LAUNCH_OPTIONS)

@@ -134,8 +134,40 @@ def quantize_kernel(
                 tl.store(to + dims[:, None] * BLOCK + rows[None, :], values)
 
 
+def statistics(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean key, and scales of the values, of each channel of k and v [B, Hkv, N, D]: fp32 [B, Hkv, D] each."""
+    batch, num_heads, num_keys, head_dim = k.shape
+    num_parts = -(-num_keys // STATISTICS_TOKENS)
+    sums, maxima = (k.new_empty(batch, num_heads, num_parts, head_dim, dtype=torch.float32) for _ in "kv")
+    means, v_scales = (k.new_empty(batch, num_heads, head_dim, dtype=torch.float32) for _ in "kv")
+    launch(
+        statistics_kernel,
+        (num_parts, batch * num_heads),
+        (k, v, sums, maxima),
+        (*k.stride()[:3], *v.stride()[:3], num_keys, num_heads, num_parts),
+        TOKENS=STATISTICS_TOKENS,
+        ROWS=64,
+        HEAD_DIM=head_dim,
+    )
+    launch(
+        reduce_kernel,
+        (batch * num_heads,),
+        (sums, maxima, means, v_scales),
+        (num_keys, num_parts),
+        PARTS=16,
+        HEAD_DIM=head_dim,
+    )
+    return means, v_scales
+
+
 def quantize(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_size: int, scale: float, lse: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_size: int,
+    scale: float,
+    lse: torch.Tensor,
+    by_channel: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """FP8 tensors and their fp32 scales.
 
@@ -144,6 +176,7 @@ def quantize(
         block_size: Tokens of a block; blocks of queries end where blocks of keys do.
         scale: Softmax scale, put into the scales of the queries together with log2(e).
         lse: fp32 [B, Hq, Nq]; gets scale * q . mean key.
+        by_channel: Mean key and scales of the values to take; None for the `statistics` of k and v.
     Returns:
         (q8 like q, [B, Hq, n_q_blocks]), (k8 like k, [B, Hkv, n_kv_blocks]) without the mean key, and
         (v8 [B, Hkv, n_kv_blocks * D, block_size], [B, Hkv, D]).
@@ -154,41 +187,22 @@ def quantize(
     (batch, num_q_heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     num_kv_blocks = -(-num_keys // block_size)
     num_q_blocks = num_kv_blocks - (num_keys - num_queries) // block_size
-    num_parts = -(-num_keys // STATISTICS_TOKENS)
+    means, v_scales = by_channel or statistics(k, v)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    sums, maxima = new(batch, num_kv_heads, num_parts, head_dim), new(batch, num_kv_heads, num_parts, head_dim)
-    means, v_scales = new(batch, num_kv_heads, head_dim), new(batch, num_kv_heads, head_dim)
     q8, k8 = new(*q.shape, dtype=FP8), new(*k.shape, dtype=FP8)
     v8 = new(batch, num_kv_heads, num_kv_blocks * head_dim, block_size, dtype=FP8)
     q_scales, k_scales = new(batch, num_q_heads, num_q_blocks), new(batch, num_kv_heads, num_kv_blocks)
-    strides = *k.stride()[:3], *v.stride()[:3]
-    tiles = dict(ROWS=64, HEAD_DIM=head_dim)
-    launch(
-        statistics_kernel,
-        (num_parts, batch * num_kv_heads),
-        (k, v, sums, maxima),
-        (*strides, num_keys, num_kv_heads, num_parts),
-        TOKENS=STATISTICS_TOKENS,
-        **tiles,
-    )
-    launch(
-        reduce_kernel,
-        (batch * num_kv_heads,),
-        (sums, maxima, means, v_scales),
-        (num_keys, num_parts),
-        PARTS=16,
-        HEAD_DIM=head_dim,
-    )
     launch(
         quantize_kernel,
         (num_kv_blocks, batch * (num_q_heads + 2 * num_kv_heads)),
         (q, k, v, means, v_scales, q8, k8, v8, q_scales, k_scales, lse),
         (
             *q.stride()[:3],
-            *strides,
+            *k.stride()[:3],
+            *v.stride()[:3],
             num_queries,
             num_keys,
             num_q_heads,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stem.kernels import score_inputs
+from stem.kernels import fp8_quantize, score_inputs
 from stem.kernels.common import LOG2_E
 
 import stem
@@ -161,8 +161,8 @@ def test_a_chunk_is_scored_by_the_tiles_of_a_prompt(monkeypatch):
 def attend_in_fp32(read):
     """A stand-in for fp8.launch_attention on a CPU: attention to what FP8 holds; `read` gets what it holds."""
 
-    def attend(q8, q_scales, lse, past, indices, counts, size, out):
-        (_, _, num_queries, head_dim), stop = q8.shape, past.stop
+    def attend(q8, q_scales, lse, past, kept, out):
+        (_, _, num_queries, head_dim), stop, size = q8.shape, past.stop, past.values.shape[3]
         before = (stop - num_queries) % size  # of the first query's block
         scales = q_scales.repeat_interleave(size, -1)[:, :, before : before + num_queries, None]
         keys = past.keys[:, :, :stop].float() * past.key_scales.repeat_interleave(size, -1)[:, :, :stop, None]
@@ -170,7 +170,7 @@ def attend_in_fp32(read):
         values = torch.empty_like(past.values.float().unflatten(2, (-1, head_dim)).transpose(3, 4))
         values[:, :, :, order] = past.values.float().unflatten(2, (-1, head_dim)).transpose(3, 4)
         values = values.flatten(2, 3)[:, :, :stop] * past.value_scales[:, :, None]
-        lists = stem.BlockSelection(indices, counts, size, -(-stop // size), num_queries, stop)
+        lists = stem.BlockSelection(*kept, size, -(-stop // size), num_queries, stop)
         q = q8.float() * scales / LOG2_E.value
         out.copy_(stem.block_sparse_attention(q, keys, values, lists, 1.0, "torch"))
         read.append((past, keys + past.mean_key[:, :, None], values))
@@ -186,8 +186,8 @@ def test_chunks_in_fp8_keep_earlier_ones(ends, monkeypatch):
     v[:, :, ends[0] :] *= 2  # within the room for later chunks
     pages = torch.randperm(60)[: -(-ends[-1] // 32)].int()
     cache, past, read, own = cache_of(k, v, pages.tolist(), 32, "HND"), None, [], []
-    quantized = fp8.quantized
-    monkeypatch.setattr(fp8, "quantized", lambda q, k, *rest: own.append(k.shape[2]) or quantized(q, k, *rest))
+    quantize = fp8_quantize.quantize
+    monkeypatch.setattr(fp8_quantize, "quantize", lambda q, k, *rest: own.append(k.shape[2]) or quantize(q, k, *rest))
     monkeypatch.setattr(fp8, "launch_attention", attend_in_fp32(read))
     for first, stop in zip((0, *ends), ends, strict=False):
         rows, out = BlockRows.of(stop - first, stop, 32, ends[-1]), torch.full_like(q[:, :, first:stop], float("nan"))
