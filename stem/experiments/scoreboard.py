@@ -153,8 +153,7 @@ def _latency() -> tuple[str, str]:
         return _untested("speed")
     ratio = row.speedup_vs_sdpa_flash
     verdict = "reproduced" if ratio >= _paper_ratio() else "partly" if ratio > 1 else "not reproduced"
-    factors = f"{1 / row.density:.1f} (blocks not computed) × {ratio * row.density:.1f} (the kernel)"
-    return f"{ratio:.1f}× = {factors}, density {row.density:.1%} ({row.device})", verdict
+    return f"{ratio:.1f}× = {_factors(ratio, row.density)}, density {row.density:.1%} ({row.device})", verdict
 
 
 def _matched() -> str:
@@ -164,16 +163,22 @@ def _matched() -> str:
         return ""
     dense, row, point = found.dense, found.row, found.point
     name = DENSE_LABELS.get(dense.method, dense.method)
-    times = f"{number(dense.operator_ms)} → {number(row.operator_ms)} ms"
+    times, ratio = f"{number(dense.operator_ms)} → {number(row.operator_ms)} ms", dense.operator_ms / row.operator_ms
+    bounds = f"bounds {-matched_report.NATS} and {matched_report.LOSS}"
+    met = "" if point.is_within else ", met where it was chosen and missed here"
     return (
-        f"**Operator at matched accuracy: {dense.operator_ms / row.operator_ms:.1f}× over {name} ({times})** at "
+        f"**Operator at matched accuracy: {ratio:.1f}× over {name} ({times})** at "
         f"{tokens_label(row.tokens)} tokens and density {row.density:.1%}, block selection included, on one "
-        f"{row.device}. Its accuracy, on {found.model} at {tokens_label(found.length)} tokens and density "
-        f"{point.density:.1%}, which other samples chose: `{found.method}` loses {_lost(point.needles)} nats on "
-        f"needles and {point.documents.mean:.4f} nats per token on documents (bounds {-matched_report.NATS} and "
-        f"{matched_report.LOSS}{'' if point.is_within else ', met where it was chosen and missed here'}) "
-        "([rows](results/README.md#speed-at-matched-accuracy))."
+        f"{row.device}: {_factors(ratio, row.density)}. Its accuracy, on {found.model} at "
+        f"{tokens_label(found.length)} tokens and density {point.density:.1%}, which other samples chose: "
+        f"`{found.method}` loses {_lost(point.needles)} nats on needles and {point.documents.mean:.4f} nats per token "
+        f"on documents ({bounds}{met}) ([rows](results/README.md#speed-at-matched-accuracy))."
     )
+
+
+def _factors(ratio: float, density: float) -> str:
+    """A speed-up as the product of the block pairs that are not computed and the rest, the kernel and selection."""
+    return f"{1 / density:.1f} (blocks not computed) × {ratio * density:.1f} (the kernel)"
 
 
 def _time(name: str, operation: str, config: str, told: str, section: str) -> str:

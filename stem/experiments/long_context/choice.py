@@ -16,7 +16,7 @@ SEED = 2000  # of the needles
 CHOICE = dict(tasks=(NEEDLES, DOCUMENTS), windows=1, calibrates=True)
 STUDIES = {
     "smoke": Study((512,), names=("adaptive",), densities=(0.5,), block_sizes=(32,), samples=2, **CHOICE),
-    "full": Study((8192,), densities=(0.08, 0.15, 0.25, 0.3), **CHOICE),
+    "full": Study((8192,), densities=(0.08, 0.15, 0.25, 0.3, 0.4, 0.5, 0.7), **CHOICE),
 }
 
 

@@ -38,6 +38,7 @@ def evaluation() -> str:
             parts += [title, report.table_by_density(of, "{:+.2f}")]
         parts += [above_dense(answers), last_block(answers)]
         beside = [ahead(answers, "adaptive", [other]) for other in RIVALS]
+        beside.append(ahead(answers, "stem", ["uniform_topk"]))
         parts.append("\n".join(f"- {told}" for told in beside if told))
         of_model = everything[(everything.device == device) & (everything.model == model)]
         parts.append(transfer(of_model[of_model.measure.isin(("answer", "loss"))]))
@@ -47,12 +48,15 @@ def evaluation() -> str:
 
 def above_dense(answers: pd.DataFrame) -> str:
     """Sentence: cells in which a method is above dense attention by an interval without zero."""
-    rows = answers[answers.asked.notna()].dropna(subset="difference")
-    found = [
-        f"{row.method} on {row.task} at {tokens_label(row.length)}, blocks of {row.block_size:.0f}, {row.asked:.0%}: "
-        f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
-        for row in rows[rows.low > 0].itertuples()
-    ]
+    rows, found = answers[answers.asked.notna()].dropna(subset="difference"), []
+    for place, row in zip(rows.index, rows.itertuples(), strict=True):
+        cell = answers[(answers.task == row.task) & (answers.length == row.length)]
+        of = report.to_dense(cell, rows.loc[[place]])
+        if of.low > 0:
+            found.append(
+                f"{row.method} on {row.task} at {tokens_label(row.length)}, blocks of {row.block_size:.0f}, "
+                f"{row.asked:.0%}: {of.mean:+.2f} [{of.low:+.2f}, {of.high:+.2f}]"
+            )
     told = f"Above dense attention by an interval without zero in {len(found)} of {len(rows)} cells"
     return f"{told}{': ' if found else ''}{'; '.join(found)}." if len(rows) else ""
 

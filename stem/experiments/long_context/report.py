@@ -68,9 +68,14 @@ def rows(device: str | None = None, parts: Sequence[str] = PARTS) -> pd.DataFram
     return found.assign(model=found.model.replace(MODELS), cell=found.task + ", " + found.length.map(tokens_label))
 
 
-def verdict(nats: float) -> str:
-    """Verdict on a mean difference of answers to dense attention [nats], by a rule fixed before rows were read."""
-    return "close to dense" if nats > CLOSE else "worse than dense" if nats > FAILS else "fails"
+def verdict(nats: float, *ends: float) -> str:
+    """Verdict on a mean difference of answers to dense attention [nats], by a rule fixed before rows were read.
+
+    Verdicts on the ends of its interval that differ from the mean's stand behind it in brackets.
+    """
+    told = ["close to dense" if x > CLOSE else "worse than dense" if x > FAILS else "fails" for x in (nats, *ends)]
+    others = [each for each in dict.fromkeys(told[1:]) if each != told[0]]
+    return f"{told[0]} (or {' or '.join(others)})" if others else told[0]
 
 
 def paired(rows: pd.DataFrame, method: str, other: str = "dense", *, block_size: float, asked: float) -> Difference:
@@ -232,13 +237,13 @@ def table_by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
         for size, asked in columns:
             row = of[(of.block_size == size) & (of.asked == asked)]
             if len(row):
-                difference, density = _difference(part, row), row.density.mean()
+                difference, density = to_dense(part, row), row.density.mean()
                 told = f" ({density:.1%})" if abs(density - asked) > 0.005 else ""
                 cells[method, size, asked] = _interval(difference, form) + told
                 order.setdefault(method, []).append(difference.mean)
         if of.asked.isna().all():
             row = of[of.block_size == of.block_size.max()]
-            told = f"{_interval(_difference(part, row), form)} ({row.density.mean():.1%})"
+            told = f"{_interval(to_dense(part, row), form)} ({row.density.mean():.1%})"
             own.append([method, *[MISSING] * len(columns), told])
     sign = -1 if "loss" in set(part.measure) else 1
     best = sorted(order, key=lambda method: (-len(order[method]), -sign * sum(order[method]) / len(order[method])))
@@ -249,7 +254,7 @@ def table_by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
     return markdown_table(header, lines)
 
 
-def _difference(part: pd.DataFrame, of: pd.DataFrame) -> Difference:
+def to_dense(part: pd.DataFrame, of: pd.DataFrame) -> Difference:
     """Difference to dense attention of one method's rows at one density, from samples where the rows hold them."""
     row = of.iloc[0]
     found = paired(part, row.method, block_size=row.block_size, asked=row.asked)

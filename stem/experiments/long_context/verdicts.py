@@ -56,9 +56,24 @@ def ablation(step: str) -> Verdict:
     for (model, length), of in sorted(rows.groupby(["model", "length"]), key=_importance) if len(rows) else ():
         change = report.paired(of, after, before, block_size=128, asked=ASKED)
         if change.count and model not in found:
-            told = f"loss {change} windows of {tokens_label(length)} ({model}, density {ASKED:.0%})"
+            where = f"{model}, density {ASKED:.0%}{on_answers(step, model)}"
+            told = f"loss {change} windows of {tokens_label(length)} ({where})"
             found[model] = of_difference(change, -1, told)
     return _of_models(found)
+
+
+def on_answers(step: str, model: str) -> str:
+    """What a step of Table 5 changes in one model's answers, as cells by intervals without zero; "" without any."""
+    rows = report.rows(parts=("answers",))
+    rows = rows[(rows.model == model) & (rows.measure == "answer") & rows.asked.notna()] if len(rows) else rows
+    cells = [
+        report.paired(cell, *STEPS[step], block_size=size, asked=asked)
+        for (_, _, size, asked), cell in (rows.groupby(["task", "length", "block_size", "asked"]) if len(rows) else ())
+    ]
+    if not (cells := [cell for cell in cells if cell.count]):
+        return ""
+    above, below = sum(cell.low > 0 for cell in cells), sum(cell.high < 0 for cell in cells)
+    return f"; answers: higher in {above} and lower in {below} of {len(cells)} cells"
 
 
 def value_term(paper_change: float) -> Verdict:

@@ -72,9 +72,9 @@ def test_a_method_is_shown_at_the_lowest_density_that_other_samples_chose(rows):
         "14.0%",
         "-0.260 [-0.260, -0.260]",
         "+0.00400 [+0.00400, +0.00400]",
-        *["3 (1.5)", "3.00×"] * 2,
+        *["3 (1.5)", "3.00× = 6.67 × 0.45"] * 2,
     ]
-    assert theirs[:2] == ["xattention", "none to 25.0%"] and theirs[4:6] == ["6 (3)", "1.50×"]
+    assert theirs[:2] == ["xattention", "none to 25.0%"] and theirs[4:6] == ["6 (3)", "1.50× = 4.00 × 0.38"]
 
 
 def test_a_model_without_samples_that_choose_shows_its_highest_density_at_its_longest_samples(rows, monkeypatch):
@@ -93,7 +93,7 @@ def test_a_model_without_samples_that_choose_shows_its_highest_density_at_its_lo
     lines = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")][2:]
     assert [line[:2] for line in lines] == [["adaptive", "25.0%, not chosen"], ["xattention", "25.0%, not chosen"]]
     assert [line[2].split()[0] for line in lines] == ["-0.100", "-0.300"]
-    assert "the highest one. Needles and documents have 16K tokens." in told
+    assert "the dense kernel's. Needles and documents have 16K tokens." in told
     assert matched_report.fastest() is None  # nothing was chosen on other samples
 
 
@@ -130,6 +130,7 @@ def test_the_search_shows_its_best_settings_then_the_oracle_and_reuse(monkeypatc
         for i, name in enumerate(names)
     ).assign(device="NVIDIA H200", length=2**14, asked=0.08, count=12, density_needles=0.08, density_documents=0.079)
     frame = frame.assign(model="smollm2-0.1.2", samples="tuning", thresholds=None, divergence=None)
+    frame["document_values"] = [None, *["0.01 0.01"] * 12, " ".join(["0.01"] * 8)]
     monkeypatch.setattr(matched_report, "full_rows", lambda name: frame)
     lines = [line.split(" | ")[0].strip("| ") for line in matched_report.search().splitlines() if line.startswith("|")]
     best = [f"score_cells={i}" for i in range(11, 11 - matched_report.SEARCHED, -1)]
@@ -173,6 +174,7 @@ def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypa
     told = scoreboard._matched()
     assert told.startswith("**Operator at matched accuracy: 3.0× over FlashAttention-3 (9 → 3 ms)** at 128K tokens")
     assert "which other samples chose: `adaptive` loses 0.26 [0.26, 0.26] nats on needles and 0.0040 nats" in told
+    assert "on one NVIDIA H200: 6.7 (blocks not computed) × 0.4 (the kernel). Its accuracy" in told
     assert "(bounds 0.25 and 0.005, met where it was chosen and missed here)" in told
     monkeypatch.setattr(matched_report, "NATS", -0.27)
     assert "(bounds 0.27 and 0.005)" in scoreboard._matched()

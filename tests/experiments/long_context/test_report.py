@@ -172,6 +172,9 @@ def test_the_rule_for_a_verdict():
     assert [report.verdict(nats) for nats in (0.1, -0.4, -0.6, -5.1)] == [
         "close to dense", "close to dense", "worse than dense", "fails",
     ]  # fmt: skip
+    assert report.verdict(-0.4, -0.45, -0.1) == "close to dense"
+    assert report.verdict(-0.4, -0.6, -0.1) == "close to dense (or worse than dense)"
+    assert report.verdict(-3.0, -6.0, 0.0) == "worse than dense (or fails or close to dense)"
 
 
 def test_a_threshold_of_another_length_is_told_by_task_and_documents_together():
@@ -224,6 +227,9 @@ def test_cells_above_dense_attention_are_named_with_their_number(rows):
     told = needle_report.above_dense(above[above.asked == 0.5])
     assert told.startswith("Above dense attention by an interval without zero in 1 of 2 cells: xattention on a at 4K")
     assert needle_report.above_dense(answers[answers.method == "dense"]) == ""
+    better = answers.assign(values=answers["values"].where(answers.method != "xattention", "-2.5 -2.5 -2.0"))
+    told = needle_report.above_dense(better)  # from the samples, as in the tables; their rows have a low end below 0
+    assert told.count("+0.67 [+0.50, +1.00]") == 3 and "in 3 of 8 cells" in told
 
 
 def test_a_method_is_ahead_only_where_an_interval_excludes_zero():

@@ -39,6 +39,16 @@ def test_a_step_of_table_5_is_reproduced_only_where_the_interval_excludes_zero()
     assert not verdicts.ablation("decay")  # blank rows
 
 
+def test_a_step_of_table_5_counts_answers_beside_documents():
+    write("loss", {"uniform_topk": [1.1] * 4, "stem": [1.2] * 4}, (32768,))
+    assert "density 25%)" in verdicts.ablation("both").ours
+    write("answers", {"uniform_topk": [-2.0] * 4, "stem": [-3.0] * 4}, (16384, 32768), measure="answer", task="a")
+    write("answers", {"uniform_topk": [-2.0] * 4, "stem": [-1.0] * 4}, (32768,), measure="answer", task="b")
+    write("answers", {"uniform_topk": [-2.0] * 4, "stem": [x - 2 for x in NOISE]}, measure="answer", task="c")
+    assert "25%; answers: higher in 1 and lower in 2 of 4 cells)" in verdicts.ablation("both").ours
+    assert verdicts.on_answers("decay", "Qwen2.5-Coder-0.5B") == ""
+
+
 def test_qwen_and_the_longest_windows_come_first():
     write("loss", {"uniform_topk": [1.1] * 4, "stem": [1.2] * 4}, (8192, 16384))
     write("loss", {"uniform_topk": [1.2] * 4, "stem": [1.1] * 4}, (32768,), model="smollm2-0.1.2")
