@@ -48,7 +48,11 @@ def claims() -> list[tuple[str, str, str, str]]:
         ("Eq. 1: early values enter every later output", "no number", _claim("Eq. 1")),
         ("Eq. 2 and 4: block pairs of a constant and a decaying budget (256 blocks)", "formulas", _cost()),
         ("Eq. 5 and 9: bound of the error of a dropped block", "a proof", _claim("Eq. 5")),
-        ("Eq. 6 and 7: values matter beside routing", "best weight 0.2", _claim("Eq. 6")),
+        (
+            "Eq. 6 and 7: values matter beside routing",
+            "best weight 0.2",
+            tuple(verdicts.value_size() or _claim("Eq. 6")),
+        ),
         ("Eq. 8: operations, dense over Stem", "a formula", _claim("Eq. 8")),
         ("Algorithm 1: no output depends on a later block", "by construction", _causal()),
         ("Table 1: the value term lowers the error of the logits at equal cost", f"{logits:+.1%}", _value(logits)),

@@ -1,4 +1,4 @@
-"""Logits: errors on long texts, the paper's Table 1 and Fig. 3 where scores have a choice, see `rows`.
+"""Logits: errors on long texts, the paper's Table 1 and Fig. 3 where scores have a choice; see `rows`, `value_rows`.
 
 Writes results/long_context/logits/. Every row is one window of text, so that differences are paired. `error` is the
 mean squared difference of the logits to dense attention over all positions, `error_last` over the last quarter. Pruning
@@ -18,7 +18,8 @@ from stem import hf
 from stem.config import StemConfig
 from stem.experiments import records
 from stem.experiments.long_context import measures, samples
-from stem.experiments.theory.flow import select_in_rows
+from stem.experiments.theory.evidence import value_effect
+from stem.experiments.theory.flow import captures, select_in_rows
 
 SPANS = 4  # Fig. 3 prunes one quarter of the query blocks at a time
 POSITIONS = 2048  # whose logits are in memory at the same time
@@ -100,6 +101,25 @@ def rows(
         show(f"logits of {kind}: {len(of)} windows")
 
 
+@torch.no_grad()
+def value_rows(
+    model, name: str, windows: Mapping[str, Tensor], block_size: int = 128, budget: float = 0.125, seed: int = 0
+) -> Iterator[dict]:
+    """Rows of Eq. 6 and 7, with the arguments of `rows`: `value_effect` of the output-aware metric of Table 1.
+
+    `spread` is the median of all layers and `changed` their mean; `spread_most` and `changed_most` are the largest.
+    """
+    config, layers = table_1(budget, block_size)["output-aware"], range(model.config.num_hidden_layers)
+    for kind, of in windows.items():
+        for sample, ids in enumerate(of[:, None].to(next(model.parameters()).device)):
+            found = value_effect(captures(model, ids, layers), config)
+            about = dict(claim="Eq. 6 and 7", method="output-aware", text=kind, sample=sample, tokens=ids.shape[1])
+            about |= dict(block_size=block_size, asked=budget, model=name, seed=seed)
+            values = dict(spread=found.spread.median(), spread_most=found.spread.max())
+            values |= dict(changed=found.changed.mean(), changed_most=found.changed.max())
+            yield about | {key: float(f"{value:.5g}") for key, value in values.items()}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="name for stem.pretrained.load (default: %(default)s)")
     parser.add_argument("--length", type=int, help="of a window [tokens] (default: 8192, smoke 1024)")
@@ -111,5 +131,5 @@ def main(options: argparse.Namespace) -> None:
     model, tokenizer, name = measures.load(options.model)
     length, kinds = options.length or (8192 if full else 1024), KINDS if full else KINDS[:1]
     windows = samples.document_windows(tokenizer, length, 8 if full else 1, kinds)
-    found = list(rows(model, name, windows, 128 if full else 32))
+    found = [*rows(model, name, windows, 128 if full else 32), *value_rows(model, name, windows, 128 if full else 32)]
     print("wrote", records.write_rows("long_context/logits", found, options.profile, same=SAME))

@@ -164,7 +164,7 @@ def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
         for label, rows in times.items():
             row = rows[(rows.method == method) & (rows.asked == point.asked)]
             cells += [_time(row), _ratio(dense[label], row)]
-        if set(cells) == {MISSING}:
+        if set(cells) == {MISSING} and is_chosen is None:
             continue
         values = [str(of).split(", n")[0] if of.count else MISSING for of in (point.needles, point.documents)]
         share = {True: "{:.1%}", False: "none to {:.1%}", None: "{:.1%}, not chosen"}[is_chosen].format(point.density)

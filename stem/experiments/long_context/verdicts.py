@@ -22,6 +22,7 @@ from stem.experiments.markdown import full_rows, tokens_label
 STEPS = {"decay": (NO_VALUE, "uniform_topk"), "value": ("stem", NO_VALUE), "both": ("stem", "uniform_topk")}
 SHARE_OF_PAPER = 1 / 3  # a smaller part of the paper's effect is reproduced partly
 ASKED = 0.25  # density at which the paper's claims are compared
+MATTERS = 0.05  # share of a layer's kept blocks that the value term replaces where it matters
 
 
 class Verdict(NamedTuple):
@@ -73,7 +74,25 @@ def on_answers(step: str, model: str) -> str:
     if not (cells := [cell for cell in cells if cell.count]):
         return ""
     above, below = sum(cell.low > 0 for cell in cells), sum(cell.high < 0 for cell in cells)
-    return f"; answers: higher in {above} and lower in {below} of {len(cells)} cells"
+    told = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+    return f"; answers: higher in {above} and lower in {below} of {told}"
+
+
+def value_size() -> Verdict:
+    """Eq. 6 and 7: spread of the value term beside routing, and the kept blocks that it replaces, over all layers."""
+    rows, found = full_rows("long_context/logits", claim="Eq. 6 and 7"), {}
+    if len(rows):
+        rows = rows.assign(model=rows.model.replace(report.MODELS))
+    for (model, length), of in sorted(rows.groupby(["model", "tokens"]), key=_importance) if len(rows) else ():
+        most = of.changed_most.max()
+        told = (
+            f"spread over the blocks of a row, value over routing: {of.spread.mean():.1%} (at most "
+            f"{of.spread_most.max():.1%}); it changes {of.changed.mean():.1%} of the kept blocks (at most {most:.1%}; "
+            f"n = {len(of)} windows of {tokens_label(length)}, all layers of {model})"
+        )
+        verdict = "not reproduced: too small to matter" if most < MATTERS else "partly: in some layers"
+        found.setdefault(model, Verdict(told, verdict))
+    return _of_models(found)
 
 
 def value_term(paper_change: float) -> Verdict:

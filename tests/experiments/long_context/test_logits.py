@@ -6,6 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stem import hf
 from stem.experiments.long_context import logits
+from stem.experiments.theory.evidence import value_effect
+from stem.experiments.theory.flow import captures
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,16 @@ def test_each_window_has_a_row_for_every_metric_and_quarter(found):
     assert [row["method"] for row in rows] == ["score-aware", "output-aware", *quarters] * 2
     assert [(row["text"], row["sample"]) for row in rows[::6]] == [("a", 0), ("b", 0)]
     assert all(row["error"] > 0 for row in rows)
+
+
+def test_each_window_has_a_row_of_the_value_term_over_all_layers(model, found):
+    _, ids = found
+    (row,) = logits.value_rows(model, "tiny", {"a": ids[:1]}, 16, 0.3)
+    effects = value_effect(captures(model, ids[:1], range(2)), logits.table_1(0.3, 16)["output-aware"])
+    assert (row["text"], row["sample"], row["tokens"], row["asked"]) == ("a", 0, 512, 0.3)
+    assert row["spread"] == pytest.approx(effects.spread.mean(), rel=1e-4)  # the median of two
+    assert row["changed"] == pytest.approx(effects.changed.mean(), rel=1e-4) and 0 < row["spread"] <= row["spread_most"]
+    assert row["changed_most"] == pytest.approx(effects.changed.max(), rel=1e-4)
 
 
 def test_a_pruned_quarter_changes_nothing_before_it(model, found):

@@ -110,6 +110,21 @@ def test_a_density_that_is_not_of_the_grid_is_named_and_not_chosen(rows, monkeyp
     assert "none of these densities: adaptive at 12%, with -0.500 [-0.500, -0.500] nats on the needles here" in told
 
 
+def test_a_method_without_times_is_shown_where_densities_were_chosen(rows, monkeypatch):
+    read = report.rows
+
+    def others(parts):
+        more = quality("stem", 0.7, -1.0, 0.001) + (
+            quality("subblock", 0.25, -1.0, 0.1) if parts != ("choice",) else []
+        )
+        return pd.concat([read(parts), pd.DataFrame(more)], ignore_index=True)
+
+    monkeypatch.setattr(report, "rows", others)
+    told = matched_report.matched()
+    assert f"| stem | none to 70.0% | -1.000 [-1.000, -1.000] | +0.00100 [+0.00100, +0.00100] | {MISSING} |" in told
+    assert "subblock" not in told  # neither times nor a density that other samples could choose
+
+
 def test_needles_without_documents_are_shown_and_no_headline(rows, monkeypatch):
     read = report.rows
 

@@ -42,6 +42,8 @@ def test_a_step_of_table_5_is_reproduced_only_where_the_interval_excludes_zero()
 def test_a_step_of_table_5_counts_answers_beside_documents():
     write("loss", {"uniform_topk": [1.1] * 4, "stem": [1.2] * 4}, (32768,))
     assert "density 25%)" in verdicts.ablation("both").ours
+    write("answers", {"uniform_topk": [-2.0] * 4, "stem": [-3.0] * 4}, (16384,), measure="answer", task="a")
+    assert "lower in 1 of 1 cell)" in verdicts.ablation("both").ours
     write("answers", {"uniform_topk": [-2.0] * 4, "stem": [-3.0] * 4}, (16384, 32768), measure="answer", task="a")
     write("answers", {"uniform_topk": [-2.0] * 4, "stem": [-1.0] * 4}, (32768,), measure="answer", task="b")
     write("answers", {"uniform_topk": [-2.0] * 4, "stem": [x - 2 for x in NOISE]}, measure="answer", task="c")
@@ -102,6 +104,22 @@ def test_pruning_is_judged_by_what_travels(quarters, verdict):
     errors = {f"quarter {i}": [x, 1.1 * x, 0.9 * x] for i, x in enumerate((*quarters, 50.0), 1)}
     logits("Fig. 3", errors, "error_last")
     assert verdicts.pruning().verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("most", "verdict"), [(0.049, "not reproduced: too small to matter"), (0.051, "partly: in some layers")]
+)
+def test_the_value_term_is_judged_by_the_blocks_that_it_replaces(most, verdict):
+    assert not verdicts.value_size()
+    about = dict(claim="Eq. 6 and 7", method="output-aware", tokens=16384, model="qwen2.5-coder-0.5b-0.9.0")
+    rows = [
+        about | dict(sample=i, spread=0.01, spread_most=0.03, changed=0.002, changed_most=x)
+        for i, x in enumerate((0.01, most))
+    ]
+    records.write_rows("long_context/logits", rows, "full", same=("claim", "method", "sample", "model"))
+    found = verdicts.value_size()
+    assert found.verdict == verdict and "1.0% (at most 3.0%); it changes 0.2%" in found.ours
+    assert f"(at most {most:.1%}; n = 2 windows of 16K, all layers of Qwen2.5-Coder-0.5B)" in found.ours
 
 
 def test_a_verdict_needs_an_interval_without_zero():
