@@ -172,12 +172,24 @@ def _matched() -> str:
     met = "" if point.is_within else ", met where it was chosen and missed here"
     return (
         f"**Operator at matched accuracy: {ratio:.1f}× over {name} ({times})** at "
-        f"{tokens_label(row.tokens)} tokens and density {row.density:.1%}, block selection included, on one "
-        f"{row.device}: {_factors(ratio, row.density)}. Its accuracy, on {found.model} at "
+        f"{tokens_label(row.tokens)} tokens ({row.source} inputs) and density {row.density:.1%}, block selection "
+        f"included, on one {row.device}: {_factors(ratio, row.density)}. Its accuracy, on {found.model} at "
         f"{tokens_label(found.length)} tokens and density {point.density:.1%}, which other samples chose: "
         f"`{found.method}` loses {_lost(point.needles)} nats on needles and {point.documents.mean:.4f} nats per token "
-        f"on documents ({bounds}{met}) ([rows](results/README.md#speed-at-matched-accuracy))."
+        f"on documents ({bounds}{met}){_others(found)} ([rows](results/README.md#speed-at-matched-accuracy))."
     )
+
+
+def _others(found: matched_report.Fastest) -> str:
+    """Densities at which Stem, and the best of the other methods, are within the bounds where they are chosen."""
+    chosen = matched_report.picked(found.model, found.length)
+    chosen = {name: of for name, of in chosen.items() if not name.startswith("adaptive") and of.is_chosen is not None}
+    best = min(
+        (name for name, of in chosen.items() if of.is_chosen), key=lambda name: chosen[name].point.asked, default=""
+    )
+    names = dict.fromkeys(name for name in (best, "stem, last block dense", "stem") if name in chosen)
+    told = [f"`{name}` {'' if chosen[name].is_chosen else 'none to '}{chosen[name].point.asked:.0%}" for name in names]
+    return f"; densities chosen so for others: {'; '.join(told)}" if told else ""
 
 
 def _factors(ratio: float, density: float) -> str:

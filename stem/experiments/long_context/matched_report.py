@@ -231,8 +231,8 @@ def _beyond(rows: pd.DataFrame) -> str:
     needles = sum(interval(_values(row.values))[1] < NATS for row in rows.itertuples())
     documents = sum(interval(_values(row.document_values))[0] > LOSS for row in rows.itertuples())
     return (
-        f"Of the latter, {needles} miss the bound of needles by their whole interval and {documents} that of "
-        "documents: there no better estimate of the mass would help."
+        f"Of the latter, the whole interval lies beyond the bound of needles in {needles} and beyond that of documents "
+        f"in {documents}: there no better estimate of the mass would help."
     )
 
 

@@ -190,9 +190,23 @@ def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypa
     assert told.startswith("**Operator at matched accuracy: 3.0× over FlashAttention-3 (9 → 3 ms)** at 128K tokens")
     assert "which other samples chose: `adaptive` loses 0.26 [0.26, 0.26] nats on needles and 0.0040 nats" in told
     assert "on one NVIDIA H200: 6.7 (blocks not computed) × 0.4 (the kernel). Its accuracy" in told
-    assert "(bounds 0.25 and 0.005, met where it was chosen and missed here)" in told
+    assert "(bounds 0.25 and 0.005, met where it was chosen and missed here) ([rows]" in told
+    assert "at 128K tokens (random normal inputs) and density 15.0%" in told
     monkeypatch.setattr(matched_report, "NATS", -0.27)
     assert "(bounds 0.27 and 0.005)" in scoreboard._matched()
     monkeypatch.setattr(matched_report, "NATS", -0.1)
     monkeypatch.setattr(matched_report, "LOSS", 0.0005)
     assert matched_report.fastest() is None and scoreboard._matched() == ""
+
+
+def test_the_headline_names_the_densities_of_stem_and_of_the_best_other_method(rows, monkeypatch):
+    read = report.rows
+
+    def others(parts):
+        more = [quality("stem", 0.7, -9.0, 0.001), quality("stem, last block dense", 0.7, -0.1, 0.001)]
+        more += [quality("flashprefill", 0.4, -0.1, 0.001), quality("adaptive, mean pooling", 0.3, -0.1, 0.001)]
+        return pd.concat([read(parts), pd.DataFrame(sum(more, []))], ignore_index=True)
+
+    monkeypatch.setattr(report, "rows", others)
+    told = "`flashprefill` 40%; `stem, last block dense` 70%; `stem` none to 70% ([rows]"
+    assert f"missed here); densities chosen so for others: {told}" in scoreboard._matched()
