@@ -17,8 +17,9 @@ Settings, the dict "stem" in additional_config:
     layers: Mapping from layer to the options that differ there, or to None for vLLM's own attention.
 
 Prompts are sparse; decode, and rows that keep every block, run in vLLM's own attention. So do layers with a sliding
-window, attention sinks, ALiBi, soft-capped scores, an FP8 cache, no causal mask, or more than 256 dimensions a head; a
-log line names them. A model without any sparse layer, speculative decoding and context parallelism raise ValueError.
+window, local chunks, attention sinks, ALiBi, soft-capped scores, an FP8 cache, no causal mask, or more than 256
+dimensions a head; a log line names them. A model without any sparse layer, speculative decoding, context parallelism
+and steps in microbatches raise ValueError.
 
 Chunks of a prompt give the result of the whole prompt if they end between blocks and the value term is not z-scored (as
 in the presets "angelslim" and "hpc_ops"). vLLM ends chunks anywhere, so use

@@ -94,14 +94,15 @@ class Engine:
     def count(self, chunks: list[Chunk], config: StemConfig, positions: np.ndarray, heads: np.ndarray) -> list[int]:
         """Add the block pairs of these chunks in some layers, and return the requests that are sparse there.
 
-        Where scores decide how many blocks are kept, the layer adds them.
+        Where scores decide how many blocks are kept, the layer adds them later.
         """
         sparse, kept, causal = [], 0, 0
         for chunk in chunks:
             kept_pairs, all_pairs, is_dense = block_pairs(
                 chunk.tokens.stop - chunk.tokens.start, chunk.stop, chunk.prompt_length, config, self.min_tokens
             )
-            kept, causal = kept + kept_pairs, causal + all_pairs
+            if kept_pairs:
+                kept, causal = kept + kept_pairs, causal + all_pairs
             if not is_dense:
                 sparse.append(chunk.request)
         self.counts.pairs[positions] += heads * (kept, causal)
@@ -149,12 +150,13 @@ class StemBuilder:
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if self.engine:
+            self.engine.counts.flush()
         prompts = prompts_of(common_attn_metadata) if self.positions else None
         before, self.unfinished = self.unfinished, {}
         if prompts is None or common_attn_metadata.causal is not True:
             return metadata
         if chunks := prompt_chunks(common_attn_metadata, prompts):
-            self.engine.counts.flush()
             sparse = {config: self.engine.count(chunks, config, *where) for config, where in self.positions.items()}
             if any(sparse.values()):
                 metadata.stem = self._batches(sparse, chunks, common_attn_metadata, prompts, before)
@@ -224,13 +226,13 @@ class StemImpl:
         """Attention of a chunk's queries [1, Hq, tokens, D] to its prompt so far, stored in out."""
         config = self.stem_config
         k, v = self.gathered(layer, kv_cache, chunk.pages, chunk.stop)
-        options = dict(scale=self.scale, prompt_length=chunk.prompt_length)
-        if kept_blocks(chunk.block_rows(config), config) is not None:
+        options, rows = dict(scale=self.scale, prompt_length=chunk.prompt_length), chunk.block_rows(config)
+        if kept_blocks(rows, config) is not None:
             out.copy_(stem_attention(q, k, v, config, **options))
         else:
             attended, selection = stem_attention(q, k, v, config, **options, return_selection=True)
             out.copy_(attended)
-            self.count_kept(selection.kv_num_blocks.sum(dtype=torch.int64))
+            self.count_kept(selection.kv_num_blocks.sum(dtype=torch.int64), self.num_heads * causal_pairs(rows))
 
     def gathered(self, layer, kv_cache: Tensor, pages: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `stop` positions of a request, [1, Hkv, stop, D] each."""
@@ -246,9 +248,14 @@ def block_pairs(
     It does for prompts below min_tokens, and where every block is kept. Kept pairs are 0 where scores decide them.
     """
     rows = BlockRows.of(tokens, stop, config.block_size, prompt_length)
-    causal = (rows.stop - rows.first) * (rows.first + rows.stop + 1) // 2
+    causal = causal_pairs(rows)
     is_dense = prompt_length < min_tokens or keeps_every_block(rows, config)
     return causal if is_dense else kept_blocks(rows, config) or 0, causal, is_dense
+
+
+def causal_pairs(rows: BlockRows) -> int:
+    """Block pairs of dense attention in some rows of one head."""
+    return (rows.stop - rows.first) * (rows.first + rows.stop + 1) // 2
 
 
 def prompt_chunks(common, prompts: Prompts) -> list[Chunk]:

@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from stem.budget import kept_blocks
-from stem.vllm.backend import Chunk, StemBuilder, StemImpl
+from stem.vllm.backend import Chunk, StemBuilder, StemImpl, causal_pairs
 from stem.vllm.fp8 import attend_in_fp8
 from stem.vllm.pages import attend_to_pages, gather, readable_rows
 
@@ -39,7 +39,7 @@ class StemCUDAImpl(StemImpl, FlashAttentionImpl):
         if past and not chunk.is_last:
             chunk.sums[layer.layer_name] = past
         if kept_blocks(rows, config) is None:
-            self.count_kept(counts.sum(dtype=torch.int64))
+            self.count_kept(counts.sum(dtype=torch.int64), self.num_heads * causal_pairs(rows))
 
     def gathered(self, layer, kv_cache: Tensor, pages: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         return gather(kv_cache, pages, stop)

@@ -73,18 +73,19 @@ class Counts:
         path = Path(share_counts()) / f"{engine}-{os.getpid()}"
         shared = np.lib.format.open_memmap(f"{path}.npy", mode="w+", dtype=np.int64, shape=(len(layers), 2))
         self.pairs = np.asarray(shared)  # the same memory, without what a memmap does in each call
-        path.with_suffix(".json").write_text(json.dumps(dict(engine=engine, layers=layers)))
-        self.waiting: list[tuple[int, Tensor]] = []
+        path.with_suffix(".new").write_text(json.dumps(dict(engine=engine, layers=layers)))
+        path.with_suffix(".new").rename(path.with_suffix(".json"))  # whole when another process looks
+        self.waiting: list[tuple[int, Tensor, int]] = []
         LIVE.add(self)
 
-    def add_kept(self, position: int, kept: Tensor) -> None:
-        """Add a number that is still being computed; it is read with the next flush."""
-        self.waiting.append((position, kept))
+    def add_kept(self, position: int, kept: Tensor, causal: int) -> None:
+        """Add a number that is still being computed, and the causal pairs; both count from the next flush on."""
+        self.waiting.append((position, kept, causal))
 
     def flush(self) -> None:
-        """Read the numbers that were still being computed, which waits for the device if there are any."""
-        for position, kept in self.waiting:
-            self.pairs[position, 0] += int(kept)
+        """Add the numbers that were still being computed, which waits for the device if there are any."""
+        for position, kept, causal in self.waiting:
+            self.pairs[position] += int(kept), causal
         self.waiting.clear()
 
 

@@ -64,6 +64,7 @@ def model_configs(vllm_config) -> list[StemConfig | None]:
         "speculative decoding": vllm_config.speculative_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "steps in microbatches (--enable-dbo, --ubatch-size)": getattr(parallel, "use_ubatching", False),
     }
     for name, is_on in refused.items():
         if is_on:
@@ -109,6 +110,7 @@ def check_fp8(vllm_config, head_dim: int, block_size: int) -> None:
 
 def own_attention(layer) -> str:
     """Reason why a layer of vLLM keeps vLLM's own attention whatever the settings say; empty if it need not."""
+    from vllm.model_executor.layers.attention import Attention
     from vllm.utils.torch_utils import is_quantized_kv_cache
     from vllm.v1.attention.backend import AttentionType
 
@@ -123,6 +125,7 @@ def own_attention(layer) -> str:
         "soft-capped scores": bool(impl.logits_soft_cap),
         f"{impl.kv_cache_dtype} cache": is_quantized_kv_cache(impl.kv_cache_dtype),
         f"head dimension {impl.head_size}": impl.head_size > MOST_DIMENSIONS,
+        type(layer).__name__: isinstance(layer, Attention) and type(layer) is not Attention,  # makes batches of its own
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

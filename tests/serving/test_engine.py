@@ -8,6 +8,7 @@ from serving_engine import SETTINGS, answers, expected, largest_difference, prom
 
 import stem
 import stem.vllm
+from stem.vllm.report import described
 
 TOLERANCE = 1e-4  # of log-probabilities, fp32
 RAGGED = [700, 333, 1000, 129]  # tokens
@@ -96,8 +97,11 @@ def test_layers_of_their_own_and_short_prompts(whole, model):
 
 def test_density_is_that_of_stem_hf(whole, model):
     before, ids = stem.vllm.density(whole), prompt(800, 60)
-    answers(whole, [ids])
+    answers(whole, [ids], tokens=2)
+    engine = whole.llm_engine.vllm_config.instance_id
+    (seen,) = (counts.tolist() for about, counts in described() if about["engine"] == engine)  # by other processes
     report = stem.vllm.density(whole)
+    assert seen == [[row["kept"], row["causal"]] for row in report]
     with stem.hf.stem_prefill(model, methods_of_whole()) as wanted, torch.no_grad():
         model(torch.tensor([ids]))
     assert [row["attention"] for row in report] == ["vllm: dense in the settings", "stem", "stem"]

@@ -144,6 +144,15 @@ def test_layers_that_keep_the_attention_of_vllm(changes, reason):
     assert settings.own_attention(layer(**changes)) == reason
 
 
+def test_layers_with_batches_of_their_own_keep_the_attention_of_vllm():
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+
+    for kind, reason in ((Attention, ""), (ChunkedLocalAttention, "ChunkedLocalAttention")):
+        found = kind.__new__(kind)
+        vars(found).update(vars(layer()))
+        assert settings.own_attention(found) == reason
+
+
 def vllm_config(options, layers=2, page=128, **changes):
     sizes = ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size")
     parallel = SimpleNamespace(**dict.fromkeys(sizes, 1))
@@ -231,6 +240,7 @@ def test_settings_must_be_a_dict():
     [
         (dict(speculative_config=object()), "speculative decoding"),
         (dict(parallel_config=SimpleNamespace(decode_context_parallel_size=2)), "decode context parallelism"),
+        (dict(parallel_config=SimpleNamespace(decode_context_parallel_size=1, use_ubatching=True)), "steps in micro"),
     ],
 )
 def test_unsupported_engines_are_refused(changes, reason):
