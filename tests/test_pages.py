@@ -148,7 +148,9 @@ def test_a_chunk_is_scored_by_the_tiles_of_a_prompt(monkeypatch):
     asked = []
     monkeypatch.setattr(
         "stem.kernels.block_scores.score_tiles",
-        lambda parts, rows: asked.append(rows) or dict(TILE_M=32, TILE_N=32, DEPTH_TILE=32, num_warps=4, num_stages=3),
+        lambda parts, rows, _: (
+            asked.append(rows) or dict(TILE_M=32, TILE_N=32, DEPTH_TILE=32, num_warps=4, num_stages=3)
+        ),
     )
     q, (k, v) = torch.randn(1, 4, 64, HEAD_DIM), torch.randn(2, 1, 2, 1600, HEAD_DIM)
     rows, pages = BlockRows.of(64, 1600, 32, 1700), torch.arange(50).int()

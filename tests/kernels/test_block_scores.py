@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stem.kernels import block_scores
 from stem.kernels.block_scores import score_blocks
 from stem.kernels.gathered import rows_in_order
 from stem.kernels.score_inputs import block_sums, key_shapes, raw_inputs
@@ -103,6 +104,24 @@ def test_score_blocks(num_q_heads, num_kv_heads, num_q_blocks, num_kv_blocks, de
     assert scores.dtype == torch.float32 and scores.shape == expected.shape
     assert (scores.cpu()[..., future] == float("-inf")).all()
     torch.testing.assert_close(scores.cpu().double()[..., ~future], expected[..., ~future], rtol=0, atol=2e-5)
+
+
+LARGE_OR_SMALL = [(9, 3, 32, True), (14, 2, 32, True), (12, 2, 16, True), (32, 8, 16, True), (32, 8, 32, False)]
+
+
+@pytest.mark.parametrize("heads, num_kv_heads, num_tokens, expected", LARGE_OR_SMALL)  # the faster on an NVIDIA H200
+def test_tiles_are_small_where_large_ones_are_few(monkeypatch, heads, num_kv_heads, num_tokens, expected):
+    monkeypatch.setattr(block_scores, "num_multiprocessors", lambda device: 132)
+    num_blocks = num_tokens * 1024 // 128
+    sizes = heads // num_kv_heads * num_blocks, num_blocks, num_kv_heads
+    assert block_scores.needs_small_tiles(*sizes, torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("num_rows", [1, block_scores.SHORT, block_scores.SHORT + 1, 4096])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_only_rows_decide_in_which_parts_products_are_added(parts, num_rows):
+    small, large = (block_scores.score_tiles(parts, num_rows, is_small) for is_small in (True, False))
+    assert small["DEPTH_TILE"] == large["DEPTH_TILE"]
 
 
 @pytest.mark.parametrize("offset", [0, 45])
