@@ -10,7 +10,11 @@ Q, K and V come from fp8_quantize.py with their scales. The kernel differs from 
     accumulation: the tensor cores add FP8 products with about 14 bits, so each tile's PV starts from 0 and is added to
         the accumulator in fp32
 
-The consumers take turns to issue products, so that one computes exponentials while the tensor cores work for the other.
+The exponentials of a tile take as long as its products, so both products run beside the softmax: QK^T of the next tile
+starts before the exponentials of this one, and PV of this one before the maxima of the next. Registers have room for
+the accumulator and two tiles, but logits of two tiles and PV of one would be three. So a product goes into registers
+whose content has been read: PV into those of its own logits, and the next QK^T into those of PV. After two tiles each
+tensor is back in its first registers, so one iteration of the loop attends to two tiles and copies none.
 """
 
 import torch
@@ -39,7 +43,6 @@ from .hopper_forward import (
     mask_future,
     produce,
     release_tile,
-    row_maxima,
     scale_rows,
     start_logits,
     store_rows,
@@ -77,35 +80,71 @@ def pack_fp8(x):
 
 
 @gluon.jit
-def fp8_weights(logits, sums, before, factor, WEIGHTS: gl.constexpr):
-    """Weights 2^(logit - reference) of a tile, as the first operand of PV, and the state of the rows after it.
+def partial_sums(weights):
+    """Sums of the weights of each row that a thread holds: [M, SUMS]."""
+    return gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // SUMS, SUMS]), axis=1)
 
-    The state: partial sums of all weights [M, SUMS], references [M], and factors that rescale earlier outputs [M].
-    """
+
+@gluon.jit
+def raise_reference(logits, reference, factor):
+    """References of the rows [M] after a tile, and factors that rescale earlier sums and outputs to them [M]."""
+    partial = gl.max(logits.reshape([logits.shape[0], logits.shape[1] // SUMS, SUMS]), axis=1)
+    largest = gl.convert_layout(gl.max(partial, axis=1), reference.type.layout) * factor
+    raised = gl.maximum(reference, largest - HEADROOM)
+    return raised, gl.exp2(reference - raised)
+
+
+@gluon.jit
+def fp8_weights(logits, reference, factor, WEIGHTS: gl.constexpr):
+    """Weights 2^(logit - reference) of a tile, as the first operand of PV, and their partial row sums [M, SUMS]."""
     ROWS: gl.constexpr = logits.shape[0]
     COLUMNS: gl.constexpr = logits.shape[1]
-    reference = gl.maximum(before, row_maxima(logits, factor) - HEADROOM)
     weights = gl.exp2(logits * factor - reference[:, None])  # [M, BLOCK_SIZE]
-    rescale = gl.exp2(before - reference)
-    sums = scale_rows(sums, rescale) + gl.sum(weights.reshape([ROWS, COLUMNS // SUMS, SUMS]), axis=1)
     # A thread holds columns 2t, 2t+1, 8+2t and 8+2t+1 of 16; the product takes them as 4t .. 4t+3.
     grouped = weights.reshape([ROWS, COLUMNS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
-    return pack_fp8(gl.convert_layout(grouped, WEIGHTS)), sums, reference, rescale
+    return pack_fp8(gl.convert_layout(grouped, WEIGHTS)), partial_sums(weights)
 
 
 @gluon.jit
-def start_output(weights, v_tile, OUT: gl.constexpr):
-    """Start PV of a tile; v_tile is [D, BLOCK_SIZE]."""
-    zeros = gl.full([weights.shape[0], v_tile.shape[0]], 0.0, gl.float32, OUT)
-    return hopper.warpgroup_mma(weights, v_tile.permute([1, 0]), zeros, use_acc=False, is_async=True)
+def start_product(x, tile, room):
+    """Start x times a transposed tile, into the registers of `room`, a tensor that has been read."""
+    return hopper.warpgroup_mma(x, tile.permute([1, 0]), room, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def attend(q_tile, q_read, k_ring, v_ring, turn, next_turn, first_step, kv_list, first_position, q_scale, k_scales_ptr):
+def attend_tile(q_tile, k_ring, v_ring, step, state, factor, next_factor, WEIGHTS: gl.constexpr):
+    """Attend to the tile of a step, and compute logits and references of the next tile.
+
+    The state: logits of the tile [M, BLOCK_SIZE]; logits and PV of the tile before, of which only the registers are
+    used; accumulator [M, D]; references [M]; factors that rescale earlier outputs and sums to them [M]; partial sums.
+    """
+    logits, used, part, accumulator, reference, rescale, sums = state
+    FITS: gl.constexpr = logits.type == part.type  # at D = 128
+    next_logits = start_product(q_tile, wait_for_tile(k_ring, step + 1), part if FITS else used)
+    weights, tile_sums = fp8_weights(logits, reference, factor, WEIGHTS)
+    sums = scale_rows(sums, rescale) + tile_sums
+    part = start_product(weights, wait_for_tile(v_ring, step), logits if FITS else part)
+    next_logits = hopper.warpgroup_mma_wait(1, [next_logits])  # the older of the two products in flight
+    release_tile(k_ring, step + 1)
+    reference, next_rescale = raise_reference(next_logits, reference, next_factor)
+    wait_for_tile(v_ring, step)  # landed before; keeps the assembler from moving the wait for PV ahead of the maxima
+    part = hopper.warpgroup_mma_wait(0, [part])
+    release_tile(v_ring, step)
+    accumulator = scale_rows(accumulator, rescale) + part
+    return next_logits, logits, part, accumulator, reference, next_rescale, sums
+
+
+@gluon.jit
+def load_factor(q_scale, k_scales_ptr, kv_list, place):
+    """The factor that turns QK^T of the block at a place of a list into logits, in powers of two."""
+    return q_scale * gl.load(k_scales_ptr + load_block(kv_list, place))
+
+
+@gluon.jit
+def attend(q_tile, q_read, k_ring, v_ring, first_step, kv_list, first_position, q_scale, k_scales_ptr):
     """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
 
-    Arrives at `q_read` after the last use of the queries. Each step waits for its turn, issues products, and gives the
-    turn to the other consumer.
+    Arrives at `q_read` after the last use of the queries.
     """
     ROWS: gl.constexpr = q_tile.shape[0]
     HEAD_DIM: gl.constexpr = q_tile.shape[1]
@@ -116,38 +155,33 @@ def attend(q_tile, q_read, k_ring, v_ring, turn, next_turn, first_step, kv_list,
     num_blocks = kv_list[1]
     accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
     no_weights = gl.full([ROWS, BLOCK], 0.0, gl.float32, LOGITS)
-    sums = gl.sum(no_weights.reshape([ROWS, BLOCK // SUMS, SUMS]), axis=1)
+    sums = partial_sums(no_weights)
     reference = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
     if num_blocks > 0:
         last_step = first_step + num_blocks - 1
-        kv_block = load_block(kv_list, num_blocks - 1)
-        factor = q_scale * gl.load(k_scales_ptr + kv_block)
-        next_scale = gl.load(k_scales_ptr + load_block(kv_list, num_blocks - 2))
+        factor = load_factor(q_scale, k_scales_ptr, kv_list, num_blocks - 1)
+        next_factor = load_factor(q_scale, k_scales_ptr, kv_list, num_blocks - 2)
         logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
         logits = hopper.warpgroup_mma_wait(0, [logits])
         release_tile(k_ring, first_step)
-        logits = mask_future(logits, first_position, kv_block * BLOCK)
-        for step in range(first_step, last_step):
-            weights, sums, reference, rescale = fp8_weights(logits, sums, reference, factor, WEIGHTS)
-            factor = q_scale * next_scale
-            next_scale = gl.load(k_scales_ptr + load_block(kv_list, num_blocks - 3 - (step - first_step)))
-            v_tile = wait_for_tile(v_ring, step)
-            k_tile = wait_for_tile(k_ring, step + 1)
-            mbarrier.wait(turn, step & 1)
-            part = start_output(weights, v_tile, OUT)
-            logits = start_logits(q_tile, k_tile, LOGITS)
-            mbarrier.arrive(next_turn)
-            part = hopper.warpgroup_mma_wait(1, [part])  # the older of the two products in flight
-            release_tile(v_ring, step)
-            accumulator = scale_rows(accumulator, rescale) + part
-            logits = hopper.warpgroup_mma_wait(0, [logits])
-            release_tile(k_ring, step + 1)
+        logits = mask_future(logits, first_position, load_block(kv_list, num_blocks - 1) * BLOCK)
+        reference, rescale = raise_reference(logits, reference, factor)
+        no_output = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
+        state = (logits, no_weights, no_output, accumulator, reference, rescale, sums)
+        for step in range(first_step, last_step - 1, 2):
+            third_factor = load_factor(q_scale, k_scales_ptr, kv_list, last_step - step - 2)
+            state = attend_tile(q_tile, k_ring, v_ring, step, state, factor, next_factor, WEIGHTS)
+            fourth_factor = load_factor(q_scale, k_scales_ptr, kv_list, last_step - step - 3)
+            state = attend_tile(q_tile, k_ring, v_ring, step + 1, state, next_factor, third_factor, WEIGHTS)
+            factor, next_factor = third_factor, fourth_factor
+        if num_blocks % 2 == 0:
+            state = attend_tile(q_tile, k_ring, v_ring, last_step - 1, state, factor, next_factor, WEIGHTS)
+            factor = next_factor
         mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
-        weights, sums, reference, rescale = fp8_weights(logits, sums, reference, factor, WEIGHTS)
-        v_tile = wait_for_tile(v_ring, last_step)
-        mbarrier.wait(turn, last_step & 1)
-        part = start_output(weights, v_tile, OUT)
-        mbarrier.arrive(next_turn)
+        logits, _, part, accumulator, reference, rescale, sums = state
+        weights, tile_sums = fp8_weights(logits, reference, factor, WEIGHTS)
+        sums = scale_rows(sums, rescale) + tile_sums
+        part = start_product(weights, wait_for_tile(v_ring, last_step), part)
         part = hopper.warpgroup_mma_wait(0, [part])
         release_tile(v_ring, last_step)
         accumulator = scale_rows(accumulator, rescale) + part
@@ -158,7 +192,7 @@ def attend(q_tile, q_read, k_ring, v_ring, turn, next_turn, first_step, kv_list,
 
 @gluon.jit
 def consume(
-    CONSUMER: gl.constexpr, turns, q_inbox, k_ring, v_ring, redo, num_tasks, problem, scales,
+    CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem, scales,
     out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries,
 ):  # fmt: skip
     """Task by task until the end is announced: attend from half of a query block, store output and log-sum-exp."""
@@ -170,9 +204,6 @@ def consume(
     HEAD_DIM: gl.constexpr = q_tiles.shape[4]
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     q_tile, q_read = as_matrix(q_tiles.index(CONSUMER)), q_empty.index(CONSUMER)
-    turn, next_turn = turns.index(CONSUMER), turns.index(1 - CONSUMER)
-    if CONSUMER > 0:
-        mbarrier.arrive(next_turn)  # the first turn is that of consumer 0
     parity, first_step = gl.to_tensor(0), gl.to_tensor(0)
     task = wait_for_task(q_inbox, parity, CONSUMER)
     while task < num_tasks:
@@ -182,7 +213,7 @@ def consume(
         q_block = (first_query + offset) // BLOCK - offset // BLOCK
         q_scale = gl.load(q_scales_ptr + batch_head * num_q_blocks + q_block)
         accumulator, reference, row_sums = attend(
-            q_tile, q_read, k_ring, v_ring, turn, next_turn, first_step, kv_list, offset + first_row, q_scale,
+            q_tile, q_read, k_ring, v_ring, first_step, kv_list, offset + first_row, q_scale,
             k_scales_ptr + kv_row * num_kv_blocks,
         )  # fmt: skip
         row_sums = gl.where(row_sums == 0.0, 1.0, row_sums)  # an empty list gives out 0 and lse -inf
@@ -225,13 +256,12 @@ def fp8_forward_kernel(
     redo = (gl.allocate_shared_memory(gl.int32, [NUM_CONSUMERS, 1], NUMBER), scratch_ptr + 2)
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
     shared = (q_inbox, make_ring(k_desc, NUM_STAGES), make_ring(v_desc, NUM_STAGES), redo, num_tasks, problem)
-    turns = make_barriers(NUM_CONSUMERS, 1)
     scales = (q_scales_ptr, k_scales_ptr, v_scales_ptr, num_kv_blocks)
     outputs = (scales, out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries)
     gl.warp_specialize(
         [
-            (consume, (0, turns) + shared + outputs),
-            (consume, (1, turns) + shared + outputs),
+            (consume, (0,) + shared + outputs),
+            (consume, (1,) + shared + outputs),
             (produce, (False, kv_indices_ptr, 0, (k_desc, v_desc), q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],

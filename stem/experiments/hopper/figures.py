@@ -24,7 +24,8 @@ def segments(stage: str, group: int) -> list[tuple[str, str, str]]:
     if group == 2:
         return [("waits for a slot", "tile", "logits"), ("waits for a slot", "logits", "output")]
     if stage == "fp8":
-        return [("until issued", "tile", "issued"), ("QKᵀ", "issued", "logits"), ("softmax", "logits", "weights")]
+        first = [("until issued", "tile", "issued"), ("softmax", "issued", "weights"), ("QKᵀ", "weights", "logits")]
+        return [*first, ("softmax, PV", "logits", "output")]
     last = [("PV", "logits", "output"), ("softmax", "output", "next")]
     if stage not in IN_TURN:
         last = [("softmax, PV", "logits", "output")]

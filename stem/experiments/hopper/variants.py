@@ -120,11 +120,11 @@ DIARY: dict[str, Edits] = {
 }
 """The shipped kernel with one change each, for the appendix of notebook 02."""
 
-FP8: Edits = TASKS | {
-    "v_tile = wait_for_tile(v_ring, step)": ["stamp(step, AT_WEIGHTS)", "stamp(step + 1, AT_TILE)", "$"],
-    "logits = start_logits(q_tile, k_tile": ["$", "stamp(step + 1, AT_ISSUED)"],
+FP8: Edits = TASKS | {  # exponentials and PV are those of the tile before
+    "next_logits = start_product(": ["stamp(step + 1, AT_TILE)", "$", "stamp(step + 1, AT_ISSUED)"],
+    "part = start_product(weights, wait_for_tile(v_ring, step)": ["stamp(step + 1, AT_WEIGHTS)", "$"],
     "release_tile(k_ring, step + 1)": ["stamp(step + 1, AT_LOGITS)", "$"],
-    "v_tile = wait_for_tile(v_ring, last_step)": ["stamp(last_step, AT_WEIGHTS)", "$"],
+    "release_tile(v_ring, step)": ["stamp(step + 1, AT_OUTPUT)", "$"],
 }
 SHIPPED_CELLS: Edits = {
     "total = tl.zeros([ROWS, SUMS]": ["$", "stamp(0, AT_TASK)"],

@@ -38,7 +38,7 @@ def stamped(stage: str, cycles: int) -> pd.DataFrame:
     for group in range(3):
         for step in range(22, 26):
             start = dict(part="attention", stage=stage, program=0, group=group, step=step, tile=step * cycles)
-            marks = dict(issued=100, logits=600, weights=900, output=1000)
+            marks = dict(issued=100, weights=400, logits=600, output=1000)
             rows.append(start | {mark: start["tile"] + after for mark, after in marks.items()})
     rows[5] |= dict(tile=rows[5]["tile"] + 999)  # one slow step does not change the median
     return pd.DataFrame(rows)
@@ -65,7 +65,7 @@ def bars(ax) -> dict[str, list[float]]:
     [
         ("ring", {"until issued": 100, "QKᵀ": 500, "PV": 400, "softmax": 3000}),
         ("overlap", {"until issued": 100, "QKᵀ": 500, "softmax, PV": 400}),
-        ("fp8", {"until issued": 100, "QKᵀ": 500, "softmax": 300}),
+        ("fp8", {"until issued": 100, "softmax": 300, "QKᵀ": 200, "softmax, PV": 400}),
     ],
 )
 def test_timelines_draw_the_time_between_marks(stage, expected):
