@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .common import LOG2_E, for_all_lengths
 from .launch import launch
@@ -119,6 +120,7 @@ def cell_features_kernel(
     CELLS: tl.constexpr,
     UNROLL: tl.constexpr,
     HEADS: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
 ):
     """One program reads one stride group of CELLS cells of HEADS query heads, pooled as one, or of a key-value head.
 
@@ -145,6 +147,9 @@ def cell_features_kernel(
             stride_kh, stride_kn, stride_kd, num_keys, num_k_cells, 0, peak, 1.0,
             HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS, UNROLL, 1,
         )  # fmt: skip
+    if CAN_OVERLAP:
+        if (tl.program_id(0) == tl.num_programs(0) - 1) & (group == 0):
+            gdc_wait()  # so that this kernel ends after the one before it
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,9 @@ class Cells:
         return self.block_size // self.key_cells
 
 
-def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def cell_features(
+    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, overlap: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of cells: products of their rows are the logits of cell pairs, in base 2.
 
     Args:
@@ -215,6 +222,7 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
         k: [B, Hkv, Nkv, D].
         cells: Group g of a cell averages its rows g, g + stride, ... (all of them if stride is 1).
         scale: Softmax scale; the queries' features are multiplied by it.
+        overlap: Whether the kernel may begin while the one before it still runs, from compute capability 9.0 on.
     Returns:
         Features of the query cells and of the key cells, [B, H, cells, stride * D] (2 * D wide if peak > 0) like q,
         where pooled heads count as one,
@@ -258,6 +266,8 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
         CELLS=tile,
         UNROLL=UNROLL,
         HEADS=cells.heads,
+        CAN_OVERLAP=overlap,
+        overlap=overlap,
         num_warps=FEATURE_WARPS,
     )
     return q_features, k_features

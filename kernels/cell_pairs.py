@@ -6,8 +6,10 @@ later logit is far above the first tile. Each program of the first launch stores
 large. The second launch computes flagged row tiles again, relative to the true row maximum, and ends at once elsewhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+
+import os
 
 import torch
 import triton
@@ -16,6 +18,7 @@ import triton.language as tl
 from .cell_features import Cells
 from .common import ALIGNED_OR_NOT, LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
 from .launch import Tiles, launch
+from .tasks import is_sm90
 from .sparse_forward import can_describe, describe_tiles
 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
@@ -193,6 +196,20 @@ def pair_cells_kernel(
         tl.store(flags_ptr + tl.program_id(2), tl.where(tl.sum(tl.sum(total, axis=1), axis=0) < LARGEST_SUM, 0, 1))
 
 
+def covers(q_features: torch.Tensor, k_features: torch.Tensor, cells: Cells) -> bool:
+    """Whether cell_pairs_sm90.py covers these features."""
+    if os.environ.get("STEM_NO_SM90_PAIRS"):
+        return False
+    is_hopper = q_features.is_cuda and is_sm90(q_features.device) and q_features.element_size() == 2
+    return is_hopper and q_features.shape[3] == 256 and cells.key_cells in (8, 16, 32) and k_features.shape[2] % 32 == 0
+
+
+def pair_by_wgmma(*args) -> None:
+    from .cell_pairs_sm90 import pair_cells
+
+    pair_cells(*args)
+
+
 def pair_cells(
     q_features: torch.Tensor, k_features: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells
 ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
@@ -231,12 +248,19 @@ def pair_cells(
         of_length, *lengths = (
             (*sizes, blocks, *others, columns_per_split * columns) for blocks in (num_kv_blocks, *ALIGNED_OR_NOT)
         )
+        first = None
+        if num_splits == 1 and value_bonus is None and covers(q_features, k_features, cells):
+            num_splits, columns_per_split = 2, -(-num_columns // 2)  # two consumers store flags
+            of_length = (*of_length[:-1], columns_per_split * columns)
+            place = heads_per_kv_head, num_kv_blocks, first_row * cells.query_cells, chunk_cells
+            first = partial(pair_by_wgmma, q_features, k_features, sums, *place, cells)
         launch_twice(
             pair_cells_kernel,
             (heads, row_tiles, num_splits),
             (q_features, k_source, value_bonus, sums),
             of_length,
             lengths,
+            first,
             DEPTH=depth,
             Q_CELL=cells.q_cell,
             K_CELL=cells.k_cell,
@@ -262,14 +286,21 @@ def split_keys(tiles: int, programs: int) -> tuple[int, int]:
 
 
 def launch_twice(
-    kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, lengths: Sequence[tuple] = (), **constants
-) -> None:
+    kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, lengths: Sequence[tuple] = (), first=None,
+    meanwhile: Callable | None = None, **constants,
+) -> None:  # fmt: skip
     """Launch pair_cells_kernel or pair_tokens_kernel twice, with REDO=False and then with REDO=True; adds the flags.
 
     lengths: Numbers of other prompt lengths, see `also` of launch.launch.
+    first: Called with the flags in place of the first launch.
+    meanwhile: Called between the launches.
     """
     flags = tensors[0].new_empty(grid, dtype=torch.int32)
-    for redo in (False, True):
+    if first:
+        first(flags)
+    for redo in (True,) if first else (False, True):
         of_kernel = constants | dict(REDO=redo)
         also = lambda of_kernel=of_kernel: [(others, of_kernel) for others in lengths]  # noqa: E731
         launch(kernel, grid, (*tensors, flags), numbers, also=also, **of_kernel)
+        if meanwhile and not redo:
+            meanwhile()

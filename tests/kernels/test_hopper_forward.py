@@ -313,21 +313,21 @@ def compile_for_sm90(head_dim, per_block, paged):
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    def tile(rows):
-        return f"tensordesc<bf16[1, 1, {rows}, {head_dim}],{hopper_forward.TMA_LAYOUT!r}>"
+    def tile(rows, columns=head_dim):
+        return f"tensordesc<bf16[1, 1, {rows}, {columns}],{hopper_forward.TMA_LAYOUT!r}>"
 
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
         kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", pages_ptr="*i32",
-        scale="fp32", raise_by="fp32", k_means_desc=tile(128), v_means_desc=tile(128), dropped_ptr="*i8",
+        scale="fp32", k_means_desc=tile(128), v_means_desc=tile(128), masks_desc=tile(16, 128),
     )  # fmt: skip
     constants = dict(PER_BLOCK=per_block) if paged else dict(PER_BLOCK=per_block, pages_ptr=None)
     if not per_block:
-        constants |= dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None)
+        constants |= dict(k_means_desc=None, v_means_desc=None, masks_desc=None)
     names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
     constants = {(names.index(name),): value for name, value in constants.items()}
-    divisible = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name == "flags_of_row"]
+    divisible = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS}
