@@ -6,10 +6,9 @@ later logit is far above the first tile. Each program of the first launch stores
 large. The second launch computes flagged row tiles again, relative to the true row maximum, and ends at once elsewhere.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-
-import os
 
 import torch
 import triton
@@ -18,8 +17,8 @@ import triton.language as tl
 from .cell_features import Cells
 from .common import ALIGNED_OR_NOT, LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
 from .launch import Tiles, launch
-from .tasks import is_sm90
 from .sparse_forward import can_describe, describe_tiles
+from .tasks import is_sm90
 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
 DEPTH_BYTES = 256  # of the part of a wider row that one product reads

@@ -21,12 +21,12 @@ from .hopper_forward import (
     NUM_CONSUMERS,
     PRODUCER_REGISTERS,
     PRODUCER_WARPS,
+    as_matrix,
     copy_tile,
     describe_tiles,
     make_barriers,
     make_ring,
     ring_slot,
-    as_matrix,
     start_logits,
 )
 from .launch import Tiles, launch
@@ -52,7 +52,7 @@ def find_task(task, problem, Q_CELL: gl.constexpr, K_CELL: gl.constexpr):
 
 @gluon.constexpr_function
 def sums_layout(blocks):
-    """Where the sums of `blocks` key blocks of each thread lie; those of a row are neighbours, so one store takes them."""
+    """Layout of the sums: each thread has `blocks` neighbours of a row, which one store takes."""
     registers = [[0, 1 << i] for i in range(blocks.bit_length() - 1)] + [[8, 0]]
     lanes = [[0, blocks], [0, 2 * blocks], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, 4 * blocks])

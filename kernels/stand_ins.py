@@ -2,8 +2,8 @@
 
 A stand-in is the mean of TOKENS consecutive keys, and of their values; its logit is raised by ln(TOKENS). A query sees
 those of the blocks before its own that its list does not hold. The forward kernel for sm_90 attends to them itself,
-from `block_means` and `masks_of_kept_blocks`. Results of the other forward kernels are merged with them in place: the online
-softmax continues, its state is out, with a running sum of 1 relative to the log-sum-exp.
+from `block_means` and `masks_of_kept_blocks`. Results of the other forward kernels are merged with them in place: the
+online softmax continues, its state is out, with a running sum of 1 relative to the log-sum-exp.
 """
 
 import math
