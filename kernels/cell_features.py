@@ -6,13 +6,13 @@ its per-dimension maximum and minimum. The logit of a pair is then one dot produ
 query's upper corner with the key's upper corner, and the negative part of its lower corner with the key's lower corner.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .common import LOG2_E, for_all_lengths
 from .launch import launch
@@ -20,6 +20,7 @@ from .launch import launch
 FEATURE_TILE, POOLED_TILE = 8, 4  # cells of one program of cell_features, and of pooled heads
 FEATURE_WARPS = 4
 UNROLL = 16  # rows of each cell that are in flight at once
+SPARE_CELLS = 31  # behind the last key cell, unwritten: cell_pairs_sm90.py reads runs of 32
 
 
 @triton.jit
@@ -120,7 +121,6 @@ def cell_features_kernel(
     CELLS: tl.constexpr,
     UNROLL: tl.constexpr,
     HEADS: tl.constexpr,
-    CAN_OVERLAP: tl.constexpr,
 ):
     """One program reads one stride group of CELLS cells of HEADS query heads, pooled as one, or of a key-value head.
 
@@ -147,9 +147,6 @@ def cell_features_kernel(
             stride_kh, stride_kn, stride_kd, num_keys, num_k_cells, 0, peak, 1.0,
             HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS, UNROLL, 1,
         )  # fmt: skip
-    if CAN_OVERLAP:
-        if (tl.program_id(0) == tl.num_programs(0) - 1) & (group == 0):
-            gdc_wait()  # so that this kernel ends after the one before it
 
 
 @dataclass(frozen=True)
@@ -212,9 +209,7 @@ class Cells:
         return self.block_size // self.key_cells
 
 
-def cell_features(
-    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, overlap: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of cells: products of their rows are the logits of cell pairs, in base 2.
 
     Args:
@@ -222,7 +217,6 @@ def cell_features(
         k: [B, Hkv, Nkv, D].
         cells: Group g of a cell averages its rows g, g + stride, ... (all of them if stride is 1).
         scale: Softmax scale; the queries' features are multiplied by it.
-        overlap: Whether the kernel may begin while the one before it still runs, from compute capability 9.0 on.
     Returns:
         Features of the query cells and of the key cells, [B, H, cells, stride * D] (2 * D wide if peak > 0) like q,
         where pooled heads count as one,
@@ -235,7 +229,8 @@ def cell_features(
     dtype = torch.float32 if triton.knobs.runtime.interpret else q.dtype
     width = head_dim * (2 if cells.peak else cells.stride)
     q_features = q.new_empty(batch, num_q_heads, num_q_cells, width, dtype=dtype)
-    k_features = k.new_empty(batch, num_kv_heads, num_k_cells, width, dtype=dtype)
+    k_shape = batch, num_kv_heads, num_k_cells, width
+    k_features = k.new_empty(math.prod(k_shape) + SPARE_CELLS * width, dtype=dtype)[: math.prod(k_shape)].view(k_shape)
     tile = FEATURE_TILE if cells.heads == 1 else POOLED_TILE
     num_q_programs = batch * num_q_heads * -(-num_q_cells // tile)
     front = cells.q_start - cells.first_position
@@ -266,8 +261,6 @@ def cell_features(
         CELLS=tile,
         UNROLL=UNROLL,
         HEADS=cells.heads,
-        CAN_OVERLAP=overlap,
-        overlap=overlap,
         num_warps=FEATURE_WARPS,
     )
     return q_features, k_features

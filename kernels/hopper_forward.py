@@ -9,9 +9,18 @@ counter. Its warps have three roles, one partition each:
 The producer runs ahead, into the next task too, until the rings are full. `full` barriers tell the consumers that a
 tile has landed, `empty` barriers tell the producer that it has been read. A consumer issues QK^T of a block and PV of
 the block before it back to back, both asynchronous; while it computes exponentials, the tensor cores work for the other
-consumer. Weights stay in registers up to PV. The wait for a tile of V stands between the exponentials and the wait for
-PV: between the two products it would separate them, and without it the assembler moves the wait for PV ahead of the
-exponentials. At D = 64, where these take as long as the products, both made the kernel 1.15 times as slow.
+consumer. Weights stay in registers up to PV, two in one: a loop that carries them unpacked moves all of them.
+
+The wait for a tile of V stands between the exponentials and the wait for PV: between the two products it would
+separate them, and without it the assembler moves the wait for PV ahead of the exponentials. At D = 64, where these take
+as long as the products, both made the kernel 1.15 times as slow. The online softmax at D = 128 is an exception, see
+waits_early.
+
+Stand-ins of dropped blocks (stand_ins.py) follow the listed blocks in tiles of 128. Stand-ins of kept blocks need a
+mask. Their weights are 0 if their logits are -inf, so a product adds the mask: the tile's accumulator starts as a
+[M, 16] matrix with ones in its first column times a matrix whose first row is the mask, 0 or -inf, and QK^T is added.
+The tensor cores read the mask from shared memory, and no thread loads or selects anything. A stand-in of T tokens
+counts T times: the reference is lower by log2 T where its weights are computed.
 
 Weights are powers of two relative to a reference of their row. The online softmax takes the running maximum, which
 costs a maximum and a rescaled accumulator per tile. Any other reference gives the same quotient as long as nothing
@@ -34,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from .common import LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, with_dense_rows
+from .common import BUFFER_BYTES, LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, with_dense_rows
 from .launch import Tiles
 from .stand_ins import LOWEST, block_means, masks_of_kept_blocks
 from .tasks import Tasks, is_sm90, launch_scratch
@@ -104,20 +113,13 @@ def fill_slot(desc, ring, step, batch, head, first_row):
 
 
 @gluon.jit
-def tile_of(ring, step):
-    """The tile of a step [BLOCK_SIZE, D]."""
-    tiles, _, _ = ring
-    slot, _ = ring_slot(tiles, step)
-    return as_matrix(tiles.index(slot))
-
-
-@gluon.jit
-def wait_for_tile(ring, step):
-    """Consumer: the tile of this step, once it has landed."""
+def wait_for_tile(ring, step, WAIT: gl.constexpr = True):
+    """Consumer: the tile of this step [BLOCK_SIZE, D], once it has landed; without WAIT it is known to have landed."""
     tiles, full, _ = ring
     slot, parity = ring_slot(tiles, step)
-    mbarrier.wait(full.index(slot), parity)
-    return tile_of(ring, step)
+    if WAIT:
+        mbarrier.wait(full.index(slot), parity)
+    return as_matrix(tiles.index(slot))
 
 
 @gluon.jit
@@ -133,6 +135,21 @@ def start_logits(q_tile, k_tile, LAYOUT: gl.constexpr):
     """Start QK^T of a tile."""
     zeros = gl.full([q_tile.shape[0], k_tile.shape[0]], 0.0, gl.float32, LAYOUT)
     return hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.constexpr_function
+def waits_early(online, head_dim):
+    """Whether the wait for V stands between the two products. Elsewhere it made blocks of 64 1.1 times as slow."""
+    return online and head_dim == 128
+
+
+@gluon.jit
+def start_values(weights, v_ring, step, accumulator, WAIT: gl.constexpr):
+    """Start PV of the tile of a step, from packed weights."""
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, k_width=2)
+    v_tile = wait_for_tile(v_ring, step, WAIT)
+    weights = unpack(weights, WEIGHTS, v_tile.dtype)
+    return hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
 
 
 @gluon.constexpr_function
@@ -173,7 +190,7 @@ def row_maxima(logits, scale_log2):
 
 @gluon.jit
 def pack(weights):
-    """[M, N] of 16 bits -> int32 [M, N / 2]. A loop that carries pairs in one register moves none of them."""
+    """Pairs of neighbours in one register: [M, N] of 16 bits -> int32 [M, N / 2]."""
     low, high = gl.split(weights.reshape([weights.shape[0], weights.shape[1] // 2, 2]))
     return gl.inline_asm_elementwise(
         "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
@@ -408,7 +425,6 @@ def attend_tile(
     tile's weights, and accumulator, reference and partial sums to go on from.
     """
     LOGITS: gl.constexpr = reference.type.layout.parent
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, k_width=2)
     raise_by = 0.0
     if PER_BLOCK > 0:
         raise_by = log2_tokens(PER_BLOCK)
@@ -416,16 +432,16 @@ def attend_tile(
         logits = start_masked_logits(q_tile, wait_for_tile(k_ring, step), as_matrix(masks.index(slot)), LOGITS)
     else:
         logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
-    accumulator = hopper.warpgroup_mma(
-        unpack(weights, WEIGHTS, q_tile.dtype), tile_of(v_ring, step - 1), accumulator, is_async=True
-    )
+    EARLY: gl.constexpr = waits_early(ONLINE, q_tile.shape[1])
+    accumulator = start_values(weights, v_ring, step - 1, accumulator, EARLY)
     logits = hopper.warpgroup_mma_wait(1, [logits])  # the older products in flight
     release_tile(k_ring, step)
     before = reference
     if ONLINE:
         reference = gl.maximum(reference, row_maxima(logits, scale_log2) + raise_by)
     weights, tile_sums = exponentials(logits, reference - raise_by, scale_log2, q_tile.dtype)
-    wait_for_tile(v_ring, step)  # see the top of this file
+    if not EARLY:
+        wait_for_tile(v_ring, step)  # see the top of this file
     accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
     release_tile(v_ring, step - 1)
     if ONLINE:
@@ -452,7 +468,6 @@ def attend(
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, HEAD_DIM, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, k_width=2)
     accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
     reference = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
     no_weights = gl.full([ROWS, BLOCK], 0.0, gl.float32, LOGITS)
@@ -466,7 +481,9 @@ def attend(
         if PER_BLOCK > 0:
             reference = gl.maximum(reference, LOWEST)  # the list was empty
         weights, sums = exponentials(logits, reference, scale_log2, q_tile.dtype)
-        wait_for_tile(v_ring, first_step)
+        EARLY: gl.constexpr = waits_early(ONLINE, HEAD_DIM)
+        if not EARLY:
+            wait_for_tile(v_ring, first_step)
         for step in range(first_step + 1, first_step + num_blocks):
             weights, accumulator, reference, sums = attend_tile(
                 q_tile, k_ring, v_ring, masks, step, weights, accumulator, reference, sums, scale_log2, ONLINE, 0
@@ -479,9 +496,7 @@ def attend(
                 )  # fmt: skip
         mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
         last_step = first_step + num_tiles - 1
-        accumulator = hopper.warpgroup_mma(
-            unpack(weights, WEIGHTS, q_tile.dtype), tile_of(v_ring, last_step), accumulator, is_async=True
-        )
+        accumulator = start_values(weights, v_ring, last_step, accumulator, EARLY)
         accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
         release_tile(v_ring, last_step)
     else:
@@ -524,7 +539,6 @@ def consume_round(
             if gl.max((row_sums >= LARGEST_SUM).to(gl.int32), axis=0) > 0:
                 gl.store(redo_ptr + CONSUMER * num_tasks + task, noted)
                 noted = task
-
         if PER_BLOCK > 0:
             reference = gl.where(row_sums == 0.0, float("-inf"), reference)
         row_sums = gl.where(row_sums == 0.0, 1.0, row_sums)  # an empty list gives out 0 and lse -inf
@@ -613,7 +627,7 @@ def hopper_forward_kernel(
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """Reason why the kernel does not cover a problem, in words; empty if it does."""
-    if device.type != "cuda" or not is_sm90(device):
+    if not is_sm90(device):
         return f"device {device}, accepted: CUDA of sm_90"
     if dtype not in DTYPES:
         return f"dtype {dtype}, accepted: {', '.join(map(str, DTYPES))}"
@@ -655,8 +669,10 @@ def prepare(
         all their causal blocks, whatever the lists say. If these are some but not all, the kernel that was launched
         last may still run when attention to them begins (programmatic dependent launch). The kernels that wrote q, k
         and v must have ended before that kernel began. `tokens`: of a stand-in of the dropped blocks, see stand_ins.py;
-        0 skips them. Lists may be those of later rows of a longer prompt, whose last block is the diagonal one; then
-        num_keys says where the queries would stand in a prompt without the rows left out.
+        0 skips them. Masks take 2 bytes for each query block and stand-in; where those of all heads would exceed
+        BUFFER_BYTES, the KV heads are attended to in halves. Lists may be those of later rows of a longer prompt, whose
+        last block is the diagonal one; then num_keys says where the queries would stand in a prompt without the rows
+        left out.
     """
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
@@ -674,10 +690,17 @@ def prepare(
     def attend(
         kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, full_rows: int = 0, tokens: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_kv_blocks = -(-k.shape[2] // BLOCK_SIZE)
-        per_block, stand_ins = 0, (None, None, None)
-        if tokens and num_kv_blocks > 1:
-            per_block = BLOCK_SIZE // tokens
+        num_kv_heads, num_kv_blocks = k.shape[1], -(-k.shape[2] // BLOCK_SIZE)
+        per_block, stand_ins = BLOCK_SIZE // tokens if tokens and num_kv_blocks > 1 else 0, (None, None, None)
+        mask_bytes = k.element_size() * per_block * num_kv_blocks * kv_num_blocks.numel()
+        if mask_bytes > BUFFER_BYTES and num_kv_heads > 1:
+            group, half = shape[1] // num_kv_heads, num_kv_heads // 2
+            for first, last in ((0, half), (half, num_kv_heads)):
+                of_kv, of_q = slice(first, last), slice(first * group, last * group)
+                part = prepare(q[:, of_q], k[:, of_kv], v[:, of_kv], scale, num_keys=num_keys, out=out[:, of_q])
+                lse[:, of_q] = part(kv_indices[:, of_q], kv_num_blocks[:, of_q], full_rows, tokens)[1]
+            return out, lse
+        if per_block:
             masks = masks_of_kept_blocks(kv_indices, kv_num_blocks, num_kv_blocks, per_block, k.dtype)
             means = (Tiles(x, key_tile, describe_tiles) for x in block_means(k, v, BLOCK_SIZE, tokens))
             stand_ins = *means, Tiles(masks, (1, 1, DEPTH.value, BLOCK_SIZE), describe_tiles)

@@ -13,7 +13,7 @@ from .block_select import empty_lists, for_all_heads, is_forced
 from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
 from .cell_scores import cell_constants, pool_shares, token_constants
-from .common import LOG2_E, ROW_SIZES, at_least_sm90, for_all_lengths, row_size
+from .common import LOG2_E, ROW_SIZES, for_all_lengths, row_size
 from .launch import launch
 from .token_pairs import pair_tokens
 
@@ -183,16 +183,6 @@ def pool_select(
     features: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of select_above for the scores of cell_scores, which are not stored; the arguments are those of both."""
-    exact = None
-    if exact_last_blocks:  # these kernels are bound by products, those of features by memory
-        made = [features]
-
-        def make_features() -> None:
-            if features is None:
-                made[0] = cell_features(q, k, cells, scale, at_least_sm90(q.device))
-
-        exact = pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks, make_features)
-        (features,) = made
     features = cell_features(q, k, cells, scale) if features is None else features
     batch, num_heads = features[0].shape[:2]
     lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
@@ -207,5 +197,5 @@ def pool_select(
     for chunk in pair_cells(*features, value_bonus, cells):
         select(*chunk, cell_constants)
     if exact_last_blocks:  # overwrites the lists of these rows
-        select(*exact, token_constants)
+        select(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants)
     return for_all_heads(lists, cells.heads)

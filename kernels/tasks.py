@@ -21,8 +21,8 @@ LOCK = Lock()  # of FOR_GRAPHS
 
 @cache
 def is_sm90(device: torch.device) -> bool:
-    """Whether a CUDA device is an NVIDIA GPU of compute capability 9.0; AMD's MI200 reports 9.0 too."""
-    return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether a device is an NVIDIA GPU of compute capability 9.0; AMD's MI200 reports 9.0 too."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @lru_cache(maxsize=4096)

@@ -1,15 +1,12 @@
 """Sums of softmax weights of single queries and keys: pair_cells for the last query blocks, exactly."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from .cell_features import Cells
 from .cell_pairs import WARPS, launch_twice, split_keys, sums_too_large
-from .common import LARGEST_SUM, LOG2_E, at_least_sm90, for_all_lengths, operand_dtype, padded_dim
+from .common import LARGEST_SUM, LOG2_E, for_all_lengths, operand_dtype, padded_dim
 
 
 @triton.jit
@@ -55,7 +52,6 @@ def pair_tokens_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
-    CAN_OVERLAP: tl.constexpr,
     REDO: tl.constexpr,
 ):
     """One program pairs the queries of one block with the keys of those of split_blocks key blocks that they see.
@@ -63,8 +59,6 @@ def pair_tokens_kernel(
     Grid: (B * Hq, query blocks from first_block on, splits of the keys). sums_ptr: [B * Hq, query blocks * BLOCK, nk]
     as in pair_cells_kernel, like bonus_ptr, flags_ptr and REDO.
     """
-    if CAN_OVERLAP and not REDO:
-        gdc_launch_dependents()
     tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     flags_ptr += tile * tl.num_programs(2)
     if REDO:
@@ -115,13 +109,10 @@ def pair_tokens(
     cells: Cells,
     scale: float,
     exact_last_blocks: int,
-    meanwhile: Callable = lambda: None,
 ) -> tuple[int, torch.Tensor, tuple[int, ...]]:
     """Sums of the weights of single queries and single keys, for the last `exact_last_blocks` query blocks.
 
     A last block that is less than half full does not count as one of them, and is added.
-
-    meanwhile: Launches a kernel that may overlap with this one.
 
     Returns:
         The tuple that pair_cells yields, for cells of one token and these query blocks.
@@ -133,19 +124,17 @@ def pair_tokens(
     operand = operand_dtype(torch.float32 if triton.knobs.runtime.interpret else q.dtype)
     sums_dtype = torch.float32 if operand == tl.float32 else torch.bfloat16
     sums = q.new_empty(heads, count * size, num_kv_blocks, dtype=sums_dtype)
-    num_splits, blocks_per_split = split_keys(num_kv_blocks, 2 * heads * count)
+    num_splits, blocks_per_split = split_keys(num_kv_blocks, heads * count)
     sizes = num_q_heads, num_q_heads // num_kv_heads, num_kv_blocks, num_kv_blocks - count
     launch_twice(
         pair_tokens_kernel,
         (heads, count, num_splits),
         (q, k, value_bonus, sums),
         (*q.stride(), *k.stride(), *sizes, cells.q_start, cells.kv_len, blocks_per_split, float(scale)),
-        meanwhile=meanwhile,
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
         BLOCK=size,
         DTYPE=operand,
-        CAN_OVERLAP=at_least_sm90(q.device),
         num_warps=WARPS if size == 128 else WARPS // 2,
         num_stages=2,
     )

@@ -150,7 +150,7 @@ def cell_cases():
     for peak in (False, True):
         features = dict(HEAD_DIM=128, BLOCK_D=128, Q_CELL=16, K_CELL=16, STRIDE=1 if peak else 8, PEAK=peak)
         features |= dict(CELLS=cell_features.FEATURE_TILE, UNROLL=cell_features.UNROLL, stride_qd=1, stride_kd=1)
-        features |= dict(HEADS=4 if peak else 1, CAN_OVERLAP=peak)
+        features |= dict(HEADS=4 if peak else 1)
         yield f"cell_features {peak}", (cell_features.cell_features_kernel, "bf16", features)
     for name, depth, depth_tile, operand, columns, stages in (
         ("corners", 256, 256, "bf16", 64, 4),
@@ -171,7 +171,6 @@ def cell_cases():
             yield f"pair_cells {name} {redo}", (cell_pairs.pair_cells_kernel, operand, constants, *options)
     for size in (16, 64, 128):
         tokens = dict(HEAD_DIM=128, BLOCK_D=128, BLOCK=size, DTYPE=tl.bfloat16, stride_qd=1, stride_kd=1)
-        tokens |= dict(CAN_OVERLAP=True)
         tokens |= dict(bonus_ptr=None) if size == 64 else {}
         for redo in (False, True):
             constants, options = tokens | dict(REDO=redo), (8 if size == 128 else 4, 2, "bf16")

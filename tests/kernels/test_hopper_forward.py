@@ -334,6 +334,27 @@ def compile_for_sm90(head_dim, per_block, paged):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 
 
+def compile_pairs_of_cells():
+    """Compile cell_pairs_sm90.py ahead of time; bytes of shared memory."""
+    import triton
+    from stem.kernels import cell_pairs_sm90, hopper_forward
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel, constants = cell_pairs_sm90.pair_cells_sm90_kernel, dict(Q_CELL=16, K_CELL=16, CELLS=8)
+    types = dict(
+        q_desc=f"tensordesc<bf16[1, 1, 64, 256],{hopper_forward.TMA_LAYOUT!r}>",
+        k_desc=f"tensordesc<bf16[1, 16, 4, 2, 256],{cell_pairs_sm90.KEY_LAYOUT!r}>", sums_ptr="*bf16", flags_ptr="*i32",
+    )  # fmt: skip
+    names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    divisible = (names.index(name) for name in ("sums_ptr", "flags_ptr", "num_kv_blocks"))
+    aligned = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
+    options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
 @pytest.mark.slow
 def test_it_compiles_for_sm90(tmp_path):
     pytest.importorskip("triton.backends.nvidia")
@@ -349,4 +370,4 @@ def test_it_compiles_for_sm90(tmp_path):
 
 if __name__ == "__main__":
     cases = (64, 0, True), (128, 0, False), (128, 1, False), (64, 8, False)
-    print(json.dumps([compile_for_sm90(*case) for case in cases]))
+    print(json.dumps([*(compile_for_sm90(*case) for case in cases), compile_pairs_of_cells()]))
