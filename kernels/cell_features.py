@@ -6,6 +6,7 @@ its per-dimension maximum and minimum. The logit of a pair is then one dot produ
 query's upper corner with the key's upper corner, and the negative part of its lower corner with the key's lower corner.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from .launch import launch
 FEATURE_TILE, POOLED_TILE = 8, 4  # cells of one program of cell_features, and of pooled heads
 FEATURE_WARPS = 4
 UNROLL = 16  # rows of each cell that are in flight at once
+SPARE_CELLS = 31  # behind the last key cell, unwritten: cell_pairs_sm90.py reads runs of 32
 
 
 @triton.jit
@@ -227,7 +229,8 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
     dtype = torch.float32 if triton.knobs.runtime.interpret else q.dtype
     width = head_dim * (2 if cells.peak else cells.stride)
     q_features = q.new_empty(batch, num_q_heads, num_q_cells, width, dtype=dtype)
-    k_features = k.new_empty(batch, num_kv_heads, num_k_cells, width, dtype=dtype)
+    k_shape = batch, num_kv_heads, num_k_cells, width
+    k_features = k.new_empty(math.prod(k_shape) + SPARE_CELLS * width, dtype=dtype)[: math.prod(k_shape)].view(k_shape)
     tile = FEATURE_TILE if cells.heads == 1 else POOLED_TILE
     num_q_programs = batch * num_q_heads * -(-num_q_cells // tile)
     front = cells.q_start - cells.first_position

@@ -4,6 +4,7 @@ Weights are powers of two relative to a reference of their row. The first launch
 of keys as reference. Only quotients of a row's sums matter, and fp32 and bf16 reach 2^127, so this suffices unless a
 later logit is far above the first tile. Each program of the first launch stores a flag that says if its sums became too
 large. The second launch computes flagged row tiles again, relative to the true row maximum, and ends at once elsewhere.
+On sm_90, the kernel of cell_pairs_sm90.py takes the place of the first launch where it applies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,10 @@ import triton
 import triton.language as tl
 
 from .cell_features import Cells
-from .common import ALIGNED_OR_NOT, LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
-from .launch import Tiles, launch
+from .common import ALIGNED_OR_NOT, BUFFER_BYTES, LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
+from .launch import COMPILE, Tiles, launch
 from .sparse_forward import can_describe, describe_tiles
+from .tasks import is_sm90
 
 WHOLE_DEPTH_BYTES = 512  # of the widest row of cell features that one product reads whole
 DEPTH_BYTES = 256  # of the part of a wider row that one product reads
@@ -26,7 +28,6 @@ BLOCK_TILE = 32  # most key blocks of one product
 STAGES = 4  # key tiles in flight, if one product reads whole features of COLUMN_TILE cells
 WARPS = 8
 PROGRAMS = tl.constexpr(256)  # into which the keys of few query cells are split: enough to fill a GPU
-BUFFER_BYTES = 512 * 2**20  # of the sums of one chunk of query blocks
 
 
 @triton.jit
@@ -193,6 +194,15 @@ def pair_cells_kernel(
         tl.store(flags_ptr + tl.program_id(2), tl.where(tl.sum(tl.sum(total, axis=1), axis=0) < LARGEST_SUM, 0, 1))
 
 
+def fits_sm90(q_features: torch.Tensor, k_features: torch.Tensor, cells: Cells) -> bool:
+    """Whether cell_pairs_sm90.py covers these features: sm_90, 16 bits, 256 wide, 8, 16 or 32 cells of a key block."""
+    if not is_sm90(q_features.device) or q_features.dtype == torch.float32:
+        return False
+    spare = k_features.untyped_storage().nbytes() // 2 - k_features.storage_offset() - k_features.numel()
+    runs_end = -k_features.shape[2] % 32 * 256 <= spare
+    return runs_end and q_features.shape[3] == 256 and cells.key_cells in (8, 16, 32)
+
+
 def pair_cells(
     q_features: torch.Tensor, k_features: torch.Tensor, value_bonus: torch.Tensor | None, cells: Cells
 ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
@@ -222,10 +232,17 @@ def pair_cells(
     num_columns = -(-k_features.shape[2] // columns)
     tma = can_describe(k_features)
     k_source = Tiles(k_features, (1, 1, columns, depth_tile), describe_tiles) if tma else k_features
+    on_sm90 = value_bonus is None and fits_sm90(q_features, k_features, cells)
     for first_row in range(0, num_rows, chunk_rows):
         rows = min(chunk_rows, num_rows - first_row)
         row_tiles = -(-rows * cells.query_cells // ROW_TILE)
         num_splits, columns_per_split = split_keys(num_columns, heads * row_tiles)
+        first = None
+        if on_sm90 and (num_splits == 1 or COMPILE.get()):
+            from .cell_pairs_sm90 import pair_cells as pair_cells_sm90  # Gluon has no interpreter
+
+            first = partial(pair_cells_sm90, q_features, k_features, sums, first_row * cells.query_cells, cells)
+            num_splits, columns_per_split = 2, -(-num_columns // 2)  # its two consumers store a flag each
         sizes = num_q_heads, heads_per_kv_head, q_features.shape[2], k_features.shape[2]
         others = first_row * cells.query_cells, chunk_cells, cells.first_position, cells.kv_len
         of_length, *lengths = (
@@ -237,6 +254,7 @@ def pair_cells(
             (q_features, k_source, value_bonus, sums),
             of_length,
             lengths,
+            first,
             DEPTH=depth,
             Q_CELL=cells.q_cell,
             K_CELL=cells.k_cell,
@@ -262,14 +280,18 @@ def split_keys(tiles: int, programs: int) -> tuple[int, int]:
 
 
 def launch_twice(
-    kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, lengths: Sequence[tuple] = (), **constants
-) -> None:
+    kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, lengths: Sequence[tuple] = (), first=None,
+    **constants,
+) -> None:  # fmt: skip
     """Launch pair_cells_kernel or pair_tokens_kernel twice, with REDO=False and then with REDO=True; adds the flags.
 
     lengths: Numbers of other prompt lengths, see `also` of launch.launch.
+    first: Called with the flags in place of the first launch, which other prompt lengths need.
     """
     flags = tensors[0].new_empty(grid, dtype=torch.int32)
-    for redo in (False, True):
+    if first:
+        first(flags)
+    for redo in (True,) if first and not COMPILE.get() else (False, True):
         of_kernel = constants | dict(REDO=redo)
         also = lambda of_kernel=of_kernel: [(others, of_kernel) for others in lengths]  # noqa: E731
         launch(kernel, grid, (*tensors, flags), numbers, also=also, **of_kernel)

@@ -15,6 +15,7 @@ LARGEST_SUM = tl.constexpr(2.0**64)  # of weights relative to a guessed maximum;
 SUMS = tl.constexpr(8)  # partial sums of a row's weights: as many as keep every addition inside a thread
 SMALLEST_SCALE = 1e-30  # stands for 0: kernels take row maxima before they scale, and divide by the scale
 SMALLEST_DOT = 16  # columns of the smallest product
+BUFFER_BYTES = 512 * 2**20  # of the sums of pairs of cells at a time, or of the masks of stand-ins
 TMA_BYTES = 16  # alignment of addresses and strides
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

@@ -9,9 +9,18 @@ counter. Its warps have three roles, one partition each:
 The producer runs ahead, into the next task too, until the rings are full. `full` barriers tell the consumers that a
 tile has landed, `empty` barriers tell the producer that it has been read. A consumer issues QK^T of a block and PV of
 the block before it back to back, both asynchronous; while it computes exponentials, the tensor cores work for the other
-consumer. Weights stay in registers up to PV. The wait for a tile of V stands between the exponentials and the wait for
-PV: between the two products it would separate them, and without it the assembler moves the wait for PV ahead of the
-exponentials. At D = 64, where these take as long as the products, both made the kernel 1.15 times as slow.
+consumer. Weights stay in registers up to PV, two in one: a loop that carries them unpacked moves all of them.
+
+The wait for a tile of V stands between the exponentials and the wait for PV: between the two products it would
+separate them, and without it the assembler moves the wait for PV ahead of the exponentials. At D = 64, where these take
+as long as the products, both made the kernel 1.15 times as slow. The online softmax at D = 128 is an exception, see
+waits_early.
+
+Stand-ins of dropped blocks (stand_ins.py) follow the listed blocks in tiles of 128. Stand-ins of kept blocks need a
+mask. Their weights are 0 if their logits are -inf, so a product adds the mask: the tile's accumulator starts as a
+[M, 16] matrix with ones in its first column times a matrix whose first row is the mask, 0 or -inf, and QK^T is added.
+The tensor cores read the mask from shared memory, and no thread loads or selects anything. A stand-in of T tokens
+counts T times: the reference is lower by log2 T where its weights are computed.
 
 Weights are powers of two relative to a reference of their row. The online softmax takes the running maximum, which
 costs a maximum and a rescaled accumulator per tile. Any other reference gives the same quotient as long as nothing
@@ -25,7 +34,6 @@ The file exceeds 400 lines because it holds one kernel: its partitions share bar
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from triton.experimental import gluon
@@ -35,10 +43,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from .common import LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, with_dense_rows
+from .common import BUFFER_BYTES, LARGEST_SUM, LN_2, LOG2_E, SMALLEST_SCALE, SUMS, with_dense_rows
 from .launch import Tiles
-from .stand_ins import LOWEST, block_means, dropped_blocks
-from .tasks import Tasks, launch_scratch
+from .stand_ins import LOWEST, block_means, masks_of_kept_blocks
+from .tasks import Tasks, is_sm90, launch_scratch
 
 BLOCK_SIZE = 128
 HEAD_DIMS = (64, 128)
@@ -56,6 +64,7 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 LAUNCH_OPTIONS = dict(num_warps=CONSUMER_WARPS.value, maxnreg=LAUNCH_REGISTERS)
 TMA_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+DEPTH = gl.constexpr(16)  # of the smallest product
 
 
 @gluon.jit
@@ -104,20 +113,13 @@ def fill_slot(desc, ring, step, batch, head, first_row):
 
 
 @gluon.jit
-def tile_of(ring, step):
-    """The tile of a step [BLOCK_SIZE, D]."""
-    tiles, _, _ = ring
-    slot, _ = ring_slot(tiles, step)
-    return as_matrix(tiles.index(slot))
-
-
-@gluon.jit
-def wait_for_tile(ring, step):
-    """Consumer: the tile of this step, once it has landed."""
+def wait_for_tile(ring, step, WAIT: gl.constexpr = True):
+    """Consumer: the tile of this step [BLOCK_SIZE, D], once it has landed; without WAIT it is known to have landed."""
     tiles, full, _ = ring
     slot, parity = ring_slot(tiles, step)
-    mbarrier.wait(full.index(slot), parity)
-    return tile_of(ring, step)
+    if WAIT:
+        mbarrier.wait(full.index(slot), parity)
+    return as_matrix(tiles.index(slot))
 
 
 @gluon.jit
@@ -135,14 +137,40 @@ def start_logits(q_tile, k_tile, LAYOUT: gl.constexpr):
     return hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
+@gluon.constexpr_function
+def waits_early(online, head_dim):
+    """Whether the wait for V stands between the two products. Elsewhere it made blocks of 64 1.1 times as slow."""
+    return online and head_dim == 128
+
+
 @gluon.jit
-def start_raised_logits(q_tile, k_tile, flags, raise_by, LAYOUT: gl.constexpr):
-    """Start QK^T of the first stand-ins of a tile plus `raise_by`, or -inf where the block is not dropped."""
-    COLUMNS: gl.constexpr = LAYOUT.instr_shape[1]
-    keys = k_tile.slice(0, COLUMNS).permute([1, 0])
-    start = gl.full([q_tile.shape[0], COLUMNS], 0.0, gl.float32, LAYOUT)
-    start += gl.where(flags != 0, raise_by, float("-inf"))[None, :]
-    return hopper.warpgroup_mma(q_tile, keys, start, is_async=True)
+def start_values(weights, v_ring, step, accumulator, WAIT: gl.constexpr):
+    """Start PV of the tile of a step, from packed weights."""
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, k_width=2)
+    v_tile = wait_for_tile(v_ring, step, WAIT)
+    weights = unpack(weights, WEIGHTS, v_tile.dtype)
+    return hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+
+
+@gluon.constexpr_function
+def log2_tokens(per_block):
+    """Logarithm of the tokens of a stand-in, of which a block has so many."""
+    return math.log2(BLOCK_SIZE / per_block)
+
+
+@gluon.jit
+def start_masked_logits(q_tile, k_tile, mask_tile, LAYOUT: gl.constexpr):
+    """Start QK^T of a tile plus a row, which is the first one of mask_tile [DEPTH, BLOCK_SIZE]; the others are 0.
+
+    A product adds the row: the tensor cores take it from shared memory, and no thread reads or selects anything.
+    """
+    ROWS: gl.constexpr = q_tile.shape[0]
+    FIRST: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, k_width=2)
+    is_first = gl.arange(0, DEPTH, gl.SliceLayout(0, FIRST)) == 0
+    first = gl.full([ROWS, DEPTH], 0.0, q_tile.dtype, FIRST) + is_first.to(q_tile.dtype)[None, :]
+    zeros = gl.full([ROWS, k_tile.shape[0]], 0.0, gl.float32, LAYOUT)
+    mask = hopper.warpgroup_mma(first, mask_tile, zeros, use_acc=False, is_async=True)
+    return hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), mask, is_async=True)
 
 
 @gluon.jit
@@ -161,11 +189,31 @@ def row_maxima(logits, scale_log2):
 
 
 @gluon.jit
-def exponentials(logits, reference, scale_log2, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights 2^(logit - reference) of a tile, as the first operand of PV, and their partial row sums [M, SUMS]."""
+def pack(weights):
+    """Pairs of neighbours in one register: [M, N] of 16 bits -> int32 [M, N / 2]."""
+    low, high = gl.split(weights.reshape([weights.shape[0], weights.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpack(packed, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
+    """The inverse of `pack`, as the first operand of PV."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    pairs = gl.join(low, high)
+    weights = pairs.reshape([packed.shape[0], 2 * packed.shape[1]])
+    return gl.convert_layout(weights.to(DTYPE, bitcast=True), WEIGHTS)
+
+
+@gluon.jit
+def exponentials(logits, reference, scale_log2, DTYPE: gl.constexpr):
+    """Weights 2^(logit - reference) of a tile, packed, and their partial row sums [M, SUMS]."""
     weights = gl.exp2(logits * scale_log2 - reference[:, None])  # [M, BLOCK_SIZE]
     sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // SUMS, SUMS]), axis=1)
-    return gl.convert_layout(weights.to(DTYPE), WEIGHTS), sums
+    return pack(weights.to(DTYPE)), sums
 
 
 @gluon.jit
@@ -269,7 +317,7 @@ def feed(
     q_full, _, q_tiles, _ = q_inbox
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK: gl.constexpr = k_desc.block_type.shape[2]
-    _batch_head, batch, head, kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
+    batch_head, batch, head, kv_head, first_query, kv_list = find_task(task, problem, BLOCK)
     num_blocks = num_block_tiles(kv_list, PER_BLOCK)
     kv_block = load_block(kv_list, num_blocks - 1)
     next_block = kv_block
@@ -291,12 +339,19 @@ def feed(
         fill_slot(v_desc, v_ring, steps_before + step, batch, kv_head, v_row)
     num_tiles = num_blocks
     if PER_BLOCK > 0:
-        k_means_desc, v_means_desc = means
-        num_tiles += (stand_in_halves(first_query, kv_list, problem, PER_BLOCK, BLOCK) + 1) // 2
+        k_means_desc, v_means_desc, masks_desc, masks = means
+        num_tiles += num_stand_in_tiles(first_query, kv_list, problem, PER_BLOCK, BLOCK)
+        list_row = batch_head * problem[0] + (first_query + problem[4]) // BLOCK - problem[4] // BLOCK
         for tile in range(num_blocks, num_tiles):
-            first_mean = (tile - num_blocks) * BLOCK
-            fill_slot(k_means_desc, k_ring, steps_before + tile, batch, kv_head, first_mean)
-            fill_slot(v_means_desc, v_ring, steps_before + tile, batch, kv_head, first_mean)
+            step, first_mean = steps_before + tile, (tile - num_blocks) * BLOCK
+            k_tiles, k_full, k_empty = k_ring
+            slot, parity_of_slot = ring_slot(k_tiles, step)
+            mbarrier.wait(k_empty.index(slot), parity_of_slot ^ 1)
+            landed = k_full.index(slot)
+            mbarrier.expect(landed, k_means_desc.block_type.nbytes + masks_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(masks_desc, [0, list_row, 0, first_mean], landed, masks.index(slot))
+            tma.async_copy_global_to_shared(k_means_desc, [batch, kv_head, first_mean, 0], landed, k_tiles.index(slot))
+            fill_slot(v_means_desc, v_ring, step, batch, kv_head, first_mean)
     return num_tiles
 
 
@@ -307,11 +362,10 @@ def num_block_tiles(kv_list, PER_BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def stand_in_halves(first_query, kv_list, problem, PER_BLOCK: gl.constexpr, BLOCK: gl.constexpr):
-    """Half tiles of the stand-ins of all blocks before a query block; 0 if the query block keeps all of them."""
+def num_stand_in_tiles(first_query, kv_list, problem, PER_BLOCK: gl.constexpr, BLOCK: gl.constexpr):
+    """Tiles of the stand-ins of all blocks before a query block; 0 if the query block keeps all of them."""
     num_before = (first_query + problem[4]) // BLOCK
-    HALF: gl.constexpr = BLOCK // 2
-    return gl.where(kv_list[1] <= num_before, (num_before * PER_BLOCK + HALF - 1) // HALF, 0)
+    return gl.where(kv_list[1] <= num_before, (num_before * PER_BLOCK + BLOCK - 1) // BLOCK, 0)
 
 
 @gluon.jit
@@ -361,93 +415,63 @@ def produce(
 
 
 @gluon.jit
-def load_flags(dropped_ptr, first_mean, LOGITS: gl.constexpr, PER_BLOCK: gl.constexpr):
-    """Flags of the blocks of a tile of stand-ins, one for each column of its logits: 0 if the block is not dropped."""
-    means = first_mean + gl.arange(0, LOGITS.instr_shape[1], gl.SliceLayout(0, LOGITS))
-    return gl.load(dropped_ptr + means // PER_BLOCK)
-
-
-@gluon.jit
-def first_half(flags, LAYOUT: gl.constexpr):
-    """Flags of the first half of the columns, for logits of another layout."""
-    halves = flags.reshape([2, flags.shape[0] // 2]).permute([1, 0])
-    return gl.convert_layout(gl.split(halves)[0], gl.SliceLayout(0, LAYOUT))
-
-
-@gluon.jit
 def attend_tile(
-    q_tile, k_ring, v_ring, step, weights, accumulator, reference, sums, scale_log2, flags, raise_by,
-    ONLINE: gl.constexpr, STAND_INS: gl.constexpr, COLUMNS: gl.constexpr,
+    q_tile, k_ring, v_ring, masks, step, weights, accumulator, reference, sums, scale_log2,
+    ONLINE: gl.constexpr, PER_BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Attend to the tile of a step: QK^T of its first COLUMNS keys, beside PV of the tile before and its `weights`.
+    """Attend to the tile of a step: QK^T, beside PV of the tile before and its `weights`.
 
-    STAND_INS: with `flags` of those that stand in for a dropped block; otherwise the tile is a block. Returns the
+    PER_BLOCK: stand-ins of a block, whose `masks` exclude those of kept blocks; 0 if the tile is a block. Returns the
     tile's weights, and accumulator, reference and partial sums to go on from.
     """
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, COLUMNS, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, k_width=2)
-    if STAND_INS:
-        logits = start_raised_logits(q_tile, wait_for_tile(k_ring, step), flags, raise_by, LOGITS)
+    LOGITS: gl.constexpr = reference.type.layout.parent
+    raise_by = 0.0
+    if PER_BLOCK > 0:
+        raise_by = log2_tokens(PER_BLOCK)
+        slot, _ = ring_slot(masks, step)
+        logits = start_masked_logits(q_tile, wait_for_tile(k_ring, step), as_matrix(masks.index(slot)), LOGITS)
     else:
         logits = start_logits(q_tile, wait_for_tile(k_ring, step), LOGITS)
-    accumulator = hopper.warpgroup_mma(weights, tile_of(v_ring, step - 1), accumulator, is_async=True)
-    logits = hopper.warpgroup_mma_wait(1, [logits])  # the older of the two products in flight
+    EARLY: gl.constexpr = waits_early(ONLINE, q_tile.shape[1])
+    accumulator = start_values(weights, v_ring, step - 1, accumulator, EARLY)
+    logits = hopper.warpgroup_mma_wait(1, [logits])  # the older products in flight
     release_tile(k_ring, step)
     before = reference
     if ONLINE:
-        largest = gl.convert_layout(row_maxima(logits, scale_log2), reference.type.layout)
-        reference = gl.maximum(reference, largest)
-    of_rows = gl.convert_layout(reference, gl.SliceLayout(1, LOGITS))
-    weights, tile_sums = exponentials(logits, of_rows, scale_log2, WEIGHTS, q_tile.dtype)
-    wait_for_tile(v_ring, step)  # see the top of this file
+        reference = gl.maximum(reference, row_maxima(logits, scale_log2) + raise_by)
+    weights, tile_sums = exponentials(logits, reference - raise_by, scale_log2, q_tile.dtype)
+    if not EARLY:
+        wait_for_tile(v_ring, step)  # see the top of this file
     accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
     release_tile(v_ring, step - 1)
     if ONLINE:
         rescale = gl.exp2(before - reference)
         accumulator = scale_rows(accumulator, rescale)
         sums = scale_rows(sums, rescale)
-    sums += gl.convert_layout(tile_sums, sums.type.layout)
-    return weights, accumulator, reference, sums
-
-
-@gluon.jit
-def attend_last(q_read, v_ring, step, weights, accumulator):
-    """PV of the last tile, the one of a step; the queries of the next task may be copied from here on."""
-    mbarrier.arrive(q_read)
-    v_tile = tile_of(v_ring, step).slice(0, weights.shape[1])
-    accumulator = hopper.warpgroup_mma(weights, v_tile, accumulator, is_async=True)
-    accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
-    release_tile(v_ring, step)
-    return accumulator
+    return weights, accumulator, reference, sums + tile_sums
 
 
 @gluon.jit
 def attend(
-    q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_halves, first_position, last_key, scale_log2, stand_ins,
+    q_tile, q_read, k_ring, v_ring, masks, first_step, num_blocks, num_tiles, first_position, last_key, scale_log2,
     ONLINE: gl.constexpr, PER_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Attend from the queries of one task to its blocks: accumulator [M, D], reference [M] and sum [M] of its weights.
 
-    After the tiles of `num_blocks` blocks come `num_halves` half tiles of stand-ins, PER_BLOCK for each block. Only the
-    first tile needs a mask: the diagonal block is the last one of a list, and the first one here; last_key is its first
-    key. Arrives at `q_read` after the last use of the queries. ONLINE: the reference follows the running maximum;
+    After the tiles of `num_blocks` blocks come those of stand-ins, PER_BLOCK for each block; all are `num_tiles`. Only
+    the first tile needs a mask: the diagonal block is the last one of a list, and the first one here; last_key is its
+    first key. Arrives at `q_read` after the last use of the queries. ONLINE: the reference follows the running maximum;
     otherwise it is that of the first tile.
     """
     ROWS: gl.constexpr = q_tile.shape[0]
     HEAD_DIM: gl.constexpr = q_tile.shape[1]
     BLOCK: gl.constexpr = ROWS * NUM_CONSUMERS
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK, 16])
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK // 2, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, HEAD_DIM, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, k_width=2)
     accumulator = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
     reference = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
     no_weights = gl.full([ROWS, BLOCK], 0.0, gl.float32, LOGITS)
     sums = gl.sum(no_weights.reshape([ROWS, BLOCK // SUMS, SUMS]), axis=1)
-    dropped_ptr, raise_by = stand_ins
-    flags = 0
-    if PER_BLOCK > 0:  # those of a tile are loaded a tile ahead
-        flags = load_flags(dropped_ptr, 0, LOGITS, PER_BLOCK)
     if num_blocks > 0:
         logits = start_logits(q_tile, wait_for_tile(k_ring, first_step), LOGITS)
         logits = hopper.warpgroup_mma_wait(0, [logits])
@@ -456,36 +480,25 @@ def attend(
         reference = row_maxima(logits, scale_log2)
         if PER_BLOCK > 0:
             reference = gl.maximum(reference, LOWEST)  # the list was empty
-        weights, sums = exponentials(logits, reference, scale_log2, WEIGHTS, q_tile.dtype)
-        wait_for_tile(v_ring, first_step)
-        first_mean = first_step + num_blocks
-        for step in range(first_step + 1, first_mean):
+        weights, sums = exponentials(logits, reference, scale_log2, q_tile.dtype)
+        EARLY: gl.constexpr = waits_early(ONLINE, HEAD_DIM)
+        if not EARLY:
+            wait_for_tile(v_ring, first_step)
+        for step in range(first_step + 1, first_step + num_blocks):
             weights, accumulator, reference, sums = attend_tile(
-                q_tile, k_ring, v_ring, step, weights, accumulator, reference, sums, scale_log2, flags, raise_by,
-                ONLINE, False, BLOCK,
-            )  # fmt: skip
-        end = first_mean
+                q_tile, k_ring, v_ring, masks, step, weights, accumulator, reference, sums, scale_log2, ONLINE, 0
+            )
         if PER_BLOCK > 0:
-            end += num_halves // 2
-            for step in range(first_mean, end):
-                next_tile = gl.minimum(step + 1 - first_mean, (num_halves - 1) // 2)
-                next_flags = load_flags(dropped_ptr, next_tile * BLOCK, LOGITS, PER_BLOCK)
+            for step in range(first_step + num_blocks, first_step + num_tiles):
                 weights, accumulator, reference, sums = attend_tile(
-                    q_tile, k_ring, v_ring, step, weights, accumulator, reference, sums, scale_log2, flags, raise_by,
-                    ONLINE, True, BLOCK,
+                    q_tile, k_ring, v_ring, masks, step, weights, accumulator, reference, sums, scale_log2,
+                    ONLINE, PER_BLOCK,
                 )  # fmt: skip
-                flags = next_flags
-        if PER_BLOCK > 0:
-            if num_halves % 2 == 1:
-                half_weights, accumulator, reference, sums = attend_tile(
-                    q_tile, k_ring, v_ring, end, weights, accumulator, reference, sums, scale_log2,
-                    first_half(flags, HALF), raise_by, ONLINE, True, BLOCK // 2,
-                )  # fmt: skip
-                accumulator = attend_last(q_read, v_ring, end, half_weights, accumulator)
-            else:
-                accumulator = attend_last(q_read, v_ring, end - 1, weights, accumulator)
-        else:
-            accumulator = attend_last(q_read, v_ring, end - 1, weights, accumulator)
+        mbarrier.arrive(q_read)  # the queries of the next task may be copied from here on
+        last_step = first_step + num_tiles - 1
+        accumulator = start_values(weights, v_ring, last_step, accumulator, EARLY)
+        accumulator = hopper.warpgroup_mma_wait(0, [accumulator])
+        release_tile(v_ring, last_step)
     else:
         mbarrier.arrive(q_read)
     return accumulator, reference, gl.convert_layout(gl.sum(sums, axis=1), gl.SliceLayout(1, LOGITS))
@@ -493,7 +506,7 @@ def attend(
 
 @gluon.jit
 def consume_round(
-    parity, first_step, CONSUMER: gl.constexpr, q_inbox, k_ring, v_ring, redo, num_tasks, problem, stand_ins,
+    parity, first_step, CONSUMER: gl.constexpr, masks, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
     out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, ONLINE: gl.constexpr,
     PER_BLOCK: gl.constexpr,
 ):  # fmt: skip
@@ -514,22 +527,18 @@ def consume_round(
         num_blocks = num_block_tiles(kv_list, PER_BLOCK)
         first_row = first_query + CONSUMER * ROWS
         last_key = gl.minimum(load_block(kv_list, num_blocks - 1) * BLOCK, offset + first_query)
-        num_halves = 0
-        dropped_ptr, flags_of_row, raise_by = stand_ins
+        num_tiles = num_blocks
         if PER_BLOCK > 0:
             last_key = gl.where(kv_list[1] > 0, last_key, offset + first_query + BLOCK)
-            num_halves = stand_in_halves(first_query, kv_list, problem, PER_BLOCK, BLOCK)
-            list_row = batch_head * problem[0] + (first_query + offset) // BLOCK - offset // BLOCK
-            dropped_ptr += list_row.to(gl.int64) * flags_of_row
+            num_tiles += num_stand_in_tiles(first_query, kv_list, problem, PER_BLOCK, BLOCK)
         accumulator, reference, row_sums = attend(
-            q_tile, q_read, k_ring, v_ring, first_step, num_blocks, num_halves, offset + first_row, last_key,
-            scale_log2, (dropped_ptr, raise_by), ONLINE, PER_BLOCK,
+            q_tile, q_read, k_ring, v_ring, masks, first_step, num_blocks, num_tiles, offset + first_row, last_key,
+            scale_log2, ONLINE, PER_BLOCK,
         )  # fmt: skip
         if not ONLINE:
             if gl.max((row_sums >= LARGEST_SUM).to(gl.int32), axis=0) > 0:
                 gl.store(redo_ptr + CONSUMER * num_tasks + task, noted)
                 noted = task
-
         if PER_BLOCK > 0:
             reference = gl.where(row_sums == 0.0, float("-inf"), reference)
         row_sums = gl.where(row_sums == 0.0, 1.0, row_sums)  # an empty list gives out 0 and lse -inf
@@ -540,7 +549,7 @@ def consume_round(
         head_ptr = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
         store_rows(head_ptr, out_tile.to(q_tile.dtype), first_row, num_queries, stride_on)
         parity ^= 1
-        first_step += num_blocks + (num_halves + 1) // 2
+        first_step += num_tiles
         task = wait_for_task(q_inbox, parity, CONSUMER)
     write_number(noted, last_noted.index(CONSUMER), CONSUMER_WARPS)
     mbarrier.arrive(q_read)  # the producer may read it and announce a task
@@ -549,17 +558,17 @@ def consume_round(
 
 @gluon.jit
 def consume(
-    CONSUMER: gl.constexpr, PER_BLOCK: gl.constexpr, stand_ins, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
+    CONSUMER: gl.constexpr, PER_BLOCK: gl.constexpr, masks, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
     out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2,
 ):  # fmt: skip
     """Attend from half of a query block to its listed blocks: all tasks, then again those that were noted."""
     NO_ROOM: gl.constexpr = q_inbox[2].dtype == gl.float16
     parity, first_step = consume_round(
-        gl.to_tensor(0), gl.to_tensor(0), CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem, stand_ins,
+        gl.to_tensor(0), gl.to_tensor(0), CONSUMER, masks, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
         out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, NO_ROOM, PER_BLOCK,
     )  # fmt: skip
     consume_round(
-        parity, first_step, CONSUMER, q_inbox, k_ring, v_ring, redo, num_tasks, problem, stand_ins,
+        parity, first_step, CONSUMER, masks, q_inbox, k_ring, v_ring, redo, num_tasks, problem,
         out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale_log2, True, PER_BLOCK,
     )  # fmt: skip
 
@@ -571,9 +580,9 @@ VARYING += ["max_blocks", "full_rows", "rows_ahead", "num_tasks"]
 @gluon.jit(do_not_specialize=VARYING)
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kv_indices_ptr, kv_num_blocks_ptr, scratch_ptr, pages_ptr,
-    k_means_desc, v_means_desc, dropped_ptr,
+    k_means_desc, v_means_desc, masks_desc,
     stride_ob, stride_oh, stride_on, num_q_heads, heads_per_kv_head, heads_at_once, num_queries, num_keys,
-    num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, flags_of_row, scale, raise_by, PER_BLOCK: gl.constexpr,
+    num_q_blocks, max_blocks, full_rows, rows_ahead, num_tasks, scale, PER_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """One persistent program computes one task after another. Grid: any number of programs, one for a multiprocessor.
 
@@ -583,8 +592,8 @@ def hopper_forward_kernel(
     programs that take no more; then an int32 for every task and consumer. pages_ptr: place in memory of each key
     block, in blocks; None if they are in order.
 
-    PER_BLOCK: stand-ins of a dropped block, see stand_ins.py. `raise_by` is the logarithm of a stand-in's tokens over
-    scale, and each query block has `flags_of_row` flags of dropped blocks. With 0, dropped blocks are skipped.
+    PER_BLOCK: stand-ins of a dropped block, see stand_ins.py; with 0, dropped blocks are skipped. masks_desc: 0 or -inf
+    for every stand-in, [1, query blocks, 1, stand-ins] in tiles of DEPTH rows, of which all but the first are missing.
     """
     offset = num_keys - num_queries  # absolute position of query 0
     heads = (num_q_heads, heads_per_kv_head, heads_at_once)
@@ -597,16 +606,18 @@ def hopper_forward_kernel(
     # A ring for Q with one slot for each consumer: full, empty, tiles, and the task of each tile.
     q_inbox = (make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles, tasks)
     shared = (q_inbox, make_ring(k_desc, NUM_STAGES), make_ring(v_desc, NUM_STAGES), redo, num_tasks, problem)
+    means, masks = (k_desc, v_desc), q_tiles  # not read
+    if PER_BLOCK > 0:  # masks land together with the means of keys
+        shape: gl.constexpr = [NUM_STAGES] + masks_desc.block_type.shape
+        masks = gl.allocate_shared_memory(masks_desc.dtype, shape, masks_desc.layout)
+        means = (k_means_desc, v_means_desc, masks_desc, masks)
     outputs = (out_ptr, lse_ptr, stride_ob, stride_oh, stride_on, num_queries, scale * LOG2_E)
-    means, stand_ins = (k_desc, v_desc), (kv_num_blocks_ptr, flags_of_row, raise_by)
-    if PER_BLOCK > 0:
-        means, stand_ins = (k_means_desc, v_means_desc), (dropped_ptr, flags_of_row, raise_by)
     PAGED: gl.constexpr = pages_ptr is not None
     places_ptr = pages_ptr if PAGED else kv_indices_ptr  # a partition takes no None
     gl.warp_specialize(
         [
-            (consume, (0, PER_BLOCK, stand_ins) + shared + outputs),
-            (consume, (1, PER_BLOCK, stand_ins) + shared + outputs),
+            (consume, (0, PER_BLOCK, masks) + shared + outputs),
+            (consume, (1, PER_BLOCK, masks) + shared + outputs),
             (produce, (PAGED, places_ptr, PER_BLOCK, means, q_desc, k_desc, v_desc, scratch_ptr) + shared),
         ],
         [CONSUMER_WARPS, PRODUCER_WARPS],
@@ -614,15 +625,9 @@ def hopper_forward_kernel(
     )
 
 
-@cache
-def is_sm90(device: torch.device) -> bool:
-    """Whether a CUDA device is an NVIDIA GPU of compute capability 9.0; AMD's MI200 reports 9.0 too."""
-    return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """Reason why the kernel does not cover a problem, in words; empty if it does."""
-    if device.type != "cuda" or not is_sm90(device):
+    if not is_sm90(device):
         return f"device {device}, accepted: CUDA of sm_90"
     if dtype not in DTYPES:
         return f"dtype {dtype}, accepted: {', '.join(map(str, DTYPES))}"
@@ -664,8 +669,10 @@ def prepare(
         all their causal blocks, whatever the lists say. If these are some but not all, the kernel that was launched
         last may still run when attention to them begins (programmatic dependent launch). The kernels that wrote q, k
         and v must have ended before that kernel began. `tokens`: of a stand-in of the dropped blocks, see stand_ins.py;
-        0 skips them. Lists may be those of later rows of a longer prompt, whose last block is the diagonal one; then
-        num_keys says where the queries would stand in a prompt without the rows left out.
+        0 skips them. Masks take 2 bytes for each query block and stand-in; where those of all heads would exceed
+        BUFFER_BYTES, the KV heads are attended to in halves. Lists may be those of later rows of a longer prompt, whose
+        last block is the diagonal one; then num_keys says where the queries would stand in a prompt without the rows
+        left out.
     """
     if scale < 0:  # the kernel takes row maxima before it scales
         q, scale = -q, -scale
@@ -683,18 +690,26 @@ def prepare(
     def attend(
         kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, full_rows: int = 0, tokens: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_kv_blocks = -(-k.shape[2] // BLOCK_SIZE)
-        per_block, raise_by, stand_ins, flags_of_row = 0, 0.0, (None, None, None), 0
-        if tokens and num_kv_blocks > 1:
+        num_kv_heads, num_kv_blocks = k.shape[1], -(-k.shape[2] // BLOCK_SIZE)
+        per_block, stand_ins = BLOCK_SIZE // tokens if tokens and num_kv_blocks > 1 else 0, (None, None, None)
+        mask_bytes = k.element_size() * per_block * num_kv_blocks * kv_num_blocks.numel()
+        if mask_bytes > BUFFER_BYTES and num_kv_heads > 1:
+            group, half = shape[1] // num_kv_heads, num_kv_heads // 2
+            for first, last in ((0, half), (half, num_kv_heads)):
+                of_kv, of_q = slice(first, last), slice(first * group, last * group)
+                part = prepare(q[:, of_q], k[:, of_kv], v[:, of_kv], scale, num_keys=num_keys, out=out[:, of_q])
+                lse[:, of_q] = part(kv_indices[:, of_q], kv_num_blocks[:, of_q], full_rows, tokens)[1]
+            return out, lse
+        if per_block:
+            masks = masks_of_kept_blocks(kv_indices, kv_num_blocks, num_kv_blocks, per_block, k.dtype)
             means = (Tiles(x, key_tile, describe_tiles) for x in block_means(k, v, BLOCK_SIZE, tokens))
-            stand_ins = *means, dropped_blocks(kv_indices, kv_num_blocks, num_kv_blocks)
-            per_block, raise_by, flags_of_row = BLOCK_SIZE // tokens, math.log(tokens) / scale, stand_ins[2].shape[3]
+            stand_ins = *means, Tiles(masks, (1, 1, DEPTH.value, BLOCK_SIZE), describe_tiles)
         tensors = q_tiles, k_tiles, v_tiles, out, lse, kv_indices.contiguous(), kv_num_blocks.contiguous()
         tasks.launch(
             hopper_forward_kernel,
             (*tensors, scratch, pages, *stand_ins),
             kv_indices.shape[3],
-            (flags_of_row, scale, raise_by),
+            (scale,),
             full_rows,
             PER_BLOCK=per_block,
             **LAUNCH_OPTIONS,

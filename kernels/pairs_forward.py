@@ -124,8 +124,8 @@ def consume(
         first = gl.where(num_blocks % 2 > 0, 1 << 23, first)  # in the future
         first_keys = gl.where(columns < HALF, first * HALF, (second - 1) * HALF)  # less the columns
         accumulator, reference, row_sums = attend(
-            q_tile, q_read, k_ring, v_ring, first_step, num_tiles, 0, offset + first_query, first_keys,
-            scale_log2, (lse_ptr, 0.0), True, 0,
+            q_tile, q_read, k_ring, v_ring, q_tiles, first_step, num_tiles, num_tiles, offset + first_query,
+            first_keys, scale_log2, True, 0,
         )  # fmt: skip
         row_sums = gl.where(row_sums == 0.0, 1.0, row_sums)  # an empty list gives out 0 and lse -inf
         rows = first_query + gl.arange(0, HALF, row_sums.type.layout)

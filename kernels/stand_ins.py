@@ -2,8 +2,8 @@
 
 A stand-in is the mean of TOKENS consecutive keys, and of their values; its logit is raised by ln(TOKENS). A query sees
 those of the blocks before its own that its list does not hold. The forward kernel for sm_90 attends to them itself,
-from `block_means` and `dropped_blocks`. Results of the other forward kernels are merged with them in place: the online
-softmax continues, its state is out, with a running sum of 1 relative to the log-sum-exp.
+from `block_means` and `masks_of_kept_blocks`. Results of the other forward kernels are merged with them in place: the
+online softmax continues, its state is out, with a running sum of 1 relative to the log-sum-exp.
 """
 
 import math
@@ -18,8 +18,8 @@ from .common import LN_2, LOG2_E, operand_dtype, padded_dim, with_dense_rows
 from .launch import Tiles, launch
 from .sparse_forward import can_describe, describe_tiles, load_keys, load_rows, online_softmax_update
 
-FLAGS = 1024  # flags that a program writes at a time
-FLAGS_AT_ONCE = 128  # most flags that an attention kernel reads at a time; rows of flags are multiples of it
+MASKS = 1024  # that a program writes at a time
+MASKS_AT_ONCE = 128  # most masks that an attention kernel reads at a time; rows of masks are multiples of it
 MEANS_TILE, MEANS_WARPS = 32 * 128, 2  # numbers that a program of means_kernel holds, and its warps
 LOWEST = tl.constexpr(-1e38)  # running maximum of a row without keys; -inf - -inf would be NaN
 CHUNK_LOGITS = 1 << 26  # of the backward pass at a time: 256 MiB
@@ -60,31 +60,37 @@ def means_kernel(
 
 
 @triton.jit
-def dropped_kernel(
-    dropped_ptr,
+def masks_kernel(
+    masks_ptr,
     kv_indices_ptr,
     kv_num_blocks_ptr,
     num_q_blocks,
     num_kv_blocks,
     max_blocks,
-    flags_of_row,
-    FLAGS: tl.constexpr,
+    row_size,
+    PER_BLOCK: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """One program flags the key blocks before a query block that its list does not hold. Grid: (B * Hq * nq,)."""
+    """One program writes the masks of a query block, as far as one is read. Grid: (B * Hq * nq,)."""
     row = tl.program_id(0).to(tl.int64)
     q_block = num_kv_blocks - num_q_blocks + row % num_q_blocks
-    dropped_ptr += row * flags_of_row
+    masks_ptr += row * row_size
     kv_indices_ptr += row * max_blocks
-    places = tl.arange(0, FLAGS)
-    for first in range(0, flags_of_row, FLAGS):
-        blocks = first + places
-        tl.store(dropped_ptr + blocks, (blocks < q_block).to(tl.int8), mask=blocks < flags_of_row)
+    places = tl.arange(0, NUMBERS)
+    visible = q_block * PER_BLOCK
+    read = tl.cdiv(visible, AT_ONCE) * AT_ONCE
+    for first in range(0, read, NUMBERS):
+        mask = tl.where(first + places < visible, 0.0, float("-inf"))
+        tl.store(masks_ptr + first + places, mask.to(masks_ptr.dtype.element_ty), mask=first + places < read)
     tl.debug_barrier()  # the same program overwrites them
     num_blocks = tl.load(kv_num_blocks_ptr + row)
-    for first in range(0, num_blocks, FLAGS):
+    nothing = tl.full([NUMBERS], float("-inf"), masks_ptr.dtype.element_ty)
+    for first in range(0, num_blocks, NUMBERS):
         exists = first + places < num_blocks
         blocks = tl.load(kv_indices_ptr + first + places, mask=exists, other=0)
-        tl.store(dropped_ptr + blocks, tl.full([FLAGS], 0, tl.int8), mask=exists)
+        for stand_in in tl.static_range(PER_BLOCK):
+            tl.store(masks_ptr + blocks * PER_BLOCK + stand_in, nothing, mask=exists & (blocks < q_block))
 
 
 @triton.jit
@@ -94,7 +100,7 @@ def stand_ins_kernel(
     v_source,
     out_ptr,
     lse_ptr,
-    dropped_ptr,
+    masks_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -110,7 +116,7 @@ def stand_ins_kernel(
     num_keys,
     num_q_blocks,
     num_means,
-    flags_of_row,
+    row_size,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -135,7 +141,7 @@ def stand_ins_kernel(
     if not TMA:
         k_source += batch * stride_kb + kv_head * stride_kh
         v_source += batch * stride_kb + kv_head * stride_kh
-    dropped_ptr += (batch_head * num_q_blocks + row) * flags_of_row
+    masks_ptr += (batch_head * num_q_blocks + row) * row_size
     offset = num_keys - num_queries  # absolute position of query 0
     q_block = offset // BLOCK_SIZE + row  # on the key grid
     first_query = q_block * BLOCK_SIZE + tile_in_block * BLOCK_M - offset
@@ -162,8 +168,8 @@ def stand_ins_kernel(
         v_tile = load_keys(
             v_source, batch, kv_head, first, num_means, stride_kn, BLOCK_N, HEAD_DIM, BLOCK_D, DTYPE, True, TMA
         )
-        is_dropped = tl.load(dropped_ptr + (first + tl.arange(0, BLOCK_N)) // (BLOCK_SIZE // TOKENS))
-        raises = tl.where(is_dropped != 0, LOG2_TOKENS, float("-inf"))  # [BLOCK_N]
+        masks = tl.load(masks_ptr + (first + tl.arange(0, BLOCK_N)) // (BLOCK_SIZE // TOKENS))
+        raises = masks.to(tl.float32) + LOG2_TOKENS  # [BLOCK_N]
         logits = tl.dot(q_tile, k_tile.T, input_precision="ieee") * scale_log2 + raises[None, :]
         accumulator, running_max, running_sum = online_softmax_update(
             logits, v_tile, accumulator, running_max, running_sum
@@ -204,20 +210,27 @@ def block_means(k: torch.Tensor, v: torch.Tensor, block_size: int, tokens: int) 
     return means
 
 
-def dropped_blocks(kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, num_kv_blocks: int) -> torch.Tensor:
-    """Flags int8 [B, Hq, nq, nk or more]: 1 where a key block lies before the query block and its list lacks it."""
+def masks_of_kept_blocks(
+    kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, num_kv_blocks: int, per_block: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Masks [1, B * Hq * nq, 1, n]: 0 for each of the `per_block` stand-ins of a dropped block, -inf for all others.
+
+    A block is dropped if it lies before the query block and its list lacks it. n is num_kv_blocks * per_block or more.
+    """
     num_q_blocks, max_blocks = kv_indices.shape[2:]
-    flags_of_row = -(-num_kv_blocks // FLAGS_AT_ONCE) * FLAGS_AT_ONCE
-    dropped = kv_indices.new_empty(*kv_num_blocks.shape, flags_of_row, dtype=torch.int8)
+    row_size = -(-num_kv_blocks * per_block // MASKS_AT_ONCE) * MASKS_AT_ONCE
+    masks = kv_indices.new_empty(1, kv_num_blocks.numel(), 1, row_size, dtype=dtype)
     launch(
-        dropped_kernel,
+        masks_kernel,
         (kv_num_blocks.numel(),),
-        (dropped, kv_indices.contiguous(), kv_num_blocks.contiguous()),
-        (num_q_blocks, num_kv_blocks, max_blocks, flags_of_row),
-        FLAGS=FLAGS,
+        (masks, kv_indices.contiguous(), kv_num_blocks.contiguous()),
+        (num_q_blocks, num_kv_blocks, max_blocks, row_size),
+        PER_BLOCK=per_block,
+        NUMBERS=MASKS,
+        AT_ONCE=MASKS_AT_ONCE,
         num_warps=1,
     )
-    return dropped
+    return masks
 
 
 def add_stand_ins(
@@ -246,17 +259,17 @@ def add_stand_ins(
         return out, lse
     tiles = tile_sizes(head_dim, block_size, q.dtype) if tiles is None else tiles
     q, means = with_dense_rows(q), block_means(k, v, block_size, tokens)
-    dropped = dropped_blocks(kv_indices, kv_num_blocks, num_kv_blocks)
+    masks = masks_of_kept_blocks(kv_indices, kv_num_blocks, num_kv_blocks, 1, torch.float16)
     tma = can_describe(means[0])
     sources = (Tiles(x, (1, 1, tiles["BLOCK_N"], head_dim), describe_tiles) if tma else x for x in means)
     launch(
         stand_ins_kernel,
         (num_q_blocks * (block_size // tiles["BLOCK_M"]), batch * num_q_heads),
-        (q, *sources, out, lse, dropped),
+        (q, *sources, out, lse, masks),
         (
             *(stride for x in (q, means[0], out) for stride in x.stride()[:3]),
             *(num_q_heads, num_q_heads // num_kv_heads, num_queries, num_keys, num_q_blocks),
-            *(means[0].shape[2], dropped.shape[3], float(scale)),
+            *(means[0].shape[2], masks.shape[3], float(scale)),
         ),
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),

@@ -3,7 +3,7 @@
 A task is one query block of one head, or of a pair of heads. A persistent program takes task after task from a counter.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import Lock
 from typing import NamedTuple
 
@@ -17,6 +17,12 @@ NOTES = 2  # of a task in scratch memory: one for each consumer
 GRAPH_TASKS = 1 << 19  # of all launches that graphs record, 4 MiB of scratch memory
 FOR_GRAPHS: dict[torch.device, torch.Tensor] = {}  # what is left of it, zeros since before the first capture
 LOCK = Lock()  # of FOR_GRAPHS
+
+
+@cache
+def is_sm90(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU of compute capability 9.0; AMD's MI200 reports 9.0 too."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @lru_cache(maxsize=4096)

@@ -1,5 +1,7 @@
 """Scores of cells: logits far above those of the first tile of keys lose nothing."""
 
+import math
+
 import pytest
 import torch
 from stem.kernels import cell_pairs as cell_kernels
@@ -10,6 +12,7 @@ from stem.cells import kernel_cells
 from stem.scores import cell_bonus
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SIZE, BLOCKS = 16, 24
 CONFIG = StemConfig.preset("adaptive", block_size=SIZE, dense_up_to=0, threshold=0.02, exact_last_blocks=0)
 # logit that each kind adds to all keys of a block
@@ -101,3 +104,53 @@ def test_only_peaks_are_computed_again(logit, flagged, monkeypatch):
     assert len(flags) == 2  # of cells and of tokens
     for of_kernel in flags:
         assert int(of_kernel.max()) == flagged
+
+
+def shares_of_cells(features, cells, seen):
+    """Shares [heads, query cells, nk] from the sums of pair_cells, in fp64."""
+    chunks = cell_kernels.pair_cells(*features, None, cells)
+    parts = [sums[:, : rows * cells.query_cells].double() for rows, sums, _ in chunks]
+    sums = torch.cat(parts, 1).where(seen, 0.0)
+    return sums / sums.sum(-1, keepdim=True)
+
+
+ON_SM90 = {  # queries, keys, query heads, KV heads, cells of a key block, height of a peak, bytes of sums
+    "whole": (17_000, 17_000, 32, 8, 8, 0.0, 1 << 30),
+    "peaks": (16_500, 16_500, 32, 8, 8, 6.0, 1 << 30),
+    "chunk": (9_001, 17_007, 64, 8, 8, 6.0, 1 << 30),
+    "query blocks in parts": (17_000, 17_000, 64, 8, 16, 0.0, 1 << 23),
+    "small key cells": (16_385, 16_385, 32, 8, 32, 6.0, 1 << 30),
+}
+
+
+@pytest.mark.skipif(not IS_SM90, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("case", ON_SM90)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_sums_on_sm90_are_as_close_to_fp64_as_those_of_triton(case, monkeypatch):
+    from stem.kernels import cell_pairs_sm90
+    from stem.kernels.cell_features import Cells, cell_features
+
+    q_len, kv_len, num_q_heads, num_kv_heads, key_cells, peak, buffer_bytes = ON_SM90[case]
+    q = torch.randn(1, num_q_heads, q_len, 128, device=DEVICE, dtype=torch.bfloat16)
+    k = torch.randn(1, num_kv_heads, kv_len, 128, device=DEVICE, dtype=torch.bfloat16)
+    q[:, :3] += 1  # logits of these heads are about 16 * peak there
+    k[:, 0, kv_len // 3 : kv_len // 3 + 128] += peak
+    cells = Cells(128, 8, key_cells, stride=1, peak=0.3, rms=True, q_len=q_len, kv_len=kv_len)
+    features = cell_features(q, k, cells, 128**-0.5)
+    ends = cells.first_position + cells.q_cell * torch.arange(1, features[0].shape[2] + 1, device=DEVICE)
+    starts = cells.k_cell * torch.arange(features[1].shape[2], device=DEVICE)
+    visible = starts < ends.clamp_max(kv_len)[:, None]
+    keys = features[1][0].double().repeat_interleave(num_q_heads // num_kv_heads, 0)
+    logits = (features[0][0].double() @ keys.mT).masked_fill(~visible, float("-inf"))
+    expected = (logits * math.log(2)).softmax(-1).unflatten(-1, (-1, key_cells)).sum(-1)
+
+    monkeypatch.setattr(cell_kernels, "BUFFER_BYTES", buffer_bytes)
+    launches, launch = [], cell_pairs_sm90.launch
+    monkeypatch.setattr(cell_pairs_sm90, "launch", lambda *given, **named: launches.append(launch(*given, **named)))
+    seen = visible.unflatten(-1, (-1, key_cells)).any(-1)
+    found = shares_of_cells(features, cells, seen)
+    assert len(launches) == (2 if case == "query blocks in parts" else 1)
+    monkeypatch.setattr(cell_kernels, "fits_sm90", lambda *features: False)
+    by_triton = shares_of_cells(features, cells, seen)
+    error, of_triton = ((x - expected).norm(dim=-1) / expected.norm(dim=-1) for x in (found, by_triton))
+    assert error.max() < 0.01 and error.mean() < 1.02 * of_triton.mean()

@@ -16,7 +16,7 @@ SHARED_MEMORY_BYTES = 227 * 1024  # what one program may use on sm_90
 POINTERS = {
     "q_ptr": "x", "k_ptr": "x", "v_ptr": "x", "x_ptr": "x", "out_ptr": "x", "budget_ptr": "i32", "flags_ptr": "i32",
     "kv_indices_ptr": "i32", "kv_num_blocks_ptr": "i32", "pages_ptr": "i32", "q_blocks_ptr": "i32", "slots_ptr": "i64",
-    "k_means_ptr": "x", "v_means_ptr": "x", "dropped_ptr": "i8",
+    "k_means_ptr": "x", "v_means_ptr": "x", "masks_ptr": "x",
     "features_ptr": "x", "q_features_ptr": "x", "k_features_ptr": "x",
 }  # fmt: skip  # "x" is the type of the inputs; all other pointers are fp32
 
@@ -130,7 +130,9 @@ def stand_in_cases():
     """Arguments of compile_for_sm90 for the kernels of stand-ins."""
     from stem.kernels import common, stand_ins
 
-    yield "dropped", (stand_ins.dropped_kernel, "bf16", dict(FLAGS=stand_ins.FLAGS))
+    for per_block in (1, 8):
+        constants = dict(PER_BLOCK=per_block, NUMBERS=stand_ins.MASKS, AT_ONCE=stand_ins.MASKS_AT_ONCE)
+        yield f"masks {per_block}", (stand_ins.masks_kernel, "bf16", constants, 1)
     for dtype, head_dim, tma in ((torch.bfloat16, 128, True), (torch.float16, 64, False), (torch.float32, 128, False)):
         operands = common.operand_dtype(dtype)
         dims = dict(HEAD_DIM=head_dim, BLOCK_D=head_dim, TOKENS=128)
@@ -191,7 +193,7 @@ def test_kernels_compile_for_sm90(tmp_path):
     process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     shared = json.loads(process.stdout)
-    assert len(shared) == 73
+    assert len(shared) == 74
     too_large = {name: size for name, size in shared.items() if size > SHARED_MEMORY_BYTES}
     assert not too_large
 

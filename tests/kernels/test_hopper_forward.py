@@ -313,21 +313,42 @@ def compile_for_sm90(head_dim, per_block, paged):
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    def tile(rows):
-        return f"tensordesc<bf16[1, 1, {rows}, {head_dim}],{hopper_forward.TMA_LAYOUT!r}>"
+    def tile(rows, columns=head_dim):
+        return f"tensordesc<bf16[1, 1, {rows}, {columns}],{hopper_forward.TMA_LAYOUT!r}>"
 
     kernel = hopper_forward.hopper_forward_kernel
     types = dict(
         q_desc=tile(64), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16", lse_ptr="*fp32",
         kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", pages_ptr="*i32",
-        scale="fp32", raise_by="fp32", k_means_desc=tile(128), v_means_desc=tile(128), dropped_ptr="*i8",
+        scale="fp32", k_means_desc=tile(128), v_means_desc=tile(128), masks_desc=tile(16, 128),
     )  # fmt: skip
     constants = dict(PER_BLOCK=per_block) if paged else dict(PER_BLOCK=per_block, pages_ptr=None)
     if not per_block:
-        constants |= dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None)
+        constants |= dict(k_means_desc=None, v_means_desc=None, masks_desc=None)
     names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
     constants = {(names.index(name),): value for name, value in constants.items()}
-    divisible = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name == "flags_of_row"]
+    divisible = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
+    options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
+def compile_pairs_of_cells():
+    """Compile cell_pairs_sm90.py ahead of time; bytes of shared memory."""
+    import triton
+    from stem.kernels import cell_pairs_sm90, hopper_forward
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel, constants = cell_pairs_sm90.pair_cells_sm90_kernel, dict(Q_CELL=16, K_CELL=16, CELLS=8)
+    types = dict(
+        q_desc=f"tensordesc<bf16[1, 1, 64, 256],{hopper_forward.TMA_LAYOUT!r}>",
+        k_desc=f"tensordesc<bf16[1, 16, 4, 2, 256],{cell_pairs_sm90.KEY_LAYOUT!r}>", sums_ptr="*bf16", flags_ptr="*i32",
+    )  # fmt: skip
+    names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    divisible = (names.index(name) for name in ("sums_ptr", "flags_ptr", "num_kv_blocks"))
     aligned = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS}
@@ -349,4 +370,4 @@ def test_it_compiles_for_sm90(tmp_path):
 
 if __name__ == "__main__":
     cases = (64, 0, True), (128, 0, False), (128, 1, False), (64, 8, False)
-    print(json.dumps([compile_for_sm90(*case) for case in cases]))
+    print(json.dumps([*(compile_for_sm90(*case) for case in cases), compile_pairs_of_cells()]))

@@ -99,6 +99,20 @@ def test_merged_and_attended_stand_ins_agree(tokens):
 
 
 @needs_sm90
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_heads_in_turn_where_their_masks_exceed_the_buffer(kv_heads, monkeypatch):
+    from stem.kernels import hopper_forward
+
+    q, k, v = random_inputs(2 * kv_heads, kv_heads, 700, 3001, 128, torch.bfloat16, batch=2)
+    lists = lists_of(random_mask(2, 2 * kv_heads, 700, 3001, BLOCK_SIZE, diagonal=False, keep=0.1))
+    expected = with_stand_ins("hopper", q, k, v, *lists, BLOCK_SIZE, 0.1, 16)
+    monkeypatch.setattr(hopper_forward, "BUFFER_BYTES", 1)
+    found = with_stand_ins("hopper", q, k, v, *lists, BLOCK_SIZE, 0.1, 16)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_sm90
 @pytest.mark.parametrize("boost", [4.0, 25.0])
 def test_stand_ins_far_above_the_first_tile(boost):
     q, k, v = inputs_with_late_maxima(1.0, 1024, 128, torch.bfloat16)

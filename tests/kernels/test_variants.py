@@ -49,7 +49,7 @@ def variants_of(preset, *lengths):
 
     driver.set_active(Hopper())
     stand_ins = dict(launch=note, at_least_sm90=lambda device: True, num_multiprocessors=lambda device: 132)
-    stand_ins |= dict(current_stream=lambda device: 0, unsupported=lambda *problem: "")
+    stand_ins |= dict(current_stream=lambda device: 0, unsupported=lambda *problem: "", is_sm90=lambda device: True)
     for module in pkgutil.iter_modules(stem.kernels.__path__):
         module = importlib.import_module(f"stem.kernels.{module.name}")
         for name in stand_ins.keys() & vars(module).keys():

@@ -101,9 +101,8 @@ def compile_for_sm90(stage):
     types = dict(
         q_desc=tile(128 // module.NUM_CONSUMERS.value), k_desc=tile(128), v_desc=tile(128), out_ptr="*bf16",
         lse_ptr="*fp32", kv_indices_ptr="*i32", kv_num_blocks_ptr="*i32", scratch_ptr="*i32", scale="fp32",
-        raise_by="fp32",
     )  # fmt: skip
-    constants = dict(k_means_desc=None, v_means_desc=None, dropped_ptr=None, pages_ptr=None, PER_BLOCK=0)
+    constants = dict(k_means_desc=None, v_means_desc=None, masks_desc=None, pages_ptr=None, PER_BLOCK=0)
     names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
     constants = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}
