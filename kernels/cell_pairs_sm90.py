@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .cell_features import Cells
-from .common import ALIGNED_OR_NOT, LARGEST_SUM, num_multiprocessors
+from .common import LARGEST_SUM, num_multiprocessors
 from .hopper_forward import (
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
@@ -69,6 +69,15 @@ def block_sums(weights, CELLS: gl.constexpr):
     cells = weights.reshape([ROWS, BLOCKS, CELLS // 2, THREADS, 2])
     sums = gl.sum(gl.sum(cells, axis=4), axis=2)
     return gl.convert_layout(sums.permute([0, 2, 1]).reshape([ROWS, THREADS * BLOCKS]), sums_layout(BLOCKS))
+
+
+@gluon.jit
+def store_sums(sums_ptr, sums, first_row, rows, chunk_cells, first_block, num_kv_blocks):
+    """Store the sums of a tile; rows of a multiple of 16 blocks let each thread store all of its neighbours at once."""
+    blocks = first_block + gl.arange(0, sums.shape[1], gl.SliceLayout(0, sums.type.layout))
+    offsets = ((first_row + rows) * num_kv_blocks)[:, None] + blocks[None, :]
+    exists = (rows < chunk_cells)[:, None] & (blocks < num_kv_blocks)[None, :]
+    gl.store(sums_ptr + offsets, sums.to(sums_ptr.dtype.element_ty), mask=exists)
 
 
 @gluon.jit
@@ -125,9 +134,7 @@ def consume(
         total = block_sums(gl.full([ROWS, COLUMNS], 0.0, gl.float32, LOGITS), CELLS)
         SUMS: gl.constexpr = total.type.layout
         rows = first_row + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-        blocks = gl.arange(0, COLUMNS // CELLS, gl.SliceLayout(0, SUMS))
-        row_offsets = (head.to(gl.int64) * chunk_cells + rows) * num_kv_blocks
-        pointers = sums_ptr + row_offsets[:, None] + blocks[None, :]
+        row_of_head = head.to(gl.int64) * chunk_cells
         mbarrier.wait(q_full.index(CONSUMER), parity)
         for tile in range(num_tiles):
             slot, parity_of_slot = ring_slot(k_tiles, step)
@@ -144,8 +151,10 @@ def consume(
                 reference = gl.max(logits, axis=1)
             sums = block_sums(gl.exp2(logits - reference[:, None]), CELLS)
             first_block = tile * (COLUMNS // CELLS)
-            exists = (rows < chunk_cells)[:, None] & (blocks + first_block < num_kv_blocks)[None, :]
-            gl.store(pointers + first_block, sums.to(sums_ptr.dtype.element_ty), mask=exists)
+            if num_kv_blocks % 16 == 0:  # in words that tell it to the compiler
+                store_sums(sums_ptr, sums, row_of_head, rows, chunk_cells, first_block, num_kv_blocks // 16 * 16)
+            else:
+                store_sums(sums_ptr, sums, row_of_head, rows, chunk_cells, first_block, num_kv_blocks)
             total += sums
             step += 1
         fits = gl.sum(gl.sum(total, axis=1), axis=0) < LARGEST_SUM  # not if it is NaN: infinite features
@@ -156,8 +165,8 @@ def consume(
         parity ^= 1
 
 
-VARYING = ["num_q_heads", "heads_per_kv_head", "first_cell", "chunk_cells", "num_heads", "num_row_tiles"]
-VARYING += ["first_position", "kv_len", "num_tasks"]
+VARYING = ["num_q_heads", "heads_per_kv_head", "num_kv_blocks", "first_cell", "chunk_cells", "num_heads"]
+VARYING += ["num_row_tiles", "first_position", "kv_len", "num_tasks"]
 
 
 @gluon.jit(do_not_specialize=VARYING)
@@ -215,12 +224,13 @@ def pair_cells(
     heads = num_q_heads, num_q_heads // k_features.shape[1]
     first_position = cells.first_position + first_cell * cells.q_cell
     others = first_cell, sums.shape[1], num_heads, num_row_tiles, first_position, cells.kv_len, num_tasks
-    constants = dict(Q_CELL=cells.q_cell, K_CELL=cells.k_cell, CELLS=cells.key_cells, **LAUNCH_OPTIONS)
     launch(
         pair_cells_sm90_kernel,
         (min(num_tasks, num_multiprocessors(q_features.device)),),
         (q_tiles, k_tiles, sums, flags),
         (*heads, cells.num_kv_blocks, *others),
-        also=lambda: [((*heads, blocks, *others), constants) for blocks in ALIGNED_OR_NOT],
-        **constants,
+        Q_CELL=cells.q_cell,
+        K_CELL=cells.k_cell,
+        CELLS=cells.key_cells,
+        **LAUNCH_OPTIONS,
     )
