@@ -237,12 +237,13 @@ def pair_cells(
         rows = min(chunk_rows, num_rows - first_row)
         row_tiles = -(-rows * cells.query_cells // ROW_TILE)
         num_splits, columns_per_split = split_keys(num_columns, heads * row_tiles)
-        first = None
-        if on_sm90 and (num_splits == 1 or COMPILE.get()):
+        first, takes_sm90 = None, on_sm90 and num_splits == 1
+        if takes_sm90:
+            num_splits, columns_per_split = 2, -(-num_columns // 2)  # its two consumers store a flag each
+        if takes_sm90 or on_sm90 and COMPILE.get():  # longer prompts need it
             from .cell_pairs_sm90 import pair_cells as pair_cells_sm90  # Gluon has no interpreter
 
             first = partial(pair_cells_sm90, q_features, k_features, sums, first_row * cells.query_cells, cells)
-            num_splits, columns_per_split = 2, -(-num_columns // 2)  # its two consumers store a flag each
         sizes = num_q_heads, heads_per_kv_head, q_features.shape[2], k_features.shape[2]
         others = first_row * cells.query_cells, chunk_cells, cells.first_position, cells.kv_len
         of_length, *lengths = (

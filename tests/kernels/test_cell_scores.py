@@ -1,10 +1,14 @@
 """Scores of cells: logits far above those of the first tile of keys lose nothing."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from stem.kernels import cell_pairs as cell_kernels
+from stem.kernels.cell_features import Cells
+from stem.kernels.launch import COMPILE
 from stem.kernels.share_select import pool_select
 
 from stem import BlockSelection, StemConfig, block_budget, block_scores, select_blocks
@@ -128,7 +132,7 @@ ON_SM90 = {  # queries, keys, query heads, KV heads, cells of a key block, heigh
 @pytest.mark.usefixtures("poisoned_empty")
 def test_sums_on_sm90_are_as_close_to_fp64_as_those_of_triton(case, monkeypatch):
     from stem.kernels import cell_pairs_sm90
-    from stem.kernels.cell_features import Cells, cell_features
+    from stem.kernels.cell_features import cell_features
 
     q_len, kv_len, num_q_heads, num_kv_heads, key_cells, peak, buffer_bytes = ON_SM90[case]
     q = torch.randn(1, num_q_heads, q_len, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -154,3 +158,33 @@ def test_sums_on_sm90_are_as_close_to_fp64_as_those_of_triton(case, monkeypatch)
     by_triton = shares_of_cells(features, cells, seen)
     error, of_triton = ((x - expected).norm(dim=-1) / expected.norm(dim=-1) for x in (found, by_triton))
     assert error.max() < 0.01 and error.mean() < 1.02 * of_triton.mean()
+
+
+@pytest.mark.parametrize("num_heads, tokens, on_sm90", [(8, 3000, False), (8, 65_536, True)])
+def test_a_first_call_compiles_what_it_launches_and_what_other_lengths_do(num_heads, tokens, on_sm90, monkeypatch):
+    happened = []
+    for_sm90 = SimpleNamespace(pair_cells=lambda q, k, sums, first_cell, *of: happened.append((first_cell, sums.shape)))
+    monkeypatch.setitem(sys.modules, "stem.kernels.cell_pairs_sm90", for_sm90)
+    monkeypatch.setattr(cell_kernels, "fits_sm90", lambda *features: True)
+
+    def note(kernel, grid, tensors, numbers, also, **constants):
+        happened.append((numbers, constants["REDO"]))
+
+    monkeypatch.setattr(cell_kernels, "launch", note)
+    cells = Cells(128, 8, 16, stride=1, peak=0.3, rms=True, q_len=tokens, kv_len=tokens)
+    q = torch.empty(1, num_heads, cells.num_q_blocks * 8, 256, dtype=torch.bfloat16)
+    k = torch.empty(1, 2, cells.num_kv_blocks * 16, 256, dtype=torch.bfloat16)
+
+    def launches():
+        happened.clear()
+        assert len(list(cell_kernels.pair_cells(q, k, None, cells))) == 1
+        return list(happened)
+
+    token = COMPILE.set(note)  # nothing runs
+    try:
+        compiled = launches()
+    finally:
+        COMPILE.reset(token)
+    launched, of_sm90 = launches(), (0, (num_heads, q.shape[2], cells.num_kv_blocks))
+    assert len(launched) == 2 and set(launched) < set(compiled) and len(compiled) == 3
+    assert of_sm90 in compiled and (of_sm90 in launched) == on_sm90
