@@ -129,8 +129,12 @@ def _waiting(rows: pd.DataFrame) -> str:
 
 
 def _same_blocks(rows: pd.DataFrame) -> str:
-    """Attention alone over the same blocks by Stem's kernels and by others'; nothing unless others were measured."""
+    """Attention alone over the same blocks by Stem's kernels and by others'; nothing unless others were measured.
+
+    Lengths at which every block is kept are left out: they are dense attention, in calls that wait for the CPU.
+    """
     alone = rows[(rows.operation == "attention") & (rows.config == "released") & rows.latency_ms.notna()]
+    alone = alone[alone.density < 1]
     if not set(alone.provider) & set(SPARSE_LABELS):
         return ""
     stem = alone[alone.provider.str.startswith("stem")].sort_values("latency_ms").drop_duplicates("tokens")

@@ -248,6 +248,7 @@ def test_others_over_the_same_blocks_have_a_table():
     text = report._same_blocks(pd.concat([rows, pd.DataFrame(more)]).assign(config="released", density=0.2))
     assert "FlashAttention-4 [ms] | FlexAttention Triton [ms] |" in text
     assert text.endswith("| 128K | 20.0% | 41 | 45.1 | 70 | 1.1× |")
+    assert not report._same_blocks(pd.concat([rows, pd.DataFrame(more)]).assign(config="released", density=1.0))
 
 
 def test_a_sentence_says_where_calls_wait_for_the_cpu():
