@@ -40,7 +40,7 @@ def rows_of_a_cpu() -> tuple[str, pd.DataFrame]:
 
 
 def _table(rows: pd.DataFrame) -> str:
-    """Lines of first tokens, then of further ones, the errors of FP8, and the clock if it is known."""
+    """Lines of first tokens, then of further ones; the cost of chunks, the errors of FP8, and the clock if known."""
     rows = rows.assign(compute=rows.compute.fillna("input") if "compute" in rows else "input")
     sparse = rows[rows.attention == "Stem"].sort_values(["compute", "lists", "density"], ascending=False)
     ways = list(dict.fromkeys(zip(sparse.compute, sparse.lists, sparse.density, strict=True)))
@@ -55,13 +55,13 @@ def _table(rows: pd.DataFrame) -> str:
     for tokens, group in rows[rows.token_ms.notna()].groupby("tokens"):
         lines.append([f"each further token after {tokens_label(tokens)}", *_cells(group, "token_ms", ways)])
     accuracy = _accuracy() if "fp8" in set(rows.compute) else ""
-    return markdown_table(header, lines) + accuracy + _clocks(rows) + _bounds(rows)
+    return markdown_table(header, lines) + _chunks(rows) + accuracy + _clocks(rows) + _bounds(rows)
 
 
 def _accuracy() -> str:
-    """Paragraph on the errors of FP8, in attention and in answers; empty without rows of either."""
-    told = " ".join(filter(None, (_error(full_rows("speed/variants")), _answers(full_rows("serving/accuracy")))))
-    return f"\n\n{told}" if told else ""
+    """Paragraphs on the errors of FP8, in attention and in answers; empty without rows of either."""
+    told = filter(None, (_error(full_rows("speed/variants")), _answers(full_rows("serving/accuracy"))))
+    return "".join(f"\n\n{part}" for part in told)
 
 
 def _error(rows: pd.DataFrame) -> str:
@@ -76,21 +76,43 @@ def _error(rows: pd.DataFrame) -> str:
 
 
 def _answers(rows: pd.DataFrame) -> str:
-    """Sentences on the change of log-probabilities by FP8, from rows of `accuracy`."""
+    """Table of losses and of changes by FP8, whole and in chunks, from rows of `accuracy`; empty without rows."""
     if rows.empty:
         return ""
-    told = []
-    for density, group in rows[rows.attention == "Stem"].groupby("density", sort=False):
-        bf16, fp8 = (group[group.compute == way].set_index("chunk") for way in ("input", "fp8"))
-        told.append(
-            f"at density {density:g} {fp8.difference[0]:.4f} in the mean and {fp8.largest_difference[0]:.2g} at most "
-            f"(bf16 in chunks {bf16.difference.iloc[-1]:.4f}, dense attention {bf16.from_dense[0]:.4f} in the mean), "
-            f"with a loss of {fp8.loss[0]:.4f} where bf16 has {bf16.loss[0]:.4f}"
-        )
-    where = f"{tokens_label(rows.tokens.iloc[0])} tokens of a text ({MODELS.get(rows.model[0], rows.model[0])})"
-    dense = rows[rows.attention == "vLLM"].loss.iloc[0]
-    told = f"FP8 changes the log-probabilities of {where}, from bf16 in the same engine [nats]: {'; '.join(told)}."
-    return f"{told} Dense attention has {dense:.4f}."
+    lines, costs = [], []
+    for (attention, density, compute), group in rows.groupby(["attention", "density", "compute"], sort=False):
+        name = "vLLM" if attention == "vLLM" else f"Stem, density {density:g}{', FP8' if compute == 'fp8' else ''}"
+        group = group.sort_values("chunk")
+        changes = [f"{x.difference:.4f}, {x.largest_difference:.2g}" for x in group.itertuples()]
+        lines.append([name, *(f"{loss:.4f}" for loss in group.loss), *changes])
+        if compute == "fp8":
+            same = (rows.attention == attention) & (rows.density == density) & (rows.compute == "input")
+            whole, cut = group.loss.to_numpy() - rows[same].sort_values("chunk").loss.to_numpy()
+            worst = f"a single log-probability by up to {group.largest_difference.max():.2g}"
+            costs.append(f"at density {density:g} the loss by {whole:+.4f} ({cut:+.4f} in chunks) and {worst}")
+    text = f"{tokens_label(rows.tokens.iloc[0])} tokens of a text ({MODELS.get(rows.model[0], rows.model[0])})"
+    chunks = f"chunks of {tokens_label(rows.chunk.max())}"
+    header = [f"loss of {text} [nats]", "whole", chunks, "change by token, whole: mean, largest", f"change, {chunks}"]
+    told = "A change is of a log-probability, from that of the whole text in bf16 at the same density."
+    if not rows[rows.compute == "input"].difference.any():
+        told += " In bf16, chunks change no log-probability by a single bit."
+    return f"{markdown_table(header, lines)}\n\n{told} FP8 changes {'; '.join(costs)} nats."
+
+
+def _chunks(rows: pd.DataFrame) -> str:
+    """Sentence on the longest prompt: what chunks add to the time of its first token; "" without rows of one run."""
+    known = rows[(rows.tokens == rows.tokens.max()) & (rows.requests == 1) & (rows.lists == "head")]
+    if not {"speedup", "git_commit"} <= set(known) or set(known.chunk) <= {0}:
+        return ""
+    told, size = [], known.chunk.max()
+    ways = known[known.speedup.notna()].groupby(["attention", "density", "compute"], sort=False)
+    for (attention, density, compute), group in ways:
+        found = group.drop_duplicates("chunk").set_index("chunk")
+        if {0, size} <= set(found.index) and found.git_commit[0] == found.git_commit[size]:
+            way = attention if attention == "vLLM" else f"density {density:g}{', FP8' if compute == 'fp8' else ''}"
+            told.append(f"{way} {found.first_token_ms[size] / found.first_token_ms[0] - 1:+.1%}")
+    where = f"the time to the first token of {tokens_label(known.tokens.iloc[0])}"
+    return f"\n\nChunks of {tokens_label(size)} change {where}: {'; '.join(told)}." if told else ""
 
 
 def _clocks(rows: pd.DataFrame) -> str:

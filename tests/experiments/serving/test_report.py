@@ -52,8 +52,9 @@ def test_fp8_has_columns_of_its_own(monkeypatch):
     columns = ["attention", "density", "compute", "chunk", "loss", "difference", "largest_difference", "from_dense"]
     answers = [
         ("vLLM", 1.0, "input", 0, 0.5, 0.0, 0.0, 0.0),
+        ("vLLM", 1.0, "input", 4096, 0.5, 0.0, 0.0, 0.0),
         ("Stem", 0.25, "input", 0, 0.51, 0.0, 0.0, 0.03),
-        ("Stem", 0.25, "input", 4096, 0.51, 0.002, 0.5, 0.03),
+        ("Stem", 0.25, "input", 4096, 0.511, 0.002, 0.5, 0.03),
         ("Stem", 0.25, "fp8", 0, 0.515, 0.01234, 1.34, 0.04),
         ("Stem", 0.25, "fp8", 4096, 0.6, 0.9, 9.0, 0.9),
     ]
@@ -73,15 +74,36 @@ def test_fp8_has_columns_of_its_own(monkeypatch):
     lines = report.serving().splitlines()
     assert lines[2].endswith("| Stem, density 0.25 | Stem, density 0.25, lists of groups | Stem, density 0.25, FP8 |")
     assert lines[4] == "| 32K | 300 ms | 150 ms (2.00x) | 120 ms (2.50x) | 100 ms (3.00x) |"
-    error = "Attention in FP8 is 5.14% from exact attention to the same blocks (random normal), bf16 0.22%. "
-    assert lines[6].startswith(f"{error}FP8 changes the log-probabilities of 16K tokens of a text (tiny), from bf16")
-    assert "16K tokens of a text (tiny), from bf16 in the same engine [nats]: at density 0.25 0.0123 in" in lines[6]
-    assert "mean and 1.3 at most (bf16 in chunks 0.0020, dense attention 0.0300 in the mean)" in lines[6]
-    assert lines[6].endswith("a loss of 0.5150 where bf16 has 0.5100. Dense attention has 0.5000.")
+    error = "Attention in FP8 is 5.14% from exact attention to the same blocks (random normal), bf16 0.22%."
+    assert lines[6] == error
+    assert lines[8].startswith("| loss of 16K tokens of a text (tiny) [nats] | whole | chunks of 4K |")
+    assert lines[10:14] == [
+        "| vLLM | 0.5000 | 0.5000 | 0.0000, 0 | 0.0000, 0 |",
+        "| Stem, density 0.25 | 0.5100 | 0.5110 | 0.0000, 0 | 0.0020, 0.5 |",
+        "| Stem, density 0.25, FP8 | 0.5150 | 0.6000 | 0.0123, 1.3 | 0.9000, 9 |",
+        "",
+    ]
+    changed = "at density 0.25 the loss by +0.0050 (+0.0890 in chunks) and a single log-probability by up to 9 nats."
+    assert lines[14].endswith(f"at the same density. FP8 changes {changed}") and len(lines) == 15
+    tables["serving/accuracy"].loc[3, "difference"] = 0.0  # of bf16 in chunks
+    assert "chunks change no log-probability by a single bit. FP8" in report.serving()
     tables["serving/accuracy"] = tables["serving/accuracy"][:0]
-    assert report.serving().endswith(error.strip())
+    assert report.serving().endswith(error)
     tables["speed/variants"] = rows()
     assert "FP8 is" not in report.serving()
+
+
+def test_chunks_are_compared_with_the_whole_prompt_of_one_run(monkeypatch):
+    ways = (("vLLM", 1.0, 20.0), ("Stem", 0.25, 10.0), ("Stem", 0.1, 8.0))
+    cases = [(*way, chunk, tokens) for tokens in (8192, 131072) for chunk in (0, 4096) for way in ways]
+    measured = rows(*((name, x, cut, n, 1, ms + (cut > 0) / 4, None) for name, x, ms, cut, n in cases))
+    measured = measured.assign(speedup=1.0, speedup_low=1.0, speedup_high=1.0, git_commit="a")
+    measured.loc[measured.index[-1], "git_commit"] = "b"
+    monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
+    told = "Chunks of 4K change the time to the first token of 128K: vLLM +1.2%; density 0.25 +2.5%."
+    assert report.serving().splitlines()[-1] == told
+    measured = measured.assign(speedup=None)  # engines that did not take turns
+    assert "Chunks of 4K change" not in report.serving()
 
 
 def test_the_longest_prompt_has_a_bound(monkeypatch):
