@@ -174,10 +174,20 @@ def _matched() -> str:
         f"**Operator at matched accuracy: {ratio:.1f}× over {name} ({times})** at "
         f"{tokens_label(row.tokens)} tokens ({row.source} inputs) and density {row.density:.1%}, block selection "
         f"included, on one {row.device}: {_factors(ratio, row.density)}. Its accuracy, on {found.model} at "
-        f"{tokens_label(found.length)} tokens and density {point.density:.1%}, which other samples chose: "
-        f"`{found.method}` loses {_lost(point.needles)} nats on needles and {point.documents.mean:.4f} nats per token "
-        f"on documents ({bounds}{met}){_others(found)} ([rows](results/README.md#speed-at-matched-accuracy))."
+        f"{tokens_label(found.length)} tokens and density {point.density:.1%}, which other samples chose"
+        f"{_elsewhere(found)}: `{found.method}` loses {_lost(point.needles)} nats on needles and "
+        f"{point.documents.mean:.4f} nats per token on documents ({bounds}{met}){_others(found)} "
+        "([rows](results/README.md#speed-at-matched-accuracy))."
     )
+
+
+def _elsewhere(found: matched_report.Fastest) -> str:
+    """Lower densities that other models chose for the method, with its loss on needles there."""
+    told = [
+        f"{of.point.asked:.0%} on {of.model}, where it loses {_lost(of.point.needles)} nats on needles"
+        for of in found.elsewhere
+    ]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _others(found: matched_report.Fastest) -> str:

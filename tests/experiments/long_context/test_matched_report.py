@@ -199,6 +199,33 @@ def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypa
     assert matched_report.fastest() is None and scoreboard._matched() == ""
 
 
+def test_the_headline_takes_the_highest_density_that_models_chose(rows, monkeypatch):
+    read, times, other = report.rows, matched_report.full_rows("long_context/matched"), "Qwen2.5-Coder-1.5B"
+    more = times[times.tokens == LENGTH].assign(source=f"captured from {other}")
+    monkeypatch.setattr(matched_report, "full_rows", lambda name: pd.concat([times, more], ignore_index=True))
+
+    def both(parts):
+        wide = [*quality("dense", None, 0.0, 0.0), *quality("adaptive", 0.25, -0.2, 0.001)]
+        wide = pd.DataFrame(wide).assign(model=other)
+        return pd.concat([read(parts), wide], ignore_index=True)
+
+    monkeypatch.setattr(report, "rows", both)
+    found = matched_report.fastest()
+    assert (found.model, found.point.asked, found.row.operator_ms) == (other, 0.25, 4.0)
+    (least,) = found.elsewhere
+    assert (least.model, least.point.asked) == (MODEL, 0.15)
+    told = f"which other samples chose (15% on {MODEL}, where it loses 0.26 [0.26, 0.26] nats on needles): `adaptive`"
+    assert told in scoreboard._matched()
+    monkeypatch.setattr(report, "rows", lambda parts: both(parts).query(f"model != '{other}' or asked != 0.25"))
+    assert matched_report.fastest().elsewhere == ()  # a model without the method chooses nothing
+
+    def missed(parts):
+        return both(parts).assign(values=lambda of: of["values"].mask((of.model == other) & of.asked.notna(), "-1 -1"))
+
+    monkeypatch.setattr(report, "rows", missed)
+    assert matched_report.fastest() is None  # no density is within the bounds on the other model
+
+
 def test_the_headline_names_the_densities_of_stem_and_of_the_best_other_method(rows, monkeypatch):
     read = report.rows
 
