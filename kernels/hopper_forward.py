@@ -139,7 +139,7 @@ def start_logits(q_tile, k_tile, LAYOUT: gl.constexpr):
 
 @gluon.constexpr_function
 def waits_early(online, head_dim):
-    """Whether the wait for V stands between the two products. Elsewhere it made blocks of 64 1.1 times as slow."""
+    """True if the wait for V stands between the two products. Elsewhere it made blocks of 64 1.1 times as slow."""
     return online and head_dim == 128
 
 

@@ -64,7 +64,7 @@ def ablation(step: str) -> Verdict:
 
 
 def on_answers(step: str, model: str) -> str:
-    """What a step of Table 5 changes in one model's answers, as cells by intervals without zero; "" without any."""
+    """Cells of one model's answers that a step of Table 5 changes, by intervals without zero; "" without any."""
     rows = report.rows(parts=("answers",))
     rows = rows[(rows.model == model) & (rows.measure == "answer") & rows.asked.notna()] if len(rows) else rows
     cells = [
