@@ -51,7 +51,7 @@ LENGTHS = {  # tokens of each profile
 WAYS = {"cuda": ("default", *PRESETS), "cpu": ("default", "adaptive")}  # configs
 LONG = {"cuda": 2**15}  # tokens from which on EIGHT_PERCENT is one of them
 ROUNDS, WARM_UP = {"cuda": 61, "cpu": 3}, 3  # calls of each way; calls before, untimed
-SECONDS, LEAST_ROUNDS = 2.5, 5  # no round of one config begins later, once there have been so many
+SECONDS, LEAST_ROUNDS = 2.0, 5  # no round of one config begins later, once there have been so many
 TIMING = "perf_counter around a prefill of the whole model, dense and sparse in turn, clocks not locked"
 FARTHEST = 0.1  # largest relative error of the logits where every block is kept
 
