@@ -28,6 +28,7 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "full"): [2**11, 2**12, 2**13],
     ("cpu", "smoke"): [2**12],
 }
+FASTEST_ALONE = 2**17  # tokens from which on FlashAttention-3, where installed, is the only dense attention timed
 CALLS, SECONDS = 3, 3.0  # calls of one length stop at either limit, after a warm-up call
 TIMING = "perf_counter around a prefill of the whole model, one to three calls, clocks not locked"
 
@@ -64,7 +65,7 @@ def _sdpa_of(model: nn.Module, backend: SDPBackend) -> Iterator[None]:
 def case(
     model: nn.Module, tokens: int, device: str, *, configs: Mapping[str, StemConfig], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows of operation "ttft" (time to first token) of one length: the dense back ends, then Stem with each config.
+    """Rows of operation "ttft" (time to first token) of one length: dense back ends, then Stem with each config.
 
     The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards.
     """
@@ -74,7 +75,11 @@ def case(
     ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     timed = partial(_timed, model, ids.to(model.device))
     rows = []
-    for name, context in dense_contexts(model, device).items():
+    contexts = dense_contexts(model, device)
+    if "fa3" in contexts:
+        names = [name for name in ("fa3", "sdpa_cudnn") if name == "fa3" or tokens < FASTEST_ALONE]
+        contexts = {name: contexts[name] for name in names}  # FlashAttention-4 must compile, and 2 is slower
+    for name, context in contexts.items():
         rows.append(common | dict(provider=name, config="dense") | timed(context()))
     for name, config in configs.items():
         about = dict(provider="stem", config=name, block_size=config.block_size)
