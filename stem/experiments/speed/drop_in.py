@@ -58,7 +58,8 @@ def case(
     each round turns their order round, so that a change of the machine's speed meets both. `speedup` is the median over
     the rounds of a round's ratio, from `speedup_low` to `speedup_high` (95 %). `host_ms` is the time until the call
     returns, and `host_ratio` the median over the rounds of its ratio to the dense one. A config that keeps every block
-    must give the logits of dense attention. `ids` [1, >= tokens] are the prompt, by default random.
+    must give the logits of dense attention. `outside_ms` is the time of the model without attention. `ids`
+    [1, >= tokens] are the prompt, by default random.
     """
     settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
     head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
@@ -69,6 +70,8 @@ def case(
     ids = ids[:, :tokens].to(model.device)
     contexts = first_token.dense_contexts(model, device)
     contexts.pop("fa4", None)  # its calls cost the host more than FlashAttention-3's, and the GPU no less
+    rest, _ = take_turns(model, ids, {"rest": partial(first_token.without_attention, model)}, LEAST_ROUNDS)
+    common |= dict(outside_ms=rest["rest"].get("latency_ms"))
     dense, _ = take_turns(model, ids, contexts, LEAST_ROUNDS)
     rows = [common | dict(provider=way, config="dense", density=1.0) | of_way for way, of_way in dense.items()]
     timed = {way: of_way["latency_ms"] for way, of_way in dense.items() if "latency_ms" in of_way}

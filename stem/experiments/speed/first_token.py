@@ -28,6 +28,7 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "full"): [2**11, 2**12, 2**13],
     ("cpu", "smoke"): [2**12],
 }
+NO_ATTENTION = "no_attention"
 CALLS, SECONDS = 3, 3.0  # calls of one length stop at either limit, after a warm-up call
 TIMING = "perf_counter around a prefill of the whole model, one to three calls, clocks not locked"
 
@@ -61,19 +62,34 @@ def _sdpa_of(model: nn.Module, backend: SDPBackend) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_attention(model: nn.Module) -> Iterator[None]:
+    """A model of transformers whose attention gives zeros at no cost: the rest of its time, while the context lasts."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def zeros(module, query, *others, **options):
+        return query.new_zeros(query.transpose(1, 2).shape), None
+
+    AttentionInterface.register(NO_ATTENTION, zeros)
+    AttentionMaskInterface.register(NO_ATTENTION, lambda *sizes, **options: None)
+    with peers.implementation_of(model, NO_ATTENTION):
+        yield
+
+
 def case(
     model: nn.Module, tokens: int, device: str, *, configs: Mapping[str, StemConfig], seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of operation "ttft" (time to first token) of one length: the dense back ends, then Stem with each config.
 
-    The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards.
+    The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards. `outside_ms`
+    is the time of the model without attention.
     """
     settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
     heads = settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim
     common = dict(operation="ttft") | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=TIMING)
     ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     timed = partial(_timed, model, ids.to(model.device))
-    rows = []
+    rows, common = [], common | dict(outside_ms=timed(without_attention(model)).get("latency_ms"))
     for name, context in dense_contexts(model, device).items():
         rows.append(common | dict(provider=name, config="dense") | timed(context()))
     for name, config in configs.items():

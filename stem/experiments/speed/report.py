@@ -6,7 +6,16 @@ from typing import Any
 import pandas as pd
 
 from stem.config import StemConfig
-from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, not_run, number, tokens_label
+from stem.experiments.markdown import (
+    MISSING,
+    by_device,
+    full_rows,
+    markdown_table,
+    no_rows,
+    not_run,
+    number,
+    tokens_label,
+)
 from stem.experiments.speed.candidates import BASELINES, EIGHT_PERCENT, GRAPH, NEVER_DENSE, PREFILL, PRESETS, SHORT
 from stem.experiments.speed.peers import FP8
 
@@ -68,6 +77,21 @@ def best_ratio(row: Mapping[str, Any]) -> tuple[float, str]:
     """Speed-up of a row over the fastest dense back end in its precision, and the provider; (NaN, "") without one."""
     ratios = [(row.get(f"speedup_vs_{name}"), name) for name in DENSE_LABELS if name not in FP8]
     return min(((ratio, name) for ratio, name in ratios if ratio is not None and ratio == ratio), default=(NAN, ""))
+
+
+def factors_told(dense_ms: float, row: Mapping[str, Any]) -> str:
+    """The factors of a row's speed-up over a dense time [ms]: block pairs not computed, and the rate on the others.
+
+    In a whole model they hold for attention alone, whose share of the dense time comes first. Attention is then what
+    the model takes longer than without it. A dash stands where that is nothing.
+    """
+    outside = row.get("outside_ms", NAN)
+    outside = 0.0 if outside is None or outside != outside else outside
+    before, after = dense_ms - outside, row["latency_ms"] - outside
+    if not (before > 0 and after > 0 and row["density"] > 0):
+        return MISSING
+    told = f"{1 / row['density']:.2f} × {before / after * row['density']:.2f}"
+    return f"{before / dense_ms:.0%}, {told}" if outside else told
 
 
 def _dense(frame: pd.DataFrame, graph: bool) -> pd.DataFrame:
@@ -197,6 +221,11 @@ CALIBRATED = (
     f"The threshold of `{EIGHT_PERCENT}` is the one that `stem.calibrate` finds for that density in two layers of the "
     "model's shape, with random weights, on one random prompt of that length."
 )
+FACTORS = (
+    "The factors of a speed-up over the fastest dense are the block pairs that are not computed, and the rate on the "
+    "others, selection included, over the dense kernel's. In whole models, the share of attention in the dense time "
+    "stands before them, and they hold for attention alone. Attention is the time beyond that of the model without it."
+)
 TURNS = (
     "Dense and sparse prefills take turns. Each speed-up is the median over rounds of a round's ratio, with its 95 % "
     "interval. Short prompts of small models wait for the CPU, whose speed varied during the rounds."
@@ -222,9 +251,12 @@ def beyond() -> str:
         for row in part[part.config != "dense"].sort_values(["operation", "tokens", "latency_ms"]).to_dict("records"):
             sparse = f"{row['provider'].replace('_', ', ')}, {CONFIG_LABELS.get(row['config'], row['config'])}"
             about = [BEYOND[row["operation"]], tokens_label(row["tokens"]), sparse]
-            lines.append([*about, *_against_dense(row, names), number(row["peak_memory_mib"] / 1024)])
-        header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "peak memory [GiB]"]
-        told = f" {CALIBRATED}" if EIGHT_PERCENT in set(part.config) else ""
+            dense_ms = best_ratio(row)[0] * row["latency_ms"]
+            is_split = row["operation"] != "ttft" or row.get("outside_ms", NAN) > 0
+            told = factors_told(dense_ms, row) if is_split else MISSING
+            lines.append([*about, *_against_dense(row, names), told, number(row["peak_memory_mib"] / 1024)])
+        header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "its factors", "peak memory [GiB]"]
+        told = f" {FACTORS}{f' {CALIBRATED}' if EIGHT_PERCENT in set(part.config) else ''}"
         parts.append(f"**{device}**.{told}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
@@ -245,7 +277,8 @@ def break_even() -> str:
                 ratio, fastest = best_ratio(row)
                 ratios[row["operation"].startswith(GRAPH), name, tokens] = ratio
                 times = number(ratio * row["latency_ms"]), number(row["latency_ms"])
-                cells += [f"{times[0]} ({DENSE_LABELS[fastest]})", times[1], number(ratio, "×")]
+                speedup = f"{number(ratio, '×')} = {factors_told(ratio * row['latency_ms'], row)}"
+                cells += [f"{times[0]} ({DENSE_LABELS[fastest]})", times[1], speedup]
             lines.append([name, tokens_label(tokens), f"{group.density.iloc[0]:.1%}", *cells])
         ratios, told = pd.Series(ratios), []
         for (is_graph, name), of_length in ratios.groupby(level=[0, 1]):
@@ -276,16 +309,19 @@ def drop_in() -> str:
             sparse = sparse.set_index("config").reindex(configs)
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
+            split = "outside_ms" in sparse and fastest.outside_ms == fastest.outside_ms
             ratios = [
-                f"{number(row.speedup, '×')} [{number(row.speedup_low)}, {number(row.speedup_high)}]"
-                for row in sparse.itertuples()
+                f"{number(row['speedup'], '×')} [{number(row['speedup_low'])}, {number(row['speedup_high'])}]"
+                + (f" ({factors_told(row['speedup'] * row['latency_ms'], row)})" if split else "")
+                for row in sparse.to_dict("records")
             ]
             hosts = sparse.host_ms / dense.host_ms.min()
             host = number(sparse.get("host_ratio", hosts).fillna(hosts).max(), "×")
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])
         names = [PRESET_LABELS.get(name) or CONFIG_LABELS[name] for name in configs]
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]
-        parts.append(f"**{device}**. {TURNS}\n\n{markdown_table(header, lines)}")
+        told = f" In brackets: its factors. {FACTORS}" if "outside_ms" in part and part.outside_ms.notna().any() else ""
+        parts.append(f"**{device}**. {TURNS}{told}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 

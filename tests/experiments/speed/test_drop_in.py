@@ -28,6 +28,7 @@ def test_rows_of_whole_models(tiny):
         assert row["error"] == "" and row["operation"] == "prefill tiny" and row["tokens"] == 100
         assert 0 < row["host_ms"] <= row["latency_ms_p80"] and set(row) <= set(bench.COLUMNS)
         assert row["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / row["latency_ms"])
+        assert 0 < row["outside_ms"] == dense["outside_ms"]
     for row in (small, everything):
         assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"] and row["host_ratio"] > 0
     assert not hasattr(tiny.model.layers[0].self_attn, "stem_layer")
@@ -39,7 +40,8 @@ def test_dense_and_sparse_calls_take_turns(tiny, monkeypatch):
         drop_in, "_timed", lambda model, ids: order.append(model.config._attn_implementation) or (2.0, 1.0)
     )
     rows = drop_in.case("tiny", tiny, 100, "cpu")
-    assert order == ["sdpa"] * least + ["stem", "sdpa", "sdpa", "stem"] * 2  # dense alone, then both configs
+    alone = [first_token.NO_ATTENTION] * least + ["sdpa"] * least
+    assert order == alone + ["stem", "sdpa", "sdpa", "stem"] * 2  # then both configs
     assert [(row["latency_ms"], row["host_ms"]) for row in rows] == [(2, 1)] * 3
     assert tiny.config._attn_implementation == "sdpa"
 
@@ -52,7 +54,7 @@ def test_speedups_are_of_one_round(tiny, monkeypatch):
     def timed(model, ids):
         calls.append(model.config._attn_implementation)
         ms = 2.0 if calls[-1] == "sdpa" else 1.0
-        is_slow = (len(calls) - drop_in.LEAST_ROUNDS - 1) % 6 < 2
+        is_slow = (len(calls) - 2 * drop_in.LEAST_ROUNDS - 1) % 6 < 2
         return (3 * ms if is_slow else ms), (ms / 4 if calls[-1] == "sdpa" else ms)
 
     monkeypatch.setattr(drop_in, "_timed", timed)
@@ -69,7 +71,7 @@ def test_long_prompts_take_fewer_turns(tiny, monkeypatch):
     monkeypatch.setitem(drop_in.ROUNDS, "cpu", 9)
     monkeypatch.setattr(drop_in, "SECONDS", 0)
     drop_in.case("tiny", tiny, 100, "cpu")
-    assert len(calls) == drop_in.LEAST_ROUNDS * (1 + 2 * 2)  # dense, and with each config
+    assert len(calls) == drop_in.LEAST_ROUNDS * (2 + 2 * 2)  # no attention, dense, and both with each config
 
 
 def test_a_way_that_computes_something_else_is_not_timed(tiny, monkeypatch):
@@ -111,3 +113,7 @@ def test_the_table_compares_with_the_fastest_dense_back_end(made_up_machine):
     header, _, line = report.drop_in().splitlines()[2:]
     assert header == "| model | tokens | dense, fastest [ms] | density 0.25 | adaptive | host time, highest |"
     assert line == "| 135M | 8K | 20 (cuDNN) | 1.31× [1, 1.5] | 0.84× [1, 1.5] | 1.33× |"
+    rows = [of | dict(density=0.25 if of["provider"] == "stem" else 1.0, outside_ms=12.0) for of in rows]
+    split = row("stem", "default", 16, 11) | dict(density=0.25, outside_ms=12.0)
+    records.write_rows("speed", [*rows, split], "full")
+    assert report.drop_in().splitlines()[-1].split(" | ")[3] == "1.31× [1, 1.5] (43%, 4.00 × 0.56)"

@@ -106,6 +106,16 @@ def test_the_break_even_is_the_length_from_which_on_adaptive_is_faster(made_up_m
     records.write_rows("speed", rows, "full")
     told, _, _, _, *lines = report.break_even().splitlines()
     assert "beats dense attention from 8K tokens on (called from Python, tiny), and from 4K tokens on (from" in told
-    assert lines[-1] == "| tiny | 8K | 50.0% | 2.4 (cuDNN) | 2 | 1.2× | 3 (FlashAttention-3) | 2 | 1.5× |"
+    called, replayed = "2.4 (cuDNN) | 2 | 1.2× = 2.00 × 0.60", "3 (FlashAttention-3) | 2 | 1.5× = 2.00 × 0.75"
+    assert lines[-1] == f"| tiny | 8K | 50.0% | {called} | {replayed} |"
     records.write_rows("speed", [row(4096, 0.9)], "full")
     assert "dense attention nowhere (called" in report.break_even()
+
+
+def test_the_factors_of_a_speed_up_multiply_to_it():
+    operator = report.factors_told(100.0, dict(latency_ms=20.0, density=0.25))
+    assert operator == "4.00 × 1.25"  # 5 times as fast
+    model = report.factors_told(100.0, dict(latency_ms=60.0, density=0.25, outside_ms=50.0))
+    assert model == "50%, 4.00 × 1.25"  # attention 50 -> 10 ms
+    for row in (dict(latency_ms=40.0, outside_ms=50.0), dict(latency_ms=60.0, outside_ms=101.0)):
+        assert report.factors_told(100.0, row | dict(density=0.25)) == report.MISSING
