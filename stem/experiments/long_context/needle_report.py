@@ -89,10 +89,11 @@ def ahead(answers: pd.DataFrame, method: str, others: Sequence[str]) -> str:
         ]
         if found := [each for each in found if each.count]:
             counts = [sum(low > 0 for _, low, *_ in found), sum(each.high < 0 for each in found)]
-            means = [each.mean for each in found]
+            means = sorted({f"{each.mean:+.2f}" for each in found}, key=float)
+            cells = f"{len(found)} cell{'s' * (len(found) > 1)}"
             told.append(
-                f"{task}: above in {counts[0]} and below in {counts[1]} of {len(found)} cells, "
-                f"{min(means):+.2f} to {max(means):+.2f} nats"
+                f"{task}: above in {counts[0]} and below in {counts[1]} of {cells}, "
+                f"{' to '.join(dict.fromkeys((means[0], means[-1])))} nats"
             )
     names = f"{', '.join(others[:-1])} and {others[-1]}" if len(others) > 1 else others[0]
     return f"`{method}` beside {names}, by intervals without zero: {'; '.join(told)}." if told else ""

@@ -241,7 +241,7 @@ def test_a_method_is_ahead_only_where_an_interval_excludes_zero():
     )  # fmt: skip
     told = "`adaptive` beside stem and xattention, by intervals without zero: "
     told += "a: above in 1 and below in 1 of 2 cells, -3.00 to +5.00 nats; "
-    told += "b: above in 0 and below in 0 of 1 cells, +0.00 to +0.00 nats."
+    told += "b: above in 0 and below in 0 of 1 cell, +0.00 nats."
     assert needle_report.ahead(frame, "adaptive", ("stem", "xattention")) == told
     assert needle_report.ahead(frame, "adaptive", ["subblock"]) == ""
 
