@@ -37,7 +37,7 @@ HEADLINE = candidates.Shape(2**17)  # one layer of Llama-3.1-8B
 INPUTS = CAPTURED, RANDOM = "captured", "random"
 ROUNDS, TOLERANCE = 20, 0.02  # of the search for a threshold, and of its density as a share of it
 ALLOWED = 0.02  # relative L2 difference of an operator to its selection's attention by another kernel
-SECONDS, LEAST_TURNS, MOST_TURNS = 3.0, 7, 25  # no turn of two calls begins later, once there have been so many
+SECONDS, LEAST_TURNS, MOST_TURNS = 1.5, 7, 25  # no turn of two calls begins later, once there have been so many
 SAME = ("method", "block_size", "asked", "source", "tokens")  # they name a row
 Layers = Sequence[tuple[Tensor, Tensor, Tensor]]
 
