@@ -69,7 +69,9 @@ def rows(
         dense = partial(kernels[fastest], problem=None)
         for name, density in pairs:
             try:
-                method, *_ = methods.candidates(name, density, block_size, q.shape[2])
+                method = next(iter(methods.candidates(name, density, block_size, q.shape[2])), None)
+                if method is None:
+                    raise ValueError("forced blocks leave the scores nothing to choose")
                 row = dict(method=name, block_size=block_size, asked=density, dense=fastest)
                 yield row | about | _measured(method, layers, dense)
             except (ValueError, RuntimeError) as error:

@@ -82,16 +82,22 @@ def best_ratio(row: Mapping[str, Any]) -> tuple[float, str]:
 def factors_told(dense_ms: float, row: Mapping[str, Any]) -> str:
     """The factors of a row's speed-up over a dense time [ms]: block pairs not computed, and the rate on the others.
 
-    In a whole model they hold for attention alone, whose share of the dense time comes first. Attention is then what
-    the model takes longer than without it. A dash stands where that is nothing.
+    In a whole model they hold for attention alone, whose share of the dense time stands first. Attention is the time
+    beyond that of the model without attention. A dash stands where that is not known or not positive.
     """
-    outside = row.get("outside_ms", NAN)
-    outside = 0.0 if outside is None or outside != outside else outside
+    outside, in_model = row.get("outside_ms"), row.get("operation", "").startswith(("ttft", PREFILL))
+    outside = (NAN if outside is None else outside) if in_model else 0.0
     before, after = dense_ms - outside, row["latency_ms"] - outside
     if not (before > 0 and after > 0 and row["density"] > 0):
         return MISSING
     told = f"{1 / row['density']:.2f} × {before / after * row['density']:.2f}"
-    return f"{before / dense_ms:.0%}, {told}" if outside else told
+    return f"{before / dense_ms:.0%}, {told}" if in_model else told
+
+
+def _with_factors(ratio: float, row: Mapping[str, Any]) -> str:
+    """A speed-up over the fastest dense back end, with its factors where they are known."""
+    told = MISSING if ratio != ratio else factors_told(ratio * row["latency_ms"], row)
+    return number(ratio, "×") if told == MISSING else f"{number(ratio, '×')} = {told}"
 
 
 def _dense(frame: pd.DataFrame, graph: bool) -> pd.DataFrame:
@@ -130,7 +136,7 @@ def _speed_of(device: str, rows: pd.DataFrame) -> str:
     shape = stem.iloc[0]
     heads = f"{shape.q_heads:.0f} query and {shape.kv_heads:.0f} key-value heads of {shape.head_dim:.0f}"
     told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape.batch:.0f}, random normal inputs. Times "
-    told += f"are medians, and Stem's include scoring and selection.{_speed_sentence(stem, names)}"
+    told += f"are medians, and Stem's include scoring and selection. {FACTORS}{_speed_sentence(stem, names)}"
     preset = "Speed-up of the operator with each preset over the fastest dense back end"
     called = _presets(over_dense(rows), fastest_dense(rows), f"{preset}, both called from Python")
     in_graphs = over_dense(rows, graph=True), fastest_dense(rows, graph=True)
@@ -213,7 +219,7 @@ def _against_dense(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     best, name = best_ratio(row)
     ratios = [row[f"speedup_vs_{name}"] for name in names]
     times = [number(time) for time in (*(ratio * row["latency_ms"] for ratio in ratios), row["latency_ms"])]
-    lead = number(best, "×") + (f" ({DENSE_LABELS[name]})" if name else "")
+    lead = _with_factors(best, row) + (f" ({DENSE_LABELS[name]})" if name else "")
     return [f"{row['density']:.1%}", *times, lead, *(number(ratio, "×") for ratio in ratios)]
 
 
@@ -223,8 +229,11 @@ CALIBRATED = (
 )
 FACTORS = (
     "The factors of a speed-up over the fastest dense are the block pairs that are not computed, and the rate on the "
-    "others, selection included, over the dense kernel's. In whole models, the share of attention in the dense time "
-    "stands before them, and they hold for attention alone. Attention is the time beyond that of the model without it."
+    "others, selection included, over the dense kernel's."
+)
+IN_MODELS = (
+    "In whole models, the share of attention in the dense time stands before the factors, which hold for attention "
+    "alone. Attention is the time beyond that of the model without attention."
 )
 TURNS = (
     "Dense and sparse prefills take turns. Each speed-up is the median over rounds of a round's ratio, with its 95 % "
@@ -251,12 +260,9 @@ def beyond() -> str:
         for row in part[part.config != "dense"].sort_values(["operation", "tokens", "latency_ms"]).to_dict("records"):
             sparse = f"{row['provider'].replace('_', ', ')}, {CONFIG_LABELS.get(row['config'], row['config'])}"
             about = [BEYOND[row["operation"]], tokens_label(row["tokens"]), sparse]
-            dense_ms = best_ratio(row)[0] * row["latency_ms"]
-            is_split = row["operation"] != "ttft" or row.get("outside_ms", NAN) > 0
-            told = factors_told(dense_ms, row) if is_split else MISSING
-            lines.append([*about, *_against_dense(row, names), told, number(row["peak_memory_mib"] / 1024)])
-        header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "its factors", "peak memory [GiB]"]
-        told = f" {FACTORS}{f' {CALIBRATED}' if EIGHT_PERCENT in set(part.config) else ''}"
+            lines.append([*about, *_against_dense(row, names), number(row["peak_memory_mib"] / 1024)])
+        header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "peak memory [GiB]"]
+        told = f" {FACTORS} {IN_MODELS}{f' {CALIBRATED}' if EIGHT_PERCENT in set(part.config) else ''}"
         parts.append(f"**{device}**.{told}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
@@ -277,8 +283,7 @@ def break_even() -> str:
                 ratio, fastest = best_ratio(row)
                 ratios[row["operation"].startswith(GRAPH), name, tokens] = ratio
                 times = number(ratio * row["latency_ms"]), number(row["latency_ms"])
-                speedup = f"{number(ratio, '×')} = {factors_told(ratio * row['latency_ms'], row)}"
-                cells += [f"{times[0]} ({DENSE_LABELS[fastest]})", times[1], speedup]
+                cells += [f"{times[0]} ({DENSE_LABELS[fastest]})", times[1], _with_factors(ratio, row)]
             lines.append([name, tokens_label(tokens), f"{group.density.iloc[0]:.1%}", *cells])
         ratios, told = pd.Series(ratios), []
         for (is_graph, name), of_length in ratios.groupby(level=[0, 1]):
@@ -309,18 +314,17 @@ def drop_in() -> str:
             sparse = sparse.set_index("config").reindex(configs)
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
-            split = "outside_ms" in sparse and fastest.outside_ms == fastest.outside_ms
             ratios = [
                 f"{number(row['speedup'], '×')} [{number(row['speedup_low'])}, {number(row['speedup_high'])}]"
-                + (f" ({factors_told(row['speedup'] * row['latency_ms'], row)})" if split else "")
-                for row in sparse.to_dict("records")
+                + f" = {factors_told(row['speedup'] * row['latency_ms'], row)}".removesuffix(f" = {MISSING}")
+                for row in sparse.assign(operation=operation).to_dict("records")
             ]
             hosts = sparse.host_ms / dense.host_ms.min()
             host = number(sparse.get("host_ratio", hosts).fillna(hosts).max(), "×")
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])
         names = [PRESET_LABELS.get(name) or CONFIG_LABELS[name] for name in configs]
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]
-        told = f" In brackets: its factors. {FACTORS}" if "outside_ms" in part and part.outside_ms.notna().any() else ""
+        told = f" {FACTORS} {IN_MODELS}" if "outside_ms" in part and part.outside_ms.notna().any() else ""
         parts.append(f"**{device}**. {TURNS}{told}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
@@ -339,7 +343,9 @@ def variants() -> str:
             for row in group.sort_values(["density", "latency_ms"], ascending=[False, True]).to_dict("records"):
                 name = f"dense, {DENSE_LABELS[row['provider']]}" if row["variant"] == "dense" else row["variant"]
                 times = [number(row["latency_ms"]), number(row.get("choosing_ms", NAN))]
-                rates = [number(row["tflops"]), number(dense / row["latency_ms"], "×"), number(100 * row["error"], "%")]
+                ratio = dense / row["latency_ms"]
+                lead = number(ratio, "×") if row["variant"] == "dense" else _with_factors(ratio, row)
+                rates = [number(row["tflops"]), lead, number(100 * row["error"], "%")]
                 lines.append([what, tokens_label(tokens), name, f"{row['density']:.1%}", *times, *rates])
         header = ["q, k and v", "tokens", "variant", "density", "operator [ms]", "of it, choosing [ms]", "TFLOP/s"]
         parts.append(f"**{device}**\n\n{markdown_table([*header, 'over the fastest dense', 'error'], lines)}")
