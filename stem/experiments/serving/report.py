@@ -137,10 +137,11 @@ def _bounds(rows: pd.DataFrame) -> str:
     outside, attention = bounds.parts(whole.first_token_ms)
     before = whole.first_token_ms[1.0] - outside
     factors = " and ".join(f"{1 / x:.1f} × {before / attention:.2f} at density {x:g}" for x in found)
+    share = before / whole.first_token_ms[1.0]
     told = (
-        f"\n\nAt {tokens_label(whole.tokens.iloc[0])}, on a line through Stem's times at two densities, attention takes "
-        f"{before / whole.first_token_ms[1.0]:.0%} of vLLM's time. The factors of its own speed-up, block pairs not "
-        f"computed and the rate on the others, are {factors}."
+        f"\n\nAt {tokens_label(whole.tokens.iloc[0])}, on a line through Stem's times at two densities, attention "
+        f"takes {share:.0%} of vLLM's time. The factors of its own speed-up, block pairs not computed and the rate on "
+        f"the others, are {factors}."
     )
     told += f"\n\nAttention in bf16 that left no clock of the tensor cores idle, {where}, would give {listed}."
     if "power_w" in whole and whole.power_w.notna().all():
