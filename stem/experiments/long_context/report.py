@@ -228,17 +228,19 @@ def quality() -> str:
 def table_by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
     """Markdown table of paired differences to dense attention: one column per block size and density asked for.
 
-    Methods that set their own density come last, in a column of their own.
+    Cells of methods that were not measured on all tasks of the rows name the number of theirs. Methods that set their
+    own density come last, in a column of their own.
     """
     part = part.dropna(subset="difference")
     columns = sorted(part.dropna(subset="asked").groupby(["block_size", "asked"]).groups)
-    cells, order, own = {}, {}, []
+    cells, order, own, tasks = {}, {}, [], part.task.nunique()
     for method, of in part[part.method != "dense"].groupby("method", sort=False):
         for size, asked in columns:
             row = of[(of.block_size == size) & (of.asked == asked)]
             if len(row):
                 difference, density = to_dense(part, row), row.density.mean()
                 told = f" ({density:.1%})" if abs(density - asked) > 0.005 else ""
+                told += f" ({row.task.nunique()} of {tasks} kinds)" if row.task.nunique() < tasks else ""
                 cells[method, size, asked] = _interval(difference, form) + told
                 order.setdefault(method, []).append(difference.mean)
         if of.asked.isna().all():

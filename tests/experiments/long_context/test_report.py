@@ -115,6 +115,14 @@ def test_differences_are_best_first_and_hold_what_was_asked(rows):
     assert fewer.index[-1] == "stem" and pd.isna(fewer.loc["stem", "mean"])
 
 
+def test_cells_of_fewer_kinds_of_documents_say_so(rows):
+    documents = report.whole(rows[(rows.measure == "loss") & (rows.task != "all") & (rows.length == 4096)])
+    assert "kinds" not in report.table_by_density(documents)
+    fewer = documents[(documents.method != "stem") | (documents.task == "prose")]
+    (line,) = [line for line in report.table_by_density(fewer).splitlines() if line.startswith("| stem")]
+    assert "(1 of 2 kinds)" in line
+
+
 def test_generated_answers_stand_beside_those_in_one_forward(rows):
     table = needle_report.generated(rows, 64)
     assert ("a, 4K", "window") in table.index and ("a, 4K", "dense") in table.index
