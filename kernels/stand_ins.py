@@ -7,14 +7,14 @@ online softmax continues, its state is out, with a running sum of 1 relative to 
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from .common import LN_2, LOG2_E, operand_dtype, padded_dim, with_dense_rows
+from .common import LN_2, LOG2_E, for_all_lengths, operand_dtype, padded_dim, with_dense_rows
 from .launch import Tiles, launch
 from .sparse_forward import can_describe, describe_tiles, load_keys, load_rows, online_softmax_update
 
@@ -25,7 +25,7 @@ LOWEST = tl.constexpr(-1e38)  # running maximum of a row without keys; -inf - -i
 CHUNK_LOGITS = 1 << 26  # of the backward pass at a time: 256 MiB
 
 
-@triton.jit
+@for_all_lengths
 def means_kernel(
     k_ptr,
     v_ptr,
@@ -59,7 +59,7 @@ def means_kernel(
     tl.store(means_ptr + dims, tl.sum(total, axis=0) / TOKENS, mask=dims < HEAD_DIM)
 
 
-@triton.jit
+@partial(for_all_lengths, aligned="row_size")  # always a multiple of 16
 def masks_kernel(
     masks_ptr,
     kv_indices_ptr,
@@ -93,7 +93,7 @@ def masks_kernel(
             tl.store(masks_ptr + blocks * PER_BLOCK + stand_in, nothing, mask=exists & (blocks < q_block))
 
 
-@triton.jit
+@partial(for_all_lengths, aligned="row_size")
 def stand_ins_kernel(
     q_ptr,
     k_source,

@@ -10,7 +10,7 @@ from torch import nn
 
 from stem.attention import block_sparse_attention, stem_attention
 from stem.config import StemConfig, check_config
-from stem.impl.coverage import resolve_impl
+from stem.impl.coverage import covered_size, impl_for, resolve_impl
 from stem.validation import check_integer
 
 
@@ -99,7 +99,11 @@ def _shape(shape) -> tuple[int, int, int]:
 
 
 def _runs_torch(shape, config, impl, dtype, device) -> bool:
-    return resolve_impl(impl, device, dtype, shape[2], getattr(config, "block_size", 128)) in ("torch", "reference")
+    size = getattr(config, "block_size", 128)
+    if isinstance(config, StemConfig):
+        impl = impl_for(config.compute, impl)
+        size = covered_size(config, *shape[:2], impl)
+    return resolve_impl(impl, device, dtype, shape[2], size) in ("torch", "reference")
 
 
 def _with_progress(calls: list) -> Iterable:

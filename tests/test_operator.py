@@ -19,6 +19,8 @@ CONFIGS = {
     "angelslim": StemConfig.preset("angelslim", k_start=0.5),
     "hpc_ops": StemConfig.preset("hpc_ops", k_start=0.4),
     "everything": StemConfig(density=1.0),
+    "adaptive": StemConfig.preset("adaptive", dense_up_to=0),
+    "groups": StemConfig(density=0.3, lists="group", block_size=64),
 }
 
 
@@ -82,6 +84,28 @@ def test_it_never_waits_for_the_device(name, impl):
         attend()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("tokens", [777, 2111])
+@pytest.mark.parametrize("heads", [(14, 2, 64), (12, 2, 128), (64, 8, 128)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_heads_of_models_and_lengths_that_end_inside_a_block(name, heads, tokens):
+    q_heads, kv_heads, head_dim = heads
+    q, k, v = (
+        torch.randn(1, number, tokens, head_dim, device="cuda").bfloat16() for number in (q_heads, kv_heads, kv_heads)
+    )
+    config = CONFIGS[name]
+    if name == "adaptive":
+        config = config.replace(threshold=0.1)  # at which random blocks are dropped
+    out, selection = stem.stem_attention(q, k, v, config, return_selection=True)
+    for rows in torch.arange(tokens, device="cuda").split(512):
+        part = stem.reference.masked_attention(
+            q[:, :, rows].double(), k.double(), v.double(), selection.to_token_mask()[:, :, rows]
+        )
+        assert (out[:, :, rows] - part).norm() < 4e-3 * part.norm()
+    for _ in range(3):  # the third call is replayed
+        assert torch.equal(stem.stem_attention(q, k, v, config), out)
 
 
 @needs_cuda

@@ -121,7 +121,11 @@ class Layer:
         return self.peers.to_host(found, WHAT).flatten()
 
     def _counted(self) -> Tensor:
-        return sum(counts.sum((0, 2), keepdim=True, dtype=torch.int64) for counts in self.counts)  # [1, Hq, 1]
+        """Sum of all counts for each head, int64 [1, Hq, 1], in a few launches whatever their number."""
+        found: dict[torch.dtype, list[Tensor]] = {}  # cat copies tensors one by one where their dtypes differ
+        for counts in self.counts:
+            found.setdefault(counts.dtype, []).append(counts.transpose(0, 1).flatten(1))
+        return sum(torch.cat(rows, 1).sum(1, dtype=torch.int64) for rows in found.values())[None, :, None]
 
 
 class Report(Sequence):

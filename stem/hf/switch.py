@@ -64,7 +64,7 @@ def enable(
     for index, module in modules.items():
         chosen = impl_for(getattr(configs[index], "compute", "input"), impl)
         if chosen is not None and configs[index] is not None and own[index] is None:
-            resolve_impl(chosen, *expected_problem(module, configs[index]))
+            resolve_impl(chosen, *expected_problem(module, configs[index], chosen))
     shared, peers = _shared_prompt(mesh, configs, own), _tensor_parallel(model)
     disable(model)
     give_own_configs(model)

@@ -57,6 +57,21 @@ def test_a_selector_cannot_know_the_length_of_the_prompt():
         hf.enable(build(), SPARSE, prompt_length="100")
 
 
+def test_an_implementation_is_asked_for_the_blocks_that_its_kernels_see(monkeypatch):
+    """Blocks of 64 that an even number of heads share run in pairs of heads, so impl="hopper" covers them."""
+    monkeypatch.setattr("stem.kernels.hopper_forward.is_sm90", lambda device: True)
+    shared, device = stem.StemConfig(block_size=64, lists="group"), torch.device("cpu")
+    model, odd = (build(head_dim=64, hidden_size=96, num_attention_heads=heads).bfloat16() for heads in (4, 6))
+    hf.enable(model, shared, "hopper")
+    assert not stem.warming._runs_torch((4, 2, 64), shared, "hopper", torch.bfloat16, device)
+    alone = shared.replace(lists="head")
+    for refused, config, impl in ((model, alone, "hopper"), (model, shared, "hopper_fp8"), (odd, shared, "hopper")):
+        with pytest.raises(ValueError, match=f"impl='{impl}' does not cover block_size 64"):
+            hf.enable(refused, config, impl)
+    with pytest.raises(ValueError, match="impl='hopper' does not compute in FP8"):
+        stem.warm_up((4, 2, 64), shared.replace(compute="fp8"), [300], impl="hopper", device="cpu")
+
+
 def test_configs_by_layer():
     model, ids = build(), tokens()
     sdpa = logits(model, ids)

@@ -71,6 +71,22 @@ def test_counts_that_the_data_decide_are_summed_now_and_then(monkeypatch):
     assert copy.deepcopy(model.model.layers[0].self_attn.stem_layer).kept().tolist() == layer.kept().tolist()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_prefill_does_not_wait_for_the_device(name):
+    model, ids = build().to("cuda", torch.bfloat16), tokens(150).cuda()
+    with hf.stem_prefill(model, BUDGETS[name]) as report:
+        logits(model, ids)  # compiles
+        before = report.density()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):  # the third prefill is replayed
+                logits(model, ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert report.density() == before
+
+
 def test_no_lists_are_made_where_the_plan_is_dense(monkeypatch):
     model, ids = build(), tokens(150)
     expected = logits(model, ids)

@@ -8,6 +8,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 import stem
 from stem import hf
 from stem.hf.sinks import with_sink_key
+from stem.impl.coverage import IMPLS
 
 CLOSE = dict(atol=2e-5, rtol=1e-4)
 LAYERS = dict(layer_types=["full_attention", "sliding_attention", "full_attention"])
@@ -30,6 +31,29 @@ def test_sliding_layers_and_layers_without_a_config_are_the_models_own():
     assert (logits(model, ids) - eager).abs().max() > 1e-2
     hf.disable(model)
     assert torch.equal(logits(model, ids), eager)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_every_implementation_gives_eager_attention_through_a_mask(density, impl):
+    on_hopper = impl.startswith("hopper")
+    if on_hopper and not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("needs a Hopper GPU")
+    device = "cuda" if torch.cuda.is_available() and impl not in ("reference", "torch") else "cpu"
+    dtype, size, dim = (torch.bfloat16, 128, 64) if on_hopper else (torch.float32, 16, 16)
+    model = build("GptOss", head_dim=dim, **LAYERS).to(device, dtype)
+    module, tokens = model.model.layers[0].self_attn, 5 * size + 3
+    q, k, v = (torch.randn(2, heads, tokens, dim, dtype=dtype, device=device) for heads in (4, 2, 2))
+    config = SPARSE.replace(density=density, block_size=size)
+    hf.enable(model, config, impl)
+    with torch.no_grad():
+        out, _ = hf.stem_attention_forward(module, q, k, v, None, s_aux=module.sinks)
+        selection = stem.stem_attention(q, k, v, config, impl=impl, return_selection=True)[1]
+        additive = torch.where(selection.to_token_mask(), 0.0, -torch.inf).double()
+        exact, _ = eager_attention_forward(module.double(), q.double(), k.double(), v.double(), additive, dim**-0.5)
+    assert selection.density() == density == 1 or selection.density() < 0.8
+    allowed = {"hopper": 5e-3, "hopper_fp8": 0.08}.get(impl, 1e-5)
+    assert (out.double() - exact).norm() < allowed * exact.norm()
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

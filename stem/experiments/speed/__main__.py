@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure part by part, and write the rows after each part."""
     parser = argparse.ArgumentParser(prog="python -m stem.experiments.speed", description=__doc__)
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke", help="which lengths, and which file")
-    told = "of the operator and the drop-in, in this order; other rows stay"
+    told = "of the operator, the drop-in and the first token, in this order; other rows stay"
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help=told)
     parser.add_argument("--parts", choices=("operator", *beyond.PARTS), nargs="+", help="these only; other rows stay")
     told = "for the parts drop-in and break-even in place of SmolLM2 and random weights, see stem.pretrained.load"

@@ -16,7 +16,7 @@ from stem.experiments.documents import stdlib_documents
 from stem.experiments.long_context.report import MODELS
 from stem.experiments.speed import candidates, drop_in, first_token, peers
 from stem.experiments.speed.bench import run, with_speedups
-from stem.experiments.speed.candidates import CONFIGS, DENSE, EIGHT_PERCENT, SHAPES, Problem, Shape
+from stem.experiments.speed.candidates import CONFIGS, DENSE, EIGHT_PERCENT, LOW_DENSITY, SHAPES, Problem, Shape
 from stem.experiments.theory import flow
 
 TRAINING_TOKENS = {"cuda": (2**15, 2**13), "cpu": (2**11,)}  # forward and backward, the first with FlexAttention
@@ -24,7 +24,7 @@ TRAINING_CONFIG = "default"
 CAPTURED_TOKENS = {"cuda": 2**13, "cpu": 2**11}
 CAPTURED_LAYERS = {"cuda": (0, 10, 20, 29), "cpu": (10,)}  # of SmolLM2-135M's thirty
 BREAK_EVEN_TOKENS = (2048, 3000, 4096, 5500, 8192, 12000, 16384)  # on CUDA
-LOW_DENSITY = 0.08  # of the first token with the config EIGHT_PERCENT, see `calibrated`
+LOW = {"cuda": (2**16, 2**17), "cpu": ()}  # tokens at which the first token has the config EIGHT_PERCENT too
 SMALL = "smollm2"  # the model of the rows of q, k and v
 PARTS = ("training", "first token", "drop-in", "captured", "break-even")
 
@@ -126,9 +126,9 @@ def beyond_the_operator(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield (label, rows) of training, whole models, and a real model's q, k and v; headline measurements first.
 
-    `lengths` are those of "drop-in", by default of the profile. `model`, a name for stem.pretrained.load, is that of
-    "break-even" and of "drop-in" with trained weights. For others than SMALL, "drop-in" has no random weights, and
-    "captured", whose rows name no model, must be left out.
+    `lengths` are those of "drop-in" and "first token", by default of the profile. `model`, a name for
+    stem.pretrained.load, is that of "break-even" and of "drop-in" with trained weights. For others than SMALL,
+    "drop-in" has no random weights, and "captured", whose rows name no model, must be left out.
     """
     common = dict(impls=impls or candidates.default_impls(device), seed=seed)
 
@@ -136,13 +136,14 @@ def beyond_the_operator(
         rows = training_case(replace(SHAPES[device], tokens=tokens), device, flex=flex, **common)
         return f"forward+backward, {tokens:,} tokens", rows
 
+    prompts = lengths or first_token.LENGTHS[device, profile]
     lengths = lengths or drop_in.LENGTHS[device, profile]
     cuda, dtype = device == "cuda", getattr(torch, SHAPES[device].dtype)
     first, *others = TRAINING_TOKENS[device]
     if "training" in parts:
         yield train(first, flex=cuda)
     if "first token" in parts:
-        yield from _first_token_cases(device, profile, dtype, seed)
+        yield from _first_token_cases(device, prompts, dtype, seed)
     if "drop-in" in parts and model == SMALL:
         yield from drop_in.cases(device, lengths, seed=seed)
     parts = {*parts} - ({"break-even", "drop-in"} if not cuda else set())
@@ -166,14 +167,13 @@ def beyond_the_operator(
 
 
 def _first_token_cases(
-    device: str, profile: str, dtype: torch.dtype, seed: int
+    device: str, lengths: Sequence[int], dtype: torch.dtype, seed: int
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     settings = first_token.LLAMA_8B if device == "cuda" else first_token.TINY
-    lengths = first_token.LENGTHS[device, profile]
     configs = {"released": CONFIGS["released"]} if device == "cuda" else {"default": CONFIGS["default"]}
-    longest = calibrated(settings, lengths[0], device, dtype, seed) if device == "cuda" else None
+    low = {tokens: calibrated(settings, tokens, device, dtype, seed) for tokens in lengths if tokens in LOW[device]}
     model = first_token.random_llama(settings, device, dtype, seed)
     for tokens in lengths:
-        more = {EIGHT_PERCENT: longest} if longest and tokens == lengths[0] else {}
+        more = {EIGHT_PERCENT: low[tokens]} if tokens in low else {}
         rows = first_token.case(model, tokens, device, configs=configs | more, seed=seed)
         yield f"time to first token, {tokens:,} tokens", rows

@@ -38,7 +38,8 @@ BRIEFLY = {  # config -> lengths at which CUDA times the whole operator only
 GRAPH = "graph "  # prefix of an operation that was replayed from a CUDA graph, at all lengths of SHORT
 PREFILL = "prefill "  # prefix of an operation, before the name of a model, see stem.experiments.speed.drop_in
 NEVER_DENSE = "adaptive, never dense"  # config: the preset without its limit `dense_up_to`, for the limit's break-even
-EIGHT_PERCENT = "adaptive, 8 %"  # config: the preset with a threshold for that density, see beyond.calibrated
+EIGHT_PERCENT = "adaptive, 8 %"  # config: the preset with a threshold for that density, by stem.calibrate
+LOW_DENSITY = 0.08  # of EIGHT_PERCENT
 PRESETS = ("paper", "released", "hpc_ops", "adaptive")  # configs of the rows that are presets of StemConfig
 DENSE = {
     "cuda": {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION},

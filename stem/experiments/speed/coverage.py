@@ -25,6 +25,7 @@ BLOCKS = stem.StemConfig(density=0.3)
 FEATURES = {  # feature -> config and further arguments of `attend`
     "blocks of 128": (BLOCKS, {}),
     "blocks of 64": (BLOCKS.replace(block_size=64), {}),
+    "groups, blocks of 64": (BLOCKS.replace(block_size=64, lists="group"), {}),
     "`adaptive`": (stem.StemConfig.preset("adaptive", dense_up_to=0), {}),
     'FP8 (`compute="fp8"`)': (BLOCKS.replace(compute="fp8"), {}),
     'means (`dropped="mean"`)': (BLOCKS.replace(dropped="mean"), {}),

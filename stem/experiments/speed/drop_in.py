@@ -1,8 +1,9 @@
 """Prefill of whole models with random weights, dense and through stem.hf in turn, and the host's share of the time."""
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from statistics import median
@@ -11,10 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import stem
 from stem import hf
-from stem.experiments.speed import first_token
+from stem.experiments.speed import first_token, peers
 from stem.experiments.speed.bench import first_line, latencies, with_speedups
-from stem.experiments.speed.candidates import BRIEFLY, CONFIGS, PREFILL, PRESETS, SHAPES, Shape
+from stem.experiments.speed.candidates import (
+    BRIEFLY,
+    CONFIGS,
+    EIGHT_PERCENT,
+    LOW_DENSITY,
+    PREFILL,
+    PRESETS,
+    SHAPES,
+    Shape,
+)
 
 MODELS = {  # shapes of eight layers of Llama-3.1-8B, of Qwen2.5-0.5B, and of SmolLM2-135M
     "cuda": {
@@ -38,7 +49,8 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "smoke"): [2**10],
 }
 WAYS = {"cuda": ("default", *PRESETS), "cpu": ("default", "adaptive")}  # configs
-ROUNDS, WARM_UP = {"cuda": 15, "cpu": 3}, 3  # calls of each way; calls before, untimed
+LONG = {"cuda": 2**15}  # tokens from which on EIGHT_PERCENT is one of them
+ROUNDS, WARM_UP = {"cuda": 61, "cpu": 3}, 3  # calls of each way; calls before, untimed
 SECONDS, LEAST_ROUNDS = 2.0, 5  # no round of one config begins later, once there have been so many
 TIMING = "perf_counter around a prefill of the whole model, dense and sparse in turn, clocks not locked"
 FARTHEST = 0.1  # largest relative error of the logits where every block is kept
@@ -52,38 +64,46 @@ def prefill(model: nn.Module, ids: Tensor) -> Tensor:
 def case(
     name: str, model: nn.Module, tokens: int, device: str, *, ids: Tensor | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows of operation "prefill <name>" of one length: the dense back ends, then stem.hf with each config of WAYS.
+    """Rows of operation "prefill <name>" of one length: the dense back ends, no attention, stem.hf with each config.
 
     The dense back ends take turns. Then each config and the fastest of them do, call by call on the enabled model, and
     each round turns their order round, so that a change of the machine's speed meets both. `speedup` is the median over
     the rounds of a round's ratio, from `speedup_low` to `speedup_high` (95 %). `host_ms` is the time until the call
     returns, and `host_ratio` the median over the rounds of its ratio to the dense one. A config that keeps every block
-    must give the logits of dense attention. `outside_ms` is the time of the model without attention. `ids`
-    [1, >= tokens] are the prompt, by default random.
+    must give the logits of dense attention. `flop` are those of all layers' attention. The configs are those of WAYS,
+    and from LONG on EIGHT_PERCENT. `ids` [1, >= tokens] are the prompt, by default random.
     """
     settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
     head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     heads = settings.num_attention_heads, settings.num_key_value_heads, head_dim
-    common = dict(operation=PREFILL + name) | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=TIMING)
+    shape = Shape(tokens, 1, *heads, dtype)
+    common = dict(operation=PREFILL + name) | asdict(shape) | dict(timing=TIMING)
     if ids is None:
         ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     ids = ids[:, :tokens].to(model.device)
     contexts = first_token.dense_contexts(model, device)
     contexts.pop("fa4", None)  # its calls cost the host more than FlashAttention-3's, and the GPU no less
-    rest, _ = take_turns(model, ids, {"rest": partial(first_token.without_attention, model)}, LEAST_ROUNDS)
-    common |= dict(outside_ms=rest["rest"].get("latency_ms"))
     dense, _ = take_turns(model, ids, contexts, LEAST_ROUNDS)
     rows = [common | dict(provider=way, config="dense", density=1.0) | of_way for way, of_way in dense.items()]
     timed = {way: of_way["latency_ms"] for way, of_way in dense.items() if "latency_ms" in of_way}
     fastest = min(timed, key=timed.get, default=None)
-    for chosen in WAYS[device]:
-        config = CONFIGS[chosen] if chosen in CONFIGS else BRIEFLY[chosen][0]
+    bare, _ = take_turns(model, ids, {peers.NONE: partial(peers.no_attention, model)}, LEAST_ROUNDS)
+    rows.append(common | dict(provider=peers.NONE, config=peers.NONE) | bare[peers.NONE] | dict(density=0.0))
+    for chosen in (*WAYS[device], *([EIGHT_PERCENT] if tokens >= LONG.get(device, float("inf")) else [])):
+        config = calibrated(model, ids) if chosen == EIGHT_PERCENT else CONFIGS.get(chosen) or BRIEFLY[chosen][0]
         with hf.stem_prefill(model, config) as report:
             ways = {way: contexts[way] for way in (fastest,) if way} | {"stem": partial(nullcontext, report)}
             found, times = take_turns(model, ids, ways, ROUNDS[device])
         row = common | dict(provider="stem", config=chosen, block_size=config.block_size) | found["stem"]
         rows.append(row | (compared(times[fastest], times["stem"]) if fastest and times["stem"] else {}))
+    flop = settings.num_hidden_layers * shape.dense_flops()
+    rows = [row | (dict(flop=flop * row["density"]) if "density" in row else {}) for row in rows]
     return with_speedups(rows, seed)
+
+
+def calibrated(model: nn.Module, ids: Tensor) -> stem.StemConfig:
+    """The preset adaptive with the threshold at which the model computes LOW_DENSITY on this prompt [1, N]."""
+    return stem.calibrate(model, [ids], LOW_DENSITY, stem.StemConfig.preset("adaptive"), tolerance=0.002).config
 
 
 def compared(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -106,31 +126,48 @@ def take_turns(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[float, float]]]]:
     """Latency, host time [ms], density and error of each way to attend, and the times of its call in each round [ms].
 
-    The first way gives the logits to compare with. A context of Stem gives its report.
+    The first way gives the logits to compare with. A context of Stem gives its report. Python collects garbage between
+    rounds, in no timed call.
     """
     found, times = {way: dict(error="") for way in ways}, {way: [] for way in ways}
-    expected, begun = None, 0.0
-    for turn in range(rounds + 1):
-        begun = time.perf_counter() if turn == 1 else begun
-        if turn > LEAST_ROUNDS and time.perf_counter() - begun > SECONDS:
-            break
-        for way in ways if turn % 2 == 0 else reversed(ways):
-            if found[way]["error"]:
-                continue
-            try:
-                with ways[way]() as report:
-                    if turn:
-                        times[way].append(_timed(model, ids))
-                        continue
-                    logits = [prefill(model, ids) for _ in range(WARM_UP)][-1].double()
-                    expected = logits if expected is None else expected
-                    found[way] |= _checked(logits, expected, report)
-            except Exception as error:  # one way's failure costs one row
-                found[way]["error"] = first_line(error)
+    expected = None
+    for way in ways:
+        try:
+            with ways[way]() as report:
+                logits = [prefill(model, ids) for _ in range(WARM_UP)][-1].double()
+                expected = logits if expected is None else expected
+                found[way] |= _checked(logits, expected, report)
+        except Exception as error:  # one way's failure costs one row
+            found[way]["error"] = first_line(error)
+    begun = time.perf_counter()
+    with _garbage_kept():
+        for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.perf_counter() - begun > SECONDS:
+                break
+            gc.collect()
+            for way in reversed(ways) if turn % 2 == 0 else ways:
+                try:
+                    with ways[way]():
+                        times[way] += [] if found[way]["error"] else [_timed(model, ids)]
+                except Exception as error:
+                    found[way]["error"] = first_line(error)
     for way, pairs in times.items():
         if pairs:
             found[way] |= latencies([whole for whole, _ in pairs]) | dict(host_ms=median(host for _, host in pairs))
     return found, times
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """No automatic garbage collection; a collection by hand looks at objects made in this context only."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _checked(logits: Tensor, expected: Tensor, report: hf.Report | None) -> dict[str, float]:

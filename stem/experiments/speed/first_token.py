@@ -28,7 +28,7 @@ LENGTHS = {  # tokens of each profile
     ("cpu", "full"): [2**11, 2**12, 2**13],
     ("cpu", "smoke"): [2**12],
 }
-NO_ATTENTION = "no_attention"
+FASTEST_ALONE = 2**17  # tokens from which on FlashAttention-3, where installed, is the only dense attention timed
 CALLS, SECONDS = 3, 3.0  # calls of one length stop at either limit, after a warm-up call
 TIMING = "perf_counter around a prefill of the whole model, one to three calls, clocks not locked"
 
@@ -62,24 +62,10 @@ def _sdpa_of(model: nn.Module, backend: SDPBackend) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_attention(model: nn.Module) -> Iterator[None]:
-    """A model of transformers whose attention gives zeros at no cost: the rest of its time, while the context lasts."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def zeros(module, query, *others, **options):
-        return query.new_zeros(query.transpose(1, 2).shape), None
-
-    AttentionInterface.register(NO_ATTENTION, zeros)
-    AttentionMaskInterface.register(NO_ATTENTION, lambda *sizes, **options: None)
-    with peers.implementation_of(model, NO_ATTENTION):
-        yield
-
-
 def case(
     model: nn.Module, tokens: int, device: str, *, configs: Mapping[str, StemConfig], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows of operation "ttft" (time to first token) of one length: the dense back ends, then Stem with each config.
+    """Rows of operation "ttft" (time to first token) of one length: dense back ends, then Stem with each config.
 
     The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards. `outside_ms`
     is the time of the model without attention.
@@ -89,8 +75,12 @@ def case(
     common = dict(operation="ttft") | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=TIMING)
     ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     timed = partial(_timed, model, ids.to(model.device))
-    rows, common = [], common | dict(outside_ms=timed(without_attention(model)).get("latency_ms"))
-    for name, context in dense_contexts(model, device).items():
+    rows, common = [], common | dict(outside_ms=timed(peers.no_attention(model)).get("latency_ms"))
+    contexts = dense_contexts(model, device)
+    if "fa3" in contexts:
+        names = [name for name in ("fa3", "sdpa_cudnn") if name == "fa3" or tokens < FASTEST_ALONE]
+        contexts = {name: contexts[name] for name in names}  # FlashAttention-4 must compile, and 2 is slower
+    for name, context in contexts.items():
         rows.append(common | dict(provider=name, config="dense") | timed(context()))
     for name, config in configs.items():
         about = dict(provider="stem", config=name, block_size=config.block_size)

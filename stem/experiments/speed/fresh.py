@@ -27,7 +27,12 @@ from stem.experiments import records
 from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run, number, tokens_label
 from stem.experiments.speed import first_token
 
-PRESETS = {"cuda": ("adaptive", "paper"), "cpu": ("paper",)}
+CONFIGS = {name: stem.StemConfig.preset(name) for name in ("adaptive", "paper", "angelslim", "hpc_ops")}
+CONFIGS |= {
+    "adaptive, means": stem.StemConfig.preset("adaptive", dropped="mean"),
+    "density 0.1, groups, blocks of 64": stem.StemConfig(density=0.1, lists="group", block_size=64),
+}
+ON = {"cuda": tuple(CONFIGS), "cpu": ("paper",)}  # device -> configs
 LENGTHS = {"cuda": (12007, 40009, 2049, 8192, 700), "cpu": (300, 200)}  # tokens, the first prefill's first
 SHAPE = {
     "cuda": first_token.LLAMA_8B | dict(hidden_size=4096, num_attention_heads=32, num_hidden_layers=2, vocab_size=1024),
@@ -36,7 +41,7 @@ SHAPE = {
 CACHES = ("empty", "filled")
 
 
-def process(preset: str, lengths: Sequence[int], device: str) -> list[dict[str, Any]]:
+def process(config: str, lengths: Sequence[int], device: str) -> list[dict[str, Any]]:
     """A row for the first prefill of this process, for the second, and for the first of each other length.
 
     Columns: tokens, prefill ("first", "second" or "another length"), latency_ms, and the kernels that Triton compiled
@@ -58,7 +63,7 @@ def process(preset: str, lengths: Sequence[int], device: str) -> list[dict[str, 
     with torch.inference_mode():
         for tokens in lengths:
             _timed(lambda tokens=tokens: first_token.first_token(model, _ids(model, tokens)))
-        with hf.stem_prefill(model, stem.StemConfig.preset(preset)):
+        with hf.stem_prefill(model, CONFIGS[config]):
             for which, tokens in calls:
                 ids, before = _ids(model, tokens), len(hits)
                 ms = _timed(lambda ids=ids: first_token.first_token(model, ids))
@@ -79,16 +84,16 @@ def _timed(call: Callable[[], torch.Tensor]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def cases(device: str, presets: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of `process` in two new processes for each preset, the second with the disk cache of the first."""
-    for preset in presets:
+def cases(device: str, configs: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of `process` in two new processes for each config, the second with the disk cache of the first."""
+    for config in configs:
         with tempfile.TemporaryDirectory() as cache:
             for state in CACHES:
-                command = [sys.executable, "-m", __spec__.name, "--process", preset, "--device", device]
+                command = [sys.executable, "-m", __spec__.name, "--process", config, "--device", device]
                 environment = os.environ | dict(TRITON_CACHE_DIR=cache)
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 for row in json.loads(done.stdout.splitlines()[-1]):
-                    yield dict(preset=preset, disk_cache=state) | row
+                    yield dict(config=config, disk_cache=state) | row
 
 
 def table() -> str:
@@ -99,14 +104,14 @@ def table() -> str:
     parts = []
     for device, part in by_device(rows):
         lines = []
-        for (preset, state), group in part.groupby(["preset", "disk_cache"], sort=False):
+        for (config, state), group in part.groupby(["config", "disk_cache"], sort=False):
             first, second = (group[group.prefill == which].iloc[0] for which in ("first", "second"))
             others = group[group.prefill == "another length"]
             times = [number(row.latency_ms / 1e3) for row in (first, second)]
             kernels = [f"{rows.compiled.sum()} and {rows.loaded.sum()}" for rows in (group[:1], others)]
             lengths = ", ".join(map(tokens_label, others.tokens))
-            lines.append([preset, state, tokens_label(first.tokens), *times, *kernels, lengths])
-        header = ["preset", "disk cache", "tokens", "first prefill [s]", "second [s]", "kernels compiled and loaded"]
+            lines.append([config, state, tokens_label(first.tokens), *times, *kernels, lengths])
+        header = ["config", "disk cache", "tokens", "first prefill [s]", "second [s]", "kernels compiled and loaded"]
         header += ["at other lengths", "these"]
         parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
@@ -117,15 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stem.experiments.speed.fresh", description=__doc__)
     parser.add_argument("--profile", choices=records.PROFILES, default="smoke")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
-    parser.add_argument("--presets", nargs="+", metavar="PRESET", help="these only; other rows stay")
-    parser.add_argument("--process", metavar="PRESET", help="print the rows of this process as JSON")
+    parser.add_argument("--configs", nargs="+", choices=tuple(CONFIGS), help="these only; other rows stay")
+    parser.add_argument("--process", metavar="CONFIG", help="print the rows of this process as JSON")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.process:
         print(json.dumps(process(options.process, LENGTHS[device], device)))
         return
-    rows, same = [], ("preset", "disk_cache", "tokens", "prefill") if options.presets else None
-    for row in cases(device, options.presets or PRESETS[device]):
+    rows, same = [], ("config", "disk_cache", "tokens", "prefill") if options.configs else None
+    for row in cases(device, options.configs or ON[device]):
         rows.append(row)
         path = records.write_rows("speed/fresh", rows, options.profile, same=same)
         print(*row.values(), sep="  ", flush=True)

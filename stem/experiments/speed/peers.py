@@ -14,6 +14,7 @@ FA3, FA4 = "fa3_fwd_interface", "flash_attn.cute.interface"
 DENSE = {"fa3": FA3, "fa4": FA4}  # provider -> its module; dense causal attention in 16 bits
 FP8 = {"fa3_fp8": FA3}  # dense, with inputs that were rounded to e4m3 before the clock starts
 SPARSE = {"fa4_sparse": FA4, "flex_flash": FA4}  # over Stem's blocks
+NONE = "none"  # provider and config of a model without attention, see `no_attention`
 LARGEST_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -56,14 +57,28 @@ def attention_of(model: nn.Module, provider: str) -> Iterator[None]:
 
 
 @contextmanager
+def no_attention(model: nn.Module) -> Iterator[None]:
+    """Queries in place of attention's output, in a model of transformers: its time is the model's outside attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NONE, lambda module, query, *others, **options: (query.transpose(1, 2), None))
+    AttentionMaskInterface.register(NONE, lambda *sizes, **options: None)
+    with implementation_of(model, NONE):
+        yield
+
+
+@contextmanager
 def implementation_of(model: nn.Module, name: str) -> Iterator[None]:
-    """An attention implementation of transformers in a model, also in one on which Stem is enabled, for a while."""
+    """An attention implementation of transformers in a model, also in one on which Stem is enabled, for a while.
+
+    `model.set_attn_implementation` would read source code of the model, and a call timed next would find cold caches.
+    """
     before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    model.config._attn_implementation = {"": name}
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = {"": before}
 
 
 def attend_in_fp8(inputs: tuple[Tensor, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from stem.experiments.markdown import (
     tokens_label,
 )
 from stem.experiments.speed.candidates import BASELINES, EIGHT_PERCENT, GRAPH, NEVER_DENSE, PREFILL, PRESETS, SHORT
-from stem.experiments.speed.peers import FP8
+from stem.experiments.speed.peers import FP8, NONE
 
 DENSE_LABELS = {  # provider -> name, in the order of the tables
     "fa3": "FlashAttention-3",
@@ -237,8 +237,13 @@ IN_MODELS = (
 )
 TURNS = (
     "Dense and sparse prefills take turns. Each speed-up is the median over rounds of a round's ratio, with its 95 % "
-    "interval. Short prompts of small models wait for the CPU, whose speed varied during the rounds."
+    "interval. Short prompts of small models wait for the CPU. The last column is the speed-up of a model that skips "
+    "attention, so no sparse attention can exceed it."
 )
+CALIBRATED_WHOLE = (
+    f"The threshold of `{EIGHT_PERCENT}` is the one that `stem.calibrate` finds for that density on the timed prompt."
+)
+WANTED = ("135M", 2**15, 1.8)  # model, tokens and speed-up of a goal, for the rate that it asks of attention
 BEYOND = {
     "forward+backward": "attention, forward and backward",
     "ttft": "first token of an 8B-shaped Llama, random weights",
@@ -307,26 +312,48 @@ def drop_in() -> str:
         return no_rows("04_speed")
     parts = []
     for device, part in by_device(rows):
-        configs = [name for name in ("default", *PRESETS) if name in set(part.config)]
+        configs = [name for name in ("default", *PRESETS, EIGHT_PERCENT) if name in set(part.config)]
         lines = []
         for (operation, tokens), group in part.groupby(["operation", "tokens"]):
-            dense, sparse = group[group.config == "dense"], group[group.config != "dense"]
-            sparse = sparse.set_index("config").reindex(configs)
+            dense, bare = group[group.config == "dense"], group[group.config == NONE]
+            sparse = group.drop_duplicates("config").set_index("config").reindex(configs)
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
             ratios = [
                 f"{number(row['speedup'], '×')} [{number(row['speedup_low'])}, {number(row['speedup_high'])}]"
                 + f" = {factors_told(row['speedup'] * row['latency_ms'], row)}".removesuffix(f" = {MISSING}")
-                for row in sparse.assign(operation=operation).to_dict("records")
+                if row["speedup"] == row["speedup"]
+                else number(NAN)
+                for row in sparse.assign(operation=operation, outside_ms=bare.latency_ms.min()).to_dict("records")
             ]
             hosts = sparse.host_ms / dense.host_ms.min()
             host = number(sparse.get("host_ratio", hosts).fillna(hosts).max(), "×")
-            lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host])
-        names = [PRESET_LABELS.get(name) or CONFIG_LABELS[name] for name in configs]
-        header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest"]
-        told = f" {FACTORS} {IN_MODELS}" if "outside_ms" in part and part.outside_ms.notna().any() else ""
-        parts.append(f"**{device}**. {TURNS}{told}\n\n{markdown_table(header, lines)}")
-    return "\n\n".join(parts)
+            most = number(fastest.latency_ms / bare.latency_ms.min(), "×")
+            lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host, most])
+        names = [PRESET_LABELS.get(name) or CONFIG_LABELS.get(name, name) for name in configs]
+        header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest", "without attention"]
+        factors = [FACTORS, IN_MODELS] if (part.config == NONE).any() else []
+        told = [TURNS, *factors, *([CALIBRATED_WHOLE] if EIGHT_PERCENT in configs else [])]
+        parts += [f"**{device}**. {' '.join(told)}", markdown_table(header, lines), _rate_wanted(part)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _rate_wanted(rows: pd.DataFrame) -> str:
+    """A sentence on the rate at which attention would have to run for the speed-up WANTED; "" without its rows."""
+    model, tokens, wanted = WANTED
+    found = rows[(rows.operation == PREFILL + model) & (rows.tokens == tokens)].sort_values("latency_ms")
+    dense, sparse, bare = (found[found.config == name].head(1) for name in ("dense", "default", NONE))
+    if dense.empty or sparse.empty or bare.empty or sparse.flop.isna().any():
+        return ""
+    (dense, sparse, bare), outside = (x.iloc[0] for x in (dense, sparse, bare)), bare.latency_ms.iloc[0]
+    rate, dense_rate = (x.flop / (x.latency_ms - outside) / 1e9 for x in (sparse, dense))
+    needed = sparse.flop / (dense.latency_ms / wanted - outside) / 1e9
+    return (
+        f"The {model} spends {outside:.0f} of {dense.latency_ms:.0f} ms at {tokens_label(tokens)} outside attention. "
+        f"For {wanted}× at density {sparse.density:.2f}, choosing and attention together would have to reach "
+        f"{needed:.0f} TFLOP/s. They reach {rate:.0f}, and {DENSE_LABELS[dense.provider]}, which keeps every block, "
+        f"{dense_rate:.0f}."
+    )
 
 
 def variants() -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sparse_inputs import lists_of, random_inputs, random_mask
 
 import stem
-from stem.experiments.speed import bench, beyond, first_token, gate, report
+from stem.experiments.speed import bench, beyond, first_token, gate, peers, report
 from stem.experiments.speed.__main__ import main
 
 SMALL = bench.Shape(300, q_heads=4, kv_heads=2, head_dim=16, dtype="float32")
@@ -317,8 +317,8 @@ def test_without_attention_a_model_calls_none_and_is_itself_afterwards(tiny, mon
     ids, called = torch.randint(1024, (1, 50)), []
     expected = tiny(ids).logits
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: called.append(1))
-    with first_token.without_attention(tiny):
-        assert tiny.config._attn_implementation == first_token.NO_ATTENTION and tiny(ids).logits.isfinite().all()
+    with peers.no_attention(tiny):
+        assert tiny.config._attn_implementation == peers.NONE and tiny(ids).logits.isfinite().all()
     monkeypatch.undo()
     assert not called and torch.equal(tiny(ids).logits, expected)
 

@@ -33,7 +33,9 @@ def test_features_are_tried_on_prompts_that_drop_blocks(calls):
     dropped = kept.keys() - {"`adaptive`", "decode"}  # random normal keys share all weight; one row has few blocks
     assert all(kept[feature] < 0.8 for feature in dropped), kept
     of = dict(zip(kept, calls, strict=True))
-    assert of["blocks of 64"][3].block_size == 64 and of['means (`dropped="mean"`)'][3].stand_in_tokens == 128
+    assert of["blocks of 64"][3].block_size == of["groups, blocks of 64"][3].block_size == 64
+    assert of["groups, blocks of 64"][3].to_mask()[:, 0].equal(of["groups, blocks of 64"][3].to_mask()[:, 1])
+    assert of['means (`dropped="mean"`)'][3].stand_in_tokens == 128
     assert of["sinks"][2]["sinks"].shape == (4,) and of["decode"][0].shape[2] == 1 and of["chunks"][0].shape[2] == 300
     assert of["gradients"][0].requires_grad
 

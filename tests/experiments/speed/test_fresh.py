@@ -49,9 +49,9 @@ def test_the_second_process_finds_the_disk_cache_of_the_first(monkeypatch, tmp_p
     fresh.main(["--device", "cpu"])
     assert len(caches) == 2 and caches[0] == caches[1]
     assert "paper  empty  300  first  1  2  1" in capsys.readouterr().out
-    fresh.main(["--device", "cpu", "--presets", "adaptive"])
+    fresh.main(["--device", "cpu", "--configs", "adaptive"])
     (written,) = tmp_path.glob("speed/fresh/*-smoke.csv")  # results/ may hold smoke rows of other machines
-    assert list(pd.read_csv(written).preset) == ["paper"] * 2 + ["adaptive"] * 2  # other rows stay
+    assert list(pd.read_csv(written).config) == ["paper"] * 2 + ["adaptive"] * 2  # other rows stay
     monkeypatch.setattr(fresh, "process", lambda *args: list(args))
     fresh.main(["--device", "cpu", "--process", "paper"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ["paper", list(fresh.LENGTHS["cpu"]), "cpu"]
@@ -61,7 +61,7 @@ def test_the_second_process_finds_the_disk_cache_of_the_first(monkeypatch, tmp_p
 def test_the_table(made_up_machine, profile):
     rows = [row("first", 12007, 7400, 8, 0), row("second", 12007, 2.9, 0, 0)]
     rows += [row("another length", 2048, 5, 1, 0), row("another length", 700, 4, 0, 2)]
-    fresh.records.write_rows("speed/fresh", [dict(preset="paper", disk_cache="empty") | each for each in rows], profile)
+    fresh.records.write_rows("speed/fresh", [dict(config="paper", disk_cache="empty") | each for each in rows], profile)
     if profile == "smoke":
         assert fresh.table().startswith("No full run")
         return
