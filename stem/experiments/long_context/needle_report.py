@@ -102,15 +102,19 @@ def ahead(answers: pd.DataFrame, method: str, others: Sequence[str]) -> str:
 def transfer(rows: pd.DataFrame) -> str:
     """Table of `adaptive` with the threshold of another length, of `methods.TRANSFERRED`: densities and differences.
 
-    One line per task, length, density asked for and way to read the prompt. Documents are all kinds together.
+    One line per task, length, density asked for and way to read the prompt. Documents are all measured kinds together.
     """
-    found = report.whole(rows[rows.method.isin(TRANSFERRED) & (rows.task != "all")]).dropna(subset="difference")
+    rows = rows[rows.task != "all"]
+    found = report.whole(rows[rows.method.isin(TRANSFERRED)]).dropna(subset="difference")
     lines = []
     for (measure, length, asked, method), of in found.groupby(["measure", "length", "asked", "method"]):
         for task, cell in [("documents", of)] if measure == "loss" else of.groupby("task"):
             kinds = rows[(rows.measure == measure) & (rows.length == length) & rows.task.isin(cell.task)]
             difference = report.paired(report.whole(kinds), method, block_size=cell.block_size.iloc[0], asked=asked)
             chunk = TRANSFERRED[method]
+            task += (
+                report.of_kinds(cell, rows[(rows.measure == "loss") & (rows.length == length)]) if cell is of else ""
+            )
             read = "whole" if chunk is None else f"chunks of {tokens_label(chunk)}"
             lines.append([task, tokens_label(length), f"{asked:.0%}", read, f"{cell.density.mean():.1%}", difference])
     title = (

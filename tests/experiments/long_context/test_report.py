@@ -121,6 +121,27 @@ def test_cells_of_fewer_kinds_of_documents_say_so(rows):
     fewer = documents[(documents.method != "stem") | (documents.task == "prose")]
     (line,) = [line for line in report.table_by_density(fewer).splitlines() if line.startswith("| stem")]
     assert "(1 of 2 kinds)" in line
+    (line,) = [line for line in report.table_by_density(_preset_on(documents)).splitlines() if "hpc_ops" in line]
+    assert line.endswith("(1 of 2 kinds) |")
+
+
+def test_documents_of_fewer_kinds_are_in_no_table_or_figure_that_has_no_room_to_say_so(rows):
+    documents = report.whole(rows[(rows.measure == "loss") & (rows.task != "all")])
+    fewer = documents[(documents.method != "stem") | (documents.task == "prose") | (documents.length == 8192)]
+    left_out = documents[(documents.method == "stem") & (documents.length == 4096) & (documents.task == "prose")]
+    assert set(fewer.index) - set(report.complete(fewer).index) == set(left_out.index)
+    assert report.complete(documents).equals(documents)
+    stem = report.points(fewer, "loss").query("method == 'stem'")
+    assert stem.length.tolist() == [8192]
+    assert report.by_method(fewer, ["length"]).columns.tolist() == [8192]
+    answers = rows[(rows.measure == "answer") & ((rows.method != "stem") | (rows.task == "a"))]
+    assert report.complete(answers).equals(answers)
+
+
+def _preset_on(documents):
+    """The rows, and those of a preset without a density that was asked for, on one kind."""
+    preset = documents[(documents.method == "stem") & (documents.task == "prose")]
+    return pd.concat([documents, preset.assign(method="stem, hpc_ops", asked=float("nan"))])
 
 
 def test_generated_answers_stand_beside_those_in_one_forward(rows):
@@ -212,6 +233,8 @@ def test_a_threshold_of_another_length_is_told_by_task_and_documents_together():
         ["documents", "8K", "25%", "chunks of 4K", "30.0%", "+0.300 [+0.200, +0.400], n = 2"],
     ]
     assert needle_report.transfer(frame[frame.method == "stem"]) == ""
+    fewer = frame[(frame.method != chunks) | (frame.task != "prose")]
+    assert "| documents (1 of 2 kinds) | 8K |" in needle_report.transfer(fewer)
 
 
 def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
