@@ -15,7 +15,7 @@ from stem import choose
 from stem.budget import BlockRows, device_budget, full_rows, keeps_every_block, kept_blocks, scored_rows
 from stem.config import StemConfig, check_config
 from stem.impl.attend import attend, empty_attention
-from stem.impl.coverage import covered_size, impl_for, resolve_impl
+from stem.impl.coverage import impl_for, resolve_impl
 from stem.impl.dense import dense_kernel, fused_attention
 from stem.selection import BlockSelection
 from stem.transforms import is_transformed
@@ -94,8 +94,9 @@ class Plan:
         p = self.problem
         self.rows = BlockRows.of(p.q_len, p.kv_len, p.config.block_size, p.prompt_length)
         impl = impl_for(p.config.compute, p.impl)
-        size = p.config.block_size if p.needs_grad else covered_size(p.config, p.q_heads, p.kv_heads, impl)
-        self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, size)
+        size, heads = p.config.block_size, p.config.pooled_heads(p.q_heads, p.kv_heads)
+        pairs = size == 64 and heads > 1 and heads % 2 == 0 and impl != "hopper_fp8" and not p.needs_grad
+        self.impl = resolve_impl(impl, p.device, p.dtype, p.head_dim, 128 if pairs else size)  # kernels/pairs_forward
         self.choose_impl = CHOOSE_IMPL[self.impl] or ("triton" if p.device.type == "cuda" else "torch")
         if p.dtype == torch.float64 or not p.batch * p.q_len:
             self.choose_impl = "torch"

@@ -16,7 +16,8 @@ from stem.autocast import is_autocast
 from stem.config import StemConfig
 from stem.hf.forward import UNSUPPORTED
 from stem.hf.report import Selector
-from stem.impl.coverage import covered_size
+from stem.impl.coverage import resolve_impl
+from stem.planning import Plan, Problem
 
 MAX_HEAD_DIM = 256  # of stem.stem_attention
 HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size")  # names in modules of the dimensions of their queries and keys
@@ -96,21 +97,20 @@ def _head_dim(module: nn.Module) -> int:
     return next((x for name in HEAD_DIMS if isinstance(x := getattr(module, name, None), int)), 0)
 
 
-def expected_problem(
-    module: nn.Module, config: StemConfig | Selector, impl: str | None
-) -> tuple[torch.device, torch.dtype, int, int]:
-    """Device, dtype, head_dim and block_size that an impl has to cover; where nothing tells, what every impl covers."""
+def check_covered(module: nn.Module, config: StemConfig | Selector, impl: str) -> None:
+    """Raise ValueError or TypeError if an implementation does not cover a module's prompts, as far as known."""
     weight = next((x for x in module.parameters() if x.is_floating_point()), torch.empty(0, dtype=torch.bfloat16))
     device, dtype = weight.device, weight.dtype
     if device.type == "meta":  # offloaded
         device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "meta")
     if is_autocast(weight):
         dtype = torch.get_autocast_dtype(device.type)
+    head_dim = _head_dim(module) or 128
     if isinstance(config, StemConfig):
-        size = covered_size(config, *attention_shape(module)[:2], impl)
-    else:
-        size = getattr(getattr(config, "keywords", {}).get("config"), "block_size", 128)
-    return device, dtype, _head_dim(module) or 128, size
+        Plan(Problem(1, *attention_shape(module)[:2], 1, 1, head_dim, dtype, device, config, 1.0, impl))
+        return
+    config = getattr(config, "keywords", {}).get("config")
+    resolve_impl(impl, device, dtype, head_dim, getattr(config, "block_size", 128))
 
 
 def refuse_dense_models(model: nn.Module, own: Mapping[int, str | None]) -> None:

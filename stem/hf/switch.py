@@ -12,15 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from stem.config import StemConfig
 from stem.hf.models import (
     attention_modules,
+    check_covered,
     check_model,
     config_by_layer,
-    expected_problem,
     give_own_configs,
     own_attention,
     refuse_dense_models,
 )
 from stem.hf.report import NAME, Layer, Report, Selector
-from stem.impl.coverage import IMPLS, impl_for, resolve_impl
+from stem.impl.coverage import IMPLS, impl_for
 from stem.validation import check_choice, check_prompt_length
 
 BLOCKS: list[dict] = []  # open blocks of stem_prefill: by attention module, the Layer to restore and whether it ran
@@ -64,7 +64,7 @@ def enable(
     for index, module in modules.items():
         chosen = impl_for(getattr(configs[index], "compute", "input"), impl)
         if chosen is not None and configs[index] is not None and own[index] is None:
-            resolve_impl(chosen, *expected_problem(module, configs[index], chosen))
+            check_covered(module, configs[index], chosen)
     shared, peers = _shared_prompt(mesh, configs, own), _tensor_parallel(model)
     disable(model)
     give_own_configs(model)

@@ -5,7 +5,6 @@ from importlib import import_module
 
 import torch
 
-from stem.config import StemConfig
 from stem.validation import check_impl
 
 IMPLS = ("reference", "torch", "triton", "hopper", "flex", "hopper_fp8")
@@ -23,16 +22,6 @@ def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype, hea
         if reason:
             raise ValueError(f"impl={impl!r} does not cover {reason}")
     return chosen
-
-
-def covered_size(config: StemConfig, q_heads: int, kv_heads: int, impl: str | None) -> int:
-    """Block size that an implementation must cover: 128 for blocks of 64 where an even number of heads share lists.
-
-    kernels/pairs_forward.py attends to such blocks for two heads at once.
-    """
-    heads = config.pooled_heads(q_heads, kv_heads)
-    in_pairs = config.block_size == 64 and heads > 1 and heads % 2 == 0 and impl != "hopper_fp8"
-    return 128 if in_pairs else config.block_size
 
 
 def impl_for(compute: str, impl: str | None) -> str | None:

@@ -342,7 +342,9 @@ def test_the_implementation_is_checked_for_every_sparse_layer_before_anything_ch
 
 def test_the_checked_problem_is_that_of_the_prompts(monkeypatch):
     model, seen = build().bfloat16(), []
-    monkeypatch.setattr("stem.hf.switch.resolve_impl", lambda *problem: seen.append(problem))
+    monkeypatch.setattr("stem.hf.models.resolve_impl", lambda *problem: seen.append(problem))
+    planned = lambda p: seen.append((p.impl, p.device, p.dtype, p.head_dim, p.config.block_size))  # noqa: E731
+    monkeypatch.setattr("stem.hf.models.Plan", planned)
     selector = partial(stem.patterns.select, "xattention", config=SPARSE)
     hf.enable(model, {0: SPARSE, 1: selector, 2: lambda q, k, v: None}, "hopper")
     problem = "hopper", torch.device("cpu"), torch.bfloat16, model.model.layers[0].self_attn.head_dim
