@@ -58,7 +58,7 @@ def _densities(method: str, chosen: list[Chosen]) -> str:
     own = ", ".join(f"{of.point.asked:.0%}" for of in chosen)
     told = [f"`{name}` {', '.join(densities)}" for name, densities in _others(chosen).items()]
     lost = [
-        f"{_lost(of.point.needles)} nats on needles and {_lost(of.point.documents, 4)} nats per token on documents"
+        f"{_lost(of.point.needles, 3)} nats on needles and {_lost(of.point.documents, 4)} nats per token on documents"
         + ("" if of.point.is_within else ", outside them here")
         for of in chosen
     ]
@@ -157,7 +157,7 @@ def _needles() -> str:
 
 
 def _lost(difference: Difference, digits: int = 2) -> str:
-    """Loss of a method against dense attention and its 95 % interval: of answers, or of documents with 4 digits."""
+    """Loss of a method against dense attention and its 95 % interval: of answers, or of documents where digits is 4."""
     sign = 1 if digits == 4 else -1  # a loss of documents is a higher one, of answers a lower log-likelihood
     ends = sorted((sign * difference.low, sign * difference.high))
     return f"{sign * difference.mean:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"

@@ -191,6 +191,17 @@ def by_method(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return table.loc[order.sort_values(["missing", "loss"]).index]
 
 
+def sides(rows: pd.DataFrame) -> pd.DataFrame:
+    """Numbers of rows, and of those below and above dense attention by an interval without zero, and the lowest.
+
+    One line per model, length and task. Rows without a density that was asked for do not count.
+    """
+    rows = rows[rows.asked.notna()].dropna(subset="difference")
+    rows = rows.assign(below=rows.high < 0, above=rows.low > 0)
+    counts = dict(below=("below", "sum"), above=("above", "sum"), rows=("low", "size"), lowest=("difference", "min"))
+    return rows.groupby(["model", "length", "task"]).agg(**counts).round(4)
+
+
 def to_oracle(rows: pd.DataFrame, oracles: Mapping[str, str], asked: float, block_size: int = 128) -> pd.DataFrame:
     """Paired differences of methods to their oracles, and of the oracles to dense attention, by length of one task."""
     lines = {}

@@ -195,7 +195,8 @@ def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypa
     assert "(needles lose at most 0.25 nats, documents 0.005 nats per token; 32K tokens; Qwen2.5-Coder-0.5B)" in third
     assert "**`adaptive` 15%**. Other samples chose these densities." in third
     assert (
-        "loses 0.26 [0.26, 0.26] nats on needles and 0.0040 [0.0040, 0.0040] nats per token on documents, out" in third
+        "loses 0.260 [0.260, 0.260] nats on needles and 0.0040 [0.0040, 0.0040] nats per token on documents, out"
+        in third
     )
     monkeypatch.setattr(matched_report, "NATS", -0.27)
     assert "(needles lose at most 0.27 nats" in headline._matched()[2] and "outside" not in headline._matched()[2]

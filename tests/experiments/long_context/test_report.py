@@ -138,6 +138,15 @@ def test_documents_of_fewer_kinds_are_in_no_table_or_figure_that_has_no_room_to_
     assert report.complete(answers).equals(answers)
 
 
+def test_rows_on_both_sides_of_dense_attention_are_counted_by_kind(rows):
+    documents = report.whole(rows[(rows.measure == "loss") & (rows.task == "prose") & (rows.length == 4096)])
+    ends = [(-0.2, -0.1), (-0.2, 0.1), (0.1, 0.2)]
+    stem = documents[documents.method == "stem"]
+    three = pd.concat([stem.assign(low=low, high=high, difference=(low + high) / 2) for low, high in ends])
+    (line,) = report.sides(pd.concat([three, documents[documents.method == "dense"]])).to_dict("records")
+    assert line == dict(below=1, above=1, rows=3, lowest=-0.15)
+
+
 def _preset_on(documents):
     """The rows, and those of a preset without a density that was asked for, on one kind."""
     preset = documents[(documents.method == "stem") & (documents.task == "prose")]
