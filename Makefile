@@ -76,7 +76,7 @@ quality: $(INSTALLED) ## loss of every method on documents, errors of the logits
 	$(LONG_CONTEXT) selection_cost
 	$(LONG_CONTEXT) choice $(CHOSEN)
 	$(LONG_CONTEXT) tuning $(if $(MODEL),--model $(MODEL))
-	$(LONG_CONTEXT) matched $(if $(MODEL),--model $(MODEL))
+	$(LONG_CONTEXT) matched $(if $(MODEL),--model $(MODEL)) $(if $(LENGTHS),--length $(firstword $(LENGTHS)))
 
 extend: $(INSTALLED) ## train the embedded model to 32K tokens and compare methods there  [PROFILE=smoke|full]
 	$(LONG_CONTEXT) extension

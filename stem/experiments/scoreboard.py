@@ -1,27 +1,15 @@
-"""The paper's claims beside this repository's values, and the three headline numbers, computed from committed rows."""
-
-import pandas as pd
+"""The paper's claims beside this repository's values, computed from committed rows."""
 
 from stem import StemConfig, block_budget
-from stem.experiments.long_context import matched_report, verdicts
-from stem.experiments.long_context.report import Difference
-from stem.experiments.markdown import full_rows, markdown_table, number, tokens_label
-from stem.experiments.speed.report import DENSE_LABELS, best_ratio
+from stem.experiments.headline import WRITES, factors_told, fastest_row
+from stem.experiments.long_context import verdicts
+from stem.experiments.markdown import full_rows, markdown_table
 from stem.experiments.theory import paper
 
-LONGEST = 2**17  # tokens of the headline numbers and of the paper's Figure 1
-DENSE = ("sdpa_cudnn", "sdpa_flash")
 UNTESTED = "not testable here yet"
 HEADER = ("the paper's claim", "paper", "ours", "verdict")
 IMPORTANT = (1, 6, 7, 8, 9, 10, 11, 13)  # places in `claims` of the README's eight lines
 _TRAINED = ("not tested", "not testable here: its models have 8B parameters and more")
-WRITES = {
-    "theory": "`make theory PROFILE=full` writes the verdict",
-    "correctness": "`make correctness PROFILE=full` writes its rows",
-    "loss": "`make quality PROFILE=full MODEL=qwen2.5-coder-0.5b LENGTHS=16384` writes its rows",
-    "answers": "`make evaluation PROFILE=full` writes its rows",
-    "speed": "`make speed PROFILE=full` on a CUDA machine writes its rows",
-}
 
 
 def scoreboard() -> str:
@@ -77,20 +65,6 @@ def claims() -> list[tuple[str, str, str, str]]:
         ),
     ]
     return [(claim, said, *found) for claim, said, found in lines]
-
-
-def headline() -> str:
-    """Three numbers, each with its baseline and density: operator, time to first token, quality at equal density.
-
-    The operator's is at matched accuracy where a timed method is within its bounds, else at a density of 25 %.
-    """
-    operator, first = "block selection included", "whole model in the shape of Llama-3.1-8B with random weights"
-    lines = [
-        _matched() or _time("Operator", "operator", "default", operator, "speed"),
-        _time("Time to first token", "ttft", "released", first, "training-whole-models-real-tensors"),
-        _needles(),
-    ]
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _points(before: str, after: str) -> str:
@@ -152,106 +126,9 @@ def _causal() -> tuple[str, str]:
 
 
 def _latency() -> tuple[str, str]:
-    row = _fastest("operator", "released")
+    row = fastest_row("operator", "released")
     if row is None:
         return _untested("speed")
     ratio = row.speedup_vs_sdpa_flash
     verdict = "reproduced" if ratio >= _paper_ratio() else "partly" if ratio > 1 else "not reproduced"
-    return f"{ratio:.1f}× = {_factors(ratio, row.density)}, density {row.density:.1%} ({row.device})", verdict
-
-
-def _matched() -> str:
-    """Speed-up of the fastest method at a density chosen within the bounds over the fastest dense kernel."""
-    found = matched_report.fastest()
-    if found is None:
-        return ""
-    dense, row, point = found.dense, found.row, found.point
-    name = DENSE_LABELS.get(dense.method, dense.method)
-    times, ratio = f"{number(dense.operator_ms)} → {number(row.operator_ms)} ms", dense.operator_ms / row.operator_ms
-    bounds = f"bounds {-matched_report.NATS} and {matched_report.LOSS}"
-    met = "" if point.is_within else ", met where it was chosen and missed here"
-    return (
-        f"**Operator at matched accuracy: {ratio:.1f}× over {name} ({times})** at "
-        f"{tokens_label(row.tokens)} tokens ({row.source} inputs) and density {row.density:.1%}, block selection "
-        f"included, on one {row.device}: {_factors(ratio, row.density)}. Its accuracy, on {found.model} at "
-        f"{tokens_label(found.length)} tokens and density {point.density:.1%}, which other samples chose"
-        f"{_elsewhere(found)}: `{found.method}` loses {_lost(point.needles)} nats on needles and "
-        f"{point.documents.mean:.4f} nats per token on documents ({bounds}{met}){_others(found)} "
-        "([rows](results/README.md#speed-at-matched-accuracy))."
-    )
-
-
-def _elsewhere(found: matched_report.Fastest) -> str:
-    """Lower densities that other models chose for the method, with its loss on needles there."""
-    told = [
-        f"{of.point.asked:.0%} on {of.model}, where it loses {_lost(of.point.needles)} nats on needles"
-        for of in found.elsewhere
-    ]
-    return f" ({'; '.join(told)})" if told else ""
-
-
-def _others(found: matched_report.Fastest) -> str:
-    """Densities at which Stem, and the best of the other methods, are within the bounds where they are chosen."""
-    chosen = matched_report.picked(found.model, found.length)
-    chosen = {name: of for name, of in chosen.items() if not name.startswith("adaptive") and of.is_chosen is not None}
-    best = min(
-        (name for name, of in chosen.items() if of.is_chosen), key=lambda name: chosen[name].point.asked, default=""
-    )
-    names = dict.fromkeys(name for name in (best, "stem, last block dense", "stem") if name in chosen)
-    told = [f"`{name}` {'' if chosen[name].is_chosen else 'none to '}{chosen[name].point.asked:.0%}" for name in names]
-    return f"; densities chosen so for others: {'; '.join(told)}" if told else ""
-
-
-def _factors(ratio: float, density: float) -> str:
-    """A speed-up as the product of the block pairs that are not computed and the rest, the kernel and selection."""
-    return f"{1 / density:.1f} (blocks not computed) × {ratio * density:.1f} (the kernel)"
-
-
-def _time(name: str, operation: str, config: str, told: str, section: str) -> str:
-    """A speed-up over the fastest dense back end, with both times, density and machine."""
-    row = _fastest(operation, config)
-    if row is None:
-        return f"**{name}**: {WRITES['speed']}."
-    ratio, dense = best_ratio(row)
-    times = f"{number(ratio * row.latency_ms)} → {number(row.latency_ms)} ms"
-    return (
-        f"**{name}: {ratio:.1f}× over {DENSE_LABELS[dense]} ({times})** at {tokens_label(row.tokens)} tokens and "
-        f"density {row.density:.1%}, {told}, on one {row.device} ([rows](results/README.md#{section}))."
-    )
-
-
-def _needles() -> str:
-    """Losses of `adaptive` and published Stem against dense attention, on needles and documents, at one density."""
-    names = {"adaptive": "`adaptive` loses", "stem": "published Stem"}
-    names["stem, last block dense"] = "Stem with a dense last query block"
-    found = {told: verdicts.against(method) for method, told in names.items()}
-    found = {told: pair for told, pair in found.items() if len(pair) == 2}  # needles, documents
-    if len(found) < 2:
-        return f"**Quality at equal density**: {WRITES['answers']}."
-    needles, documents = zip(*found.values(), strict=True)
-    lost = ", ".join(f"{told} {_lost(of.difference)}" for told, of in zip(found, needles, strict=True))
-    where = "; ".join(dict.fromkeys(f"{of.model} at {tokens_label(of.length)} tokens" for of in needles + documents))
-    densities = ", ".join(f"{of.density:.1%}" for of in needles)
-    on_documents = ", ".join(f"{of.difference.mean:.3f}" for of in documents)
-    lead = verdicts.against("adaptive", "stem, last block dense") if len(found) == len(names) else []
-    lead = lead[0].difference if lead else None
-    told = "" if lead is None or lead.excludes_zero else ", an interval that holds zero"
-    paired = "" if lead is None else f" `adaptive` minus the last, paired: {lead}{told}."
-    return (
-        f"**Quality: on needles {lost}** nats of log p(answer) against dense attention, means of "
-        f"{needles[0].difference.count} samples, {where}, densities {densities}.{paired} On documents the losses are "
-        f"{on_documents} nats per token ([rows](results/README.md#long-context-evaluation))."
-    )
-
-
-def _lost(difference: Difference) -> str:
-    """Loss of a method against dense attention and its 95 % interval, from a difference that is negative for a loss."""
-    return f"{-difference.mean:.2f} [{-difference.high:.2f}, {-difference.low:.2f}]"
-
-
-def _fastest(operation: str, config: str) -> pd.Series | None:
-    """The fastest implementation's row of one operation at `LONGEST` tokens on CUDA; None without one."""
-    rows = full_rows("speed", operation=operation, config=config, tokens=LONGEST)
-    if len(rows):
-        rows = rows.dropna(subset="latency_ms").dropna(subset=[f"speedup_vs_{name}" for name in DENSE], how="all")
-    return rows.sort_values("latency_ms").iloc[0] if len(rows) else None
+    return f"{ratio:.1f}× = {factors_told(ratio, row.density)}, density {row.density:.1%} ({row.device})", verdict

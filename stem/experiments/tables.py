@@ -7,7 +7,7 @@ is computed from the committed rows of full runs.
 import os
 import re
 
-from stem.experiments import records, scoreboard
+from stem.experiments import headline, records, scoreboard
 from stem.experiments.correctness import report as correctness
 from stem.experiments.long_context import matched_report, needle_report
 from stem.experiments.long_context import report as long_context
@@ -42,7 +42,7 @@ def _links_from(file: str, section: str) -> str:
 SECTIONS = {
     "scoreboard": scoreboard.scoreboard,
     "claims": scoreboard.all_claims,
-    "headline": scoreboard.headline,
+    "headline": headline.headline,
     "correctness": correctness.correctness,
     "speed": speed.speed,
     "factors": factors.table,

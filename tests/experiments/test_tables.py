@@ -2,7 +2,7 @@
 
 import pytest
 
-from stem.experiments import markdown, records, scoreboard, tables
+from stem.experiments import headline, markdown, records, scoreboard, tables
 
 FILE = "results/README.md"
 README = "".join(f"# {name}\n<!-- begin:{name} -->\nold\n<!-- end:{name} -->\nprose\n" for name in tables.FILES[FILE])
@@ -51,7 +51,7 @@ def test_scoreboard_without_rows_says_what_writes_them():
     lines = scoreboard.scoreboard().splitlines()[2:]
     assert len(lines) == 8 and "-0.2% and +4.6% off the exact count" in lines[0] and "| partly |" in lines[0]
     assert all("not testable here yet: `make " in line for line in lines[1:])
-    assert all("PROFILE=full" in line for line in scoreboard.headline().splitlines())
+    assert all("PROFILE=full" in line for line in headline.headline().splitlines())
 
 
 def test_scoreboard_and_headline_read_the_rows():
@@ -71,13 +71,17 @@ def test_scoreboard_and_headline_read_the_rows():
     lines = {line[0].split(":")[0]: line[2:] for line in scoreboard.claims()}
     assert lines["Eq. 5 and 9"] == ("100 % (tiny)", "reproduced")
     assert lines["Fig. 1"] == (
-        "9.0× = 5.0 (blocks not computed) × 1.8 (the kernel), density 20.0% (Made-up GPU)",
+        "9.0× = 5.0 (blocks not computed) × 1.80 (the kernel), density 20.0% (Made-up GPU)",
         "reproduced",
     )
     assert lines["Algorithm 1"][1] == "reproduced" and "largest change 0 in torch" in lines["Algorithm 1"][0]
-    operator, first, _ = scoreboard.headline().splitlines()
+    operator, first, _ = headline.headline().splitlines()
     assert "5.0× over cuDNN (150 → 30 ms)** at 128K tokens and density 25.0%" in operator
-    assert "2.5× over cuDNN (75 → 30 ms)" in first
+    assert "2.5× over cuDNN (75 → 30 ms)" in first and "Attention takes" not in first
+    split = timed[-1] | dict(outside_ms=15.0)
+    records.write_rows("speed", [*timed[:-1], split], profile="full")
+    told = "Attention takes 80% of the dense time; its own speed-up is 4.0 (blocks not computed) × 1.00 (the kernel)"
+    assert told in headline.headline().splitlines()[1]
 
 
 def test_lengths_are_whole_k_or_plain():

@@ -109,49 +109,78 @@ def matched() -> str:
                 f", and random normal inputs at {tokens_label(n)} in the shape of Llama-3.1-8B"
                 for n in [*wide.tokens.unique()]
             )
-            + ". In brackets: attention over the lists alone. Selections but Stem's and adaptive's are this "
-            "repository's PyTorch code.",
+            + ". In brackets: attention over the lists alone. Calls of a method and of the fastest dense kernel take "
+            "turns. A speed-up is the median ratio of a turn, with its 95 % interval. Selections but Stem's and "
+            "adaptive's are this repository's PyTorch code.",
         )
     return "\n\n".join(parts)
 
 
-class Fastest(NamedTuple):
-    """The fastest method at the longest timed length, at the highest of the densities that models chose for it."""
+class Speed(NamedTuple):
+    """A method's time on one kind of inputs, beside that of the fastest dense kernel."""
 
-    method: str
-    point: Point
+    row: pd.Series  # of results/long_context/matched/
+    dense: str  # name of the dense kernel
+    dense_ms: float
+    ratio: float  # from low to high in 95 % of cases; NaN ends where a row holds none
+    low: float
+    high: float
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """Block pairs that are not computed, and the operator's rate on the others over the dense kernel's."""
+        return 1 / self.row.density, self.ratio * self.row.density
+
+
+class Chosen(NamedTuple):
+    """A method at the density that one model chose for it: its losses there, and its speed."""
+
     model: str
     length: int  # of needles and documents [tokens]
-    row: pd.Series  # its times
-    dense: pd.Series  # times of the fastest dense kernel
-    elsewhere: tuple[Fastest, ...] = ()  # the method at the lower densities that other models chose
+    point: Point
+    captured: Speed | None  # on the model's own q, k and v
+    wide: Speed  # on random inputs of the longest timed length
 
 
-def fastest() -> Fastest | None:
-    """The method that takes least time at the longest timed length; None without one.
+def speed_of(times: pd.DataFrame, method: str, asked: float) -> Speed | None:
+    """Speed of a method at a density asked for, from rows of one device, source and length; None without its row."""
+    row = times[(times.method == method) & (times.asked == asked)]
+    dense = times[times.asked.isna()].sort_values("operator_ms")
+    if row.empty or dense.empty:
+        return None
+    row, dense = row.iloc[0], dense.iloc[0]
+    if pd.isna(row.get("speedup")):  # not measured in turns
+        nan = float("nan")
+        name = DENSE_LABELS.get(dense.method, dense.method)
+        return Speed(row, name, dense.operator_ms, dense.operator_ms / row.operator_ms, nan, nan)
+    return Speed(
+        row, DENSE_LABELS.get(row.dense, row.dense), row.dense_ms, row.speedup, row.speedup_low, row.speedup_high
+    )
 
-    Its density is within the bounds where each model chooses one: the highest of those that models chose for it.
+
+def fastest() -> tuple[str, list[Chosen]] | None:
+    """The method that takes least time at the longest timed length, and each model's density of it, highest first.
+
+    Its time counts at the highest of the densities that models chose for it. Each model that measured it on the
+    samples that choose has a density within the bounds there. None without such a method.
     """
     times = full_rows("long_context/matched")
     captured = times[times.source.str.startswith("captured")] if len(times) else times
-    found: dict[tuple[str, str], list[Fastest | None]] = {}
-    for (device, source, length), _ in captured.groupby(["device", "source", "tokens"]) if len(captured) else ():
+    found: dict[tuple[str, str], list[Chosen | None]] = {}
+    for (device, source, length), of in captured.groupby(["device", "source", "tokens"]) if len(captured) else ():
         name = source.removeprefix("captured from ")
         model = report.MODELS.get(name, name)
         wide = times[(times.device == device) & (times.tokens == times.tokens.max())]
-        dense = wide[wide.asked.isna()].sort_values("operator_ms")
         for method, (point, is_chosen) in picked(model, length).items():
-            row = wide[(wide.method == method) & (wide.asked == point.asked)]
-            is_timed = is_chosen and point.documents.count and len(row) and len(dense)
-            one = Fastest(method, point, model, length, row.iloc[0], dense.iloc[0]) if is_timed else None
+            at = speed_of(wide, method, point.asked)
+            is_timed = is_chosen and point.documents.count and at
+            one = Chosen(model, length, point, speed_of(of, method, point.asked), at) if is_timed else None
             if is_chosen is not None:
                 found.setdefault((device, method), []).append(one)
-    widest = []
-    for of in found.values():
-        if None not in of:
-            first, *others = sorted(of, key=lambda one: -one.point.asked)
-            widest.append(first._replace(elsewhere=tuple(others)))
-    return min(widest, key=lambda one: one.row.operator_ms, default=None)
+    whole = [
+        (method, sorted(of, key=lambda one: -one.point.asked)) for (_, method), of in found.items() if None not in of
+    ]
+    return min(whole, key=lambda pair: pair[1][0].wide.row.operator_ms, default=None)
 
 
 def _others(model: str, length: int, found: dict[str, Picked]) -> str:
@@ -168,34 +197,32 @@ def _others(model: str, length: int, found: dict[str, Picked]) -> str:
 
 
 def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
-    dense = {label: of[of.asked.isna()].sort_values("operator_ms") for label, of in times.items()}
     lines = []
     for method, (point, is_chosen) in found.items():
         cells = []
-        for label, rows in times.items():
-            row = rows[(rows.method == method) & (rows.asked == point.asked)]
-            cells += [_time(row), _ratio(dense[label], row)]
+        for rows in times.values():
+            cells += _speed(speed_of(rows, method, point.asked))
         if set(cells) == {MISSING} and is_chosen is None:
             continue
         values = [str(of).split(", n")[0] if of.count else MISSING for of in (point.needles, point.documents)]
         share = {True: "{:.1%}", False: "none to {:.1%}", None: "{:.1%}, not chosen"}[is_chosen].format(point.density)
         lines.append((not is_chosen, point.density, [method, share, *values, *cells]))
     header = ["method", "density", "needles", "documents"]
-    for label, of in dense.items():
-        fastest = DENSE_LABELS.get(of.method.iloc[0], of.method.iloc[0])
-        header += [f"{label} [ms]", f"over {fastest}, {number(of.operator_ms.iloc[0])} ms"]
+    for label, rows in times.items():
+        dense = rows[rows.asked.isna()].sort_values("operator_ms").iloc[0]
+        name = DENSE_LABELS.get(dense.method, dense.method)
+        header += [f"{label} [ms]", f"over {name}, {number(dense.operator_ms)} ms"]
     return markdown_table(header, [line for *_, line in sorted(lines, key=lambda line: line[:2])])
 
 
-def _time(row: pd.DataFrame) -> str:
-    return f"{number(row.operator_ms.iloc[0])} ({number(row.attention_ms.iloc[0])})" if len(row) else MISSING
-
-
-def _ratio(dense: pd.DataFrame, row: pd.DataFrame) -> str:
-    if row.empty or dense.empty:
-        return MISSING
-    ratio, density = dense.operator_ms.iloc[0] / row.operator_ms.iloc[0], row.density.iloc[0]
-    return f"{ratio:.2f}× = {1 / density:.2f} × {ratio * density:.2f}"
+def _speed(speed: Speed | None) -> list[str]:
+    """Two cells: the operator's time and that of attention alone, then the speed-up with its factors."""
+    if speed is None:
+        return [MISSING, MISSING]
+    pairs, rate = speed.factors
+    ends = "" if speed.low != speed.low else f" [{speed.low:.2f}, {speed.high:.2f}]"
+    times = f"{number(speed.row.operator_ms)} ({number(speed.row.attention_ms)})"
+    return [times, f"{speed.ratio:.2f}×{ends} = {pairs:.2f} × {rate:.2f}"]
 
 
 def section() -> str:

@@ -89,10 +89,11 @@ def ahead(answers: pd.DataFrame, method: str, others: Sequence[str]) -> str:
         ]
         if found := [each for each in found if each.count]:
             counts = [sum(low > 0 for _, low, *_ in found), sum(each.high < 0 for each in found)]
-            means = [each.mean for each in found]
+            means = sorted({f"{each.mean:+.2f}" for each in found}, key=float)
+            cells = f"{len(found)} cell{'s' * (len(found) > 1)}"
             told.append(
-                f"{task}: above in {counts[0]} and below in {counts[1]} of {len(found)} cells, "
-                f"{min(means):+.2f} to {max(means):+.2f} nats"
+                f"{task}: above in {counts[0]} and below in {counts[1]} of {cells}, "
+                f"{' to '.join(dict.fromkeys((means[0], means[-1])))} nats"
             )
     names = f"{', '.join(others[:-1])} and {others[-1]}" if len(others) > 1 else others[0]
     return f"`{method}` beside {names}, by intervals without zero: {'; '.join(told)}." if told else ""
@@ -101,15 +102,19 @@ def ahead(answers: pd.DataFrame, method: str, others: Sequence[str]) -> str:
 def transfer(rows: pd.DataFrame) -> str:
     """Table of `adaptive` with the threshold of another length, of `methods.TRANSFERRED`: densities and differences.
 
-    One line per task, length, density asked for and way to read the prompt. Documents are all kinds together.
+    One line per task, length, density asked for and way to read the prompt. Documents are all measured kinds together.
     """
-    found = report.whole(rows[rows.method.isin(TRANSFERRED) & (rows.task != "all")]).dropna(subset="difference")
+    rows = rows[rows.task != "all"]
+    found = report.whole(rows[rows.method.isin(TRANSFERRED)]).dropna(subset="difference")
     lines = []
     for (measure, length, asked, method), of in found.groupby(["measure", "length", "asked", "method"]):
         for task, cell in [("documents", of)] if measure == "loss" else of.groupby("task"):
             kinds = rows[(rows.measure == measure) & (rows.length == length) & rows.task.isin(cell.task)]
             difference = report.paired(report.whole(kinds), method, block_size=cell.block_size.iloc[0], asked=asked)
             chunk = TRANSFERRED[method]
+            task += (
+                report.of_kinds(cell, rows[(rows.measure == "loss") & (rows.length == length)]) if cell is of else ""
+            )
             read = "whole" if chunk is None else f"chunks of {tokens_label(chunk)}"
             lines.append([task, tokens_label(length), f"{asked:.0%}", read, f"{cell.density.mean():.1%}", difference])
     title = (

@@ -137,6 +137,14 @@ def whole(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows.measure != "loss") | (rows.start == starts.reindex(rows.index))]
 
 
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without those of documents whose method, at a density, lacks kinds that others of its length have."""
+    cell = [rows[name] for name in ("model", "measure", "length")]
+    own = [rows[name] for name in ("method", "block_size", "asked")]
+    kinds, of_own = (rows.task.groupby(by, dropna=False).transform("nunique") for by in (cell, [*cell, *own]))
+    return rows[(rows.measure != "loss") | (of_own == kinds)]
+
+
 def differences(rows: pd.DataFrame, measure: str, asked: float, block_size: int, by: str = "cell") -> pd.DataFrame:
     """Differences to dense attention at one density and block size: methods, best first, by cell, and their means.
 
@@ -156,13 +164,13 @@ def points(rows: pd.DataFrame, measure: str = "answer", task: str | None = None)
     """One point per method, block_size, asked and length: computed density, and nats lost against dense attention.
 
     Args:
-        task: Task that counts; None takes the task with most rows, and all kinds of documents.
+        task: Task that counts; None takes the task with most rows, and documents of all kinds, see `complete`.
     Returns:
         Columns method, block_size, asked, length, density, nats (difference of answers or losses), n (fewest samples).
     """
     found = whole(rows[rows.measure == measure]).dropna(subset="difference")
     if measure == "loss":
-        found = found[found.task != "all"]
+        found = complete(found[found.task != "all"])
     elif len(found):
         found = found[found.task == (task or found.groupby("task", sort=False).size().idxmax())]
     keys = ["method", "block_size", "asked", "length"]
@@ -173,13 +181,25 @@ def points(rows: pd.DataFrame, measure: str = "answer", task: str | None = None)
 def by_method(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Differences to dense attention at the densities asked for, methods with all columns first, each group best first.
 
-    Methods of `methods.TRANSFERRED` are left out, see `transfer`.
+    Methods of `methods.TRANSFERRED` are left out, see `transfer`, and documents of some kinds only, see `complete`.
     """
-    rows = rows[rows.asked.notna() & ~rows.method.isin(TRANSFERRED)].dropna(subset="difference")
+    rows = complete(rows.dropna(subset="difference"))
+    rows = rows[rows.asked.notna() & ~rows.method.isin(TRANSFERRED)]
     table = rows.pivot_table(index="method", columns=list(columns), values="difference")
     sign = 1 if (rows.measure == "loss").all() else -1
     order = pd.DataFrame(dict(missing=table.isna().any(axis=1), loss=sign * table.mean(axis=1)))
     return table.loc[order.sort_values(["missing", "loss"]).index]
+
+
+def sides(rows: pd.DataFrame) -> pd.DataFrame:
+    """Numbers of rows, and of those below and above dense attention by an interval without zero, and the lowest.
+
+    One line per model, length and task. Rows without a density that was asked for do not count.
+    """
+    rows = rows[rows.asked.notna()].dropna(subset="difference")
+    rows = rows.assign(below=rows.high < 0, above=rows.low > 0)
+    counts = dict(below=("below", "sum"), above=("above", "sum"), rows=("low", "size"), lowest=("difference", "min"))
+    return rows.groupby(["model", "length", "task"]).agg(**counts).round(4)
 
 
 def to_oracle(rows: pd.DataFrame, oracles: Mapping[str, str], asked: float, block_size: int = 128) -> pd.DataFrame:
@@ -228,7 +248,8 @@ def quality() -> str:
 def table_by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
     """Markdown table of paired differences to dense attention: one column per block size and density asked for.
 
-    Methods that set their own density come last, in a column of their own.
+    Cells of methods that were not measured on all tasks of the rows name the number of theirs. Methods that set their
+    own density come last, in a column of their own.
     """
     part = part.dropna(subset="difference")
     columns = sorted(part.dropna(subset="asked").groupby(["block_size", "asked"]).groups)
@@ -239,11 +260,12 @@ def table_by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
             if len(row):
                 difference, density = to_dense(part, row), row.density.mean()
                 told = f" ({density:.1%})" if abs(density - asked) > 0.005 else ""
+                told += of_kinds(row, part)
                 cells[method, size, asked] = _interval(difference, form) + told
                 order.setdefault(method, []).append(difference.mean)
         if of.asked.isna().all():
             row = of[of.block_size == of.block_size.max()]
-            told = f"{_interval(to_dense(part, row), form)} ({row.density.mean():.1%})"
+            told = f"{_interval(to_dense(part, row), form)} ({row.density.mean():.1%}){of_kinds(row, part)}"
             own.append([method, *[MISSING] * len(columns), told])
     sign = -1 if "loss" in set(part.measure) else 1
     best = sorted(order, key=lambda method: (-len(order[method]), -sign * sum(order[method]) / len(order[method])))
@@ -252,6 +274,12 @@ def table_by_density(part: pd.DataFrame, form: str = "{:+.3f}") -> str:
     if own:
         header, lines = [*header, "own density"], [*([*line, MISSING] for line in lines), *own]
     return markdown_table(header, lines)
+
+
+def of_kinds(rows: pd.DataFrame, every: pd.DataFrame) -> str:
+    """Number of kinds (tasks) in a method's rows and in all rows, " (2 of 5 kinds)"; "" where it lacks none."""
+    own, all_of = rows.task.nunique(), every.task.nunique()
+    return f" ({own} of {all_of} kinds)" if own < all_of else ""
 
 
 def to_dense(part: pd.DataFrame, of: pd.DataFrame) -> Difference:

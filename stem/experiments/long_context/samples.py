@@ -18,7 +18,7 @@ from stem.validation import check_choice
 # tasks that order their answers
 FIXED_ORDER = (*ruler.ONE_ANSWER, "niah_multivalue", "niah_multiquery", "ruler_vt", signatures.TASK)
 
-_KIND_TOKENS: dict[tuple[str, str], list[int]] = {}  # (kind, fingerprint of the tokenizer) -> tokens of all its text
+_TOKENS: dict[tuple, list[int]] = {}  # (function of a text, fingerprint of the tokenizer) -> tokens of the text
 
 
 class Prompts(NamedTuple):
@@ -67,14 +67,27 @@ def exact_prompts(task: str, tokenizer, length: int, samples: int, seed: int = 0
 
 
 def document_windows(tokenizer, length: int, count: int, kinds: Sequence[str] = tuple(documents.KINDS)) -> dict:
-    """Kind of document -> int64 [count, length]: windows spread evenly over its text, behind a BOS token if any."""
+    """Kind of document -> int64 [count, length]: windows spread evenly over its texts, behind a BOS token if any.
+
+    Texts of a kind follow one another until they hold that many tokens, so longer windows may read further texts.
+    """
     found, start = {}, _start(tokenizer)
     for kind in kinds:
-        key = kind, documents.fingerprint(str(tokenizer(ruler.TOKENIZER_SAMPLE).input_ids))
-        if key not in _KIND_TOKENS:
-            _KIND_TOKENS[key] = tokenizer(documents.KINDS[kind](), add_special_tokens=False, verbose=False).input_ids
-        windows = documents.windows(_KIND_TOKENS[key], length - len(start), count)
+        tokens = _kind_tokens(kind, tokenizer, count * (length - len(start)))
+        windows = documents.windows(tokens, length - len(start), count)
         found[kind] = torch.tensor([start + window for window in windows])
+    return found
+
+
+def _kind_tokens(kind: str, tokenizer, enough: int) -> list[int]:
+    """Tokens of the first texts of a kind that hold `enough` of them together, or of all its texts."""
+    found = []
+    for text in documents.KINDS[kind]:
+        if len(found) < enough:
+            key = text, documents.fingerprint(str(tokenizer(ruler.TOKENIZER_SAMPLE).input_ids))
+            if key not in _TOKENS:
+                _TOKENS[key] = tokenizer(text(), add_special_tokens=False, verbose=False).input_ids
+            found = found + _TOKENS[key]
     return found
 
 
@@ -86,8 +99,7 @@ def calibration_windows(tokenizer, length: int, count: int) -> list[Tensor]:
 
 def calibration_texts() -> tuple[str, str]:
     """Python source and English text that no comparison reads, each of more than 32 thousand tokens."""
-    names = ("turtle", "_pydecimal", "tokenize", "random", "statistics", "configparser", "imaplib", "smtplib")
-    source = "\n".join(documents.stdlib_documents(names).values())
+    source = "\n".join(documents.stdlib_documents(documents.CALIBRATION_MODULES).values())
     folder = Path(importlib.import_module("transformers").__path__[0])
     described = [folder / "training_args.py", folder / "generation" / "configuration_utils.py"]
     return source, "\n".join(path.read_text(encoding="utf-8") for path in described)

@@ -26,7 +26,7 @@ FLOP_FACTOR["forward+backward"] = 3.5
 ONE_CONFIG_TOKENS = 2**19  # from this length on only the first config is timed, which saves minutes
 COLUMNS = (
     *("operation", "provider", "config", "tokens", "batch", "q_heads", "kv_heads", "head_dim", "dtype", "block_size"),
-    *("density", "latency_ms", "latency_ms_p20", "latency_ms_p80", "host_ms", "host_ratio"),
+    *("density", "latency_ms", "latency_ms_p20", "latency_ms_p80", "host_ms", "host_ratio", "outside_ms"),
     *("tflops", "gb_per_s", "peak_memory_mib"),
     *(f"speedup_vs_{name}" for name in candidates.BASELINES),
     *("fastest_dense", "speedup", "speedup_low", "speedup_high"),

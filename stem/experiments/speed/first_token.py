@@ -67,14 +67,15 @@ def case(
 ) -> list[dict[str, Any]]:
     """Rows of operation "ttft" (time to first token) of one length: dense back ends, then Stem with each config.
 
-    The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards.
+    The prompt holds random token ids. Peak memory includes weights and cache. Stem is disabled afterwards. `outside_ms`
+    is the time of the model without attention.
     """
     settings, dtype = model.config, str(model.dtype).removeprefix("torch.")
     heads = settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim
     common = dict(operation="ttft") | asdict(Shape(tokens, 1, *heads, dtype)) | dict(timing=TIMING)
     ids = torch.randint(settings.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     timed = partial(_timed, model, ids.to(model.device))
-    rows = []
+    rows, common = [], common | dict(outside_ms=timed(peers.no_attention(model)).get("latency_ms"))
     contexts = dense_contexts(model, device)
     if "fa3" in contexts:
         names = [name for name in ("fa3", "sdpa_cudnn") if name == "fa3" or tokens < FASTEST_ALONE]

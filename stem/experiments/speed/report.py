@@ -6,7 +6,16 @@ from typing import Any
 import pandas as pd
 
 from stem.config import StemConfig
-from stem.experiments.markdown import by_device, full_rows, markdown_table, no_rows, not_run, number, tokens_label
+from stem.experiments.markdown import (
+    MISSING,
+    by_device,
+    full_rows,
+    markdown_table,
+    no_rows,
+    not_run,
+    number,
+    tokens_label,
+)
 from stem.experiments.speed.candidates import BASELINES, EIGHT_PERCENT, GRAPH, NEVER_DENSE, PREFILL, PRESETS, SHORT
 from stem.experiments.speed.peers import FP8, NONE
 
@@ -70,6 +79,27 @@ def best_ratio(row: Mapping[str, Any]) -> tuple[float, str]:
     return min(((ratio, name) for ratio, name in ratios if ratio is not None and ratio == ratio), default=(NAN, ""))
 
 
+def factors_told(dense_ms: float, row: Mapping[str, Any]) -> str:
+    """The factors of a row's speed-up over a dense time [ms]: block pairs not computed, and the rate on the others.
+
+    In a whole model they hold for attention alone, whose share of the dense time stands first. Attention is the time
+    beyond that of the model without attention. A dash stands where that is not known or not positive.
+    """
+    outside, in_model = row.get("outside_ms"), row.get("operation", "").startswith(("ttft", PREFILL))
+    outside = (NAN if outside is None else outside) if in_model else 0.0
+    before, after = dense_ms - outside, row["latency_ms"] - outside
+    if not (before > 0 and after > 0 and row["density"] > 0):
+        return MISSING
+    told = f"{1 / row['density']:.2f} × {before / after * row['density']:.2f}"
+    return f"{before / dense_ms:.0%}, {told}" if in_model else told
+
+
+def _with_factors(ratio: float, row: Mapping[str, Any]) -> str:
+    """A speed-up over the fastest dense back end, with its factors where they are known."""
+    told = MISSING if ratio != ratio else factors_told(ratio * row["latency_ms"], row)
+    return number(ratio, "×") if told == MISSING else f"{number(ratio, '×')} = {told}"
+
+
 def _dense(frame: pd.DataFrame, graph: bool) -> pd.DataFrame:
     """Rows of dense attention in the precision of the inputs, called or replayed from a CUDA graph."""
     operation = f"{GRAPH if graph else ''}attention"
@@ -106,7 +136,7 @@ def _speed_of(device: str, rows: pd.DataFrame) -> str:
     shape = stem.iloc[0]
     heads = f"{shape.q_heads:.0f} query and {shape.kv_heads:.0f} key-value heads of {shape.head_dim:.0f}"
     told = f"**{device}**, {heads}, {shape['dtype']}, batch {shape.batch:.0f}, random normal inputs. Times "
-    told += f"are medians, and Stem's include scoring and selection.{_speed_sentence(stem, names)}"
+    told += f"are medians, and Stem's include scoring and selection. {FACTORS}{_speed_sentence(stem, names)}"
     preset = "Speed-up of the operator with each preset over the fastest dense back end"
     called = _presets(over_dense(rows), fastest_dense(rows), f"{preset}, both called from Python")
     in_graphs = over_dense(rows, graph=True), fastest_dense(rows, graph=True)
@@ -189,13 +219,21 @@ def _against_dense(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     best, name = best_ratio(row)
     ratios = [row[f"speedup_vs_{name}"] for name in names]
     times = [number(time) for time in (*(ratio * row["latency_ms"] for ratio in ratios), row["latency_ms"])]
-    lead = number(best, "×") + (f" ({DENSE_LABELS[name]})" if name else "")
+    lead = _with_factors(best, row) + (f" ({DENSE_LABELS[name]})" if name else "")
     return [f"{row['density']:.1%}", *times, lead, *(number(ratio, "×") for ratio in ratios)]
 
 
 CALIBRATED = (
     f"The threshold of `{EIGHT_PERCENT}` is the one that `stem.calibrate` finds for that density in two layers of the "
     "model's shape, with random weights, on one random prompt of that length."
+)
+FACTORS = (
+    "The factors of a speed-up over the fastest dense are the block pairs that are not computed, and the rate on the "
+    "others, selection included, over the dense kernel's."
+)
+IN_MODELS = (
+    "In whole models, the share of attention in the dense time stands before the factors, which hold for attention "
+    "alone. Attention is the time beyond that of the model without attention."
 )
 TURNS = (
     "Dense and sparse prefills take turns. Each speed-up is the median over rounds of a round's ratio, with its 95 % "
@@ -229,7 +267,7 @@ def beyond() -> str:
             about = [BEYOND[row["operation"]], tokens_label(row["tokens"]), sparse]
             lines.append([*about, *_against_dense(row, names), number(row["peak_memory_mib"] / 1024)])
         header = ["what", "tokens", "sparse", *_dense_header(names, "sparse"), "peak memory [GiB]"]
-        told = f" {CALIBRATED}" if EIGHT_PERCENT in set(part.config) else ""
+        told = f" {FACTORS} {IN_MODELS}{f' {CALIBRATED}' if EIGHT_PERCENT in set(part.config) else ''}"
         parts.append(f"**{device}**.{told}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
@@ -250,7 +288,7 @@ def break_even() -> str:
                 ratio, fastest = best_ratio(row)
                 ratios[row["operation"].startswith(GRAPH), name, tokens] = ratio
                 times = number(ratio * row["latency_ms"]), number(row["latency_ms"])
-                cells += [f"{times[0]} ({DENSE_LABELS[fastest]})", times[1], number(ratio, "×")]
+                cells += [f"{times[0]} ({DENSE_LABELS[fastest]})", times[1], _with_factors(ratio, row)]
             lines.append([name, tokens_label(tokens), f"{group.density.iloc[0]:.1%}", *cells])
         ratios, told = pd.Series(ratios), []
         for (is_graph, name), of_length in ratios.groupby(level=[0, 1]):
@@ -282,10 +320,11 @@ def drop_in() -> str:
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
             ratios = [
-                f"{number(row.speedup, '×')} [{number(row.speedup_low)}, {number(row.speedup_high)}]"
-                if row.speedup == row.speedup
+                f"{number(row['speedup'], '×')} [{number(row['speedup_low'])}, {number(row['speedup_high'])}]"
+                + f" = {factors_told(row['speedup'] * row['latency_ms'], row)}".removesuffix(f" = {MISSING}")
+                if row["speedup"] == row["speedup"]
                 else number(NAN)
-                for row in sparse.itertuples()
+                for row in sparse.assign(operation=operation, outside_ms=bare.latency_ms.min()).to_dict("records")
             ]
             hosts = sparse.host_ms / dense.host_ms.min()
             host = number(sparse.get("host_ratio", hosts).fillna(hosts).max(), "×")
@@ -293,8 +332,9 @@ def drop_in() -> str:
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host, most])
         names = [PRESET_LABELS.get(name) or CONFIG_LABELS.get(name, name) for name in configs]
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest", "without attention"]
-        told = f"{TURNS} {CALIBRATED_WHOLE}" if EIGHT_PERCENT in configs else TURNS
-        parts += [f"**{device}**. {told}", markdown_table(header, lines), _rate_wanted(part)]
+        factors = [FACTORS, IN_MODELS] if (part.config == NONE).any() else []
+        told = [TURNS, *factors, *([CALIBRATED_WHOLE] if EIGHT_PERCENT in configs else [])]
+        parts += [f"**{device}**. {' '.join(told)}", markdown_table(header, lines), _rate_wanted(part)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -330,7 +370,9 @@ def variants() -> str:
             for row in group.sort_values(["density", "latency_ms"], ascending=[False, True]).to_dict("records"):
                 name = f"dense, {DENSE_LABELS[row['provider']]}" if row["variant"] == "dense" else row["variant"]
                 times = [number(row["latency_ms"]), number(row.get("choosing_ms", NAN))]
-                rates = [number(row["tflops"]), number(dense / row["latency_ms"], "×"), number(100 * row["error"], "%")]
+                ratio = dense / row["latency_ms"]
+                lead = number(ratio, "×") if row["variant"] == "dense" else _with_factors(ratio, row)
+                rates = [number(row["tflops"]), lead, number(100 * row["error"], "%")]
                 lines.append([what, tokens_label(tokens), name, f"{row['density']:.1%}", *times, *rates])
         header = ["q, k and v", "tokens", "variant", "density", "operator [ms]", "of it, choosing [ms]", "TFLOP/s"]
         parts.append(f"**{device}**\n\n{markdown_table([*header, 'over the fastest dense', 'error'], lines)}")

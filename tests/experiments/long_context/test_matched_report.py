@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from stem.experiments import scoreboard
+from stem.experiments import headline
 from stem.experiments.long_context import matched_report, report
 from stem.experiments.markdown import MISSING
 
@@ -183,20 +183,39 @@ def test_reported_samples_show_thresholds_and_the_distance_to_the_same_with_exac
 
 
 def test_the_headline_is_the_fastest_method_with_a_chosen_density(rows, monkeypatch):
-    found = matched_report.fastest()
-    assert (found.method, found.point.asked) == ("adaptive", 0.15)  # 0.08 is faster and was not chosen
-    assert (found.row.operator_ms, found.row.tokens, found.dense.method) == (3.0, 2**17, "fa3")
-    told = scoreboard._matched()
-    assert told.startswith("**Operator at matched accuracy: 3.0× over FlashAttention-3 (9 → 3 ms)** at 128K tokens")
-    assert "which other samples chose: `adaptive` loses 0.26 [0.26, 0.26] nats on needles and 0.0040 nats" in told
-    assert "on one NVIDIA H200: 6.7 (blocks not computed) × 0.4 (the kernel). Its accuracy" in told
-    assert "(bounds 0.25 and 0.005, met where it was chosen and missed here) ([rows]" in told
-    assert "at 128K tokens (random normal inputs) and density 15.0%" in told
+    method, (found,) = matched_report.fastest()
+    assert (method, found.point.asked) == ("adaptive", 0.15)  # 0.08 is faster and was not chosen
+    assert (found.wide.row.operator_ms, found.wide.row.tokens, found.wide.dense) == (3.0, 2**17, "FlashAttention-3")
+    first, second, third = headline._matched()
+    told = "**Operator at matched accuracy, 128K tokens: 3.0× over FlashAttention-3 (9 → 3 ms)**"
+    assert first.startswith(f"{told}, `adaptive` at density 15.0%")
+    assert "and one NVIDIA H200: 6.7 (blocks not computed) × 0.45 (the kernel) ([rows]" in first
+    assert second.startswith("**On q, k and v of real models, 32K tokens**, mean of all layers: 3.0× over FlashAtten")
+    assert f"on {MODEL} at density 15.0%: 6.7 (blocks not computed) × 0.45 (the kernel)" in second
+    assert "(needles lose at most 0.25 nats, documents 0.005 nats per token; 32K tokens; Qwen2.5-Coder-0.5B)" in third
+    assert "**`adaptive` 15%**. Other samples chose these densities." in third
+    assert (
+        "loses 0.260 [0.260, 0.260] nats on needles and 0.0040 [0.0040, 0.0040] nats per token on documents, out"
+        in third
+    )
     monkeypatch.setattr(matched_report, "NATS", -0.27)
-    assert "(bounds 0.27 and 0.005)" in scoreboard._matched()
+    assert "(needles lose at most 0.27 nats" in headline._matched()[2] and "outside" not in headline._matched()[2]
     monkeypatch.setattr(matched_report, "NATS", -0.1)
     monkeypatch.setattr(matched_report, "LOSS", 0.0005)
-    assert matched_report.fastest() is None and scoreboard._matched() == ""
+    assert matched_report.fastest() is None and headline._matched() == []
+
+
+def test_speed_ups_of_turns_have_intervals(rows, monkeypatch):
+    """Rows whose calls took turns with the dense kernel hold its time and the median ratio with its interval."""
+    times = matched_report.full_rows("long_context/matched")
+    turns = dict(dense="fa4", dense_ms=8.0, speedup=2.5, speedup_low=2.4, speedup_high=2.75)
+    is_sparse = times.asked.notna()
+    times = times.assign(**{name: pd.Series(value, times.index).where(is_sparse) for name, value in turns.items()})
+    monkeypatch.setattr(matched_report, "full_rows", lambda name: times)
+    assert "| 3 (1.5) | 2.50× [2.40, 2.75] = 6.67 × 0.38 |" in matched_report.matched()
+    first, second, _ = headline._matched()
+    assert "128K tokens: 2.5× [2.40, 2.75] over FlashAttention-4 (8 → 3 ms)**" in first
+    assert "2.5× [2.40, 2.75] over FlashAttention-4 (8 → 3 ms) on Qwen2.5-Coder-0.5B" in second
 
 
 def test_the_headline_takes_the_highest_density_that_models_chose(rows, monkeypatch):
@@ -210,14 +229,15 @@ def test_the_headline_takes_the_highest_density_that_models_chose(rows, monkeypa
         return pd.concat([read(parts), wide], ignore_index=True)
 
     monkeypatch.setattr(report, "rows", both)
-    found = matched_report.fastest()
-    assert (found.model, found.point.asked, found.row.operator_ms) == (other, 0.25, 4.0)
-    (least,) = found.elsewhere
+    _, (most, least) = matched_report.fastest()
+    assert (most.model, most.point.asked, most.wide.row.operator_ms) == (other, 0.25, 4.0)
     assert (least.model, least.point.asked) == (MODEL, 0.15)
-    told = f"which other samples chose (15% on {MODEL}, where it loses 0.26 [0.26, 0.26] nats on needles): `adaptive`"
-    assert told in scoreboard._matched()
+    first, second, third = headline._matched()
+    assert "128K tokens: 2.2× over FlashAttention-3 (9 → 4 ms)**" in first
+    assert f"on {other} at density 25.0%" in second and f"on {MODEL} at density 15.0%" in second
+    assert f"32K tokens; {other}, {MODEL}): **`adaptive` 25%, 15%**." in third
     monkeypatch.setattr(report, "rows", lambda parts: both(parts).query(f"model != '{other}' or asked != 0.25"))
-    assert matched_report.fastest().elsewhere == ()  # a model without the method chooses nothing
+    assert len(matched_report.fastest()[1]) == 1  # a model without the method chooses nothing
 
     def missed(parts):
         return both(parts).assign(values=lambda of: of["values"].mask((of.model == other) & of.asked.notna(), "-1 -1"))
@@ -235,5 +255,5 @@ def test_the_headline_names_the_densities_of_stem_and_of_the_best_other_method(r
         return pd.concat([read(parts), pd.DataFrame(sum(more, []))], ignore_index=True)
 
     monkeypatch.setattr(report, "rows", others)
-    told = "`flashprefill` 40%; `stem, last block dense` 70%; `stem` none to 70% ([rows]"
-    assert f"missed here); densities chosen so for others: {told}" in scoreboard._matched()
+    told = "**`adaptive` 15%**; `flashprefill` 40%; `stem, last block dense` 70%; `stem` none to 70%. Other samples"
+    assert told in headline._matched()[2]

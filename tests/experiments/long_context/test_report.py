@@ -115,6 +115,44 @@ def test_differences_are_best_first_and_hold_what_was_asked(rows):
     assert fewer.index[-1] == "stem" and pd.isna(fewer.loc["stem", "mean"])
 
 
+def test_cells_of_fewer_kinds_of_documents_say_so(rows):
+    documents = report.whole(rows[(rows.measure == "loss") & (rows.task != "all") & (rows.length == 4096)])
+    assert "kinds" not in report.table_by_density(documents)
+    fewer = documents[(documents.method != "stem") | (documents.task == "prose")]
+    (line,) = [line for line in report.table_by_density(fewer).splitlines() if line.startswith("| stem")]
+    assert "(1 of 2 kinds)" in line
+    (line,) = [line for line in report.table_by_density(_preset_on(documents)).splitlines() if "hpc_ops" in line]
+    assert line.endswith("(1 of 2 kinds) |")
+
+
+def test_documents_of_fewer_kinds_are_in_no_table_or_figure_that_has_no_room_to_say_so(rows):
+    documents = report.whole(rows[(rows.measure == "loss") & (rows.task != "all")])
+    fewer = documents[(documents.method != "stem") | (documents.task == "prose") | (documents.length == 8192)]
+    left_out = documents[(documents.method == "stem") & (documents.length == 4096) & (documents.task == "prose")]
+    assert set(fewer.index) - set(report.complete(fewer).index) == set(left_out.index)
+    assert report.complete(documents).equals(documents)
+    stem = report.points(fewer, "loss").query("method == 'stem'")
+    assert stem.length.tolist() == [8192]
+    assert report.by_method(fewer, ["length"]).columns.tolist() == [8192]
+    answers = rows[(rows.measure == "answer") & ((rows.method != "stem") | (rows.task == "a"))]
+    assert report.complete(answers).equals(answers)
+
+
+def test_rows_on_both_sides_of_dense_attention_are_counted_by_kind(rows):
+    documents = report.whole(rows[(rows.measure == "loss") & (rows.task == "prose") & (rows.length == 4096)])
+    ends = [(-0.2, -0.1), (-0.2, 0.1), (0.1, 0.2)]
+    stem = documents[documents.method == "stem"]
+    three = pd.concat([stem.assign(low=low, high=high, difference=(low + high) / 2) for low, high in ends])
+    (line,) = report.sides(pd.concat([three, documents[documents.method == "dense"]])).to_dict("records")
+    assert line == dict(below=1, above=1, rows=3, lowest=-0.15)
+
+
+def _preset_on(documents):
+    """The rows, and those of a preset without a density that was asked for, on one kind."""
+    preset = documents[(documents.method == "stem") & (documents.task == "prose")]
+    return pd.concat([documents, preset.assign(method="stem, hpc_ops", asked=float("nan"))])
+
+
 def test_generated_answers_stand_beside_those_in_one_forward(rows):
     table = needle_report.generated(rows, 64)
     assert ("a, 4K", "window") in table.index and ("a, 4K", "dense") in table.index
@@ -204,6 +242,8 @@ def test_a_threshold_of_another_length_is_told_by_task_and_documents_together():
         ["documents", "8K", "25%", "chunks of 4K", "30.0%", "+0.300 [+0.200, +0.400], n = 2"],
     ]
     assert needle_report.transfer(frame[frame.method == "stem"]) == ""
+    fewer = frame[(frame.method != chunks) | (frame.task != "prose")]
+    assert "| documents (1 of 2 kinds) | 8K |" in needle_report.transfer(fewer)
 
 
 def test_a_dense_last_block_is_compared_with_the_same_method_at_equal_density():
@@ -241,7 +281,7 @@ def test_a_method_is_ahead_only_where_an_interval_excludes_zero():
     )  # fmt: skip
     told = "`adaptive` beside stem and xattention, by intervals without zero: "
     told += "a: above in 1 and below in 1 of 2 cells, -3.00 to +5.00 nats; "
-    told += "b: above in 0 and below in 0 of 1 cells, +0.00 to +0.00 nats."
+    told += "b: above in 0 and below in 0 of 1 cell, +0.00 nats."
     assert needle_report.ahead(frame, "adaptive", ("stem", "xattention")) == told
     assert needle_report.ahead(frame, "adaptive", ["subblock"]) == ""
 

@@ -26,8 +26,8 @@ def test_what_a_tokenizer_begins_a_text_with_stands_at_the_start_and_nowhere_els
     marking.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{mark} $A", special_tokens=[(mark, tokenizer.bos_token_id)]
     )
-    monkeypatch.setitem(documents.KINDS, "prose", lambda: documents.prose()[:20_000])
-    monkeypatch.setattr(samples, "_KIND_TOKENS", {})
+    monkeypatch.setitem(documents.KINDS, "prose", (lambda: documents.prose()[:20_000],))
+    monkeypatch.setattr(samples, "_TOKENS", {})
     ways = [
         lambda of: samples.exact_prompts("niah_multikey_1", of, 256, 3).ids,
         lambda of: samples.document_windows(of, 256, 3, ["prose"])["prose"],
@@ -47,13 +47,36 @@ def test_tasks_without_an_order_of_answers_and_lengths_that_do_not_fit_are_named
 
 
 @pytest.mark.parametrize("kind", list(documents.KINDS))
-def test_every_kind_of_document_is_long_and_its_windows_do_not_overlap(kind):
-    text = documents.KINDS[kind]()
-    assert len(text) > 300_000
+def test_every_kind_of_document_is_long_and_repeats_no_text(kind):
+    """Eight windows of 32K tokens of Qwen2.5's tokenizer have at most 4.8 characters a token in every kind."""
+    texts = [text() for text in documents.KINDS[kind]]
+    assert len(texts[0]) > 300_000 and sum(map(len, texts)) > 4.8 * 8 * 2**15
+    parts = [part for text in texts for part in text.split("\n\n\n") if len(part) > 20_000]
+    assert len(parts) == len(set(parts))
+
+
+def test_windows_do_not_overlap():
     found = documents.windows(range(1000), 90, 11)
     assert [len(of) for of in found] == [90] * 11 and found[1][0] == 90
     with pytest.raises(ValueError, match="count=12 windows of length=90 need 1080 tokens, got 1000"):
         documents.windows(range(1000), 90, 12)
+
+
+def test_windows_read_the_next_text_of_a_kind_only_where_they_need_its_tokens(tokenizer, monkeypatch):
+    texts = documents.prose()[:4_000], "\n".join(documents.licences()[:4_000].split()), "never read"
+    monkeypatch.setitem(documents.KINDS, "prose", tuple((lambda text=text: text) for text in texts))
+    first, second, _ = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+    short = samples.document_windows(tokenizer, len(first) // 2, 2, ("prose",))["prose"]
+    assert short.tolist() == [first[: len(first) // 2], first[len(first) // 2 :][: len(first) // 2]]
+    both = samples.document_windows(tokenizer, (len(first) + len(second)) // 2, 2, ("prose",))["prose"]
+    assert both.flatten().tolist() == (first + second)[: both.numel()] and both.numel() > len(first)
+
+
+def test_no_two_kinds_and_no_calibration_text_hold_the_same_documentation():
+    explained = documents.explanations()
+    assert "Command-line parsing library" not in explained  # of argparse, in "python source"
+    assert "Random variable generators" not in explained  # of random, for calibration
+    assert "HTTP/1.1 client library" in explained
 
 
 def test_stored_samples_are_built_once_and_again_only_for_more(tokenizer, tmp_path, monkeypatch):

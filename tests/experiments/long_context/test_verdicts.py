@@ -2,7 +2,7 @@
 
 import pytest
 
-from stem.experiments import records, scoreboard
+from stem.experiments import headline, records, scoreboard
 from stem.experiments.long_context import verdicts
 from stem.experiments.long_context.report import Difference
 
@@ -147,10 +147,10 @@ def test_needles_and_documents_of_a_method_against_dense():
     assert verdicts.against("adaptive", "stem")[0].difference.mean == pytest.approx(17.8)
     assert needles.difference.mean == pytest.approx(-18.0) and documents.difference.mean == pytest.approx(0.02)
     assert "needles -18.000" in verdicts.near_dense().ours and "8B" in verdicts.near_dense().verdict
-    quality = scoreboard.headline().splitlines()[-1]
+    quality = headline.headline().splitlines()[-1]
     assert "on needles `adaptive` loses 0.20 [0.20, 0.20], published Stem 18.00 [18.00, 18.00]**" in quality
     assert "paired" not in quality
     write("answers", {"stem, last block dense": [0.5] * 4}, measure="answer", task="niah_multikey_1")
-    assert scoreboard.headline().splitlines()[-1] == quality  # documents are missing
+    assert headline.headline().splitlines()[-1] == quality  # documents are missing
     write("loss", {"stem, last block dense": [1.0] * 4})
-    assert "`adaptive` minus the last, paired: +0.300 [+0.300, +0.300], n = 4." in scoreboard.headline()
+    assert "`adaptive` minus the last, paired: +0.300 [+0.300, +0.300], n = 4." in headline.headline()

@@ -107,13 +107,15 @@ def test_chunks_are_compared_with_the_whole_prompt_of_one_run(monkeypatch):
 
 
 def test_the_longest_prompt_has_a_bound(monkeypatch):
-    ways = (("vLLM", 1.0), ("Stem", 0.25), ("Stem", 0.1))
-    measured = rows(*((*way, 0, tokens, 1, 9.0, None) for tokens in (8192, 131072) for way in ways))
+    ways = (("vLLM", 1.0, 14.0), ("Stem", 0.25, 6.0), ("Stem", 0.1, 4.5))
+    measured = rows(*((*way, 0, n, 1, ms, None) for n in (8192, 131072) for *way, ms in ways))
     measured = measured.assign(clock_mhz=1500.0)
     monkeypatch.setattr(report, "full_rows", lambda name: measured if name == "serving" else rows())
     given = []
     monkeypatch.setattr(report.bounds, "perfect_speedups", lambda x: given.append(x) or {0.25: 2.14949, 0.1: 2.6})
-    told = report.serving().splitlines()[-1]
+    *_, factors, _, told = report.serving().splitlines()
+    assert "attention takes 75% of vLLM's time" in factors  # 3.5 ms are outside
+    assert factors.endswith("are 4.0 × 1.05 at density 0.25 and 10.0 × 1.05 at density 0.1.")
     assert "at 128K and Stem's clock" in told
     assert told.endswith("would give 2.149x at density 0.25 and 2.600x at density 0.1.")
     assert given[0].index.tolist() == [1.0, 0.25, 0.1] and set(given[0].tokens) == {131072}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sparse_inputs import lists_of, random_inputs, random_mask
 
 import stem
-from stem.experiments.speed import bench, beyond, first_token, gate, report
+from stem.experiments.speed import bench, beyond, first_token, gate, peers, report
 from stem.experiments.speed.__main__ import main
 
 SMALL = bench.Shape(300, q_heads=4, kv_heads=2, head_dim=16, dtype="float32")
@@ -309,7 +309,18 @@ def test_rows_of_time_to_first_token(monkeypatch, tiny):
     assert sparse["speedup_vs_sdpa_cpu"] == pytest.approx(dense["latency_ms"] / sparse["latency_ms"])
     assert (dense["operation"], dense["tokens"], dense["q_heads"]) == ("ttft", 100, 3)
     assert set(dense) | set(sparse) <= set(bench.COLUMNS)
+    assert 0 < dense["outside_ms"] == sparse["outside_ms"]
     assert not hasattr(tiny.model.layers[0].self_attn, "stem_layer")
+
+
+def test_without_attention_a_model_calls_none_and_is_itself_afterwards(tiny, monkeypatch):
+    ids, called = torch.randint(1024, (1, 50)), []
+    expected = tiny(ids).logits
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: called.append(1))
+    with peers.no_attention(tiny):
+        assert tiny.config._attn_implementation == peers.NONE and tiny(ids).logits.isfinite().all()
+    monkeypatch.undo()
+    assert not called and torch.equal(tiny(ids).logits, expected)
 
 
 def test_the_first_token_is_that_of_the_whole_model(tiny):

@@ -134,13 +134,15 @@ def test_the_table_compares_with_the_fastest_dense_back_end(made_up_machine):
         paired = dict(speedup=21 / ms, speedup_low=1.0, speedup_high=1.5, host_ratio=host / 9)
         return common | dict(latency_ms=ms, host_ms=host) | paired
 
-    rows = [row("sdpa_cudnn", "dense", 20, 10), row("sdpa_flash", "dense", 30, 9), row("none", "none", 12.5, 8)]
-    records.write_rows("speed", [*rows, row("stem", "default", 16, 11), row("stem", "adaptive", 25, 12)], "full")
+    rows = [row("sdpa_cudnn", "dense", 20, 10), row("sdpa_flash", "dense", 30, 9), row("none", "none", 12, 8)]
+    rows += [row("stem", "default", 16, 11) | dict(density=0.25), row("stem", "adaptive", 25, 12)]
+    records.write_rows("speed", rows, "full")
     told, _, header, _, line = report.drop_in().splitlines()
     assert "calibrate" not in told
     columns = "density 0.25 | adaptive | host time, highest | without attention |"
     assert header == f"| model | tokens | dense, fastest [ms] | {columns}"
-    assert line == "| 135M | 8K | 20 (cuDNN) | 1.31× [1, 1.5] | 0.84× [1, 1.5] | 1.33× | 1.6× |"
+    split = "1.31× [1, 1.5] = 43%, 4.00 × 0.56"  # of attention: 21 - 12 ms to 16 - 12 ms
+    assert line == f"| 135M | 8K | 20 (cuDNN) | {split} | 0.84× [1, 1.5] | 1.33× | 1.67× |"
 
 
 def test_the_rate_that_a_goal_asks_of_attention(made_up_machine):
@@ -155,7 +157,7 @@ def test_the_rate_that_a_goal_asks_of_attention(made_up_machine):
     records.write_rows("speed", rows, "full")
     told, *_, short, long, _, sentence = report.drop_in().splitlines()
     assert "`stem.calibrate` finds for that density on the timed prompt" in told
-    assert short.split(" | ")[4] == "–" and long.split(" | ")[4] == "2× [1, 3]"  # the last config
+    assert short.split(" | ")[4] == "–" and long.split(" | ")[4].startswith("2× [1, 3] = 54%, ")  # the last config
     assert sentence == (
         "The 135M spends 50 of 108 ms at 32K outside attention. For 1.8× at density 0.25, choosing and attention "
         "together would have to reach 1000 TFLOP/s. They reach 500, and FlashAttention-3, which keeps every block, 690."

@@ -34,7 +34,7 @@ def test_speed(made_up_machine):
     assert "At 128K tokens and density 25.0% the whole operator is 5 times as fast as cuDNN and 8 times as fast" in text
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert rows[0].split(" | ")[0] == "| 1K" and "0.5×" in rows[0]
-    assert rows[1].endswith("| 150 | 240 | 30 | 5× (cuDNN) | 5× | 8× |")
+    assert rows[1].endswith("| 150 | 240 | 30 | 5× = 4.00 × 1.25 (cuDNN) | 5× | 8× |")
     assert rows[2].startswith("| 1M") and rows[2].endswith("| – | – | 1900 | – | – | – |")
 
 
@@ -106,6 +106,17 @@ def test_the_break_even_is_the_length_from_which_on_adaptive_is_faster(made_up_m
     records.write_rows("speed", rows, "full")
     told, _, _, _, *lines = report.break_even().splitlines()
     assert "beats dense attention from 8K tokens on (called from Python, tiny), and from 4K tokens on (from" in told
-    assert lines[-1] == "| tiny | 8K | 50.0% | 2.4 (cuDNN) | 2 | 1.2× | 3 (FlashAttention-3) | 2 | 1.5× |"
+    called, replayed = "2.4 (cuDNN) | 2 | 1.2× = 2.00 × 0.60", "3 (FlashAttention-3) | 2 | 1.5× = 2.00 × 0.75"
+    assert lines[-1] == f"| tiny | 8K | 50.0% | {called} | {replayed} |"
     records.write_rows("speed", [row(4096, 0.9)], "full")
     assert "dense attention nowhere (called" in report.break_even()
+
+
+def test_the_factors_of_a_speed_up_multiply_to_it():
+    operator = report.factors_told(100.0, dict(latency_ms=20.0, density=0.25))
+    assert operator == "4.00 × 1.25"  # 5 times as fast
+    model = report.factors_told(100.0, dict(latency_ms=60.0, density=0.25, outside_ms=50.0, operation="ttft"))
+    assert model == "50%, 4.00 × 1.25"  # attention 50 -> 10 ms
+    for row in (dict(outside_ms=70.0), dict(outside_ms=101.0), dict(outside_ms=None), {}):
+        unknown = dict(latency_ms=60.0, density=0.25, operation="prefill 8B")
+        assert report.factors_told(100.0, unknown | row) == report.MISSING

@@ -52,4 +52,4 @@ def test_table(monkeypatch):
     monkeypatch.setattr(report, "full_rows", lambda experiment: pd.DataFrame([common | row for row in rows]))
     *_, fa3, fp8, stem_row = report.variants().splitlines()[2:]
     assert "dense, FlashAttention-3 | 100.0% | 8 | – | 500 | 1× | 0.2%" in fa3 + fp8
-    assert stem_row == "| random normal | 2K | released, FP8 | 20.0% | 2 | 0.5 | 500 | 4× | 0.2% |"
+    assert stem_row == "| random normal | 2K | released, FP8 | 20.0% | 2 | 0.5 | 500 | 4× = 5.00 × 0.80 | 0.2% |"
