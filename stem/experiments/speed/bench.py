@@ -1,6 +1,5 @@
 """Timings of dense attention, FlexAttention and Stem on one machine; the gate checks each row before it is timed."""
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -37,16 +36,12 @@ TIMING = {
     "cuda": "triton.testing.do_bench, L2 flushed before each call, clocks not locked",
     "cpu": "perf_counter, caches warm, clocks not locked",
 }
-IN_TURNS = "replays in turns, each after one of itself, L2 flushed before each, clocks not locked"  # graphs of a length
-TURNS_MS, FEWEST_TURNS, MOST_TURNS = 2_000, 20, 100
-L2_BYTES = 2**28  # written to flush L2, more than any GPU's
 
 
-def run(candidate: Candidate, problem: Problem, config_name: str, later: list | None = None) -> dict[str, Any]:
+def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, Any]:
     """Check a candidate, time it, and return its row of `COLUMNS`; a failure leaves its error in the row and no time.
 
     tflops counts the kept pairs, and error_vs_fp64 is the relative L2 error of the worst sampled row.
-    later: Takes (row, call, problem) of a checked CUDA graph, for `time_in_turns`; by default it is timed at once.
     """
     shape, dense = problem.shape, candidate.provider in candidates.BASELINES
     config_name = "dense fp8" if candidate.provider in peers.FP8 else "dense" if dense else config_name
@@ -58,64 +53,16 @@ def run(candidate: Candidate, problem: Problem, config_name: str, later: list | 
         call, check = candidate.prepare(problem)
         with gate.poisoned_buffers() if candidate.provider.startswith("stem") else nullcontext():  # not FlexAttention
             row["error_vs_fp64"] = check(call())
-        waits = later is not None and candidate.operation.startswith(GRAPH)
-        if not waits:
-            row |= measure(call, problem.q.device.type)
+        row |= measure(call, problem.q.device.type)
         row["density"] = 1.0 if dense else problem.selection.density()
         if candidate.operation in FLOP_FACTOR:
             flop = shape.dense_flops() if dense else metrics.attention_flops(problem.selection, shape.head_dim)
             row["flop"] = flop * FLOP_FACTOR[candidate.operation]
             row["least_bytes"] = shape.least_bytes()
-        if waits:
-            later.append((row, call, problem))
-        else:
-            add_tflops(row)
+            row["tflops"] = row["flop"] / row["latency_ms"] / 1e9
     except Exception as error:  # one provider's failure costs one row
         row["error"] = first_line(error)
     return row
-
-
-def add_tflops(row: dict[str, Any]) -> None:
-    """Add the rate of the operations that a timed row counts; parts of the operator count none."""
-    if "flop" in row:
-        row["tflops"] = row["flop"] / row["latency_ms"] / 1e9
-
-
-def time_in_turns(graphs: Sequence[tuple[dict[str, Any], Callable[[], Any], Problem]], device: str) -> None:
-    """Time the graphs of one length, each with its row, call and the inputs that it reads, and complete their rows.
-
-    Clocks and temperature change during a run. Turns spread that over all, so ratios of the medians are comparable.
-    """
-    for (row, *_), times in zip(graphs, turns([call for _, call, _ in graphs], device), strict=True):
-        row |= latencies(times) | dict(timing=IN_TURNS, peak_memory_mib=0.0)  # a replay allocates nothing
-        add_tflops(row)
-
-
-def turns(calls: Sequence[Callable[[], Any]], device: str) -> list[list[float]]:
-    """Times of calls that have run before [ms], of each about as many as fit into TURNS_MS, in a new order each turn.
-
-    Each call runs once untimed before it is timed, so it finds its clock and its code as if it ran alone.
-    """
-    once = sum(_one_call(call, device) for call in calls)
-    number = int(min(MOST_TURNS, max(FEWEST_TURNS, TURNS_MS / max(2 * once, 1e-3))))
-    times: list[list[float]] = [[] for _ in calls]
-    flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
-    order = random.Random(0)
-    for _ in range(number):
-        for i in order.sample(range(len(calls)), len(calls)):
-            calls[i]()
-            times[i].append(_one_call(calls[i], device) if flushed is None else _after_flush(calls[i], flushed))
-    return times
-
-
-def _after_flush(call: Callable[[], Any], flushed: torch.Tensor) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flushed.zero_()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def first_line(error: Exception) -> str:
@@ -180,7 +127,7 @@ def case(
         dense: Names in candidates.dense_attends, default all of the device.
         flex: Measure FlexAttention with the blocks of the first config. Sparse peers get them at every length.
         briefly: Names in BRIEFLY: the operator with impl=None only.
-        graphs: Measure the dense baselines but FP8 and the operator with impl=None in CUDA graphs too, all in turns.
+        graphs: Measure the dense baselines but FP8 and the operator with impl=None in CUDA graphs too.
     """
     briefs = {name: BRIEFLY[name][0] for name in briefly}
     chosen = {name: CONFIGS[name] for name in (CONFIGS if configs is None else configs)}
@@ -193,18 +140,16 @@ def case(
     fast = [c for c in every if c.operation in ("scores", "selection") or c.provider not in slower]
     whole = candidates.stem_candidates(None)
     in_graphs = [candidates.graph_candidate(candidate) for candidate in whole if graphs]
-    rows, later = [], []
+    rows = []
     with torch.no_grad():
         for name, config in (chosen | briefs).items():
             compared = whole if name in briefs else fast
             if name == next(iter(chosen)):
                 compared = baselines + every
                 compared += candidates.sparse_peers(flex) if device == "cuda" else []
-            problem = None  # free the last one's memory first, unless a graph reads it
+            problem = None  # free the last one's memory first
             problem = Problem(shape, config, device, impls[0], seed)
-            rows += [run(candidate, problem, name, later) for candidate in compared + in_graphs]
-        if later:
-            time_in_turns(later, device)
+            rows += [run(candidate, problem, name) for candidate in compared + in_graphs]
     return with_speedups(rows, seed)
 
 

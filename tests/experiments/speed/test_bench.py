@@ -341,34 +341,6 @@ def test_measure_repeats_on_the_cpu():
     assert 0 < times["latency_ms_p20"] <= times["latency_ms"] <= times["latency_ms_p80"]
 
 
-def test_turns_are_fair():
-    order = []
-    calls = [lambda i=i: order.append(time.sleep(0.01 * i) or i) for i in (1, 2)]
-    once, twice = bench.turns(calls, "cpu")
-    assert len(once) == len(twice) == (len(order) - 2) // 4 >= bench.FEWEST_TURNS
-    for turn in range(2, len(order), 4):  # each runs twice in a row
-        first, again, other, other_again = order[turn : turn + 4]
-        assert first == again != other == other_again
-    assert len({tuple(order[turn : turn + 4]) for turn in range(2, len(order), 4)}) == 2  # both orders occur
-    assert min(once) >= 10 and min(twice) >= 20
-
-
-def test_graphs_are_timed_after_all_are_checked():
-    def candidate(factor):
-        def prepare(problem):
-            check = lambda out: gate.check_output(out, *problem.qkv, problem.rows, problem.selection)  # noqa: E731
-            return lambda: problem.attend() * factor, check
-
-        return bench.Candidate("graph operator", "stem", prepare)
-
-    problem, later = bench.Problem(SMALL, CONFIG, "cpu", "torch"), []
-    right, wrong = (bench.run(candidate(factor), problem, "small", later) for factor in (1, 1.1))
-    assert [row for row, *_ in later] == [right] and "latency_ms" not in right | wrong
-    bench.time_in_turns(later, "cpu")
-    assert right["timing"] == bench.IN_TURNS and right["tflops"] == right["flop"] / right["latency_ms"] / 1e9
-    assert wrong["error"].startswith("WrongResult") and "latency_ms" not in wrong
-
-
 def test_triton_chooses_where_hopper_attends():
     for impl, chooses in (("hopper", "triton"), ("torch", "torch")):
         assert bench.Problem(SMALL, CONFIG, "cpu", impl).chooses == chooses
