@@ -24,7 +24,7 @@ from triton import knobs
 import stem
 from stem import hf
 from stem.experiments import records
-from stem.experiments.markdown import by_device, full_rows, markdown_table, not_run, number, tokens_label
+from stem.experiments.markdown import MISSING, by_device, full_rows, markdown_table, not_run, number, tokens_label
 from stem.experiments.speed import first_token
 
 CONFIGS = {name: stem.StemConfig.preset(name) for name in ("adaptive", "paper", "angelslim", "hpc_ops")}
@@ -105,12 +105,11 @@ def table() -> str:
     for device, part in by_device(rows):
         lines = []
         for (config, state), group in part.groupby(["config", "disk_cache"], sort=False):
-            first, second = (group[group.prefill == which].iloc[0] for which in ("first", "second"))
             others = group[group.prefill == "another length"]
-            times = [number(row.latency_ms / 1e3) for row in (first, second)]
+            times = [number(group[group.prefill == which].latency_ms.mean() / 1e3) for which in ("first", "second")]
             kernels = [f"{rows.compiled.sum()} and {rows.loaded.sum()}" for rows in (group[:1], others)]
-            lengths = ", ".join(map(tokens_label, others.tokens))
-            lines.append([config, state, tokens_label(first.tokens), *times, *kernels, lengths])
+            lengths = ", ".join(map(tokens_label, others.tokens)) or MISSING
+            lines.append([config, state, tokens_label(group.tokens.iloc[0]), *times, *kernels, lengths])
         header = ["config", "disk cache", "tokens", "first prefill [s]", "second [s]", "kernels compiled and loaded"]
         header += ["at other lengths", "these"]
         parts.append(f"**{device}**\n\n{markdown_table(header, lines)}")

@@ -237,9 +237,10 @@ IN_MODELS = (
 )
 TURNS = (
     "Dense and sparse prefills take turns. Each speed-up is the median over rounds of a round's ratio, with its 95 % "
-    "interval. Short prompts of small models wait for the CPU. The last column is the speed-up of a model that skips "
-    "attention, so no sparse attention can exceed it."
+    "interval. The last column is the speed-up of a model that skips attention, so no sparse attention can exceed it. "
+    "It and the factors are missing where dense prefill waits for the CPU."
 )
+WAITS = 0.9  # share of a dense prefill's time after which its call returns, if it waits for the CPU
 CALIBRATED_WHOLE = (
     f"The threshold of `{EIGHT_PERCENT}` is the one that `stem.calibrate` finds for that density on the timed prompt."
 )
@@ -319,16 +320,18 @@ def drop_in() -> str:
             sparse = group.drop_duplicates("config").set_index("config").reindex(configs)
             fastest = dense.loc[dense.latency_ms.idxmin()]
             time = f"{number(fastest.latency_ms)} ({DENSE_LABELS[fastest.provider]})"
+            waits = fastest.host_ms > WAITS * fastest.latency_ms
+            outside = NAN if waits else bare.latency_ms.min()
             ratios = [
                 f"{number(row['speedup'], '×')} [{number(row['speedup_low'])}, {number(row['speedup_high'])}]"
                 + f" = {factors_told(row['speedup'] * row['latency_ms'], row)}".removesuffix(f" = {MISSING}")
                 if row["speedup"] == row["speedup"]
                 else number(NAN)
-                for row in sparse.assign(operation=operation, outside_ms=bare.latency_ms.min()).to_dict("records")
+                for row in sparse.assign(operation=operation, outside_ms=outside).to_dict("records")
             ]
             hosts = sparse.host_ms / dense.host_ms.min()
             host = number(sparse.get("host_ratio", hosts).fillna(hosts).max(), "×")
-            most = number(fastest.latency_ms / bare.latency_ms.min(), "×")
+            most = number(fastest.latency_ms / outside, "×")
             lines.append([operation.removeprefix(PREFILL), tokens_label(tokens), time, *ratios, host, most])
         names = [PRESET_LABELS.get(name) or CONFIG_LABELS.get(name, name) for name in configs]
         header = ["model", "tokens", "dense, fastest [ms]", *names, "host time, highest", "without attention"]
