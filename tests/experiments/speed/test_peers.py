@@ -225,7 +225,7 @@ def test_tables_and_figures_name_the_fastest_dense():
     assert report.fastest_dense(rows, graph=True).to_dict() == {131072: "cuDNN"}
     assert report.over_dense(rows, None).loc[131072, "default"] == 5.0
     assert report._against_dense(dict(rows.iloc[-2], density=0.2), ["fa3", "fa3_fp8"]) == [
-        "20.0%", "210", "150", "42", "5× (FlashAttention-3)", "5×", "3.57×",
+        "20.0%", "210", "150", "42", "5× = 5.00 × 1.00 (FlashAttention-3)", "5×", "3.57×",
     ]  # fmt: skip
     (ax,) = figures.bars(rows[rows.operation != "operator"].replace("graph operator", "attention"), "attention",
                          "default").axes  # fmt: skip
