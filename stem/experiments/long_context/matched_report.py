@@ -95,9 +95,9 @@ def matched() -> str:
         model = report.MODELS.get(name, name)
         wide = times[(times.device == device) & (times.source == "random normal")]
         found = picked(model, at := longest(model, length))
-        parts.append(
-            _table(found, {tokens_label(length): of} | {tokens_label(n): t for n, t in wide.groupby("tokens")})
-        )
+        timed = {tokens_label(length): of} | {tokens_label(n): t for n, t in wide.groupby("tokens")}
+        speeds = [speed_of(t, method, point.asked) for t in timed.values() for method, (point, _) in found.items()]
+        parts.append(_table(found, timed))
         heads = of.iloc[0]
         parts.insert(
             -1,
@@ -110,8 +110,9 @@ def matched() -> str:
                 for n in [*wide.tokens.unique()]
             )
             + ". In brackets: attention over the lists alone. Calls of a method and of the fastest dense kernel take "
-            "turns. A speed-up is the median ratio of a turn, with its 95 % interval. Selections but Stem's and "
-            "adaptive's are this repository's PyTorch code.",
+            "turns. A speed-up is the median ratio of a turn, with its 95 % interval. "
+            + ("One without an interval is of an earlier run, without turns. " if any(map(_is_apart, speeds)) else "")
+            + "Selections but Stem's and adaptive's are this repository's PyTorch code.",
         )
     return "\n\n".join(parts)
 
@@ -213,6 +214,10 @@ def _table(found: dict[str, Picked], times: dict[str, pd.DataFrame]) -> str:
         name = DENSE_LABELS.get(dense.method, dense.method)
         header += [f"{label} [ms]", f"over {name}, {number(dense.operator_ms)} ms"]
     return markdown_table(header, [line for *_, line in sorted(lines, key=lambda line: line[:2])])
+
+
+def _is_apart(speed: Speed | None) -> bool:
+    return speed is not None and pd.isna(speed.low)
 
 
 def _speed(speed: Speed | None) -> list[str]:
