@@ -55,7 +55,10 @@ def _densities(method: str, chosen: list[Chosen]) -> str:
     """Lowest densities within the bounds on each model, of the method, of the best other one, and of Stem."""
     models, lengths = ", ".join(of.model for of in chosen), _lengths([(of, None) for of in chosen])
     own = ", ".join(f"{of.point.asked:.0%}" for of in chosen)
-    told = [f"`{name}` {', '.join(densities)}" for name, densities in _others(chosen).items()]
+    told = [
+        f"`{name}` {', '.join(densities)}{' (and within them on the reported samples)' if holds else ''}"
+        for name, (densities, holds) in _others(chosen).items()
+    ]
     lost = [
         f"{_lost(of.point.needles, 3)} nats on needles and {_lost(of.point.documents, 4)} nats per token on documents"
         + ("" if of.point.is_within else ", outside them here")
@@ -69,8 +72,11 @@ def _densities(method: str, chosen: list[Chosen]) -> str:
     )
 
 
-def _others(chosen: list[Chosen]) -> dict[str, list[str]]:
-    """The best other method where densities are chosen, Stem with a dense last block, and Stem: densities by model."""
+def _others(chosen: list[Chosen]) -> dict[str, tuple[list[str], bool]]:
+    """The best other method where densities are chosen, Stem with a dense last block, and Stem.
+
+    For each: its densities by model, and whether it is within the bounds on the reported samples of all models.
+    """
     picked = [matched_report.picked(of.model, of.length) for of in chosen]
     names = [name for name in picked[0] if not name.startswith("adaptive") and all(name in of for of in picked)]
     names = [name for name in names if all(of[name].is_chosen is not None for of in picked)]
@@ -80,7 +86,10 @@ def _others(chosen: list[Chosen]) -> dict[str, list[str]]:
         default="",
     )
     return {
-        name: [f"{'' if of[name].is_chosen else 'none to '}{of[name].point.asked:.0%}" for of in picked]
+        name: (
+            [f"{'' if of[name].is_chosen else 'none to '}{of[name].point.asked:.0%}" for of in picked],
+            all(of[name].is_chosen and of[name].point.is_within for of in picked),
+        )
         for name in dict.fromkeys((best, "stem, last block dense", "stem"))
         if name in names
     }
