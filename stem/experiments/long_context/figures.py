@@ -27,7 +27,7 @@ def against(points: pd.DataFrame, measure: str, block_size: int = 128) -> Figure
     lines = list(shown.groupby(["method", "length"]))
     markers = dict(zip(sorted(shown.length.unique()), MARKERS, strict=False))
     order = shown.groupby("method").nats.mean().abs().sort_values().index  # nearest to dense attention first
-    figure, axes = new(min(COLUMNS, len(order)), -(-len(order) // COLUMNS), width=2.9, height=2.1, share=True)
+    figure, axes = new(min(COLUMNS, len(order)), -(-len(order) // COLUMNS), width=2.9, height=2.0, share=True)
     for ax, method in zip_longest(np.atleast_1d(axes).flat, order):
         if method is None:
             ax.remove()
