@@ -258,5 +258,6 @@ def test_the_headline_names_the_densities_of_stem_and_of_the_best_other_method(r
         return pd.concat([read(parts), pd.DataFrame(sum(more, []))], ignore_index=True)
 
     monkeypatch.setattr(report, "rows", others)
-    told = "**`adaptive` 15%**; `flashprefill` 40%; `stem, last block dense` 70%; `stem` none to 70%. Other samples"
+    held = "(and within them on the reported samples)"
+    told = f"**`adaptive` 15%**; `flashprefill` 40% {held}; `stem, last block dense` 70% {held}; `stem` none to 70%. O"
     assert told in headline._matched()[2]
