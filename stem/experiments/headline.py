@@ -6,7 +6,7 @@ from stem.experiments.long_context import matched_report, verdicts
 from stem.experiments.long_context.matched_report import Chosen, Speed
 from stem.experiments.long_context.report import Difference
 from stem.experiments.markdown import full_rows, number, tokens_label
-from stem.experiments.speed.report import DENSE_LABELS, best_ratio
+from stem.experiments.speed.report import DENSE_LABELS, best_ratio, factors
 
 LONGEST = 2**17  # tokens of the operator's number and of the paper's Figure 1
 MATCHED = "([rows](results/README.md#speed-at-matched-accuracy))"
@@ -106,10 +106,10 @@ def _over(speed: Speed) -> str:
 
 
 def _factors(speed: Speed) -> str:
-    return factors_told(speed.ratio, speed.row.density)
+    return product_told(speed.ratio, speed.row.density)
 
 
-def factors_told(ratio: float, density: float) -> str:
+def product_told(ratio: float, density: float) -> str:
     """A speed-up as the product of the block pairs that are not computed and the rest, the kernel and selection."""
     return f"{1 / density:.1f} (blocks not computed) × {ratio * density:.2f} (the kernel)"
 
@@ -130,14 +130,12 @@ def _time(name: str, operation: str, config: str, told: str, section: str) -> st
 
 def _split(row: pd.Series, dense_ms: float) -> str:
     """Factors of a row's speed-up; of a whole model with the share of attention, and "" where it is not known."""
-    if row.operation != "ttft":
-        return f": {factors_told(dense_ms / row.latency_ms, row.density)}"
-    outside = row.get("outside_ms")
-    if outside is None or not 0 < outside < row.latency_ms:
+    found = factors(dense_ms, row)
+    if found is None:
         return ""
-    before, after = dense_ms - outside, row.latency_ms - outside
-    told = factors_told(before / after, row.density)
-    return f". Attention takes {before / dense_ms:.0%} of the dense time; its own speed-up is {told}"
+    share, pairs, rate = found
+    told = product_told(pairs * rate, row.density)
+    return f": {told}" if share == 1 else f". Attention takes {share:.0%} of the dense time; its own speed-up is {told}"
 
 
 def _needles() -> str:

@@ -1,7 +1,7 @@
 """The paper's claims beside this repository's values, computed from committed rows."""
 
 from stem import StemConfig, block_budget
-from stem.experiments.headline import WRITES, factors_told, fastest_row
+from stem.experiments.headline import WRITES, fastest_row, product_told
 from stem.experiments.long_context import verdicts
 from stem.experiments.markdown import full_rows, markdown_table
 from stem.experiments.theory import paper
@@ -131,4 +131,4 @@ def _latency() -> tuple[str, str]:
         return _untested("speed")
     ratio = row.speedup_vs_sdpa_flash
     verdict = "reproduced" if ratio >= _paper_ratio() else "partly" if ratio > 1 else "not reproduced"
-    return f"{ratio:.1f}× = {factors_told(ratio, row.density)}, density {row.density:.1%} ({row.device})", verdict
+    return f"{ratio:.1f}× = {product_told(ratio, row.density)}, density {row.density:.1%} ({row.device})", verdict

@@ -79,19 +79,27 @@ def best_ratio(row: Mapping[str, Any]) -> tuple[float, str]:
     return min(((ratio, name) for ratio, name in ratios if ratio is not None and ratio == ratio), default=(NAN, ""))
 
 
-def factors_told(dense_ms: float, row: Mapping[str, Any]) -> str:
-    """The factors of a row's speed-up over a dense time [ms]: block pairs not computed, and the rate on the others.
+def factors(dense_ms: float, row: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """Factors of a row's speed-up over a dense time [ms]: attention's share of it, block pairs not computed, and rate.
 
-    In a whole model they hold for attention alone, whose share of the dense time stands first. Attention is the time
-    beyond that of the model without attention. A dash stands where that is not known or not positive.
+    In a whole model the last two hold for attention alone, which is the time beyond that of the model without
+    attention. Elsewhere the share is 1. None where a time is not known or not positive.
     """
     outside, in_model = row.get("outside_ms"), row.get("operation", "").startswith(("ttft", PREFILL))
     outside = (NAN if outside is None else outside) if in_model else 0.0
     before, after = dense_ms - outside, row["latency_ms"] - outside
     if not (before > 0 and after > 0 and row["density"] > 0):
+        return None
+    return before / dense_ms, 1 / row["density"], before / after * row["density"]
+
+
+def factors_told(dense_ms: float, row: Mapping[str, Any]) -> str:
+    """The factors of a row's speed-up over a dense time [ms], see `factors`; a dash where they are not known."""
+    found = factors(dense_ms, row)
+    if found is None:
         return MISSING
-    told = f"{1 / row['density']:.2f} × {before / after * row['density']:.2f}"
-    return f"{before / dense_ms:.0%}, {told}" if in_model else told
+    share, pairs, rate = found
+    return f"{f'{share:.0%}, ' if share < 1 else ''}{pairs:.2f} × {rate:.2f}"
 
 
 def _with_factors(ratio: float, row: Mapping[str, Any]) -> str:
