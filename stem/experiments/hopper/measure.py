@@ -14,7 +14,7 @@ from stem.cells import kernel_cells
 from stem.experiments.hopper import variants
 from stem.experiments.speed import gate
 from stem.experiments.speed.bench import measure
-from stem.experiments.speed.candidates import Problem, Shape
+from stem.experiments.speed.candidates import CONFIGS, Problem, Shape
 from stem.experiments.speed.variants import threshold_for
 from stem.metrics import attention_flops
 
@@ -24,6 +24,7 @@ STAMPED = Shape(2**12, q_heads=8, kv_heads=2)  # every block is kept: 256 tasks 
 WINDOW = range(22, 38)  # steps of program 0 whose stamps are kept: the end of its first task, the start of the next
 SCHEDULED = ("overlap", "persistent")  # stages whose tasks are kept, of all programs
 SM, NS = variants.MARKS.index("sm"), variants.MARKS.index("ns")
+BOUND = Shape(2**17)  # on which the FP8 kernel is timed without parts of its softmax
 MOST_ERROR = 0.01  # of the sums of cells, relative
 
 
@@ -63,6 +64,30 @@ def attention_times(seed: int = 0) -> Iterator[dict]:
     lse = torch.empty(problem.q.shape[:3], device="cuda")
     quantize = measure(lambda: fp8_quantize.quantize(*problem.qkv, 128, TIMED.head_dim**-0.5, lse), "cuda")
     yield dict(part="attention", stage="fp8 quantisation") | about | quantize
+
+
+def bound_rows(seed: int = 0) -> Iterator[dict]:
+    """Rows of `variants.BOUNDS` on the blocks of the released schedule, without quantisation: stage, latency, tflops.
+
+    The shipped kernel is checked, and has an error.
+    """
+    from stem.kernels.fp8_quantize import quantize
+
+    problem = Problem(BOUND, CONFIGS["released"], "cuda", "triton", seed)
+    selection, out, scale = problem.selection, torch.empty_like(problem.q), BOUND.head_dim**-0.5
+    lse = torch.empty(problem.q.shape[:3], device="cuda")
+    (q, *of_q), (k, *of_k), (v, *of_v) = quantize(*problem.qkv, 128, scale, lse)
+    lists, flop = (selection.kv_indices, selection.kv_num_blocks), attention_flops(selection, BOUND.head_dim)
+    for stage, edits in variants.BOUNDS.items():
+        module = variants.load("fp8_forward", edits)
+        call = partial(module.attend_quantized, q, k, v, (*of_q, *of_k, *of_v), lists, BOUND.tokens, out, lse)
+        call()
+        error = None
+        if not edits:
+            error = gate.check_output(out, *problem.qkv, problem.rows, selection, gate.FP8_TOLERANCE)
+        times = measure(call, "cuda")
+        row = dict(stage=stage, tokens=BOUND.tokens, density=selection.density(), error=error)
+        yield row | dict(tflops=flop / times["latency_ms"] / 1e9) | times | dict(seed=seed)
 
 
 def cell_times(seed: int = 0) -> Iterator[dict]:

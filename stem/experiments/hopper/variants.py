@@ -126,6 +126,20 @@ FP8: Edits = TASKS | {  # exponentials and PV are those of the tile before
     "release_tile(k_ring, step + 1)": ["stamp(step + 1, AT_LOGITS)", "$"],
     "release_tile(v_ring, step)": ["stamp(step + 1, AT_OUTPUT)", "$"],
 }
+BOUNDS: dict[str, Edits] = {
+    "shipped": {},
+    "without row maxima": {
+        "partial = gl.max(logits.reshape": [],
+        "largest = gl.convert_layout(gl.max(partial": [],
+        "raised = gl.maximum(reference, largest": ["raised = reference"],
+        'reference = gl.full([ROWS], float("-inf")': [
+            "reference = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, LOGITS))"
+        ],
+    },
+    "without exponentials": {"weights = gl.exp2(logits * factor": ["weights = logits * factor - reference[:, None]"]},
+}
+"""The FP8 kernel without a part of its softmax: its rate is a bound, its weights are not those of attention."""
+
 SHIPPED_CELLS: Edits = {
     "total = tl.zeros([ROWS, SUMS]": ["$", "stamp(0, AT_TASK)"],
     "sums = sum_weights(": [

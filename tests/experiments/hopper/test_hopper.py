@@ -16,8 +16,9 @@ from stem.experiments.speed.gate import WrongResult
 
 IN_HOPPER = variants.HOPPER | variants.DIARY
 STAGES = [("hopper_forward", stage) for stage in IN_HOPPER] + [("cell_pairs", stage) for stage in variants.CELLS]
+STAGES += [("fp8_forward", stage) for stage in variants.BOUNDS]
 SHIPPED = [("hopper_forward", "first maximum"), ("fp8_forward", "fp8"), ("cell_pairs", "block sums by a product")]
-EDITS = IN_HOPPER | variants.CELLS | {"fp8": variants.FP8}
+EDITS = IN_HOPPER | variants.CELLS | variants.BOUNDS | {"fp8": variants.FP8}
 
 
 @pytest.mark.parametrize(("kernel", "stage"), SHIPPED)

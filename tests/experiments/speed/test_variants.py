@@ -49,7 +49,15 @@ def test_table(monkeypatch):
         dict(variant="dense", provider="fa3_fp8", density=1.0, latency_ms=4.0),
         dict(variant="released, FP8", provider="stem", density=0.2, latency_ms=2.0, choosing_ms=0.5),
     ]
-    monkeypatch.setattr(report, "full_rows", lambda experiment: pd.DataFrame([common | row for row in rows]))
-    *_, fa3, fp8, stem_row = report.variants().splitlines()[2:]
+    rates = {"shipped": 900.0, "without row maxima": 1000.0, "without exponentials": 1100.0}
+    bounds = [dict(stage=stage, device="a GPU", tokens=2048, density=0.2, tflops=rate) for stage, rate in rates.items()]
+    tables = {"speed/variants": pd.DataFrame([common | row for row in rows]), "hopper/bounds": pd.DataFrame(bounds)}
+    monkeypatch.setattr(report, "full_rows", tables.get)
+    *_, fa3, fp8, stem_row, _, told = report.variants().splitlines()[2:]
     assert "dense, FlashAttention-3 | 100.0% | 8 | – | 500 | 1× | 0.2%" in fa3 + fp8
     assert stem_row == "| random normal | 2K | released, FP8 | 20.0% | 2 | 0.5 | 500 | 4× = 5.00 × 0.80 | 0.2% |"
+    found = [told.index(f"{rate:.0f} TFLOP/s") for rate in rates.values()]
+    assert found == sorted(found) and "At 2K tokens and density 20.0% the FP8 kernel alone" in told
+    bounds[0]["device"] = bounds[1]["device"] = bounds[2]["device"] = "another GPU"
+    tables["hopper/bounds"] = pd.DataFrame(bounds)
+    assert report.variants().splitlines()[-1] == stem_row
