@@ -1,5 +1,6 @@
 """Timings of dense attention, FlexAttention and Stem on one machine; the gate checks each row before it is timed."""
 
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -36,12 +37,17 @@ TIMING = {
     "cuda": "triton.testing.do_bench, L2 flushed before each call, clocks not locked",
     "cpu": "perf_counter, caches warm, clocks not locked",
 }
+CAPTURES = 4  # of a call in CUDA graphs; two captures of one call differ by up to 1.3 us on an NVIDIA H200
+IN_TURNS = f"replays of {CAPTURES} graphs in turns, each after one of itself, L2 flushed before each, clocks not locked"
+TURNS_MS, FEWEST_TURNS, MOST_TURNS = 2_000, 5, 25
+L2_BYTES = 2**28  # written to flush L2, more than any GPU's
 
 
-def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, Any]:
+def run(candidate: Candidate, problem: Problem, config_name: str, later: list | None = None) -> dict[str, Any]:
     """Check a candidate, time it, and return its row of `COLUMNS`; a failure leaves its error in the row and no time.
 
     tflops counts the kept pairs, and error_vs_fp64 is the relative L2 error of the worst sampled row.
+    later: Takes (row, calls, problem) of checked CUDA graphs, for `time_in_turns`; by default one is timed at once.
     """
     shape, dense = problem.shape, candidate.provider in candidates.BASELINES
     config_name = "dense fp8" if candidate.provider in peers.FP8 else "dense" if dense else config_name
@@ -50,19 +56,72 @@ def run(candidate: Candidate, problem: Problem, config_name: str) -> dict[str, A
     row |= dict(timing=TIMING[problem.q.device.type])
     row |= dict(dtype="float8_e4m3fn") if candidate.provider in peers.FP8 else {}
     try:
-        call, check = candidate.prepare(problem)
-        with gate.poisoned_buffers() if candidate.provider.startswith("stem") else nullcontext():  # not FlexAttention
-            row["error_vs_fp64"] = check(call())
-        row |= measure(call, problem.q.device.type)
+        waits = later is not None and candidate.operation.startswith(GRAPH)
+        calls = []
+        for _ in range(CAPTURES if waits else 1):
+            call, check = candidate.prepare(problem)
+            with gate.poisoned_buffers() if candidate.provider.startswith("stem") else nullcontext():  # not Flex
+                row["error_vs_fp64"] = check(call())
+            calls.append(call)
+        if not waits:
+            row |= measure(call, problem.q.device.type)
         row["density"] = 1.0 if dense else problem.selection.density()
         if candidate.operation in FLOP_FACTOR:
             flop = shape.dense_flops() if dense else metrics.attention_flops(problem.selection, shape.head_dim)
             row["flop"] = flop * FLOP_FACTOR[candidate.operation]
             row["least_bytes"] = shape.least_bytes()
-            row["tflops"] = row["flop"] / row["latency_ms"] / 1e9
+        if waits:
+            later.append((row, calls, problem))
+        else:
+            add_tflops(row)
     except Exception as error:  # one provider's failure costs one row
         row["error"] = first_line(error)
     return row
+
+
+def add_tflops(row: dict[str, Any]) -> None:
+    """Add the rate of the operations that a timed row counts; parts of the operator count none."""
+    if "flop" in row:
+        row["tflops"] = row["flop"] / row["latency_ms"] / 1e9
+
+
+def time_in_turns(graphs: Sequence[tuple[dict[str, Any], Sequence[Callable], Problem]], device: str) -> None:
+    """Time the graphs of one length, each with its row, its calls and the inputs that they read; complete their rows.
+
+    Clocks and temperature change during a run. Turns spread that over all, so ratios of the medians are comparable.
+    """
+    for (row, *_), times in zip(graphs, turns([calls for _, calls, _ in graphs], device), strict=True):
+        row |= latencies(times) | dict(timing=IN_TURNS, peak_memory_mib=0.0)  # a replay allocates nothing
+        add_tflops(row)
+
+
+def turns(alike: Sequence[Sequence[Callable[[], Any]]], device: str) -> list[list[float]]:
+    """Times [ms] of calls that have run before, those of calls that are alike together, all in a new order each turn.
+
+    As many turns as fit into TURNS_MS. Each call runs once untimed before it is timed, so it finds its clock and its
+    code as if it ran alone.
+    """
+    every = [(i, call) for i, calls in enumerate(alike) for call in calls]
+    once = sum(_one_call(call, device) for _, call in every)
+    number = int(min(MOST_TURNS, max(FEWEST_TURNS, TURNS_MS / max(2 * once, 1e-3))))
+    times: list[list[float]] = [[] for _ in alike]
+    flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    order = random.Random(0)
+    for _ in range(number):
+        for i, call in order.sample(every, len(every)):
+            call()
+            times[i].append(_one_call(call, device) if flushed is None else _after_flush(call, flushed))
+    return times
+
+
+def _after_flush(call: Callable[[], Any], flushed: torch.Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flushed.zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def first_line(error: Exception) -> str:
@@ -127,7 +186,7 @@ def case(
         dense: Names in candidates.dense_attends, default all of the device.
         flex: Measure FlexAttention with the blocks of the first config. Sparse peers get them at every length.
         briefly: Names in BRIEFLY: the operator with impl=None only.
-        graphs: Measure the dense baselines but FP8 and the operator with impl=None in CUDA graphs too.
+        graphs: Measure the dense baselines but FP8 and the operator with impl=None in CUDA graphs too, all in turns.
     """
     briefs = {name: BRIEFLY[name][0] for name in briefly}
     chosen = {name: CONFIGS[name] for name in (CONFIGS if configs is None else configs)}
@@ -140,16 +199,18 @@ def case(
     fast = [c for c in every if c.operation in ("scores", "selection") or c.provider not in slower]
     whole = candidates.stem_candidates(None)
     in_graphs = [candidates.graph_candidate(candidate) for candidate in whole if graphs]
-    rows = []
+    rows, later = [], []
     with torch.no_grad():
         for name, config in (chosen | briefs).items():
             compared = whole if name in briefs else fast
             if name == next(iter(chosen)):
                 compared = baselines + every
                 compared += candidates.sparse_peers(flex) if device == "cuda" else []
-            problem = None  # free the last one's memory first
+            problem = None  # free the last one's memory first, unless a graph reads it
             problem = Problem(shape, config, device, impls[0], seed)
-            rows += [run(candidate, problem, name) for candidate in compared + in_graphs]
+            rows += [run(candidate, problem, name, later) for candidate in compared + in_graphs]
+        if later:
+            time_in_turns(later, device)
     return with_speedups(rows, seed)
 
 

@@ -341,6 +341,35 @@ def test_measure_repeats_on_the_cpu():
     assert 0 < times["latency_ms_p20"] <= times["latency_ms"] <= times["latency_ms_p80"]
 
 
+def test_turns_are_fair():
+    order = []
+    calls = [lambda i=i: order.append(time.sleep(0.004 * i) or i) for i in (1, 2, 3)]
+    alike, other = bench.turns([calls[:2], calls[2:]], "cpu")
+    turns = len(other)
+    assert len(alike) == 2 * turns and len(order) == 3 + 6 * turns and turns >= bench.FEWEST_TURNS
+    assert order[3::2] == order[4::2]  # each call runs twice in a row
+    orders = {tuple(order[turn : turn + 6 : 2]) for turn in range(3, len(order), 6)}
+    assert all(sorted(one) == [1, 2, 3] for one in orders) and len(orders) > 1
+    assert min(alike) >= 4 and min(other) >= 12
+
+
+def test_graphs_are_timed_after_all_are_checked():
+    def candidate(factor):
+        def prepare(problem):
+            check = lambda out: gate.check_output(out, *problem.qkv, problem.rows, problem.selection)  # noqa: E731
+            return lambda: problem.attend() * factor, check
+
+        return bench.Candidate("graph operator", "stem", prepare)
+
+    problem, later = bench.Problem(SMALL, CONFIG, "cpu", "torch"), []
+    right, wrong = (bench.run(candidate(factor), problem, "small", later) for factor in (1, 1.1))
+    assert [row for row, *_ in later] == [right] and "latency_ms" not in right | wrong
+    assert len(later[0][1]) == bench.CAPTURES
+    bench.time_in_turns(later, "cpu")
+    assert right["timing"] == bench.IN_TURNS and right["tflops"] == right["flop"] / right["latency_ms"] / 1e9
+    assert wrong["error"].startswith("WrongResult") and "latency_ms" not in wrong
+
+
 def test_triton_chooses_where_hopper_attends():
     for impl, chooses in (("hopper", "triton"), ("torch", "torch")):
         assert bench.Problem(SMALL, CONFIG, "cpu", impl).chooses == chooses
