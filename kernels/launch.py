@@ -7,7 +7,7 @@ GPU. Here the compiled variant is cached by the dtypes of the tensors and by the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from .driver import DirectLaunch
 
 ALIGNMENT = 16  # bytes; Triton compiles one variant for addresses that are multiples of it, and one for others
 MOST_VARIANTS = 4096  # in the cache; each new prompt length adds one for every kernel
+COMPILERS = 4  # threads; each further one delays the kernel that takes longest, see compiling_together
 VARIANTS: dict[tuple, Variant] = {}
 ON_LAUNCH: ContextVar[Callable | None] = ContextVar("ON_LAUNCH", default=None)
 """Called after each launch of this thread: note(its DirectLaunch or None, grid, tensors, overlap)."""
@@ -102,24 +103,26 @@ def launch(
 def compiling_together() -> Iterator[ThreadPoolExecutor]:
     """Context in which launches compile the variants that they and other prompt lengths need, and run nothing.
 
-    Prompts of more than common.ROW_SIZES[-1] blocks of keys (128K tokens in blocks of 128) need more. All are
-    compiled at the same time, in the threads that this yields. Triton's compiler leaves Python to other threads
-    for most of its time.
+    Prompts of more than common.ROW_SIZES[-1] blocks of keys (128K tokens in blocks of 128) need more. They are
+    compiled at the same time, in the threads that this yields. Triton reads a kernel in Python, one thread at a time,
+    and leaves Python to other threads afterwards. The attention kernel, which takes longest, is launched last and
+    compiled first, beside few others: beside all of them, its source would be read last.
     """
-    found: dict[tuple, Future] = {}
-    with ThreadPoolExecutor() as pool:
+    found: dict[tuple, tuple] = {}
 
-        def compile_only(key: tuple | None, kernel, grid: tuple, tensors: tuple, *arguments) -> None:
-            if key and key not in VARIANTS and key not in found:
-                kernel.cache_key  # noqa: B018 - Triton's hash depends on which kernels were hashed before
-                found[key] = pool.submit(on_device, key, kernel, grid, tensors, *arguments)
+    def compile_later(key: tuple | None, kernel, *arguments) -> None:
+        if key and key not in VARIANTS and key not in found:
+            kernel.cache_key  # noqa: B018 - Triton's hash depends on which kernels were hashed before
+            found[key] = kernel, *arguments
 
-        token = COMPILE.set(compile_only)
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        token = COMPILE.set(compile_later)
         try:
             yield pool
         finally:
             COMPILE.reset(token)
-    for variant in found.values():
+        variants = [pool.submit(on_device, key, *found[key]) for key in reversed(found)]
+    for variant in variants:
         variant.result()  # raises its error
 
 

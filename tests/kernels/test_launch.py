@@ -139,6 +139,19 @@ def test_variants_are_compiled_together_and_nothing_runs(monkeypatch):
     assert module.COMPILE.get() is None
 
 
+def test_the_kernel_launched_last_is_compiled_first(monkeypatch):
+    met = []
+    monkeypatch.setattr(module, "COMPILERS", 1)
+    monkeypatch.setattr(module, "remember", lambda key, *arguments: met.append(key))
+    monkeypatch.setattr(module, "variant_key", lambda kernel, device, tensors, numbers, constants: (numbers, [], []))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with compiling_together():
+        for shift in (1.0, 2.0, 3.0):
+            launch(SimpleNamespace(cache_key=""), (1,), (torch.ones(16),) * 3, (16, shift), SIZE=16, SHIFT=0.0)
+        assert met == []
+    assert met == [(16, 3.0), (16, 2.0), (16, 1.0)]
+
+
 def test_an_error_of_the_compiler_is_raised(monkeypatch):
     monkeypatch.setattr(module, "remember", lambda *arguments: 1 / 0)
     monkeypatch.setattr(module, "variant_key", lambda *arguments: ((1, 0), [], []))
