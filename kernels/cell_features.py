@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2_E, for_all_lengths
+from .common import LOG2_E, at_least_sm90, for_all_lengths, wait_for_last
 from .launch import launch
 
 FEATURE_TILE, POOLED_TILE = 8, 4  # cells of one program of cell_features, and of pooled heads
@@ -121,11 +121,13 @@ def cell_features_kernel(
     CELLS: tl.constexpr,
     UNROLL: tl.constexpr,
     HEADS: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
 ):
     """One program reads one stride group of CELLS cells of HEADS query heads, pooled as one, or of a key-value head.
 
     Grid: (num_q_programs + B * Hkv * key tiles, STRIDE), num_q_programs = B * num_q_heads * query tiles, where HEADS
     query heads count as one. The programs of queries come first. Row 0 of the queries is row `front` of cell 0.
+    The last program ends after the kernel launched before, so that the next kernel waits for both.
     """
     program, group = tl.program_id(0), tl.program_id(1)
     WIDTH: tl.constexpr = HEAD_DIM * (2 if PEAK else STRIDE)
@@ -147,6 +149,7 @@ def cell_features_kernel(
             stride_kh, stride_kn, stride_kd, num_keys, num_k_cells, 0, peak, 1.0,
             HEAD_DIM, BLOCK_D, K_CELL, STRIDE, False, PEAK, CELLS, UNROLL, 1,
         )  # fmt: skip
+    wait_for_last(CAN_OVERLAP)
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,9 @@ class Cells:
         return self.block_size // self.key_cells
 
 
-def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def cell_features(
+    q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float, overlap: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of cells: products of their rows are the logits of cell pairs, in base 2.
 
     Args:
@@ -217,6 +222,8 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
         k: [B, Hkv, Nkv, D].
         cells: Group g of a cell averages its rows g, g + stride, ... (all of them if stride is 1).
         scale: Softmax scale; the queries' features are multiplied by it.
+        overlap: Whether the kernel may begin while the one launched before still runs, see launch.launch. It needs
+            nothing of that kernel and ends after it.
     Returns:
         Features of the query cells and of the key cells, [B, H, cells, stride * D] (2 * D wide if peak > 0) like q,
         where pooled heads count as one,
@@ -261,6 +268,8 @@ def cell_features(q: torch.Tensor, k: torch.Tensor, cells: Cells, scale: float) 
         CELLS=tile,
         UNROLL=UNROLL,
         HEADS=cells.heads,
+        CAN_OVERLAP=at_least_sm90(q.device),
+        overlap=overlap,
         num_warps=FEATURE_WARPS,
     )
     return q_features, k_features

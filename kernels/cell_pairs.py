@@ -3,11 +3,11 @@
 Weights are powers of two relative to a reference of their row. The first launch takes the row maximum of the first tile
 of keys as reference. Only quotients of a row's sums matter, and fp32 and bf16 reach 2^127, so this suffices unless a
 later logit is far above the first tile. Each program of the first launch stores a flag that says if its sums became too
-large. The second launch computes flagged row tiles again, relative to the true row maximum, and ends at once elsewhere.
+large. The second launch computes flagged row tiles again, relative to the true row maximum, and skips the others.
 On sm_90, the kernel of cell_pairs_sm90.py takes the place of the first launch where it applies.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 
 from .cell_features import Cells
-from .common import ALIGNED_OR_NOT, BUFFER_BYTES, LARGEST_SUM, LOG2_E, SMALLEST_DOT, for_all_lengths, operand_dtype
+from .common import (
+    BUFFER_BYTES,
+    LARGEST_SUM,
+    LOG2_E,
+    SMALLEST_DOT,
+    at_least_sm90,
+    for_all_lengths,
+    let_next_begin,
+    operand_dtype,
+)
 from .launch import COMPILE, Tiles, launch
 from .sparse_forward import can_describe, describe_tiles
 from .tasks import is_sm90
@@ -27,6 +36,8 @@ COLUMN_TILE = 64  # key cells of one product, more only where a block has more
 BLOCK_TILE = 32  # most key blocks of one product
 STAGES = 4  # key tiles in flight, if one product reads whole features of COLUMN_TILE cells
 WARPS = 8
+REDO_TILES = 16  # row tiles that a program of the second launch looks at
+ROW_BLOCKS = 32  # rows of sums are padded to multiples of it: 64 bytes at least
 PROGRAMS = tl.constexpr(256)  # into which the keys of few query cells are split: enough to fill a GPU
 
 
@@ -101,51 +112,16 @@ def sums_too_large(flags_ptr, num_splits):
     return tl.max(tl.load(flags_ptr + splits, mask=splits < num_splits, other=0), axis=0) > 0
 
 
-@partial(for_all_lengths, aligned="num_kv_blocks")
-def pair_cells_kernel(
-    q_features_ptr,
-    k_source,
-    bonus_ptr,
-    sums_ptr,
-    flags_ptr,
-    num_q_heads,
-    heads_per_kv_head,
-    num_q_cells,
-    num_k_cells,
-    num_kv_blocks,
-    first_cell,
-    chunk_cells,
-    first_position,
-    kv_len,
-    split_cells,
-    DEPTH: tl.constexpr,
-    Q_CELL: tl.constexpr,
-    K_CELL: tl.constexpr,
-    CELLS_PER_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SUMS: tl.constexpr,
-    DEPTH_TILE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    STAGES: tl.constexpr,
-    TMA: tl.constexpr,
-    REDO: tl.constexpr,
-):
-    """One program pairs ROWS query cells of one head with those of split_cells key cells that they see.
-
-    Grid: (B * Hq, row tiles, splits of the keys).
-    Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
-    The longest rows come first. k_source: descriptor of the key features with TMA, else a pointer. bonus_ptr: fp32
-    [B * Hkv, nk] added to the logits of a block's cells, or None.
-    sums_ptr: [B * Hq, chunk_cells, nk], the weights of the key cells of a block that the query cell sees; of later
-    blocks it is not written. For 16-bit features it is bf16. flags_ptr: int32 like the grid, 1 where the sum of all
-    weights of a program is not below LARGEST_SUM; written without REDO. With REDO, programs return at once if no split
-    of their row tile has a flag.
-    """
-    flags_ptr += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2)
-    if REDO:
-        if not sums_too_large(flags_ptr, tl.num_programs(2)):
-            return
+@triton.jit
+def pair_row_tile(
+    q_features_ptr, k_source, bonus_ptr, sums_ptr, flags_ptr, stride_sn, row_tile, sizes,
+    DEPTH: tl.constexpr, Q_CELL: tl.constexpr, K_CELL: tl.constexpr, CELLS_PER_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SUMS: tl.constexpr, DEPTH_TILE: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, REDO: tl.constexpr,
+):  # fmt: skip
+    """See pair_cells_kernel: pairs the cells of one row tile. flags_ptr: the tile's flags, one for each split."""
+    num_q_heads, heads_per_kv_head, num_q_cells, num_k_cells, num_kv_blocks = sizes[:5]
+    first_cell, chunk_cells, first_position, kv_len, split_cells = sizes[5:]
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_q_heads, batch_head % num_q_heads
     batch_kv_head = batch * (num_q_heads // heads_per_kv_head) + head // heads_per_kv_head
@@ -154,9 +130,9 @@ def pair_cells_kernel(
         k_source += batch_kv_head * num_k_cells * DEPTH
     if bonus_ptr is not None:
         bonus_ptr += batch_kv_head * num_kv_blocks
-    sums_ptr += batch_head * chunk_cells * num_kv_blocks
+    sums_ptr += batch_head * chunk_cells * stride_sn
 
-    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    first_row = row_tile * ROWS
     rows = first_row + tl.arange(0, ROWS)
     # a query cell sees a key cell that starts no later than its own last token
     first_token = first_position + (first_cell + first_row) * Q_CELL
@@ -186,12 +162,80 @@ def pair_cells_kernel(
         )  # fmt: skip
         sums = sum_weights(logits, reference, CELLS_PER_BLOCK, SUMS, DTYPE)
         blocks = first_column // CELLS_PER_BLOCK + block_in_tile
-        exists = (rows < chunk_cells)[:, None] & ((block_in_tile < BLOCKS) & (blocks < num_kv_blocks))[None, :]
-        tl.store(sums_ptr + rows[:, None].to(tl.int64) * num_kv_blocks + blocks[None, :], sums, mask=exists)
+        exists = (rows < chunk_cells)[:, None] & (block_in_tile < BLOCKS)[None, :]  # rows end after the last tile
+        tl.store(sums_ptr + rows[:, None].to(tl.int64) * stride_sn + blocks[None, :], sums, mask=exists)
         total += sums
     if not REDO:
         # a NaN counts as too large: an infinite weight met a zero of a product
         tl.store(flags_ptr + tl.program_id(2), tl.where(tl.sum(tl.sum(total, axis=1), axis=0) < LARGEST_SUM, 0, 1))
+
+
+@for_all_lengths
+def pair_cells_kernel(
+    q_features_ptr,
+    k_source,
+    bonus_ptr,
+    sums_ptr,
+    flags_ptr,
+    stride_sn,
+    num_q_heads,
+    heads_per_kv_head,
+    num_q_cells,
+    num_k_cells,
+    num_kv_blocks,
+    first_cell,
+    chunk_cells,
+    first_position,
+    kv_len,
+    split_cells,
+    num_row_tiles,
+    DEPTH: tl.constexpr,
+    Q_CELL: tl.constexpr,
+    K_CELL: tl.constexpr,
+    CELLS_PER_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr,
+    DEPTH_TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
+    REDO: tl.constexpr,
+):
+    """One program pairs ROWS query cells of one head with those of split_cells key cells that they see.
+
+    Grid: (B * Hq, row tiles, splits of the keys), with REDO any number of programs along the row tiles.
+    Rows are the query cells first_cell .. first_cell + chunk_cells - 1, of which cell 0 starts at `first_position`.
+    The longest rows come first. k_source: descriptor of the key features with TMA, else a pointer. bonus_ptr: fp32
+    [B * Hkv, nk] added to the logits of a block's cells, or None.
+    sums_ptr: [B * Hq, chunk_cells, nk] in rows of stride_sn, the weights of the key cells of a block that the query
+    cell sees; of later blocks it is not written. For 16-bit features it is bf16. flags_ptr: int32 [B * Hq, row tiles,
+    splits], 1 where the sum of all weights of a program is not below LARGEST_SUM; written without REDO. With REDO, row
+    tiles are skipped if none of their splits has a flag. The next kernel may begin at once.
+    """
+    let_next_begin(CAN_OVERLAP)
+    sizes = (
+        num_q_heads, heads_per_kv_head, num_q_cells, num_k_cells, num_kv_blocks,
+        first_cell, chunk_cells, first_position, kv_len, split_cells,
+    )  # fmt: skip
+    num_splits = tl.num_programs(2)
+    flags_ptr += tl.program_id(0).to(tl.int64) * num_row_tiles * num_splits
+    if REDO:
+        for turn in range(tl.program_id(1), num_row_tiles, tl.num_programs(1)):
+            flags = flags_ptr + turn * num_splits
+            if sums_too_large(flags, num_splits):
+                pair_row_tile(
+                    q_features_ptr, k_source, bonus_ptr, sums_ptr, flags, stride_sn, num_row_tiles - 1 - turn, sizes,
+                    DEPTH, Q_CELL, K_CELL, CELLS_PER_BLOCK, ROWS, COLUMNS, SUMS, DEPTH_TILE, DTYPE, STAGES, TMA, REDO,
+                )  # fmt: skip
+    else:
+        turn = tl.program_id(1)
+        pair_row_tile(
+            q_features_ptr, k_source, bonus_ptr, sums_ptr, flags_ptr + turn * num_splits, stride_sn,
+            num_row_tiles - 1 - turn, sizes,
+            DEPTH, Q_CELL, K_CELL, CELLS_PER_BLOCK, ROWS, COLUMNS, SUMS, DEPTH_TILE, DTYPE, STAGES, TMA, REDO,
+        )  # fmt: skip
 
 
 def fits_sm90(q_features: torch.Tensor, k_features: torch.Tensor, cells: Cells) -> bool:
@@ -212,8 +256,8 @@ def pair_cells(
         q_features, k_features: From `cell_features`; those of queries may end before the last query block.
         value_bonus, cells: As in `cell_scores`.
     Yields:
-        How many query blocks the chunk has; sums, [B * Hq, cells, nk] in a buffer that the next chunk overwrites; and
-        the numbers that pool_shares takes for it.
+        How many query blocks the chunk has; sums, [B * Hq, cells, nk] in padded rows of a buffer that the next chunk
+        overwrites; and the numbers that pool_shares takes for it.
     """
     (batch, num_q_heads), num_kv_heads = q_features.shape[:2], k_features.shape[1]
     num_rows, num_kv_blocks = q_features.shape[2] // cells.query_cells, cells.num_kv_blocks
@@ -224,11 +268,10 @@ def pair_cells(
         depth_tile = DEPTH_BYTES // item_bytes
     heads, heads_per_kv_head = batch * num_q_heads, num_q_heads // num_kv_heads
     columns = max(cells.key_cells, SMALLEST_DOT, min(COLUMN_TILE, BLOCK_TILE * cells.key_cells))
-    sums_dtype = torch.float32 if q_features.dtype == torch.float32 else torch.bfloat16
-    row_bytes = sums_dtype.itemsize * heads * cells.query_cells * num_kv_blocks
+    row_bytes = q_features.element_size() * heads * cells.query_cells * num_kv_blocks
     chunk_rows = max(1, min(num_rows, BUFFER_BYTES // row_bytes))
     chunk_cells = chunk_rows * cells.query_cells
-    sums = q_features.new_empty(heads, chunk_cells, num_kv_blocks, dtype=sums_dtype)
+    sums = new_sums(q_features, heads, chunk_cells, num_kv_blocks)
     num_columns = -(-k_features.shape[2] // columns)
     tma = can_describe(k_features)
     k_source = Tiles(k_features, (1, 1, columns, depth_tile), describe_tiles) if tma else k_features
@@ -246,16 +289,13 @@ def pair_cells(
             first = partial(pair_cells_sm90, q_features, k_features, sums, first_row * cells.query_cells, cells)
         sizes = num_q_heads, heads_per_kv_head, q_features.shape[2], k_features.shape[2]
         others = first_row * cells.query_cells, chunk_cells, cells.first_position, cells.kv_len
-        of_length, *lengths = (
-            (*sizes, blocks, *others, columns_per_split * columns) for blocks in (num_kv_blocks, *ALIGNED_OR_NOT)
-        )
-        launch_twice(
+        launch_guess(
             pair_cells_kernel,
             (heads, row_tiles, num_splits),
             (q_features, k_source, value_bonus, sums),
-            of_length,
-            lengths,
+            (sums.stride(1), *sizes, num_kv_blocks, *others, columns_per_split * columns, row_tiles),
             first,
+            REDO_TILES,
             DEPTH=depth,
             Q_CELL=cells.q_cell,
             K_CELL=cells.k_cell,
@@ -266,10 +306,11 @@ def pair_cells(
             DEPTH_TILE=depth_tile,
             DTYPE=operand,
             TMA=tma,
+            CAN_OVERLAP=at_least_sm90(q_features.device),
             STAGES=1 if depth > depth_tile else STAGES if columns <= COLUMN_TILE else 2,
             num_warps=WARPS,
             num_stages=2,
-        )
+        )()
         numbers = cells.num_q_blocks, num_kv_blocks, first_row, chunk_cells
         yield rows, sums, (*numbers, cells.first_position, cells.q_start, cells.kv_len)
 
@@ -280,19 +321,26 @@ def split_keys(tiles: int, programs: int) -> tuple[int, int]:
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
-def launch_twice(
-    kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, lengths: Sequence[tuple] = (), first=None,
-    **constants,
-) -> None:  # fmt: skip
-    """Launch pair_cells_kernel or pair_tokens_kernel twice, with REDO=False and then with REDO=True; adds the flags.
+def new_sums(x: torch.Tensor, heads: int, rows: int, num_kv_blocks: int) -> torch.Tensor:
+    """Sums of weights [heads, rows, nk] to write, bf16 for 16-bit x, else fp32; rows are padded to whole tiles."""
+    padded = -(-num_kv_blocks // ROW_BLOCKS) * ROW_BLOCKS
+    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    return x.new_empty(heads, rows, padded, dtype=dtype)[..., :num_kv_blocks]
 
-    lengths: Numbers of other prompt lengths, see `also` of launch.launch.
-    first: Called with the flags in place of the first launch, which other prompt lengths need.
+
+def launch_guess(
+    kernel, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, first=None, redo_tiles: int = 1, **constants
+) -> Callable[[], None]:  # fmt: skip
+    """Launch pair_cells_kernel or pair_tokens_kernel without REDO; adds the flags. Returns the launch with REDO.
+
+    first: Called with the flags in place of the launch, which other prompt lengths need.
+    redo_tiles: Row tiles of which a program with REDO looks at the flags.
     """
     flags = tensors[0].new_empty(grid, dtype=torch.int32)
+    tensors = (*tensors, flags)
     if first:
         first(flags)
-    for redo in (True,) if first and not COMPILE.get() else (False, True):
-        of_kernel = constants | dict(REDO=redo)
-        also = lambda of_kernel=of_kernel: [(others, of_kernel) for others in lengths]  # noqa: E731
-        launch(kernel, grid, (*tensors, flags), numbers, also=also, **of_kernel)
+    if not first or COMPILE.get():
+        launch(kernel, grid, tensors, numbers, **constants, REDO=False)
+    grid = grid[0], -(-grid[1] // redo_tiles), grid[2]
+    return partial(launch, kernel, grid, tensors, numbers, **constants, REDO=True)

@@ -72,12 +72,11 @@ def block_sums(weights, CELLS: gl.constexpr):
 
 
 @gluon.jit
-def store_sums(sums_ptr, sums, first_row, rows, chunk_cells, first_block, num_kv_blocks):
+def store_sums(sums_ptr, sums, first_row, rows, chunk_cells, first_block, stride_sn):
     """Store the sums of a tile; rows of a multiple of 16 blocks let each thread store all of its neighbours at once."""
     blocks = first_block + gl.arange(0, sums.shape[1], gl.SliceLayout(0, sums.type.layout))
-    offsets = ((first_row + rows) * num_kv_blocks)[:, None] + blocks[None, :]
-    exists = (rows < chunk_cells)[:, None] & (blocks < num_kv_blocks)[None, :]
-    gl.store(sums_ptr + offsets, sums.to(sums_ptr.dtype.element_ty), mask=exists)
+    offsets = ((first_row + rows) * stride_sn)[:, None] + blocks[None, :]
+    gl.store(sums_ptr + offsets, sums.to(sums_ptr.dtype.element_ty), mask=(rows < chunk_cells)[:, None])
 
 
 @gluon.jit
@@ -111,7 +110,7 @@ def produce(
 @gluon.jit
 def consume(
     CONSUMER: gl.constexpr, Q_CELL: gl.constexpr, K_CELL: gl.constexpr, CELLS: gl.constexpr, sums_ptr, flags_ptr,
-    num_kv_blocks, chunk_cells, q_inbox, k_ring, num_tasks, problem,
+    stride_sn, chunk_cells, q_inbox, k_ring, num_tasks, problem,
 ):  # fmt: skip
     """Pair half of the query cells of task after task."""
     q_full, q_empty, q_tiles = q_inbox
@@ -151,10 +150,7 @@ def consume(
                 reference = gl.max(logits, axis=1)
             sums = block_sums(gl.exp2(logits - reference[:, None]), CELLS)
             first_block = tile * (COLUMNS // CELLS)
-            if num_kv_blocks % 16 == 0:  # in words that tell it to the compiler
-                store_sums(sums_ptr, sums, row_of_head, rows, chunk_cells, first_block, num_kv_blocks // 16 * 16)
-            else:
-                store_sums(sums_ptr, sums, row_of_head, rows, chunk_cells, first_block, num_kv_blocks)
+            store_sums(sums_ptr, sums, row_of_head, rows, chunk_cells, first_block, stride_sn)
             total += sums
             step += 1
         fits = gl.sum(gl.sum(total, axis=1), axis=0) < LARGEST_SUM  # not if it is NaN: infinite features
@@ -165,13 +161,13 @@ def consume(
         parity ^= 1
 
 
-VARYING = ["num_q_heads", "heads_per_kv_head", "num_kv_blocks", "first_cell", "chunk_cells", "num_heads"]
+VARYING = ["num_q_heads", "heads_per_kv_head", "first_cell", "chunk_cells", "num_heads"]
 VARYING += ["num_row_tiles", "first_position", "kv_len", "num_tasks"]
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def pair_cells_sm90_kernel(
-    q_desc, k_desc, sums_ptr, flags_ptr, num_q_heads, heads_per_kv_head, num_kv_blocks, first_cell, chunk_cells,
+    q_desc, k_desc, sums_ptr, flags_ptr, stride_sn, num_q_heads, heads_per_kv_head, first_cell, chunk_cells,
     num_heads, num_row_tiles, first_position, kv_len, num_tasks,
     Q_CELL: gl.constexpr, K_CELL: gl.constexpr, CELLS: gl.constexpr,
 ):  # fmt: skip
@@ -184,7 +180,7 @@ def pair_cells_sm90_kernel(
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [NUM_CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     q_inbox = make_barriers(NUM_CONSUMERS, 1), make_barriers(NUM_CONSUMERS, 1), q_tiles
     shared = (q_inbox, make_ring(k_desc, STAGES), num_tasks, problem)
-    outputs = (sums_ptr, flags_ptr, num_kv_blocks, chunk_cells)
+    outputs = (sums_ptr, flags_ptr, stride_sn, chunk_cells)
     gl.warp_specialize(
         [
             (consume, (0, Q_CELL, K_CELL, CELLS) + outputs + shared),
@@ -228,7 +224,7 @@ def pair_cells(
         pair_cells_sm90_kernel,
         (min(num_tasks, num_multiprocessors(q_features.device)),),
         (q_tiles, k_tiles, sums, flags),
-        (*heads, cells.num_kv_blocks, *others),
+        (sums.stride(1), *heads, *others),
         Q_CELL=cells.q_cell,
         K_CELL=cells.k_cell,
         CELLS=cells.key_cells,

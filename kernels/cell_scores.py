@@ -5,7 +5,7 @@ cell with a peak is enough to give its block a large share.
 
     cell_features.py   q, k -> one row of features per cell
     cell_pairs.py      weights of cell pairs, reduced at once to a sum per query cell and key block
-    pool_shares        shares of the key blocks, mean or root mean square over the query cells of a block, as logarithms
+    pool_shares        shares of the key blocks, mean or root mean square over the query cells of a block
 """
 
 import torch
@@ -19,23 +19,18 @@ from .launch import launch
 from .token_pairs import pair_tokens
 
 TINY = tl.constexpr(1e-37)  # stands for a share of 0, whose logarithm would be -inf
-TOKEN_TILE = 16384  # sums that one step of pool_shares reads, of some queries and all key blocks
+VECTOR = tl.constexpr(8)  # sums that a thread reads at once
+CELL_TILE, TOKEN_TILE = 2048, 32768  # sums that one step of pool_shares reads, of some cells or queries and all blocks
+LANES_PER_WARP = 512  # of cells: few warps add a row with few barriers, and there are many rows
+TOKEN_WARPS = 8  # at least, for single queries: their programs are few
 
 
 @triton.jit
 def pool_shares(
-    sums_ptr,
-    batch_head,
-    row,
-    blocks,
-    numbers,
-    CELL: tl.constexpr,
-    CELLS: tl.constexpr,
-    CELL_TILE: tl.constexpr,
-    RMS: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """Scores of one query block of one head: the logarithms of the shares of all key blocks, -inf in the future.
+    sums_ptr, stride_sn, batch_head, row, blocks, numbers,
+    CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, RMS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Shares of all key blocks in one query block of one head, at least TINY, but 0 in the future.
 
     HEADS consecutive heads of the sums count as one, whose shares are the mean of theirs.
 
@@ -44,20 +39,22 @@ def pool_shares(
     kv_len on) do not count. CELL_TILE cells are read at once.
     """
     num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len = numbers
-    causal = blocks <= num_kv_blocks - num_q_blocks + row
+    last_block = num_kv_blocks - num_q_blocks + row
+    causal = blocks <= last_block
+    is_read = blocks // VECTOR * VECTOR <= last_block  # one mask for each wide load
     mean = tl.zeros([blocks.shape[0]], tl.float32)  # of the heads
     for head in range(HEADS):
-        head_ptr = sums_ptr + ((batch_head * HEADS + head) * chunk_cells + (row - first_row) * CELLS) * num_kv_blocks
+        head_ptr = sums_ptr + ((batch_head * HEADS + head) * chunk_cells + (row - first_row) * CELLS) * stride_sn
         shares = tl.zeros([blocks.shape[0]], tl.float32)
         num_counted = 0
         for first_cell in range(0, CELLS, CELL_TILE):
             cells = first_cell + tl.arange(0, CELL_TILE)
             first_tokens = first_position + (row * CELLS + cells) * CELL
             counted = (first_tokens + CELL > q_start) & (first_tokens < kv_len)  # [CELL_TILE]
-            offsets = cells[:, None] * num_kv_blocks + blocks[None, :]
-            weights = tl.load(head_ptr + offsets, mask=causal[None, :], other=0.0).to(tl.float32)
-            weights *= (1 / tl.sum(weights, axis=1))[:, None]
-            weights = tl.where(counted[:, None], weights, 0.0)  # [CELL_TILE, N]
+            offsets = cells[:, None] * stride_sn + blocks[None, :]
+            weights = tl.load(head_ptr + offsets, mask=is_read[None, :], other=0.0).to(tl.float32)
+            weights = tl.where(causal[None, :], weights, 0.0)
+            weights *= tl.where(counted, 1 / tl.sum(weights, axis=1), 0.0)[:, None]  # [CELL_TILE, N]
             shares += tl.sum(weights * weights if RMS else weights, axis=0)
             num_counted += tl.sum(counted.to(tl.int32), axis=0)
         if RMS:
@@ -66,13 +63,14 @@ def pool_shares(
         else:
             shares /= num_counted
         mean += shares / HEADS
-    return tl.where(causal, tl.log2(tl.maximum(mean, TINY)) * LN_2, float("-inf"))
+    return tl.where(causal, tl.maximum(mean, TINY), 0.0)
 
 
 @for_all_lengths
 def pool_shares_kernel(
     sums_ptr,
     scores_ptr,
+    stride_sn,
     num_q_blocks,
     num_kv_blocks,
     first_row,
@@ -91,22 +89,24 @@ def pool_shares_kernel(
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.arange(0, ROW_SIZE)
     numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len
-    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS, HEADS)
+    shares = pool_shares(sums_ptr, stride_sn, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS, HEADS)
+    scores = tl.where(shares > 0, tl.log2(shares) * LN_2, float("-inf"))
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     tl.store(scores_ptr + blocks, scores, mask=blocks < num_kv_blocks)
 
 
 def cell_constants(cells: Cells, lanes: int) -> dict[str, int]:
     """Compile-time constants and warps of the kernels that pool the shares of cells in rows of so many lanes."""
-    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=1, RMS=cells.rms, HEADS=1)
-    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(1, lanes // 512)))
+    at_once = min(cells.query_cells, max(1, CELL_TILE // lanes))
+    constants = dict(CELL=cells.q_cell, CELLS=cells.query_cells, CELL_TILE=at_once, RMS=cells.rms, HEADS=1)
+    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(1, lanes // LANES_PER_WARP)))
 
 
 def token_constants(cells: Cells, lanes: int) -> dict[str, int]:
     """cell_constants for single queries: several are read at once, since there are many for few programs."""
     at_once = min(cells.block_size, max(1, TOKEN_TILE // lanes))
     constants = dict(CELL=1, CELLS=cells.block_size, CELL_TILE=at_once, RMS=cells.rms, HEADS=cells.heads)
-    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(8, lanes // 512)))
+    return constants | dict(ROW_SIZE=lanes, num_warps=min(16, max(TOKEN_WARPS, lanes // LANES_PER_WARP)))
 
 
 def cell_scores(
@@ -138,10 +138,12 @@ def cell_scores(
     lanes = row_size(cells.num_kv_blocks)
 
     def pool(rows: int, sums: torch.Tensor, numbers: tuple, constants: dict) -> None:
-        launch(pool_shares_kernel, (rows, heads), (sums, scores), numbers, **constants)
+        launch(pool_shares_kernel, (rows, heads), (sums, scores), (sums.stride(1), *numbers), **constants)
 
     for chunk in pair_cells(*features, value_bonus, cells):
         pool(*chunk, cell_constants(cells, lanes))
     if exact_last_blocks:  # overwrites the scores of these rows
-        pool(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants(cells, lanes))
+        tokens, again = pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks)
+        again()
+        pool(*tokens, token_constants(cells, lanes))
     return scores

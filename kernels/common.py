@@ -28,6 +28,21 @@ def take_turn(CAN_OVERLAP: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def wait_for_last(CAN_OVERLAP: tl.constexpr):
+    """In the last program of the grid, wait until the kernel launched before has ended."""
+    if CAN_OVERLAP:
+        if (tl.program_id(0) == tl.num_programs(0) - 1) & (tl.program_id(1) == tl.num_programs(1) - 1):
+            gdc_wait()
+
+
+@triton.jit
+def let_next_begin(CAN_OVERLAP: tl.constexpr):
+    """Let the next kernel begin while this one runs; it must not need the results of this one before gdc_wait."""
+    if CAN_OVERLAP:
+        gdc_launch_dependents()
+
+
 def for_all_lengths(function: Callable, aligned: str = "") -> triton.JITFunction:
     """triton.jit for a kernel that is not compiled again for every kind of prompt length.
 

@@ -9,12 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_select import empty_lists, for_all_heads, is_forced
+from .block_select import empty_lists, is_forced
 from .cell_features import Cells, cell_features
 from .cell_pairs import pair_cells
 from .cell_scores import cell_constants, pool_shares, token_constants
-from .common import LOG2_E, ROW_SIZES, for_all_lengths, row_size
-from .launch import launch
+from .common import LOG2_E, ROW_SIZES, at_least_sm90, for_all_lengths, let_next_begin, row_size, wait_for_last
+from .launch import COMPILE, launch
 from .token_pairs import pair_tokens
 
 KEYS_PER_WARP = 256
@@ -22,7 +22,7 @@ KEYS_PER_WARP = 256
 
 @triton.jit
 def select_row(
-    scores,
+    weights,
     kv_blocks,
     row,
     batch_head,
@@ -35,25 +35,32 @@ def select_row(
     dense_first_blocks,
     dense_last_blocks,
     threshold,
+    COPIES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Select the blocks of one row of scores [N], -inf in the future, and write its list, zeros after the count."""
-    list_row = batch_head * num_q_blocks + row
+    """Select the blocks of one row by its weights [N], 0 in the future, and write its list, zeros after the count.
+
+    The list is written for COPIES consecutive heads. WIDTH: N or 2 * N, at least num_kv_blocks.
+    """
     q_block = num_kv_blocks - num_q_blocks + row
     distance = q_block - kv_blocks
     causal = distance >= 0
-    largest = tl.max(scores, axis=0)
-    weights = tl.exp2((scores - tl.where(largest == float("-inf"), 0.0, largest)) * LOG2_E)
     selected = (weights > threshold * tl.sum(weights, axis=0)) & causal
     selected = selected | is_forced(distance, kv_blocks, sink_blocks, local_blocks)
     dense = (q_block < dense_first_blocks) | (row >= num_q_blocks - dense_last_blocks)
     selected = selected | (causal & dense)
 
     slots = tl.cumsum(selected.to(tl.int32)) - 1
-    kv_indices_ptr += list_row * num_kv_blocks
-    tl.store(kv_indices_ptr + slots, kv_blocks, mask=selected)
     num_selected = tl.sum(selected.to(tl.int32))
-    tl.store(kv_indices_ptr + kv_blocks, 0, mask=(kv_blocks >= num_selected) & (kv_blocks < num_kv_blocks))
-    tl.store(kv_num_blocks_ptr + list_row, num_selected)
+    for copy in range(COPIES):
+        list_row = (batch_head * COPIES + copy) * num_q_blocks + row
+        list_ptr = kv_indices_ptr + list_row * num_kv_blocks
+        tl.store(list_ptr + slots, kv_blocks, mask=selected)
+        tl.store(list_ptr + kv_blocks, 0, mask=(kv_blocks >= num_selected) & (kv_blocks < num_kv_blocks))
+        if WIDTH > kv_blocks.shape[0]:
+            unseen = kv_blocks + kv_blocks.shape[0]
+            tl.store(list_ptr + unseen, 0, mask=unseen < num_kv_blocks)
+        tl.store(kv_num_blocks_ptr + list_row, num_selected)
 
 
 @for_all_lengths
@@ -77,22 +84,24 @@ def select_above_kernel(
     scores_ptr += (batch_head * num_q_blocks + row) * num_kv_blocks
     scores = tl.load(scores_ptr + kv_blocks, mask=visible, other=float("-inf"))
     scores = tl.where(scores == scores, scores, float("-inf"))  # NaN ranks last
+    largest = tl.max(scores, axis=0)
+    weights = tl.exp2((scores - tl.where(largest == float("-inf"), 0.0, largest)) * LOG2_E)
     select_row(
-        scores, kv_blocks, row, batch_head, kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks,
-        sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold,
+        weights, kv_blocks, row, batch_head, kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks,
+        sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold, 1, ROW_SIZE,
     )  # fmt: skip
 
 
 @triton.jit
 def pool_select_row(
-    sums_ptr, row, batch_head, numbers, lists, rules,
+    sums_ptr, stride_sn, row, batch_head, numbers, lists, rules,
     CELL: tl.constexpr, CELLS: tl.constexpr, CELL_TILE: tl.constexpr, RMS: tl.constexpr, HEADS: tl.constexpr,
-    ROW_SIZE: tl.constexpr,
+    ROW_SIZE: tl.constexpr, COPIES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Pool the cells of one query block of one head and select among the first ROW_SIZE blocks, all that it sees."""
     blocks = tl.arange(0, ROW_SIZE)
-    scores = pool_shares(sums_ptr, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS, HEADS)
-    select_row(scores, blocks, row, batch_head, *lists, *rules)
+    shares = pool_shares(sums_ptr, stride_sn, batch_head, row, blocks, numbers, CELL, CELLS, CELL_TILE, RMS, HEADS)
+    select_row(shares, blocks, row, batch_head, *lists, *rules, COPIES, WIDTH)
 
 
 @for_all_lengths
@@ -100,6 +109,7 @@ def pool_select_kernel(
     sums_ptr,
     kv_indices_ptr,
     kv_num_blocks_ptr,
+    stride_sn,
     num_q_blocks,
     num_kv_blocks,
     first_row,
@@ -112,26 +122,39 @@ def pool_select_kernel(
     dense_first_blocks,
     dense_last_blocks,
     threshold,
+    next_begins,
     CELL: tl.constexpr,
     CELLS: tl.constexpr,
     CELL_TILE: tl.constexpr,
     RMS: tl.constexpr,
     HEADS: tl.constexpr,
     ROW_SIZE: tl.constexpr,
+    COPIES: tl.constexpr,
+    CAN_OVERLAP: tl.constexpr,
 ):
-    """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq)."""
+    """One program pools the cells of one query block of one head and selects its blocks. Grid: (rows, B * Hq).
+
+    Pooled heads count as one; each of the COPIES query heads in it gets the list. The next kernel may begin at once if
+    next_begins is not 0. The last program ends after the kernel launched before.
+    """
+    if next_begins:
+        let_next_begin(CAN_OVERLAP)
     row, batch_head = first_row + tl.program_id(0), tl.program_id(1).to(tl.int64)
     numbers = num_q_blocks, num_kv_blocks, first_row, chunk_cells, first_position, q_start, kv_len
     lists = kv_indices_ptr, kv_num_blocks_ptr, num_q_blocks, num_kv_blocks
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, threshold
     HALF: tl.constexpr = ROW_SIZE // 2
     if num_kv_blocks - num_q_blocks + row < HALF:  # half the work for half of the rows
-        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HEADS, HALF)
-        unseen = HALF + tl.arange(0, HALF)
-        list_row = batch_head * num_q_blocks + row
-        tl.store(kv_indices_ptr + list_row * num_kv_blocks + unseen, 0, mask=unseen < num_kv_blocks)
+        pool_select_row(
+            sums_ptr, stride_sn, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HEADS, HALF,
+            COPIES, ROW_SIZE,
+        )  # fmt: skip
     else:
-        pool_select_row(sums_ptr, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HEADS, ROW_SIZE)
+        pool_select_row(
+            sums_ptr, stride_sn, row, batch_head, numbers, lists, rules, CELL, CELLS, CELL_TILE, RMS, HEADS, ROW_SIZE,
+            COPIES, ROW_SIZE,
+        )  # fmt: skip
+    wait_for_last(CAN_OVERLAP)
 
 
 def select_above(
@@ -182,20 +205,38 @@ def pool_select(
     exact_last_blocks: int,
     features: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of select_above for the scores of cell_scores, which are not stored; the arguments are those of both."""
-    features = cell_features(q, k, cells, scale) if features is None else features
+    """Lists of select_above for the scores of cell_scores, which are not stored; the arguments are those of both.
+
+    Kernels that need nothing of each other run side by side: pair_tokens and cell_features, the second launches of
+    pair_tokens and pair_cells, and the pools of exact rows and of cells. The lists are those of all query heads.
+    """
+    (num_exact, *tokens), again = (
+        pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks) if exact_last_blocks else ((0,), None)
+    )
+    if features is None:
+        features = cell_features(q, k, cells, scale, overlap=exact_last_blocks > 0)
     batch, num_heads = features[0].shape[:2]
-    lists = empty_lists(batch, num_heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
+    lists = empty_lists(batch, num_heads * cells.heads, cells.num_q_blocks, cells.num_kv_blocks, q.device)
     rules = sink_blocks, local_blocks, dense_first_blocks, dense_last_blocks, float(threshold)
 
-    def select(rows: int, sums: torch.Tensor, numbers: tuple, constants: Callable[[Cells, int], dict]) -> None:
-        grid, numbers = (rows, batch * num_heads), (*numbers, *rules)
-        lanes = row_size(cells.num_kv_blocks)
-        also = lambda: [(numbers, constants(cells, lanes)) for lanes in ROW_SIZES]  # noqa: E731
-        launch(pool_select_kernel, grid, (sums, *lists), numbers, also=also, **constants(cells, lanes))
+    def select(
+        constants_of: Callable[[Cells, int], dict], rows: int, sums: torch.Tensor, numbers: tuple,
+        overlap: bool = False, next_begins: bool = False,
+    ) -> None:  # fmt: skip
+        grid, numbers = (rows, batch * num_heads), (sums.stride(1), *numbers, *rules, int(next_begins))
+        of_lists = dict(COPIES=cells.heads, CAN_OVERLAP=at_least_sm90(q.device))
+        constants = lambda lanes: constants_of(cells, lanes) | of_lists  # noqa: E731
+        also = lambda: [(numbers, constants(lanes)) for lanes in ROW_SIZES]  # noqa: E731
+        of_row = constants(row_size(cells.num_kv_blocks))
+        launch(pool_select_kernel, grid, (sums, *lists), numbers, overlap=overlap, also=also, **of_row)
 
-    for chunk in pair_cells(*features, value_bonus, cells):
-        select(*chunk, cell_constants)
-    if exact_last_blocks:  # overwrites the lists of these rows
-        select(*pair_tokens(q, k, value_bonus, cells, scale, exact_last_blocks), token_constants)
-    return for_all_heads(lists, cells.heads)
+    first_exact = cells.num_q_blocks - num_exact
+    for rows, sums, numbers in pair_cells(*features, value_bonus, cells):
+        beside = num_exact > 0 and numbers[2] == 0
+        rows = min(rows, first_exact - numbers[2])
+        if beside:
+            again(overlap=True)
+            select(token_constants, num_exact, *tokens, next_begins=rows > 0)
+        if rows > 0 or COMPILE.get():  # other prompt lengths need it
+            select(cell_constants, rows, sums, numbers, overlap=beside)
+    return lists

@@ -37,7 +37,8 @@ def compile_for_sm90(kernel, input_type, constants, num_warps=4, num_stages=3, s
             pointed = sums_type if name.endswith("sums_ptr") else POINTERS.get(name, "fp32")
             return "*" + (input_type if pointed == "x" else pointed)
         if name.endswith("_source"):
-            rows, columns = ("BLOCK_N", "HEAD_DIM") if "BLOCK_N" in constants else ("COLUMNS", "DEPTH_TILE")
+            names_of_tiles = ("BLOCK_N", "HEAD_DIM"), ("KEYS", "BLOCK_D"), ("COLUMNS", "DEPTH_TILE")
+            rows, columns = next(names for names in names_of_tiles if names[0] in constants)
             tile = f"{constants[rows]}, {constants[columns]}"
             return f"tensordesc<{input_type}[1, 1, {tile}]>" if constants["TMA"] else "*" + input_type
         return "fp32" if name in ("scale", "value_weight", "peak", "threshold") else "i32"
@@ -151,7 +152,7 @@ def cell_cases():
     for peak in (False, True):
         features = dict(HEAD_DIM=128, BLOCK_D=128, Q_CELL=16, K_CELL=16, STRIDE=1 if peak else 8, PEAK=peak)
         features |= dict(CELLS=cell_features.FEATURE_TILE, UNROLL=cell_features.UNROLL, stride_qd=1, stride_kd=1)
-        features |= dict(HEADS=4 if peak else 1)
+        features |= dict(HEADS=4 if peak else 1, CAN_OVERLAP=True)
         yield f"cell_features {peak}", (cell_features.cell_features_kernel, "bf16", features)
     for name, depth, depth_tile, operand, columns, stages in (
         ("corners", 256, 256, "bf16", 64, 4),
@@ -167,20 +168,22 @@ def cell_cases():
         wide = dict(DEPTH=depth, DEPTH_TILE=depth_tile, DTYPE=operands, STAGES=stages, TMA=operand != "fp32")
         optional = {} if name == "strided" else dict(bonus_ptr=None)
         for redo in (False, True):
-            constants = tiles | wide | optional | dict(REDO=redo)
+            constants = tiles | wide | optional | dict(CAN_OVERLAP=True, REDO=redo)
             options = cell_pairs.WARPS, 2, operand
             yield f"pair_cells {name} {redo}", (cell_pairs.pair_cells_kernel, operand, constants, *options)
     for size in (16, 64, 128):
         tokens = dict(HEAD_DIM=128, BLOCK_D=128, BLOCK=size, DTYPE=tl.bfloat16, stride_qd=1, stride_kd=1)
+        tokens |= dict(KEYS=min(size, token_pairs.KEY_TILE), STAGES=token_pairs.STAGES, CAN_OVERLAP=True)
         tokens |= dict(bonus_ptr=None) if size == 64 else {}
         for redo in (False, True):
-            constants, options = tokens | dict(REDO=redo), (8 if size == 128 else 4, 2, "bf16")
+            constants, options = tokens | dict(REDO=redo, TMA=size > 16), (8 if size == 128 else 4, 2, "bf16")
             yield f"pair_tokens {size} {redo}", (token_pairs.pair_tokens_kernel, "bf16", constants, *options)
+    lists = dict(COPIES=1, CAN_OVERLAP=True)
     for rms, sums_type in ((False, "fp32"), (True, "bf16")):
         row = dict(CELL=16, CELLS=8, CELL_TILE=1, RMS=rms, HEADS=1, ROW_SIZE=8192)
         yield f"pool_shares {rms}", (cell_scores.pool_shares_kernel, "fp32", row, 16, 3, sums_type)
-        yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row, 16, 3, sums_type)
-    short = dict(CELL=1, CELLS=128, CELL_TILE=128, RMS=True, HEADS=4, ROW_SIZE=64)
+        yield f"pool_select {rms}", (share_select.pool_select_kernel, "fp32", row | lists, 16, 3, sums_type)
+    short = dict(CELL=1, CELLS=128, CELL_TILE=128, RMS=True, HEADS=4, ROW_SIZE=64, COPIES=4, CAN_OVERLAP=True)
     yield "pool_select tokens", (share_select.pool_select_kernel, "fp32", short, 8, 3, "bf16")
     row = dict(ROW_SIZE=8192)
     yield "select_above", (share_select.select_above_kernel, "fp32", row, 8192 // share_select.KEYS_PER_WARP)

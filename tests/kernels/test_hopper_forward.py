@@ -348,7 +348,7 @@ def compile_pairs_of_cells():
     )  # fmt: skip
     names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
     constants = {(names.index(name),): value for name, value in constants.items()}
-    divisible = (names.index(name) for name in ("sums_ptr", "flags_ptr"))
+    divisible = (names.index(name) for name in ("sums_ptr", "flags_ptr", "stride_sn"))
     aligned = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = GluonASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS}
