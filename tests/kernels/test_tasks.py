@@ -8,7 +8,7 @@ from stem.kernels.tasks import BYTES_AT_ONCE, heads_at_once, launch_scratch, new
 
 @pytest.mark.parametrize(
     "num_keys, head_dim, num_kv_heads, expected",
-    [(1024, 128, 8, 8), (4096, 128, 8, 4), (4096, 64, 6, 6), (4096, 128, 6, 3), (16384, 128, 8, 1), (2**17, 128, 7, 1)],
+    [(1024, 128, 8, 8), (8192, 128, 8, 4), (8192, 64, 6, 6), (8192, 128, 6, 3), (32768, 128, 8, 1), (2**17, 128, 7, 1)],
 )
 def test_heads_in_turn_divide_all_heads_and_fit(num_keys, head_dim, num_kv_heads, expected):
     found = heads_at_once(num_keys, 2 * head_dim, num_kv_heads)
