@@ -199,7 +199,7 @@ def case(
     fast = [c for c in every if c.operation in ("scores", "selection") or c.provider not in slower]
     whole = candidates.stem_candidates(None)
     in_graphs = [candidates.graph_candidate(candidate) for candidate in whole if graphs]
-    rows, later = [], []
+    rows, later, qkv = [], [], None
     with torch.no_grad():
         for name, config in (chosen | briefs).items():
             compared = whole if name in briefs else fast
@@ -207,7 +207,8 @@ def case(
                 compared = baselines + every
                 compared += candidates.sparse_peers(flex) if device == "cuda" else []
             problem = None  # free the last one's memory first, unless a graph reads it
-            problem = Problem(shape, config, device, impls[0], seed)
+            problem = Problem(shape, config, device, impls[0], seed, qkv)
+            qkv = problem.qkv  # the same memory for all: where it lies changes short times by some percent
             rows += [run(candidate, problem, name, later) for candidate in compared + in_graphs]
         if later:
             time_in_turns(later, device)
