@@ -1,4 +1,4 @@
-"""Texts and tables of notebook 08: parts of the kernels, what a stage changes in them, and cycles from the stamps."""
+"""Texts and tables of notebook 08, of kernels, of their stages and cycles; and a sentence for results/README.md."""
 
 import ast
 import difflib
@@ -6,6 +6,7 @@ import difflib
 import pandas as pd
 
 from stem.experiments.hopper import variants
+from stem.experiments.markdown import full_rows, number, tokens_label
 
 TENSOR_FLOP = {"bf16": 4096, "fp8": 8192}
 """Operations of the tensor cores of one multiprocessor in a clock cycle; NVIDIA H100 architecture white paper."""
@@ -53,3 +54,16 @@ def block_cycles(rows: pd.DataFrame) -> pd.DataFrame:
     cycles = steps.groupby(of_consumers.stage).median()[of_consumers.stage.unique()]
     rate = [TENSOR_FLOP["fp8" if stage == "fp8" else "bf16"] for stage in cycles.index]
     return pd.DataFrame(dict(cycles=cycles, tensor_cores=BLOCK_FLOP / pd.Series(rate, cycles.index) / cycles))
+
+
+def bound_of_fp8(device: str) -> str:
+    """A sentence on the rates of the FP8 kernel with and without parts of its softmax; nothing without rows."""
+    rows = full_rows("hopper/bounds")
+    if rows.empty or device not in set(rows.device):
+        return ""
+    of_device = rows[rows.device == device]
+    tokens, density = of_device[["tokens", "density"]].iloc[0]
+    rates = [f"{number(rate)} TFLOP/s" for rate in of_device.tflops]
+    told = f"At {tokens_label(tokens)} tokens and density {density:.1%} the FP8 kernel alone reaches {rates[0]}. "
+    told += f"Without row maxima it would reach {rates[1]}, and without exponentials {rates[2]}. "
+    return f"{told}Both give wrong weights. `make hopper` measures this."

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from stem.config import StemConfig
+from stem.experiments.hopper.report import bound_of_fp8
 from stem.experiments.markdown import (
     MISSING,
     by_device,
@@ -387,17 +388,5 @@ def variants() -> str:
                 lines.append([what, tokens_label(tokens), name, f"{row['density']:.1%}", *times, *rates])
         header = ["q, k and v", "tokens", "variant", "density", "operator [ms]", "of it, choosing [ms]", "TFLOP/s"]
         table = markdown_table([*header, "over the fastest dense", "error"], lines)
-        parts.append("\n\n".join(filter(None, (f"**{device}**", table, _bound_of_fp8(device)))))
-    return "\n\n".join(parts)
-
-
-def _bound_of_fp8(device: str) -> str:
-    """A sentence on the rates of the FP8 kernel with and without parts of its softmax; nothing without rows."""
-    rows = full_rows("hopper/bounds")
-    rows = rows[rows.device == device] if len(rows) else rows
-    if rows.empty:
-        return ""
-    rates = {row.stage: f"{number(row.tflops)} TFLOP/s" for row in rows.itertuples()}
-    told = f"At {tokens_label(rows.tokens.iloc[0])} tokens and density {rows.density.iloc[0]:.1%} the FP8 kernel alone "
-    told += f"reaches {rates['shipped']}. Without row maxima it would reach {rates['without row maxima']}, and without "
-    return told + f"exponentials {rates['without exponentials']}; both give wrong weights. `make hopper` measures this."
+        parts += [f"**{device}**", table, bound_of_fp8(device)]
+    return "\n\n".join(filter(None, parts))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import stem
+from stem.experiments.hopper import report as hopper_report
 from stem.experiments.speed import report, variants
 
 
@@ -52,7 +53,8 @@ def test_table(monkeypatch):
     rates = {"shipped": 900.0, "without row maxima": 1000.0, "without exponentials": 1100.0}
     bounds = [dict(stage=stage, device="a GPU", tokens=2048, density=0.2, tflops=rate) for stage, rate in rates.items()]
     tables = {"speed/variants": pd.DataFrame([common | row for row in rows]), "hopper/bounds": pd.DataFrame(bounds)}
-    monkeypatch.setattr(report, "full_rows", tables.get)
+    for module in (report, hopper_report):
+        monkeypatch.setattr(module, "full_rows", tables.get)
     *_, fa3, fp8, stem_row, _, told = report.variants().splitlines()[2:]
     assert "dense, FlashAttention-3 | 100.0% | 8 | – | 500 | 1× | 0.2%" in fa3 + fp8
     assert stem_row == "| random normal | 2K | released, FP8 | 20.0% | 2 | 0.5 | 500 | 4× = 5.00 × 0.80 | 0.2% |"
