@@ -271,7 +271,7 @@ def pair_cells(
     row_bytes = q_features.element_size() * heads * cells.query_cells * num_kv_blocks
     chunk_rows = max(1, min(num_rows, BUFFER_BYTES // row_bytes))
     chunk_cells = chunk_rows * cells.query_cells
-    sums = new_sums(q_features, heads, chunk_cells, num_kv_blocks)
+    sums = new_sums(q_features, operand, heads, chunk_cells, num_kv_blocks)
     num_columns = -(-k_features.shape[2] // columns)
     tma = can_describe(k_features)
     k_source = Tiles(k_features, (1, 1, columns, depth_tile), describe_tiles) if tma else k_features
@@ -321,10 +321,10 @@ def split_keys(tiles: int, programs: int) -> tuple[int, int]:
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
-def new_sums(x: torch.Tensor, heads: int, rows: int, num_kv_blocks: int) -> torch.Tensor:
-    """Sums of weights [heads, rows, nk] to write, bf16 for 16-bit x, else fp32; rows are padded to whole tiles."""
+def new_sums(x: torch.Tensor, operand: tl.dtype, heads: int, rows: int, num_kv_blocks: int) -> torch.Tensor:
+    """Sums of weights [heads, rows, nk] to write, bf16 for products of 16 bits, else fp32; rows are whole tiles."""
     padded = -(-num_kv_blocks // ROW_BLOCKS) * ROW_BLOCKS
-    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    dtype = torch.float32 if operand == tl.float32 else torch.bfloat16
     return x.new_empty(heads, rows, padded, dtype=dtype)[..., :num_kv_blocks]
 
 

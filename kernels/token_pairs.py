@@ -167,7 +167,7 @@ def pair_tokens(
     count = min(exact_last_blocks + num_kv_blocks - half_full, cells.num_q_blocks)
     operand = operand_dtype(torch.float32 if triton.knobs.runtime.interpret else q.dtype)
     block_d, keys, tma = padded_dim(head_dim), min(size, KEY_TILE), can_describe(k)
-    sums = new_sums(q if operand != tl.float32 else q.float(), heads, count * size, num_kv_blocks)
+    sums = new_sums(q, operand, heads, count * size, num_kv_blocks)
     num_splits, blocks_per_split = split_keys(num_kv_blocks, heads * count)
     sizes = num_q_heads, num_q_heads // num_kv_heads, num_kv_blocks, num_kv_blocks - count
     lengths = cells.q_start, cells.kv_len, blocks_per_split
